@@ -1,0 +1,273 @@
+"""EDM preconditioning, training noise, loss and sampler (arXiv 2206.00364), with MaskDiT's losses (arXiv 2306.09305)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.kernels import Mask, masked_loss, random_normal, random_uniform, sample_mask, unpatchify
+from fastmask.masking import check_ratio, kept_count
+from fastmask.model import MaskDiT
+
+# Streams of the counter-based generator; stream 0 is sample_mask's.
+_SIGMA_STREAM, _NOISE_STREAM, _LABEL_STREAM = 1, 2, 3
+
+
+class EDMPrecond(nn.Module):
+    """The denoiser D(x; sigma, y) = c_skip * x + c_out * F(c_in * x; c_noise, y) (EDM, table 1).
+
+    Args:
+        model: the network F.
+        sigma_data: standard deviation of the data.
+    """
+
+    def __init__(self, model: MaskDiT, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.model = model
+        self.sigma_data = sigma_data
+
+    def raw_tokens(self, x: Tensor, sigma: Tensor, labels: Tensor, mask: Mask | None = None) -> Tensor:
+        """Return F's raw tokens, shape (B, L, P); arguments as in `forward`."""
+        num_classes = self.model.num_classes
+        # A look at values is free on the CPU alone; elsewhere it would make every step wait for the device.
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and num_classes:
+            check_labels(labels, num_classes)
+        c_in = 1 / (sigma.square() + self.sigma_data**2).sqrt()
+        tokens: Tensor = self.model(x, sigma.log() / 4, labels, mask, image_scale=c_in.to(x.dtype))
+        return tokens
+
+    def forward(self, x: Tensor, sigma: Tensor, labels: Tensor, mask: Mask | None = None) -> Tensor:
+        """Return the denoised images.
+
+        Args:
+            x: noised images, shape (B, C, H, W).
+            sigma: noise level of each sample, shape (B,).
+            labels: int64, shape (B,); a label equal to ``num_classes`` means no label.
+            mask: the positions that the encoder sees; None is all.
+
+        Returns:
+            Shape (B, C, H, W), dtype of ``x``.
+
+        Raises:
+            ValueError: shapes that do not fit the network, a mask for a network without a decoder, or (on the CPU) a
+                label outside [0, num_classes].
+        """
+        raw = unpatchify(self.raw_tokens(x, sigma, labels, mask), self.model.patch_size, *x.shape[2:])
+        variance = sigma.square()[:, None, None, None]
+        total = variance + self.sigma_data**2
+        c_out = (variance / total).sqrt() * self.sigma_data
+        return (self.sigma_data**2 / total * x + c_out * raw).to(x.dtype)
+
+
+class LossParts(NamedTuple):
+    """The losses of each sample, all of shape (B,): total = denoising + mae_coef * reconstruction."""
+
+    total: Tensor
+    denoising: Tensor
+    reconstruction: Tensor
+
+
+class EDMLoss:
+    """MaskDiT's training loss (arXiv 2306.09305, equation 5).
+
+    Args:
+        sigma_data: standard deviation of the data.
+        mae_coef: weight of the reconstruction loss.
+        mask_ratio: share of the patches to drop when a call brings no mask.
+        p_mean: mean of ln(sigma) when a call brings no sigma.
+        p_std: its standard deviation.
+    """
+
+    def __init__(
+        self,
+        sigma_data: float = 0.5,
+        mae_coef: float = 0.1,
+        mask_ratio: float = 0.0,
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+    ) -> None:
+        check_ratio("mask_ratio", mask_ratio)
+        self.sigma_data, self.mae_coef, self.mask_ratio = sigma_data, mae_coef, mask_ratio
+        self.p_mean, self.p_std = p_mean, p_std
+
+    def __call__(
+        self,
+        net: EDMPrecond,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        mask: Mask | None = None,
+        sigma: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> LossParts:
+        """Return the losses of a batch.
+
+        Args:
+            net: the denoiser.
+            images: clean images, shape (B, C, H, W).
+            labels: int64, shape (B,); ``num_classes`` means no label.
+            mask: which patches the encoder sees; drawn at ``mask_ratio`` when absent, none dropped at ratio 0.
+            sigma: noise levels, B values in any shape; drawn when absent.
+            noise: noise already times sigma, shape (B, C, H, W); drawn when absent.
+
+        Returns:
+            The total, denoising and reconstruction losses, each (B,).
+        """
+        batch = images.shape[0]
+        if sigma is None:
+            sigma = (torch.randn(batch, device=images.device) * self.p_std + self.p_mean).exp()
+        sigma = sigma.reshape(batch)
+        if noise is None:
+            noise = torch.randn_like(images) * sigma[:, None, None, None].to(images.dtype)
+        if mask is None and self.mask_ratio > 0:
+            length = net.model.length
+            seed = int(torch.randint(2**63 - 1, ()))  # the CPU generator: torch.manual_seed governs it, no device sync
+            mask = sample_mask(batch, length, kept_count(length, self.mask_ratio), seed=seed, device=images.device)
+        noised = images + noise
+        raw = net.raw_tokens(noised, sigma, labels, mask)
+        denoising, reconstruction = masked_loss(
+            raw, images, noised, sigma, mask, patch_size=net.model.patch_size, sigma_data=self.sigma_data
+        )
+        return LossParts(denoising + self.mae_coef * reconstruction, denoising, reconstruction)
+
+
+class TrainingObjective(nn.Module):
+    """The one module that training compiles, wraps and calls: a denoiser whose forward returns its losses."""
+
+    def __init__(self, net: EDMPrecond, loss: EDMLoss) -> None:
+        super().__init__()
+        self.net = net
+        self.loss = loss
+
+    def forward(self, images: Tensor, labels: Tensor, mask: Mask | None, sigma: Tensor, noise: Tensor) -> LossParts:
+        """Return the losses of a batch; arguments as in `EDMLoss`."""
+        return self.loss(self.net, images, labels, mask=mask, sigma=sigma, noise=noise)
+
+
+class TrainingDraws(NamedTuple):
+    """What chance adds to a batch; sample b's part depends only on the seed and on its global index."""
+
+    labels: Tensor
+    mask: Mask | None
+    sigma: Tensor
+    noise: Tensor
+
+
+def training_draws(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seed: int,
+    offset: int,
+    num_classes: int,
+    label_drop: float,
+    length: int,
+    keep: int,
+    p_mean: float,
+    p_std: float,
+) -> TrainingDraws:
+    """Draw mask, noise and labels to drop for a batch.
+
+    Args:
+        images: shape (B, C, H, W).
+        labels: int64, shape (B,).
+        seed: the run's seed.
+        offset: global index of the batch's first sample in the run.
+        num_classes: the label that means none.
+        label_drop: probability of replacing a label by none.
+        length: L.
+        keep: K; equal to L means no mask.
+        p_mean: mean of ln(sigma).
+        p_std: standard deviation of ln(sigma).
+
+    Returns:
+        Labels (B,) with some dropped, the mask (None when nothing is dropped), sigma (B,) and noise (B, C, H, W)
+        already times sigma.
+    """
+    batch = images.shape[0]
+    sample = torch.arange(offset, offset + batch, dtype=torch.int64, device=images.device)
+    sigma = (random_normal(seed, sample, 1, _SIGMA_STREAM)[:, 0] * p_std + p_mean).exp()
+    noise = random_normal(seed, sample, images[0].numel(), _NOISE_STREAM).view(images.shape)
+    drop = random_uniform(seed, sample, 1, _LABEL_STREAM)[:, 0] < label_drop
+    labels = labels.masked_fill(drop, num_classes)
+    mask = None if keep == length else sample_mask(batch, length, keep, seed=seed, offset=offset, device=images.device)
+    return TrainingDraws(labels, mask, sigma, noise * sigma[:, None, None, None])
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise a ValueError unless every label is in [0, num_classes]; num_classes means no label."""
+    bad = labels[(labels < 0) | (labels > num_classes)]
+    if bad.numel():
+        raise ValueError(f"label {int(bad[0])} is outside 0 .. {num_classes - 1} (or {num_classes} for no label)")
+
+
+@torch.no_grad()
+def edm_sample(
+    net: Callable[[Tensor, Tensor, Tensor], Tensor],
+    latents: Tensor,
+    labels: Tensor,
+    num_steps: int = 40,
+    cfg_scale: float | None = None,
+    *,
+    num_classes: int | None = None,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Tensor:
+    """Return samples of EDM's deterministic second-order sampler (arXiv 2206.00364, algorithm 1).
+
+    Args:
+        net: the denoiser, an `EDMPrecond` or a callable like it.
+        latents: unit noise, shape (B, C, H, W); scaled by ``sigma_max`` inside.
+        labels: int64, shape (B,).
+        num_steps: noise levels above 0, at least 2; the network is evaluated 2 * num_steps - 1 times.
+        cfg_scale: classifier-free guidance D_none + scale * (D_label - D_none); None or 1 evaluates D_label alone.
+        num_classes: the label that means none; read from an `EDMPrecond`, needed for guidance with another callable.
+        sigma_min: lowest noise level above 0.
+        sigma_max: highest noise level.
+        rho: how the levels crowd toward ``sigma_min`` (equation 5).
+
+    Returns:
+        Shape (B, C, H, W), float64: the state is kept in float64, the network runs in its own precision.
+
+    Raises:
+        ValueError: fewer than two steps, labels that do not fit, or guidance for a network without classes.
+    """
+    if num_steps < 2:
+        raise ValueError(f"num_steps must be at least 2, not {num_steps}")
+    if labels.shape != latents.shape[:1]:
+        raise ValueError(f"labels must have shape ({latents.shape[0]},) for these latents, not {tuple(labels.shape)}")
+    dtype = torch.float32
+    if isinstance(net, EDMPrecond):
+        num_classes = net.model.num_classes
+        dtype = net.model.pos_embed.dtype
+    guided = cfg_scale is not None and cfg_scale != 1
+    if guided and not num_classes:
+        raise ValueError("guidance needs a network with classes (num_classes above 0): leave cfg_scale out")
+    if num_classes:
+        check_labels(labels, num_classes)
+    none = torch.full_like(labels, num_classes or 0)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        inputs, levels = x.to(dtype), sigma.to(dtype).expand(x.shape[0])
+        if not guided:
+            return net(inputs, levels, labels).double()
+        both = net(inputs.repeat(2, 1, 1, 1), levels.repeat(2), torch.cat([labels, none])).double()
+        labelled, unlabelled = both.chunk(2)
+        return unlabelled + cfg_scale * (labelled - unlabelled)
+
+    ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64, device=latents.device)
+    levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    levels = torch.cat([levels, levels.new_zeros(1)])
+
+    x = latents.double() * levels[0]
+    for i in range(num_steps):
+        step = levels[i + 1] - levels[i]
+        slope = (x - denoise(x, levels[i])) / levels[i]
+        x_next = x + step * slope  # Euler
+        if i < num_steps - 1:
+            slope_next = (x_next - denoise(x_next, levels[i + 1])) / levels[i + 1]
+            x_next = x + step * (slope + slope_next) / 2  # Heun
+        x = x_next
+    return x

@@ -1,0 +1,36 @@
+"""The operations that adaLN diffusion transformers are made of, each in a file of its own.
+
+Importing this package imports torch and nothing else.
+
+Shape letters, here and in every docstring of the project:
+
+    B  batch            L  positions (patches) of an image     D  width of a token
+    C  channels         K  kept positions, K <= L              E  width of a decoder token
+    H  attention heads  P  values of a patch (p * p * C)       p  side of a patch
+"""
+
+from fastmask.kernels.add_gated_norm import add_gated_norm
+from fastmask.kernels.attention import attention
+from fastmask.kernels.embed_kept_patches import embed_kept_patches
+from fastmask.kernels.masked_loss import masked_loss
+from fastmask.kernels.modulate_norm import modulate_norm
+from fastmask.kernels.patches import patchify, unpatchify
+from fastmask.kernels.philox import random_normal, random_uniform
+from fastmask.kernels.restore_tokens import gather_tokens, restore_tokens
+from fastmask.kernels.sample_mask import Mask, sample_mask
+
+__all__ = [
+    "Mask",
+    "add_gated_norm",
+    "attention",
+    "embed_kept_patches",
+    "gather_tokens",
+    "masked_loss",
+    "modulate_norm",
+    "patchify",
+    "random_normal",
+    "random_uniform",
+    "restore_tokens",
+    "sample_mask",
+    "unpatchify",
+]
