@@ -50,10 +50,11 @@ def load_maskdit(
         The denoiser in training mode, with gradients enabled.
 
     Raises:
-        ValueError: a file that is missing or unreadable, weights that are not a MaskDiT's, or heads that cannot be told.
+        ValueError: a missing or unreadable file, weights that are not a MaskDiT's, or heads that cannot be told.
     """
+    stated: dict[str, str] = {}
     if isinstance(source, Mapping):
-        what, tensors, stated = "the given mapping", source, {}
+        what, tensors = "the given mapping", source
     else:
         what = str(source)
         tensors, stated = _read_weights(Path(source))
@@ -166,6 +167,34 @@ def load_checkpoint(
             optimizer.state[parameter] = {key: value.to(device) for key, value in mine.items()}
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     return state
+
+
+def load_initial(init: str, net: EDMPrecond, ema: Mapping[str, Tensor]) -> None:
+    """Copy weights from elsewhere into a network and its EMA.
+
+    Args:
+        init: a run folder, whose newest weights and EMA both go on, or a `.pt` or `.safetensors` file for both.
+        net: the denoiser.
+        ema: averaged weights, by the names of ``net``'s parameters.
+
+    Raises:
+        ValueError: nothing to read there, or the weights of another network (lists the differing names).
+    """
+    source = Path(init)
+    weights_file = average_file = source
+    if source.is_dir() or not source.suffix:
+        found = checkpoints(source)
+        if not found:
+            raise ValueError(f"--init {init}: there is no checkpoint of a run; train one there, or name a weights file")
+        weights_file, average_file = found[-1] / "model.safetensors", found[-1] / "ema.safetensors"
+    weights, average = (
+        {f"model.{_bare(name)}": tensor for name, tensor in _read_weights(file)[0].items()}
+        for file in (weights_file, average_file)
+    )
+    check_same_shapes(net.state_dict(), weights, f"--init {weights_file}")
+    net.load_state_dict(weights)
+    for name, tensor in ema.items():
+        tensor.copy_(average[name])
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -1,5 +1,6 @@
-"""EDM preconditioning, training noise, loss and sampler (arXiv 2206.00364), with MaskDiT's losses (arXiv 2306.09305)."""
+"""EDM's preconditioning, training noise and sampler (arXiv 2206.00364) with MaskDiT's loss (arXiv 2306.09305)."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,8 +11,8 @@ from fastmask.kernels import Mask, masked_loss, random_normal, random_uniform, s
 from fastmask.masking import check_ratio, kept_count
 from fastmask.model import MaskDiT
 
-# Streams of the counter-based generator; stream 0 is sample_mask's.
-_SIGMA_STREAM, _NOISE_STREAM, _LABEL_STREAM = 1, 2, 3
+# Streams of the counter-based generator; stream 0 is sample_mask's, 4 and 5 the data's.
+_SIGMA_STREAM, _NOISE_STREAM, _LABEL_STREAM, _LATENT_STREAM = 1, 2, 3, 6
 
 
 class EDMPrecond(nn.Module):
@@ -242,8 +243,8 @@ def edm_sample(
     if isinstance(net, EDMPrecond):
         num_classes = net.model.num_classes
         dtype = net.model.pos_embed.dtype
-    guided = cfg_scale is not None and cfg_scale != 1
-    if guided and not num_classes:
+    scale = 1.0 if cfg_scale is None else cfg_scale
+    if scale != 1 and not num_classes:
         raise ValueError("guidance needs a network with classes (num_classes above 0): leave cfg_scale out")
     if num_classes:
         check_labels(labels, num_classes)
@@ -251,11 +252,11 @@ def edm_sample(
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         inputs, levels = x.to(dtype), sigma.to(dtype).expand(x.shape[0])
-        if not guided:
+        if scale == 1:
             return net(inputs, levels, labels).double()
         both = net(inputs.repeat(2, 1, 1, 1), levels.repeat(2), torch.cat([labels, none])).double()
         labelled, unlabelled = both.chunk(2)
-        return unlabelled + cfg_scale * (labelled - unlabelled)
+        return unlabelled + scale * (labelled - unlabelled)
 
     ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64, device=latents.device)
     levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
@@ -271,3 +272,31 @@ def edm_sample(
             x_next = x + step * (slope + slope_next) / 2  # Heun
         x = x_next
     return x
+
+
+def draw_samples(
+    net: EDMPrecond, labels: Tensor, *, seed: int, num_steps: int = 40, cfg_scale: float | None = None, batch: int = 256
+) -> Tensor:
+    """Return a sample for each label, drawn by `edm_sample` in parts.
+
+    Args:
+        net: the denoiser.
+        labels: int64, shape (N,).
+        seed: the starting noise of sample i is a function of it and i, whatever the parts.
+        num_steps: noise levels of the sampler.
+        cfg_scale: guidance; None or 1 is none.
+        batch: samples drawn at a time.
+
+    Returns:
+        float32 on the CPU, shape (N, C, H, W).
+    """
+    model = net.model
+    device = model.pos_embed.device
+    shape = (model.in_channels, model.input_size, model.input_size)
+    drawn = []
+    for start in range(0, len(labels), batch):
+        part = labels[start : start + batch].to(device)
+        index = torch.arange(start, start + len(part), device=device)
+        latents = random_normal(seed, index, math.prod(shape), _LATENT_STREAM).view(-1, *shape)
+        drawn.append(edm_sample(net, latents, part, num_steps, cfg_scale).float().cpu())
+    return torch.cat(drawn)

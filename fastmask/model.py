@@ -44,18 +44,19 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.FEATURES, width), nn.SiLU(), nn.Linear(width, width))
-        for linear in (self.mlp[0], self.mlp[2]):
+        into, out_of = nn.Linear(self.FEATURES, width), nn.Linear(width, width)
+        for linear in (into, out_of):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
+        self.mlp = nn.Sequential(into, nn.SiLU(), out_of)
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """Return the embedding of (B,) noise conditions."""
         half = self.FEATURES // 2
         frequency = torch.exp(torch.arange(half, device=c_noise.device) * (-math.log(10000.0) / half))
-        angle = c_noise.float()[:, None] * frequency
+        angle = c_noise[:, None].to(torch.promote_types(c_noise.dtype, torch.float32)) * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        out: Tensor = self.mlp(features.to(self.mlp[0].weight.dtype))
+        out: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
         return out
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Return the patches of images as tokens, the inverse of `unpatchify`.
 
-    Equivalent PyTorch: ``(B, C, h, p, w, p) -> (B, h, w, p, p, C) -> (B, L, P)``, channels fastest, positions row-major.
+    Equivalent PyTorch: ``(B, C, h, p, w, p) -> (B, h, w, p, p, C)``; positions row-major, channels fastest.
 
     Args:
         images: shape (B, C, h * p, w * p).

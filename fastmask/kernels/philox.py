@@ -67,5 +67,5 @@ def random_normal(seed: int | Tensor, sample: Tensor, count: int, stream: int) -
 
     Box and Muller's transform of consecutive pairs of `random_uniform`: magnitudes end at 5.8.
     """
-    u, v = random_uniform(seed, sample, 2 * count, stream).unflatten(1, (count, 2)).unbind(-1)
+    u, v = random_uniform(seed, sample, 2 * count, stream).view(-1, count, 2).unbind(-1)
     return torch.sqrt(-2.0 * torch.log(u)) * torch.cos(2.0 * math.pi * v)

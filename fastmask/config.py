@@ -1,0 +1,250 @@
+"""The configuration of a training run: one flat dataclass, from which the command line is made."""
+
+import dataclasses
+import difflib
+from typing import Any, Literal
+
+from fastmask.masking import SCHEDULES, check_ratio, mask_ratio_at
+from fastmask.model import MaskDiT, check_sizes
+
+# Fields that may differ when a run is resumed: they do not change what is learned.
+FREE_FIELDS = frozenset(
+    {
+        "run_dir",
+        "device",
+        "num_workers",
+        "report_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "sample_every",
+        "sample_steps",
+        "cfg_scale",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """All there is to say about a training run. Steps are optimizer steps, sides are in pixels."""
+
+    preset: str = "digits"
+    """Row of the preset table that every other field starts from."""
+    run_dir: str = ""
+    """Folder of the run; the same command goes on where it stopped. Empty: runs/PRESET."""
+    seed: int = 0
+    """Seed of weights, data order, noise, masks and dropped labels."""
+    device: str = "auto"
+    """Where to train: cuda, cuda:1, cpu; auto is the GPU if there is one."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Of matrix products; weights stay fp32. auto: bf16 on a GPU that has it, else fp32."""
+
+    data: str = "digits"
+    """digits, synthetic, an image folder (class = sub-folder), or an .npz of images or VAE moments with labels."""
+    image_size: int = 8
+    """Side of the images. Own images are trained on as pixels, VAE moments as latents of a side of image_size / 8."""
+    num_classes: int = 10
+    """Labels are below it; 0 trains without labels. With --data of your own it is read from the data."""
+    mirror: bool = False
+    """Mirror each image left to right with probability one half."""
+    num_workers: int = 0
+    """Processes that read and decode images; 0 reads in the training process."""
+
+    patch_size: int = 2
+    """Side of a patch in pixels (of the latent, where latents are trained on)."""
+    width: int = 96
+    """Width of the encoder."""
+    depth: int = 4
+    """Blocks of the encoder."""
+    num_heads: int = 4
+    """Attention heads of the encoder."""
+    decoder_width: int = 64
+    """Width of the decoder."""
+    decoder_depth: int = 2
+    """Blocks of the decoder; 0 is a plain DiT, which trains unmasked."""
+    decoder_num_heads: int = 4
+    """Attention heads of the decoder."""
+
+    mask_ratio: float = 0.5
+    """Share of the patches that the encoder does not see, in [0, 1)."""
+    mask_ratio_end: float = 0.0
+    """Ratio that a falling schedule ends at."""
+    mask_schedule: str = "constant"
+    """How the ratio falls over the masked steps: constant, linear, exp, cosine2 .. cosine6."""
+    mae_coef: float = 0.1
+    """Weight of the reconstruction loss."""
+    label_drop: float = 0.1
+    """Probability of training a sample without its label, for guidance."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data."""
+    p_mean: float = -1.2
+    """Mean of ln(sigma) in training."""
+    p_std: float = 1.2
+    """Standard deviation of ln(sigma) in training."""
+
+    max_steps: int = 1000
+    """Steps of the whole run."""
+    batch_size: int = 128
+    """Images per step."""
+    micro_batch_size: int = 0
+    """Images computed at a time; the gradients of a larger batch are accumulated. 0: the whole batch."""
+    lr: float = 1e-4
+    """Learning rate."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    unmask_steps: int = 0
+    """Steps at the end of the run that are trained without masking."""
+    unmask_lr: float = 5e-5
+    """Learning rate of those steps."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of the first and the second moment."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights per step."""
+    init: str = ""
+    """Weights to start from: a run folder, or a .pt or .safetensors file in the published names."""
+
+    report_every: int = 100
+    """Steps between lines of stats.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay on the disk."""
+    sample_every: int = 0
+    """Steps between grids of samples drawn with the averaged weights; 0 draws none."""
+    sample_steps: int = 18
+    """Noise levels of the sampler for those grids."""
+    cfg_scale: float = 1.5
+    """Guidance of those grids; 1 is none."""
+
+    @property
+    def masked_steps(self) -> int:
+        """Steps before the unmasked stage."""
+        return self.max_steps - self.unmask_steps
+
+    def ratio_at(self, step: int) -> float:
+        """Return the mask ratio of a step, counted from 0."""
+        if step >= self.masked_steps:
+            return 0.0
+        return mask_ratio_at(self.mask_schedule, step / self.masked_steps, self.mask_ratio, self.mask_ratio_end)
+
+    @property
+    def micro_batch(self) -> int:
+        """Images computed at a time."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
+
+def check_config(config: TrainConfig, input_size: int) -> None:
+    """Raise a ValueError that names the first field that cannot be, and why.
+
+    Args:
+        config: the configuration.
+        input_size: side of what the network sees, in pixels or latent pixels.
+    """
+    check_sizes(
+        input_size,
+        config.patch_size,
+        config.width,
+        config.depth,
+        config.num_heads,
+        config.decoder_width,
+        config.decoder_depth,
+        config.decoder_num_heads,
+    )
+    check_ratio("mask_ratio", config.mask_ratio)
+    check_ratio("mask_ratio_end", config.mask_ratio_end)
+    if config.mask_schedule not in SCHEDULES:
+        raise ValueError(_unknown("mask_schedule", config.mask_schedule, SCHEDULES))
+    if config.decoder_depth == 0 and (config.mask_ratio or config.mask_ratio_end):
+        raise ValueError("a network without a decoder (decoder_depth 0) trains unmasked: set mask_ratio 0")
+    for name, lowest in [
+        ("max_steps", 1),
+        ("batch_size", 1),
+        ("micro_batch_size", 0),
+        ("warmup_steps", 0),
+        ("unmask_steps", 0),
+        ("num_workers", 0),
+        ("report_every", 1),
+        ("checkpoint_every", 1),
+        ("keep_checkpoints", 1),
+        ("sample_every", 0),
+        ("sample_steps", 2),
+        ("seed", 0),
+        ("lr", 0),
+        ("unmask_lr", 0),
+        ("mae_coef", 0),
+        ("weight_decay", 0),
+        ("grad_clip", 0),
+        ("p_std", 0),
+    ]:
+        value = getattr(config, name)
+        if not lowest <= value < float("inf"):
+            raise ValueError(f"{name} must be at least {lowest}, not {value}")
+    if config.sigma_data <= 0:
+        raise ValueError(f"sigma_data must be above 0, not {config.sigma_data}")
+    for name, value in [("label_drop", config.label_drop), ("ema_decay", config.ema_decay)]:
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], not {value}")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError(f"betas must be in [0, 1), not {config.betas}")
+    if config.unmask_steps > config.max_steps:
+        raise ValueError(f"unmask_steps {config.unmask_steps} is more than max_steps {config.max_steps}")
+    if config.batch_size % config.micro_batch:
+        raise ValueError(
+            f"batch_size {config.batch_size} does not divide into parts of micro_batch_size {config.micro_batch_size}"
+        )
+
+
+def check_resumable(stored: dict[str, Any], config: TrainConfig, run_dir: str) -> None:
+    """Raise a ValueError if a run cannot go on under another configuration, saying what changed.
+
+    Args:
+        stored: the configuration that the run was started with, as JSON read it.
+        config: the one asked for now.
+        run_dir: the run's folder, for the message.
+    """
+    free = set(FREE_FIELDS)
+    if config.mask_schedule == "constant" and config.unmask_steps == 0:
+        free.add("max_steps")  # then no other step depends on where the run ends
+    now = dataclasses.asdict(config)
+    now["betas"] = list(config.betas)
+    changed = [
+        f"{name} {stored.get(name)} -> {value}"
+        for name, value in now.items()
+        if name not in free and stored.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{run_dir} holds a run with another configuration ({', '.join(changed)}): "
+            f"give the old values to go on with it, or another --run-dir"
+        )
+
+
+def build_model(config: TrainConfig, channels: int, size: int) -> MaskDiT:
+    """Return the freshly initialised network of a configuration, for images of (channels, size, size)."""
+    return MaskDiT(
+        input_size=size,
+        patch_size=config.patch_size,
+        in_channels=channels,
+        width=config.width,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        num_classes=config.num_classes,
+        decoder_width=config.decoder_width,
+        decoder_depth=config.decoder_depth,
+        decoder_num_heads=config.decoder_num_heads,
+    )
+
+
+def preset_config(name: str, presets: dict[str, dict[str, Any]]) -> TrainConfig:
+    """Return the configuration of a preset; a ValueError names the near ones where there is none."""
+    if name not in presets:
+        raise ValueError(_unknown("preset", name, presets))
+    return TrainConfig(preset=name, **presets[name])
+
+
+def _unknown(what: str, name: str, known: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+    return f"unknown {what} {name!r}: did you mean {' or '.join(near)}?"

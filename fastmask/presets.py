@@ -1,0 +1,56 @@
+"""The preset table: a row per training run, listing what differs from `TrainConfig`'s defaults.
+
+Sources: [M] MaskDiT, arXiv 2306.09305, section 4 and its released recipe; [D] DiT, arXiv 2212.09748, tables 1 and 4.
+With the published 512 x 8 decoder, masking half the patches saves operations only in wide networks, so the S and B rows
+take a decoder in proportion, about half the encoder's width and a quarter of its depth. The published shape is
+`--decoder-width 512 --decoder-depth 8 --decoder-num-heads 16`.
+"""
+
+from typing import Any
+
+# Encoders [D, table 1; H: M].
+_S: dict[str, Any] = {"width": 384, "depth": 12, "num_heads": 6}
+_B: dict[str, Any] = {"width": 768, "depth": 12, "num_heads": 12}
+_L: dict[str, Any] = {"width": 1024, "depth": 24, "num_heads": 16}
+_XL: dict[str, Any] = {"width": 1152, "depth": 28, "num_heads": 16}
+_H: dict[str, Any] = {"width": 1280, "depth": 32, "num_heads": 16}
+
+# Decoders: the published one [M], two in proportion (ours), and none.
+_DEC: dict[str, Any] = {"decoder_width": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+_DEC_S: dict[str, Any] = {"decoder_width": 192, "decoder_depth": 3, "decoder_num_heads": 6}
+_DEC_B: dict[str, Any] = {"decoder_width": 384, "decoder_depth": 3, "decoder_num_heads": 12}
+_DENSE: dict[str, Any] = {"decoder_depth": 0, "mask_ratio": 0.0}
+
+# Data sets: latents of ImageNet at two sides.
+_IN256: dict[str, Any] = {"data": "data/in256.npz", "image_size": 256, "num_classes": 1000, "micro_batch_size": 128}
+_IN512: dict[str, Any] = {"data": "data/in512.npz", "image_size": 512, "num_classes": 1000, "micro_batch_size": 32}
+
+# Recipes.
+_MASKED: dict[str, Any] = {"mask_ratio": 0.5, "batch_size": 1024, "lr": 1e-4}  # [M]
+_UNMASK: dict[str, Any] = {"mask_ratio": 0.0, "batch_size": 512, "lr": 5e-5, "precision": "tf32"}  # [M]
+_DIT: dict[str, Any] = {**_DENSE, "batch_size": 256, "lr": 1e-4}  # [D, section 4], with EDM's loss
+_FROM_256: dict[str, Any] = {"init": "runs/xl2-in256"}
+_FROM_512: dict[str, Any] = {"init": "runs/xl2-in512"}
+_LONG: dict[str, Any] = {"checkpoint_every": 10_000, "sample_every": 50_000}
+
+# fmt: off
+PRESETS: dict[str, dict[str, Any]] = {
+    # The embedded digits: `TrainConfig`'s network, sized for three minutes on two CPU cores (ours).
+    "digits":           {"max_steps": 3000, "unmask_steps": 750, "lr": 2e-3, "warmup_steps": 100, "unmask_lr": 5e-4,
+                         "ema_decay": 0.995, "sample_every": 1000},
+    # name               encoder  decoder    data       recipe      steps
+    "s2-in256":         {**_S,  **_DEC_S, **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
+    "b2-in256":         {**_B,  **_DEC_B, **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
+    "l2-in256":         {**_L,  **_DEC,   **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # [M]
+    "xl2-in256":        {**_XL, **_DEC,   **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # [M]
+    "h2-in256":         {**_H,  **_DEC,   **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # [M]
+    "xl2-in256-unmask": {**_XL, **_DEC,   **_IN256, **_UNMASK, "max_steps":   100_000, **_LONG, **_FROM_256},
+    "xl2-in512":        {**_XL, **_DEC,   **_IN512, **_MASKED, "max_steps": 1_000_000, **_LONG},  # [M]
+    "xl2-in512-unmask": {**_XL, **_DEC,   **_IN512, **_UNMASK, "max_steps":    50_000, **_LONG, **_FROM_512},
+    "dit-s2-in256":     {**_S,            **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
+    "dit-b2-in256":     {**_B,            **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
+    "dit-l2-in256":     {**_L,            **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
+    "dit-xl2-in256":    {**_XL,           **_IN256, **_DIT,    "max_steps": 7_000_000, **_LONG},  # [D, table 2]
+    "dit-xl2-in512":    {**_XL,           **_IN512, **_DIT,    "max_steps": 3_000_000, **_LONG},  # [D, table 3]
+}
+# fmt: on

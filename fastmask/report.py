@@ -1,0 +1,240 @@
+"""What a run says of itself: the console, `stats.jsonl`, TensorBoard events, sample grids, and the dry run's table."""
+
+import importlib.util
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from fastmask.checkpoint import checkpoints
+from fastmask.cli import whole_file
+from fastmask.config import TrainConfig
+from fastmask.counts import forward_macs, trainable_parameters
+from fastmask.diffusion import LossParts
+from fastmask.masking import kept_count
+from fastmask.model import MaskDiT
+
+console = Console()
+
+
+class Report:
+    """Writes a run's figures to its folder and shows its progress. A context manager.
+
+    Args:
+        run_dir: the run's folder.
+        first_step: steps done so far; figures of later steps, from a run that was killed, are dropped.
+        max_steps: steps of the whole run.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, max_steps: int) -> None:
+        self._path = run_dir / "stats.jsonl"
+        self._train_s = self._keep_until(first_step)
+        self._tensorboard: Any = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (optional, and slow to import)
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        else:
+            console.print("no TensorBoard events: tensorboard is not installed (pip install 'fastmask[demo]')")
+        self._progress = Progress(
+            TextColumn("{task.fields[stage]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=max_steps, completed=first_step, stage="training", figures="")
+        self._max_steps = max_steps
+
+    def __enter__(self) -> "Report":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to a number of steps done."""
+        self._progress.update(self._task, completed=step)
+
+    def write(self, step: int, figures: dict[str, float], *, images: int, since: float) -> None:
+        """Store and show the figures of the steps up to ``step``, and how fast they were.
+
+        Args:
+            step: steps done.
+            figures: loss, mask ratio and so on.
+            images: how many were trained on since the last call.
+            since: when that began, in `time.perf_counter`'s seconds.
+        """
+        seconds = time.perf_counter() - since
+        self._train_s += seconds
+        figures = {**figures, "images_per_s": images / seconds, "train_s": self._train_s}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self._tensorboard:
+            for name, value in figures.items():
+                self._tensorboard.add_scalar(name, value, step)
+        shown = f"loss {figures['loss']:.4f}  {figures['images_per_s']:,.0f} images/s"
+        stage = "masked" if figures["mask_ratio"] > 0 else "unmasked"
+        self._progress.update(self._task, completed=step, stage=stage, figures=shown)
+        if not console.is_terminal:
+            left = self._train_s / step * (self._max_steps - step)
+            console.print(f"step {step:>7}/{self._max_steps}  {stage:<8}  {shown}  {left:.0f} s left", highlight=False)
+
+    def picture(self, step: int, path: Path, images: Tensor, columns: int) -> None:
+        """Draw a grid of images as a PNG and show it in TensorBoard."""
+        grid = save_grid(path, images, columns)
+        if self._tensorboard:
+            self._tensorboard.add_image("samples", grid, step, dataformats="HWC")
+
+    def _keep_until(self, step: int) -> float:
+        """Drop the figures of later steps, and return the seconds of training that the last one kept states."""
+        if not self._path.exists():
+            return 0.0
+        # A line that was being written when the run was killed does not end in a line break.
+        lines = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        with whole_file(self._path) as partial:
+            partial.write_text("".join(kept))
+        return float(json.loads(kept[-1])["train_s"]) if kept else 0.0
+
+
+class Tally:
+    """Sums up losses on the device, so that a step need not wait for it.
+
+    Args:
+        device: where the losses are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(3, device=device)  # total, denoising, reconstruction
+        self._count = 0
+        self._first_bad = torch.full((3,), -1.0, dtype=torch.float64, device=device)  # step, lowest and highest sigma
+
+    def add(self, step: int, parts: LossParts, sigma: Tensor) -> None:
+        """Add the losses of a batch, and note step and noise levels of the first that is not finite."""
+        sums = torch.stack([part.detach().float().sum() for part in parts])
+        self._sums += sums
+        self._count += len(sigma)
+        found = torch.stack([torch.full_like(sigma[0], step), sigma.min(), sigma.max()]).double()
+        first = ~sums[0].isfinite() & (self._first_bad[0] < 0)
+        self._first_bad = torch.where(first, found, self._first_bad)
+
+    def check_finite(self, run_dir: Path) -> None:
+        """Raise a ValueError that names the first step whose loss was not finite, if there was one."""
+        step, lowest, highest = self._first_bad.tolist()
+        if step >= 0:
+            good = checkpoints(run_dir)
+            raise ValueError(
+                f"the loss of step {step:.0f} is not finite (its sigma: {lowest:.3g} to {highest:.3g}); last good "
+                f"checkpoint: {good[-1] if good else 'none'}; a lower --lr, --grad-clip or --precision fp32 may help"
+            )
+
+    def take(self, run_dir: Path) -> dict[str, float]:
+        """Return the mean losses per image since the last call, all finite, and start anew."""
+        self.check_finite(run_dir)
+        names = ("loss", "denoising", "reconstruction")
+        means = dict(zip(names, (self._sums / self._count).tolist(), strict=True))
+        self._sums.zero_()
+        self._count = 0
+        return means
+
+
+def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """Write images as one PNG, row by row, and return its pixels.
+
+    Args:
+        path: the file.
+        images: shape (N, C, H, W) in [-1, 1]; one channel is grey, of four (latents) the first three are shown at a
+            third of their contrast.
+        columns: images per row.
+
+    Returns:
+        uint8, shape (rows * H, columns * W, 3), enlarged where the images are small.
+    """
+    if not importlib.util.find_spec("PIL"):
+        raise ValueError("drawing samples needs pillow: pip install 'fastmask[demo]', or give --sample-every 0")
+    from PIL import Image  # noqa: PLC0415  (optional)
+
+    count, channels, height, width = images.shape
+    shown = images[:, :3] / 3 if channels == 4 else images.expand(-1, 3, -1, -1)
+    pixels = ((shown.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+    rows = -(-count // columns)
+    canvas = torch.zeros(rows * columns, 3, height, width, dtype=torch.uint8)
+    canvas[:count] = pixels
+    grid = (
+        canvas.view(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+    )
+    zoom = max(1, 32 // height)
+    array = grid.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()
+    with whole_file(path) as partial:
+        Image.fromarray(array).save(partial, format="PNG")
+    return array
+
+
+def versions() -> dict[str, str]:
+    """Return what a run's figures depend on: versions, machine and, in a checkout, the commit."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    here = Path(__file__).parent
+    if (here.parent / ".git").exists():
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+        found["commit"] = git.stdout.strip() or "unknown"
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def print_plan(config: TrainConfig, model: MaskDiT) -> None:
+    """Print what a run would be: its configuration, and the counts of its network.
+
+    Args:
+        config: the resolved configuration.
+        model: the network; its tensors may be on the meta device.
+    """
+    fields = Table(title=f"configuration of {config.preset}", show_header=False)
+    values = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
+    names = [f"{name} = {value}" for name, value in values.items()]
+    half = -(-len(names) // 2)
+    for i in range(half):
+        fields.add_row(names[i], names[half + i] if half + i < len(names) else "")
+    console.print(fields)
+
+    parameters = trainable_parameters(model)
+    kept = kept_count(model.length, config.mask_ratio)
+    full, masked = forward_macs(model), forward_macs(model, kept)
+    gib = parameters * 4 / 2**30
+    counts = Table(title="counts", show_header=False)
+    counts.add_row("input", f"{model.in_channels} x {model.input_size} x {model.input_size}, {model.length} patches")
+    counts.add_row("trainable parameters", f"{parameters / 1e6:.1f}M")
+    if kept < model.length:
+        counts.add_row(f"forward per image, {kept} of {model.length} patches kept", f"{masked / 1e9:.2f} GMAC")
+    counts.add_row("forward per image, unmasked", f"{full / 1e9:.2f} GMAC")
+    counts.add_row("training per image (3 x forward, 2 FLOP per MAC)", f"{6 * masked / 1e9:.1f} GFLOP")
+    counts.add_row("weights / gradients / EMA, fp32", f"{gib:.2f} GiB each")
+    counts.add_row("AdamW's two moments, fp32", f"{2 * gib:.2f} GiB")
+    images = config.max_steps * config.batch_size
+    counts.add_row("images seen", f"{config.max_steps:,} steps x {config.batch_size} = {images:,}")
+    counts.add_row("training in all", f"{_mean_macs(config, model) * 6 * images:.3g} FLOP")
+    console.print(counts)
+
+
+def _mean_macs(config: TrainConfig, model: MaskDiT, points: int = 1000) -> float:
+    """Return the forward MACs per image, averaged over the run at evenly spaced steps."""
+    steps = [int((i + 0.5) / points * config.max_steps) for i in range(points)]
+    return sum(forward_macs(model, kept_count(model.length, config.ratio_at(step))) for step in steps) / points
