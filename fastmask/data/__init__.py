@@ -1,0 +1,6 @@
+"""Data sets, and the batches that training draws from them."""
+
+from fastmask.data.dataset import DataSet, open_data
+from fastmask.data.loader import batches, sample_ids
+
+__all__ = ["DataSet", "batches", "open_data", "sample_ids"]

@@ -1,0 +1,80 @@
+"""What a data set is to training, and which one a name means."""
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmask.data.digits import Digits
+from fastmask.data.images import ImageArray, ImageFolder
+from fastmask.data.latents import Moments, Synthetic
+from fastmask.data.npz import read_npz
+
+
+class DataSet(Protocol):
+    """Samples by id.
+
+    Attributes:
+        shape: (C, H, W) of what the network sees.
+        num_classes: labels are below it; 0: there are none.
+        class_names: one name per class.
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return what is stored of the samples (B, ...), and their labels (B,) int64."""
+        ...
+
+    def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
+        """Return what a batch is trained on, on the device of ``stored``.
+
+        Args:
+            stored: what `read` returned.
+            seed: the run's seed.
+            sample: global index of each sample in the run, int64 (B,); all chance is a function of it and the seed.
+
+        Returns:
+            float32, shape (B, C, H, W).
+        """
+        ...
+
+
+def open_data(data: str, *, image_size: int, num_classes: int | None, mirror: bool) -> DataSet:
+    """Return the data set that a name means.
+
+    Args:
+        data: "digits", "synthetic" (random latents), an image folder (class = sub-folder), or an `.npz` with `images`
+            (pixels) or `moments` (of the VAE's latents) and perhaps `labels`.
+        image_size: side of the images in pixels; latents have an eighth of it.
+        num_classes: labels must be below it; None takes it from the data.
+        mirror: mirror each image with probability one half.
+
+    Raises:
+        ValueError: nothing there, or something that cannot be trained on; says what is wrong and where.
+    """
+    path = Path(data)
+    if data == "digits":
+        return Digits(image_size, mirror)
+    if data == "synthetic":
+        return Synthetic(image_size, num_classes or 0)
+    if path.is_dir():
+        return ImageFolder(path, image_size, num_classes, mirror)
+    if path.suffix == ".npz" and path.is_file():
+        arrays = read_npz(path, num_classes)
+        if "moments" in arrays:
+            return Moments(path, arrays, image_size, mirror)
+        return ImageArray(path, arrays, image_size, mirror)
+    if path.exists():
+        raise ValueError(f"--data {data} is neither a folder nor an .npz file")
+    side = image_size // 8
+    raise ValueError(
+        f"--data {data} does not exist: name an image folder or an .npz of `images` to train on pixels, or an .npz of "
+        f"VAE latents (`moments`, shape (N, 8, {side}, {side}), and `labels`); --data synthetic trains on random ones"
+    )

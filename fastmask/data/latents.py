@@ -1,0 +1,73 @@
+"""Latents of the Stable Diffusion KL-f8 autoencoder: stored moments, or random stand-ins."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmask.data.npz import Arrays
+from fastmask.kernels import random_normal, random_uniform
+
+_CHANNELS = 4
+_DOWNSAMPLING = 8
+_SCALE = 0.18215  # brings the latents to a standard deviation of about 1
+_POSTERIOR_STREAM = 4
+_SYNTHETIC_SAMPLES = 1_000_000
+
+
+class Moments:
+    """An `.npz` of moments, float16 or float32, shape (N, 8, h, w), means before log-variances, as a `DataSet`."""
+
+    def __init__(self, path: Path, arrays: Arrays, image_size: int, mirror: bool) -> None:
+        moments, side = arrays["moments"], image_size // _DOWNSAMPLING
+        if moments.dtype not in (np.float16, np.float32) or moments.shape[1:] != (2 * _CHANNELS, side, side):
+            raise ValueError(
+                f"{path}: `moments` must be float16 or float32 of shape (N, 8, {side}, {side}) for image_size "
+                f"{image_size}, not {moments.dtype} of shape {tuple(moments.shape)}"
+            )
+        if mirror:
+            raise ValueError(f"{path} holds latents, and a mirrored latent is not that of the mirrored image")
+        self._moments = torch.from_numpy(moments)
+        self._labels = torch.from_numpy(arrays.get("labels", np.zeros(len(moments), np.int64)))
+        self.shape = (_CHANNELS, side, side)
+        self.num_classes = int(arrays.get("num_classes", 0))
+        self.class_names = [str(label) for label in range(self.num_classes)]
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return the moments (B, 8, h, w) and labels (B,) of these ids."""
+        return self._moments[ids], self._labels[ids]
+
+    def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
+        """Return latents (B, 4, h, w) drawn from the moments, anew at each visit."""
+        mean, log_variance = stored.float().chunk(2, dim=1)
+        noise = random_normal(seed, sample, mean[0].numel(), _POSTERIOR_STREAM).view(mean.shape)
+        return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * _SCALE
+
+
+class Synthetic:
+    """Random latents of unit variance and random labels, functions of the sample's id alone, as a `DataSet`."""
+
+    def __init__(self, image_size: int, num_classes: int) -> None:
+        side = image_size // _DOWNSAMPLING
+        self.shape = (_CHANNELS, side, side)
+        self.num_classes = num_classes
+        self.class_names = [str(label) for label in range(num_classes)]
+
+    def __len__(self) -> int:
+        return _SYNTHETIC_SAMPLES
+
+    def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return latents (B, 4, h, w) and labels (B,) of these ids."""
+        sample = torch.from_numpy(ids)
+        side = self.shape[1]
+        latents = random_normal(0, sample, _CHANNELS * side * side, 0).view(-1, *self.shape)
+        return latents, (random_uniform(0, sample, 1, 1)[:, 0] * self.num_classes).long()
+
+    def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
+        """Return the latents as they are."""
+        return stored
