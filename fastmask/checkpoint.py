@@ -129,7 +129,8 @@ def save_checkpoint(
     root = run_dir / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     final, partial = root / f"step-{step:08d}", root / f".partial-{step:08d}"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in root.glob(".partial-*"):  # by a run that was killed
+        shutil.rmtree(left)
     partial.mkdir()
     try:
         save_weights(partial / "model.safetensors", net)
@@ -150,14 +151,22 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, net: EDMPrecond, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Copy a checkpoint into a network, its EMA and its optimizer, and return what ``state.json`` holds."""
-    weights, _ = _read_weights(folder / "model.safetensors")
-    check_same_shapes(net.state_dict(), weights, str(folder))
+    """Copy a checkpoint into a network, its EMA and its optimizer, and return what ``state.json`` holds.
+
+    Raises:
+        ValueError: a damaged checkpoint, or one of another network (lists the differing names); nothing was copied.
+    """
+    state = read_state(folder)
+    try:
+        names = ("model", "ema", "optimizer")
+        weights, averaged, stored = (_read_weights(folder / f"{name}.safetensors")[0] for name in names)
+    except ValueError as error:
+        raise _damaged(folder, str(error)) from error
+    for tensors in (weights, averaged):
+        check_same_shapes(net.state_dict(), tensors, str(folder))
     net.load_state_dict(weights)
-    averaged, _ = _read_weights(folder / "ema.safetensors")
     for name, tensor in ema.items():
         tensor.copy_(averaged[name])
-    stored, _ = _read_weights(folder / "optimizer.safetensors")
     device = next(net.parameters()).device
     for name, parameter in net.named_parameters():
         prefix = f"{name}/"
@@ -165,7 +174,15 @@ def load_checkpoint(
         if mine:
             # torch's AdamW keeps the step count of its fused form beside the parameter.
             optimizer.state[parameter] = {key: value.to(device) for key, value in mine.items()}
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what the ``state.json`` of a checkpoint holds; a ValueError if it cannot be read."""
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, f"state.json: {error}") from error
     return state
 
 
@@ -199,7 +216,18 @@ def load_initial(init: str, net: EDMPrecond, ema: Mapping[str, Tensor]) -> None:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
+    named = (run_dir / "checkpoints").glob("step-*")
+    # A copy that a user has put aside beside them is not one of them.
+    return sorted((path for path in named if path.name.removeprefix("step-").isdecimal()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return how many steps had been done at a checkpoint."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _damaged(folder: Path, why: str) -> ValueError:
+    return ValueError(f"{folder} is damaged ({why}): delete it to go on from the checkpoint before it")
 
 
 def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -243,17 +271,23 @@ def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, int]:
     try:
         width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
         length = weights["pos_embed"].shape[1]
+        num_classes, decoder_width = 0, 512
+        if "y_embedder.embedding_table.weight" in weights:
+            num_classes = weights["y_embedder.embedding_table.weight"].shape[1]
+        if "mask_token" in weights:
+            decoder_width = weights["mask_token"].shape[2]
     except (KeyError, ValueError, IndexError):
-        raise ValueError(f"{what} is no MaskDiT: it lacks a usable x_embedder.proj.weight or pos_embed") from None
-    labels, mask_token = weights.get("y_embedder.embedding_table.weight"), weights.get("mask_token")
+        raise ValueError(
+            f"{what} is no MaskDiT: it lacks a usable x_embedder.proj.weight, pos_embed, mask_token or label table"
+        ) from None
     return {
         "input_size": math.isqrt(length) * patch_size,
         "patch_size": patch_size,
         "in_channels": in_channels,
         "width": width,
         "depth": _count_blocks(weights, "blocks."),
-        "num_classes": 0 if labels is None else labels.shape[1],
-        "decoder_width": 512 if mask_token is None else mask_token.shape[-1],
+        "num_classes": num_classes,
+        "decoder_width": decoder_width,
         "decoder_depth": _count_blocks(weights, "decoder_blocks."),
     }
 

@@ -15,7 +15,7 @@ import tyro
 T = TypeVar("T")
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_BOX = re.compile("[\u2500-\u257f]")
+_BOX = re.compile(r"[\u2500-\u257f]|^ *-{3,} *$")  # of lines, or of hyphens where the output is not in UTF-8
 
 
 def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
@@ -45,6 +45,19 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
         raise ValueError(_one_line(said.getvalue())) from None
 
 
+def pick_device(name: str) -> torch.device:
+    """Return the device of a name, "auto" being the GPU if there is one; a ValueError if it cannot be used here."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} usable GPUs")
+    return device
+
+
 def run_command(name: str, command: Callable[[Sequence[str]], None]) -> None:
     """Run a command on the process's arguments: what a user can mend becomes one line and exit code 2."""
     try:
@@ -53,6 +66,8 @@ def run_command(name: str, command: Callable[[Sequence[str]], None]) -> None:
         fail(name, f"out of GPU memory: give a smaller --micro-batch-size or --batch-size ({str(error).split('.')[0]})")
     except (ValueError, OSError) as error:
         fail(name, str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def fail(name: str, message: str) -> None:
@@ -76,6 +91,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 def _one_line(box: str) -> str:
     """Return tyro's boxed error as one line: what is wrong, and the flags it thinks were meant."""
     lines = [_BOX.sub("", _ANSI.sub("", line)).strip() for line in box.splitlines()[1:]]
+    while lines and not lines[0]:
+        lines.pop(0)
     message = " ".join(lines[: lines.index("")]) if "" in lines else " ".join(lines)
     near = [line.split()[0] for line in lines if line.startswith("--")]
     if message.startswith("Unrecognized") and near:

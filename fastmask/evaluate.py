@@ -11,10 +11,11 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
+from fastmask.checkpoint import checkpoints, step_of
 from fastmask.cli import fail, parse, run_command, whole_file
 from fastmask.data.digits import DigitsSplit, load_digits
 from fastmask.diffusion import draw_samples
-from fastmask.report import console
+from fastmask.report import read_stats, say
 from fastmask.sample import load_net
 
 try:
@@ -49,11 +50,16 @@ def main(argv: Sequence[str]) -> None:
     """Judge a run as the arguments say, and leave `summary.json`, `digits.png` and `loss.png` in its folder."""
     config = parse(EvaluateConfig, argv, prog="python -m fastmask.evaluate", description="Judge a run on the digits.")
     run_dir = Path(config.run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir} is not the folder of a run: name the --run-dir that it was trained with")
     net = load_net(config.run_dir)
     model = net.model
     if (model.in_channels, model.input_size, model.num_classes) != (1, 8, 10):
         raise ValueError(f"{run_dir} was not trained on the digits: this command knows no other data yet")
-    stats = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    step = step_of(checkpoints(run_dir)[-1])
+    stats = read_stats(run_dir, step)
+    if not stats:
+        raise ValueError(f"{run_dir} reported nothing up to its checkpoint of step {step}: train on to its next report")
     real = load_digits()
     labels = torch.arange(len(real.held_out_labels)) % 10
     samples = draw_samples(net, labels, seed=config.seed, num_steps=config.num_steps, cfg_scale=config.cfg_scale).clamp(
@@ -65,27 +71,23 @@ def main(argv: Sequence[str]) -> None:
         "train_s": round(stats[-1]["train_s"], 1),
         "cfg_scale": config.cfg_scale,
         "num_steps": config.num_steps,
-        "step": stats[-1]["step"],
+        "step": step,
     }
     with whole_file(run_dir / "summary.json") as partial:
         partial.write_text(json.dumps(summary, indent=2) + "\n")
     draw_digits(run_dir / "digits.png", samples.numpy(), labels.numpy(), real)
     draw_loss(run_dir / "loss.png", stats)
-    console.print(
+    say(
         f"agreement {summary['agreement']:.1%} (the classifier reads {summary['classifier_accuracy']:.1%} of held-out "
         f"scans)  |  distance ratio {summary['distance_ratio']:.2f} (1: as far from the training scans as held-out "
         f"ones)  |  {summary['images_per_s']:,.0f} images/s in training",
-        highlight=False,
-        soft_wrap=True,
     )
-    console.print(
+    say(
         f"Frechet distance to the held-out scans {summary['frechet']:.2f} (of as many training scans: "
         f"{summary['frechet_held_out']:.2f})  |  trained {summary['train_s']:.0f} s",
-        highlight=False,
-        soft_wrap=True,
     )
     for name in ("summary.json", "digits.png", "loss.png"):
-        console.print(f"wrote {run_dir / name}", highlight=False, soft_wrap=True)
+        say(f"wrote {run_dir / name}")
 
 
 def judge(generated: Scans, labels: NDArray[np.int64], real: DigitsSplit) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -27,6 +28,11 @@ from fastmask.model import MaskDiT
 console = Console()
 
 
+def say(message: str) -> None:
+    """Print one line as it is: not styled by what it holds, not broken where the terminal ends."""
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
 class Report:
     """Writes a run's figures to its folder and shows its progress. A context manager.
 
@@ -38,14 +44,18 @@ class Report:
 
     def __init__(self, run_dir: Path, first_step: int, max_steps: int) -> None:
         self._path = run_dir / "stats.jsonl"
-        self._train_s = self._keep_until(first_step)
+        kept = read_stats(run_dir, first_step)
+        self._train_s = kept[-1]["train_s"] if kept else 0.0
+        if self._path.exists():
+            with whole_file(self._path) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._tensorboard: Any = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (optional, and slow to import)
 
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         else:
-            console.print("no TensorBoard events: tensorboard is not installed (pip install 'fastmask[demo]')")
+            say("no TensorBoard events: tensorboard is not installed (pip install 'fastmask[demo]')")
         self._progress = Progress(
             TextColumn("{task.fields[stage]}"),
             BarColumn(),
@@ -95,7 +105,7 @@ class Report:
         self._progress.update(self._task, completed=step, stage=stage, figures=shown)
         if not console.is_terminal:
             left = self._train_s / step * (self._max_steps - step)
-            console.print(f"step {step:>7}/{self._max_steps}  {stage:<8}  {shown}  {left:.0f} s left", highlight=False)
+            say(f"step {step:>7}/{self._max_steps}  {stage:<8}  {shown}  {left:.0f} s left")
 
     def picture(self, step: int, path: Path, images: Tensor, columns: int) -> None:
         """Draw a grid of images as a PNG and show it in TensorBoard."""
@@ -103,16 +113,18 @@ class Report:
         if self._tensorboard:
             self._tensorboard.add_image("samples", grid, step, dataformats="HWC")
 
-    def _keep_until(self, step: int) -> float:
-        """Drop the figures of later steps, and return the seconds of training that the last one kept states."""
-        if not self._path.exists():
-            return 0.0
-        # A line that was being written when the run was killed does not end in a line break.
-        lines = [line for line in self._path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        with whole_file(self._path) as partial:
-            partial.write_text("".join(kept))
-        return float(json.loads(kept[-1])["train_s"]) if kept else 0.0
+
+def read_stats(run_dir: Path, last_step: int) -> list[dict[str, float]]:
+    """Return the figures that a run reported up to a step, oldest first; a damaged file is a ValueError."""
+    path = run_dir / "stats.jsonl"
+    if not path.exists():
+        return []
+    # A line that was being written when the run was killed does not end in a line break.
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        return [line for line in map(json.loads, lines) if line["step"] <= last_step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and the run starts a new one") from error
 
 
 class Tally:
@@ -161,8 +173,8 @@ def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.d
 
     Args:
         path: the file.
-        images: shape (N, C, H, W) in [-1, 1]; one channel is grey, of four (latents) the first three are shown at a
-            third of their contrast.
+        images: shape (N, C, H, W) in [-1, 1]; one channel is grey, three are colours, of four (latents) the first
+            three are shown at a third of their contrast.
         columns: images per row.
 
     Returns:
@@ -173,6 +185,8 @@ def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.d
     from PIL import Image  # noqa: PLC0415  (optional)
 
     count, channels, height, width = images.shape
+    if channels not in (1, 3, 4):
+        raise ValueError(f"images of {channels} channels cannot be drawn: store samples as an .npz")
     shown = images[:, :3] / 3 if channels == 4 else images.expand(-1, 3, -1, -1)
     pixels = ((shown.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
     rows = -(-count // columns)
@@ -192,7 +206,7 @@ def versions() -> dict[str, str]:
     """Return what a run's figures depend on: versions, machine and, in a checkout, the commit."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     here = Path(__file__).parent
-    if (here.parent / ".git").exists():
+    if (here.parent / ".git").exists() and shutil.which("git"):
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
         found["commit"] = git.stdout.strip() or "unknown"
     if torch.cuda.is_available():

@@ -9,9 +9,9 @@ import torch
 import tyro
 
 from fastmask.checkpoint import checkpoints, load_maskdit
-from fastmask.cli import parse, run_command, whole_file
+from fastmask.cli import parse, pick_device, run_command, whole_file
 from fastmask.diffusion import EDMPrecond, draw_samples
-from fastmask.report import console, save_grid
+from fastmask.report import save_grid, say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,10 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--out {out}: samples are written as .png or .npz")
     if config.num_samples < 1 or config.batch_size < 1:
         raise ValueError("--num-samples and --batch-size must be at least 1")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(config.device)
     net = load_net(config.source, config.num_heads or None).to(device)
+    if config.classes and not net.model.num_classes:
+        raise ValueError(f"{config.source} was trained without labels: leave --classes out")
     classes = config.classes or tuple(range(net.model.num_classes)) or (0,)
     labels = torch.tensor(classes).repeat(-(-config.num_samples // len(classes)))[: config.num_samples]
     scale = config.cfg_scale if net.model.num_classes else None
@@ -61,12 +63,14 @@ def main(argv: Sequence[str]) -> None:
     else:
         with whole_file(out) as partial, partial.open("wb") as file:
             np.savez(file, samples=samples.numpy(), labels=labels.numpy())
-    console.print(f"{len(samples)} samples: {out}", highlight=False)
+    say(f"{len(samples)} samples: {out}")
 
 
 def load_net(source: str, num_heads: int | None = None) -> EDMPrecond:
     """Return the denoiser of a run folder (its newest averaged weights) or of a file of weights."""
     path = Path(source)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: name a run folder, or a .pt or .safetensors file of weights")
     if path.is_dir():
         found = checkpoints(path)
         if not found:

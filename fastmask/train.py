@@ -24,7 +24,7 @@ from fastmask.ema import EMA
 from fastmask.masking import kept_count
 from fastmask.optim import learning_rate, make_optimizer
 from fastmask.presets import PRESETS
-from fastmask.report import Report, Tally, console, print_plan, versions
+from fastmask.report import Report, Tally, print_plan, say, versions
 
 _NAME = "python -m fastmask.train"
 
@@ -103,7 +103,7 @@ def dry_run(config: TrainConfig, preset: TrainConfig) -> None:
         model = build_model(config, channels, size)
     print_plan(config, model)
     if config.data == preset.data and config.data != "digits" and not Path(config.data).exists():
-        console.print(f"{config.data} does not exist yet; its shape was taken from the preset")
+        say(f"{config.data} does not exist yet; its shape was taken from the preset")
 
 
 def train(config: TrainConfig, dataset: DataSet) -> None:
@@ -135,11 +135,11 @@ def train(config: TrainConfig, dataset: DataSet) -> None:
         state = load_checkpoint(earlier[-1], net, ema.weights, optimizer)
         step = int(state["step"])
         scaler.load_state_dict(state["scaler"])
-        console.print(f"going on from {earlier[-1]}", highlight=False)
+        say(f"going on from {earlier[-1]}")
     elif config.init:
         load_initial(config.init, net, ema.weights)
     if step >= config.max_steps:
-        console.print(f"{run_dir}: all {step} steps are done", highlight=False)
+        say(f"{run_dir}: all {step} steps are done")
         return
 
     objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
@@ -189,9 +189,9 @@ def train(config: TrainConfig, dataset: DataSet) -> None:
                 report.picture(step, run_dir / "samples" / f"step-{step:08d}.png", samples, columns)
             since += time.perf_counter() - pause
             if stop_code:
-                console.print(f"stopped after step {step}: the same command goes on from there", highlight=False)
+                say(f"stopped after step {step}: the same command goes on from there")
                 raise SystemExit(stop_code)
-    console.print(f"trained {config.max_steps} steps: {checkpoints(run_dir)[-1]}", highlight=False)
+    say(f"trained {config.max_steps} steps: {checkpoints(run_dir)[-1]}")
 
 
 def micro_step(

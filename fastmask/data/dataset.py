@@ -53,15 +53,19 @@ def open_data(data: str, *, image_size: int, num_classes: int | None, mirror: bo
         data: "digits", "synthetic" (random latents), an image folder (class = sub-folder), or an `.npz` with `images`
             (pixels) or `moments` (of the VAE's latents) and perhaps `labels`.
         image_size: side of the images in pixels; latents have an eighth of it.
-        num_classes: labels must be below it; None takes it from the data.
+        num_classes: labels must be below it; None takes it from the data, 0 leaves the labels out.
         mirror: mirror each image with probability one half.
 
     Raises:
         ValueError: nothing there, or something that cannot be trained on; says what is wrong and where.
     """
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, not {image_size}")
+    if num_classes is not None and num_classes < 0:
+        raise ValueError(f"num_classes must be at least 0, not {num_classes}")
     path = Path(data)
     if data == "digits":
-        return Digits(image_size, mirror)
+        return Digits(image_size, num_classes, mirror)
     if data == "synthetic":
         return Synthetic(image_size, num_classes or 0)
     if path.is_dir():

@@ -36,15 +36,19 @@ def load_digits() -> DigitsSplit:
 class Digits:
     """The scans that are not held out, as a `DataSet`."""
 
-    def __init__(self, image_size: int, mirror: bool) -> None:
+    def __init__(self, image_size: int, num_classes: int | None, mirror: bool) -> None:
         if image_size != 8:
             raise ValueError(f"the digits are 8x8 scans: image_size must be 8, not {image_size}")
+        if num_classes not in (None, 0, 10):
+            raise ValueError(f"the digits have 10 classes: num_classes must be 10, or 0 for none, not {num_classes}")
         if mirror:
             raise ValueError("a mirrored digit is no digit: leave mirror out")
         self._images, self._labels, _, _ = load_digits()
         self.shape = (1, 8, 8)
-        self.num_classes = 10
-        self.class_names = [str(digit) for digit in range(10)]
+        self.num_classes = 10 if num_classes is None else num_classes
+        self.class_names = [str(digit) for digit in range(self.num_classes)]
+        if not self.num_classes:
+            self._labels = torch.zeros_like(self._labels)
 
     def __len__(self) -> int:
         return len(self._labels)

@@ -33,6 +33,18 @@ def resize_and_crop(image: Any, size: int) -> Any:
     return image.crop((left, top, left + size, top + size))
 
 
+def to_rgb(image: Any) -> Any:
+    """Return a Pillow image with 8 bits of red, green and blue; transparency is dropped.
+
+    Pillow's own conversion would clip 16-bit pixels at 255.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _pillow().fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("what is black and white in its 32-bit pixels is unknown: store it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
 class ImageArray:
     """An `.npz` of images, uint8, shape (N, H, W, C) with C of 1 or 3 or (N, H, W), kept in memory, as a `DataSet`.
 
@@ -43,7 +55,7 @@ class ImageArray:
         images = arrays["images"]
         if images.ndim == 3:
             images = images[..., None]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
             raise ValueError(
                 f"{path}: `images` must be uint8 of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W), not "
                 f"{arrays['images'].dtype} of shape {tuple(arrays['images'].shape)}"
@@ -82,13 +94,15 @@ class ImageFolder:
             raise ValueError(f"{path} holds images beside its class folders ({loose[0].name}): move them into one")
         if not loose and not classes:
             raise ValueError(f"{path} holds no images: expected {path}/CLASS/IMAGE.png (or .jpg, .webp, ...)")
-        if num_classes is not None and len(classes) > num_classes:
+        if num_classes and len(classes) > num_classes:
             raise ValueError(f"{path} has {len(classes)} class folders, more than num_classes {num_classes}")
         if num_classes and not classes:
             raise ValueError(f"{path} has no class folders, which num_classes {num_classes} asks for")
         self._files = loose or [file for _, files in classes for file in files]
+        if num_classes == 0:
+            classes = []
         counts = [len(files) for _, files in classes]
-        self._labels = torch.repeat_interleave(torch.tensor(counts or [len(loose)]))
+        self._labels = torch.repeat_interleave(torch.tensor(counts or [len(self._files)]))
         self._size, self._mirror = image_size, mirror
         self.shape = (3, image_size, image_size)
         self.num_classes = len(classes) if num_classes is None else num_classes
@@ -110,12 +124,13 @@ class ImageFolder:
 
     def _decode(self, file: Path) -> Pixels:
         pillow = _pillow()
-        content = file.read_bytes()
         try:
-            with pillow.open(io.BytesIO(content)) as image:
-                return np.asarray(resize_and_crop(image.convert("RGB"), self._size))
+            with pillow.open(io.BytesIO(file.read_bytes())) as image:
+                return np.asarray(resize_and_crop(to_rgb(image), self._size))
         except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-            raise ValueError(f"{file} cannot be read as an image: {error}") from error
+            unknown = isinstance(error, pillow.UnidentifiedImageError)
+            reason = "it is empty, damaged or of another format" if unknown else error
+            raise ValueError(f"{file} cannot be read as an image: {reason}") from error
 
 
 def _images_below(folder: Path) -> list[Path]:
@@ -124,7 +139,8 @@ def _images_below(folder: Path) -> list[Path]:
 
 def _resize_all(images: Pixels, size: int) -> Pixels:
     pillow = _pillow()
-    resized = [np.asarray(resize_and_crop(pillow.fromarray(image.squeeze()), size)) for image in images]
+    plain = images[..., 0] if images.shape[3] == 1 else images
+    resized = [np.asarray(resize_and_crop(pillow.fromarray(image), size)) for image in plain]
     return np.stack(resized).reshape(len(images), size, size, images.shape[3])
 
 

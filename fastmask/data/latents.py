@@ -21,7 +21,7 @@ class Moments:
     """An `.npz` of moments, float16 or float32, shape (N, 8, h, w), means before log-variances, as a `DataSet`."""
 
     def __init__(self, path: Path, arrays: Arrays, image_size: int, mirror: bool) -> None:
-        moments, side = arrays["moments"], image_size // _DOWNSAMPLING
+        moments, side = arrays["moments"], _side(image_size)
         if moments.dtype not in (np.float16, np.float32) or moments.shape[1:] != (2 * _CHANNELS, side, side):
             raise ValueError(
                 f"{path}: `moments` must be float16 or float32 of shape (N, 8, {side}, {side}) for image_size "
@@ -53,7 +53,7 @@ class Synthetic:
     """Random latents of unit variance and random labels, functions of the sample's id alone, as a `DataSet`."""
 
     def __init__(self, image_size: int, num_classes: int) -> None:
-        side = image_size // _DOWNSAMPLING
+        side = _side(image_size)
         self.shape = (_CHANNELS, side, side)
         self.num_classes = num_classes
         self.class_names = [str(label) for label in range(num_classes)]
@@ -71,3 +71,9 @@ class Synthetic:
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return the latents as they are."""
         return stored
+
+
+def _side(image_size: int) -> int:
+    if image_size % _DOWNSAMPLING:
+        raise ValueError(f"image_size must be a multiple of {_DOWNSAMPLING} for latents, not {image_size}")
+    return image_size // _DOWNSAMPLING

@@ -1,0 +1,24 @@
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this once, when it is imported: without a device its kernels can only be interpreted.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# One count everywhere: how many threads share a sum decides its rounding.
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

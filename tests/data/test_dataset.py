@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmask.data import open_data
+from fastmask.data.digits import Digits
+from fastmask.data.images import ImageArray, ImageFolder
+from fastmask.data.latents import Moments, Synthetic
+
+
+def opened(data, image_size=16, num_classes=None, mirror=False):
+    return open_data(str(data), image_size=image_size, num_classes=num_classes, mirror=mirror)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """One data set of each kind, by its type."""
+    pixels = np.zeros((4, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(4))
+    np.savez(tmp_path / "moments.npz", moments=np.zeros((4, 8, 2, 2), np.float16), labels=np.arange(4))
+    for label in "ab":
+        (tmp_path / "folder" / label).mkdir(parents=True)
+        Image.fromarray(pixels[0]).save(tmp_path / "folder" / label / "0.png")
+    return {
+        Digits: "digits",
+        Synthetic: "synthetic",
+        ImageFolder: tmp_path / "folder",
+        ImageArray: tmp_path / "images.npz",
+        Moments: tmp_path / "moments.npz",
+    }
+
+
+@pytest.mark.parametrize("kind", [Digits, Synthetic, ImageFolder, ImageArray, Moments])
+def test_each_kind_by_its_name(sources, kind):
+    data = opened(sources[kind], image_size=8 if kind is Digits else 16)
+    assert isinstance(data, kind)
+    ids = np.array([0, 1])
+    stored, labels = data.read(ids)
+    images = data.to_images(stored, 0, torch.from_numpy(ids))
+    assert images.shape == (2, *data.shape)
+    assert images.dtype == torch.float32
+    assert labels.dtype == torch.int64
+    assert len(data.class_names) == data.num_classes
+
+
+@pytest.mark.parametrize("kind", [Digits, Synthetic, ImageFolder, ImageArray, Moments])
+def test_no_classes_leave_the_labels_out(sources, kind):
+    data = opened(sources[kind], image_size=8 if kind is Digits else 16, num_classes=0)
+    assert (data.num_classes, data.class_names) == (0, [])
+    assert data.read(np.arange(2))[1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", [ImageFolder, ImageArray, Moments])
+def test_more_classes_than_labels(sources, kind):
+    data = opened(sources[kind], num_classes=9)
+    assert data.num_classes == len(data.class_names) == 9
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere does not exist: .* shape \(N, 8, 32, 32\)"):
+        opened(tmp_path / "nowhere", image_size=256)
+
+
+@pytest.mark.parametrize("name", ["data.tar", "data.npy", "data"])
+def test_another_kind_of_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"something")
+    with pytest.raises(ValueError, match=rf"{name} is neither a folder nor an \.npz file"):
+        opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("image_size", [0, -8])
+@pytest.mark.parametrize("kind", [Synthetic, ImageFolder, ImageArray, Moments])
+def test_no_image_size(sources, kind, image_size):
+    with pytest.raises(ValueError, match=f"image_size must be at least 1, not {image_size}"):
+        opened(sources[kind], image_size=image_size)
+
+
+@pytest.mark.parametrize("kind", [Digits, Synthetic, ImageFolder, ImageArray, Moments])
+def test_fewer_classes_than_none(sources, kind):
+    with pytest.raises(ValueError, match="num_classes must be at least 0, not -1"):
+        opened(sources[kind], image_size=8, num_classes=-1)

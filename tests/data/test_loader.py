@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmask.data import batches, sample_ids
+from fastmask.data.images import ImageFolder
+
+CPU = torch.device("cpu")
+
+
+class Numbers:
+    """A data set whose samples are their own ids."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def read(self, ids):
+        return torch.from_numpy(ids), torch.from_numpy(ids) % 3
+
+
+def ids_of(size=10, batch_size=4, seed=0, start=0, stop=20, num_workers=0):
+    parts = batches(
+        Numbers(size), batch_size=batch_size, seed=seed, start=start, stop=stop, num_workers=num_workers, device=CPU
+    )
+    return [ids.tolist() for ids, _ in parts]
+
+
+def flat(parts):
+    return [i for part in parts for i in part]
+
+
+def test_each_epoch_is_a_permutation():
+    ids = sample_ids(0, 0, 70, 7).reshape(10, 7)
+    assert (np.sort(ids, axis=1) == np.arange(7)).all()
+    assert len({tuple(epoch) for epoch in ids.tolist()}) > 5
+
+
+def test_order_is_a_function_of_the_seed():
+    assert np.array_equal(sample_ids(3, 0, 50, 20), sample_ids(3, 0, 50, 20))
+    assert not np.array_equal(sample_ids(3, 0, 20, 20), sample_ids(4, 0, 20, 20))
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002  (the global state must not matter)
+    assert sample_ids(0, 0, 6, 6).tolist() == np.random.default_rng([0, 0]).permutation(6).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 64])
+def test_any_part_can_be_read_alone(size):
+    whole = sample_ids(1, 0, 100, size)
+    for offset in (0, 1, 6, 7, 50, 99):
+        for count in {0, 1, (100 - offset) // 2, 100 - offset}:
+            assert np.array_equal(sample_ids(1, offset, count, size), whole[offset : offset + count])
+
+
+def test_a_far_epoch_is_read_at_once():
+    assert sorted(sample_ids(0, 10**12 * 5, 5, 5)) == list(range(5))
+
+
+def test_batches_across_epochs():
+    parts = ids_of(stop=22)
+    assert [len(part) for part in parts] == [4, 4, 4, 4, 4, 2]
+    assert flat(parts) == sample_ids(0, 0, 22, 10).tolist()
+
+
+@pytest.mark.parametrize("start", [1, 4, 9, 10, 17])
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_any_start_and_batch_size_give_the_same_samples(start, batch_size):
+    assert flat(ids_of(start=start, batch_size=batch_size)) == flat(ids_of())[start:]
+
+
+def test_nothing_left_to_read():
+    assert ids_of(start=20) == []
+
+
+def test_workers_give_the_same_batches():
+    assert ids_of(start=3, num_workers=2) == ids_of(start=3)
+
+
+def test_labels_come_along():
+    for ids, labels in batches(Numbers(10), batch_size=4, seed=0, start=0, stop=9, num_workers=0, device=CPU):
+        assert torch.equal(labels, ids % 3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_an_unreadable_image_is_one_line(tmp_path, num_workers, damage):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for i in range(6):
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    data = ImageFolder(tmp_path, 16, None, False)
+    if damage == "gone":
+        (tmp_path / "3.png").unlink()
+    else:
+        (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"3\.png cannot be read as an image: ") as error:
+        list(batches(data, batch_size=2, seed=0, start=0, stop=6, num_workers=num_workers, device=CPU))
+    assert str(error.value).startswith(str(tmp_path))
+    assert "\n" not in str(error.value)

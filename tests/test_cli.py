@@ -1,0 +1,163 @@
+"""What the commands share."""
+
+import dataclasses
+import io
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+import torch
+import tyro
+
+from fastmask.cli import fail, parse, pick_device, run_command, whole_file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    source: tyro.conf.Positional[str]
+    steps: int = 3
+    """How many."""
+    rate: float = 0.5
+    kind: Literal["a", "b"] = "a"
+    labels: tuple[int, ...] = ()
+
+
+def parsed(*argv, default=None):
+    return parse(Flags, argv, prog="prog", description="Does it.", default=default)
+
+
+def test_values_and_defaults():
+    assert parsed("x") == Flags(source="x")
+    flags = parsed("x", "--steps", "7", "--rate=1e-3", "--kind", "b", "--labels", "2", "0")
+    assert flags == Flags(source="x", steps=7, rate=1e-3, kind="b", labels=(2, 0))
+    assert parsed(default=Flags(source="y", steps=9)) == Flags(source="y", steps=9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["x", "--stepz", "3"], "--stepz, 3: did you mean --steps?"),
+        (["x", "--step", "3"], "--step, 3: did you mean --steps?"),
+        (["x", "y"], "Unrecognized options: y"),
+        (["x", "--steps", "2.5"], "--steps: invalid literal for int() with base 10: '2.5'"),
+        (["x", "--steps"], "--steps"),
+        (["x", "--rate", "fast"], "--rate: could not convert string to float: 'fast'"),
+        (["x", "--kind", "c"], "invalid choice 'c'"),
+        (["x", "--labels", "1", "b"], "['1', 'b']"),
+        ([], "STR"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_mistakes_are_one_line(argv, message, encoding, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))  # decides how tyro draws its boxes
+    with pytest.raises(ValueError, match=r"\w") as error:
+        parsed(*argv)
+    assert message in str(error.value)
+    assert str(error.value).isascii()
+    assert "\n" not in str(error.value)
+    assert "---" not in str(error.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_help_describes_the_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed("--help")
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for part in ("Does it.", "--steps INT", "How many."):
+        assert part in out
+
+
+def raising(error):
+    def command(argv):
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("first\n  second"), "name: error: first second\n"),
+        (FileNotFoundError(2, "No such file", "a.png"), "name: error: [Errno 2] No such file: 'a.png'\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+            "name: error: out of GPU memory: give a smaller --micro-batch-size or --batch-size (CUDA out of memory)\n",
+        ),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_code_2(error, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_command("name", raising(error))
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", line)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(KeyError):
+        run_command("name", raising(KeyError("a bug")))
+
+
+def test_an_interrupt_is_quiet(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_command("name", raising(KeyboardInterrupt()))
+    assert stop.value.code == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_arguments_are_the_process_s(monkeypatch):
+    got = []
+    monkeypatch.setattr(sys, "argv", ["prog", "a", "--b"])
+    run_command("name", got.extend)
+    assert got == ["a", "--b"]
+
+
+def test_fail():
+    command = [sys.executable, "-c", "from fastmask.cli import fail; fail('prog', 'no')"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "prog: error: no\n")
+    with pytest.raises(SystemExit):
+        fail("prog", "no")
+
+
+def test_devices():
+    auto = pick_device("auto")
+    assert auto.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["tpu", "meta", "", "cuda:x"])
+def test_what_is_no_device(name):
+    with pytest.raises(ValueError, match=f"--device must be auto, cpu, cuda or cuda:N, not '{name}'"):
+        pick_device(name)
+
+
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(ValueError, match=r"--device cuda:99: this machine has \d+ usable GPUs"):
+        pick_device("cuda:99")
+
+
+def test_a_whole_file(tmp_path):
+    path = tmp_path / "deep" / "er" / "out.txt"
+    with whole_file(path) as partial:
+        partial.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), whole_file(path) as partial:
+        partial.write_text("ne\udcff", "ascii")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_never_began(tmp_path):
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "out.txt"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,87 @@
+"""What a configuration refuses, and what it computes."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fastmask.config import TrainConfig, check_config, check_resumable
+
+GOOD = TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask_ratio": 1.0}, "mask_ratio must be at least 0 and below 1, not 1.0"),
+        ({"mask_ratio": -0.1}, "mask_ratio must be at least 0"),
+        ({"mask_ratio": float("nan")}, "mask_ratio must be at least 0"),
+        ({"mask_ratio_end": 1.5}, "mask_ratio_end must be at least 0"),
+        ({"mask_schedule": "cosine"}, "unknown mask_schedule 'cosine': did you mean cosine"),
+        ({"patch_size": 3}, "an image side of 8 does not divide into patches of 3"),
+        ({"width": 98}, "width must be a multiple of 4"),
+        ({"num_heads": 5}, "width 96 does not divide into num_heads 5"),
+        ({"decoder_num_heads": 7}, "decoder_width 64 does not divide into decoder_num_heads 7"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"decoder_depth": 0}, "a network without a decoder .* trains unmasked"),
+        ({"max_steps": 0}, "max_steps must be at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"micro_batch_size": 5}, "batch_size 128 does not divide into parts of micro_batch_size 5"),
+        ({"unmask_steps": 2000}, "unmask_steps 2000 is more than max_steps 1000"),
+        ({"lr": -1.0}, "lr must be at least 0"),
+        ({"lr": float("inf")}, "lr must be at least 0"),
+        ({"lr": float("nan")}, "lr must be at least 0"),
+        ({"sigma_data": 0.0}, "sigma_data must be above 0"),
+        ({"label_drop": 1.1}, "label_drop must be in"),
+        ({"ema_decay": -0.1}, "ema_decay must be in"),
+        ({"betas": (0.9, 1.0)}, "betas must be in"),
+        ({"sample_steps": 1}, "sample_steps must be at least 2"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_values_are_named(change, message):
+    check_config(GOOD, 8)
+    with pytest.raises(ValueError, match=message):
+        check_config(dataclasses.replace(GOOD, **change), 8)
+
+
+def test_ratio_falls_over_the_masked_steps_alone():
+    config = dataclasses.replace(GOOD, max_steps=100, unmask_steps=20, mask_schedule="linear", mask_ratio_end=0.1)
+    assert config.ratio_at(0) == 0.5
+    assert config.ratio_at(40) == pytest.approx(0.3)
+    assert 0.1 < config.ratio_at(79) < 0.11
+    assert [config.ratio_at(step) for step in (80, 99)] == [0.0, 0.0]
+
+
+def test_unmasked_from_the_first_step():
+    config = dataclasses.replace(GOOD, max_steps=10, unmask_steps=10)
+    check_config(config, 8)
+    assert config.ratio_at(0) == 0.0
+
+
+def test_micro_batch_is_never_larger_than_the_batch():
+    assert dataclasses.replace(GOOD, batch_size=8, micro_batch_size=128).micro_batch == 8
+    assert dataclasses.replace(GOOD, batch_size=8).micro_batch == 8
+    assert dataclasses.replace(GOOD, batch_size=8, micro_batch_size=2).micro_batch == 2
+
+
+class TestResuming:
+    stored = json.loads(json.dumps(dataclasses.asdict(GOOD)))
+
+    def test_same_configuration_and_free_fields(self):
+        check_resumable(self.stored, GOOD, "runs/x")
+        check_resumable(self.stored, dataclasses.replace(GOOD, report_every=7, num_workers=2, sample_every=5), "runs/x")
+
+    def test_what_changed_is_said(self):
+        changed = dataclasses.replace(GOOD, lr=0.5, width=128)
+        with pytest.raises(ValueError, match=r"runs/x holds .* \(width 96 -> 128, lr 0.0001 -> 0.5\)"):
+            check_resumable(self.stored, changed, "runs/x")
+
+    def test_a_run_may_grow_only_where_no_step_depends_on_its_end(self):
+        check_resumable(self.stored, dataclasses.replace(GOOD, max_steps=2000), "runs/x")
+        for change in ({"mask_schedule": "linear"}, {"unmask_steps": 10}):
+            config = dataclasses.replace(GOOD, **change)
+            stored = json.loads(json.dumps(dataclasses.asdict(config)))
+            with pytest.raises(ValueError, match="max_steps 1000 -> 2000"):
+                check_resumable(stored, dataclasses.replace(config, max_steps=2000), "runs/x")

@@ -1,0 +1,136 @@
+"""Equality with the published implementation, from its recorded inputs and outputs."""
+
+import pytest
+import torch
+from util import golden, relative_error
+
+from fastmask import Mask, load_maskdit
+from fastmask.diffusion import EDMLoss, edm_sample
+
+# What the published numbers are to be matched to.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def net():
+    return load_maskdit(golden().weights, num_heads=golden().info["config"]["num_heads"])
+
+
+@pytest.fixture(scope="module")
+def mask():
+    return Mask(golden().arrays["ids_keep"], golden().arrays["ids_restore"])
+
+
+@pytest.fixture(scope="module")
+def labels():
+    labels = golden().arrays["labels"].clone()
+    labels[golden().info["dropped_label_samples"]] = golden().info["config"]["num_classes"]
+    return labels
+
+
+@pytest.fixture(scope="module")
+def noised():
+    return golden().arrays["images"] + golden().arrays["noise"]
+
+
+@pytest.fixture(scope="module")
+def sigma():
+    return golden().arrays["sigma"].flatten()
+
+
+def losses(net, labels, mask):
+    arrays = golden().arrays
+    loss = EDMLoss(mae_coef=golden().info["mae_coef"])
+    return loss(net, arrays["images"], labels, mask=mask, sigma=arrays["sigma"], noise=arrays["noise"])
+
+
+def test_the_error_measure_sees_what_is_wrong():
+    exact = torch.arange(1.0, 61.0).reshape(6, 10)
+    last_bit = torch.nextafter(exact, torch.full_like(exact, torch.inf))
+    unwritten = exact.clone()
+    unwritten[-1] = 0
+    poisoned = exact.clone()
+    poisoned[2, 3] = torch.nan
+    assert relative_error(exact, exact) == 0
+    assert 0 < relative_error(last_bit, exact) < 2e-7
+    assert relative_error(exact.roll(1, 0), exact) > 0.1
+    assert relative_error(exact * 1.001, exact) == pytest.approx(1e-3, rel=1e-3)
+    assert relative_error(unwritten, exact) > 0.1
+    assert not relative_error(poisoned, exact) < 1e9
+    with pytest.raises(ValueError, match="differ"):
+        relative_error(exact[:1], exact)
+
+
+def test_mask_is_the_published_one(mask):
+    assert torch.equal(mask.dropped, golden().arrays["mask"].bool())
+
+
+def test_masked_forward(net, noised, sigma, labels, mask):
+    assert relative_error(net(noised, sigma, labels, mask), golden().arrays["masked_denoised"]) < TOLERANCE
+
+
+def test_full_forward(net, noised, sigma, labels):
+    assert relative_error(net(noised, sigma, labels), golden().arrays["full_denoised"]) < TOLERANCE
+
+
+def test_eval_forward(net, noised, sigma):
+    denoised = net(noised, sigma, golden().arrays["labels"])
+    assert relative_error(denoised, golden().arrays["eval_denoised"]) < TOLERANCE
+
+
+def test_masked_losses(net, labels, mask):
+    parts = losses(net, labels, mask)
+    for name in ("total", "denoising", "reconstruction"):
+        assert relative_error(getattr(parts, name), golden().arrays[f"{name}_loss"]) < TOLERANCE, name
+
+
+def test_full_loss(net, labels):
+    parts = losses(net, labels, None)
+    assert relative_error(parts.total, golden().arrays["full_loss"]) < TOLERANCE
+    assert torch.equal(parts.total, parts.denoising)
+
+
+def test_every_gradient_norm(net, labels, mask):
+    parameters = dict(net.named_parameters())
+    total = losses(net, labels, mask).total.mean()
+    gradients = dict(zip(parameters, torch.autograd.grad(total, parameters.values()), strict=True))
+    expected = golden().info["grad_norms"]
+    assert gradients.keys() == expected.keys()
+    for name, norm in expected.items():
+        assert gradients[name].norm().item() == pytest.approx(norm, rel=TOLERANCE), name
+
+
+@pytest.mark.parametrize(("cfg_scale", "name"), [(None, "sampled"), (1.5, "sampled_cfg")])
+def test_samples(net, cfg_scale, name):
+    arrays, sampler = golden().arrays, golden().info["sampler"]
+    samples = edm_sample(
+        net,
+        arrays["latents"],
+        arrays["labels"],
+        sampler["num_steps"],
+        cfg_scale,
+        sigma_min=sampler["sigma_min"],
+        sigma_max=sampler["sigma_max"],
+        rho=sampler["rho"],
+    )
+    assert cfg_scale in (None, sampler["cfg_scale"])
+    assert relative_error(samples, arrays[name]) < TOLERANCE
+
+
+def test_order_of_the_kept_tokens_changes_rounding_only(net, noised, sigma, labels, mask):
+    batch, keep = mask.ids_keep.shape
+    order = torch.stack([torch.randperm(keep) for _ in range(batch)])
+    rank = order.argsort(1)  # rank[old row] = new row
+    kept = mask.ids_restore < keep
+    shuffled = Mask(
+        mask.ids_keep.gather(1, order),
+        torch.where(kept, rank.gather(1, mask.ids_restore.clamp(max=keep - 1)), mask.ids_restore),
+    )
+    assert not torch.equal(shuffled.ids_keep, mask.ids_keep)
+    assert torch.equal(shuffled.dropped, mask.dropped)
+    # The attention's sums run in another order: a few units of fp32 rounding, grown by eleven blocks.
+    assert relative_error(net(noised, sigma, labels, shuffled), net(noised, sigma, labels, mask)) < 2e-6
+    for name, new, old in zip(
+        ("total", "denoising", "reconstruction"), losses(net, labels, shuffled), losses(net, labels, mask), strict=True
+    ):
+        assert relative_error(new, old) < 2e-6, name

@@ -1,0 +1,221 @@
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from util import small_net
+
+from fastmask.config import TrainConfig
+from fastmask.diffusion import LossParts
+from fastmask.report import Report, Tally, print_plan, read_stats, save_grid, say, versions
+
+FIGURES = {"loss": 0.5, "denoising": 0.4, "reconstruction": 1.0, "lr": 1e-3, "mask_ratio": 0.5}
+
+
+def write_steps(run_dir, *steps, first=0):
+    with Report(run_dir, first, 100) as report:
+        for step in steps:
+            report.write(step, FIGURES, images=64, since=time.perf_counter() - 0.5)
+
+
+def lines(run_dir):
+    return (run_dir / "stats.jsonl").read_text().splitlines()
+
+
+def test_a_line_per_report(tmp_path, capsys):
+    write_steps(tmp_path, 10, 20)
+    first, second = map(json.loads, lines(tmp_path))
+    assert (first["step"], second["step"]) == (10, 20)
+    assert {name: first[name] for name in FIGURES} == FIGURES
+    assert first["images_per_s"] == pytest.approx(128, rel=0.1)
+    assert first["train_s"] == pytest.approx(0.5, abs=0.1)
+    assert second["train_s"] == pytest.approx(1.0, abs=0.2)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split()[:3] == ["step", "10/100", "masked"]
+    assert shown[1].endswith("4 s left")
+
+
+def test_resuming_drops_later_steps(tmp_path):
+    write_steps(tmp_path, 10, 20, 30)
+    before = lines(tmp_path)
+    write_steps(tmp_path, 25, first=20)
+    after = lines(tmp_path)
+    assert after[:2] == before[:2]
+    assert [json.loads(line)["step"] for line in after] == [10, 20, 25]
+    assert json.loads(after[2])["train_s"] == pytest.approx(1.5, abs=0.3)
+
+
+def test_resuming_drops_a_half_written_line(tmp_path):
+    write_steps(tmp_path, 10, 20)
+    before = lines(tmp_path)
+    for cut in (1, 5, len(before[1]) - 1, len(before[1])):
+        (tmp_path / "stats.jsonl").write_text(before[0] + "\n" + before[1][:cut])
+        with Report(tmp_path, 50, 100):
+            assert lines(tmp_path) == before[:1]
+
+
+def test_a_fresh_run_drops_all(tmp_path):
+    write_steps(tmp_path, 10)
+    with Report(tmp_path, 0, 100):
+        assert lines(tmp_path) == []
+
+
+def test_tensorboard_drops_later_steps_too(tmp_path):
+    write_steps(tmp_path, 10, 20, 30)
+    write_steps(tmp_path, 25, first=20)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [10, 20, 25]
+    assert events.Scalars("mask_ratio")[0].value == 0.5
+
+
+def test_without_tensorboard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    write_steps(tmp_path, 10)
+    assert "pip install 'fastmask[demo]'" in capsys.readouterr().out
+    assert not (tmp_path / "tensorboard").exists()
+    assert len(lines(tmp_path)) == 1
+
+
+def test_a_picture_is_drawn_and_shown(tmp_path):
+    with Report(tmp_path, 0, 100) as report:
+        report.picture(7, tmp_path / "samples" / "a.png", torch.zeros(2, 1, 32, 32), 2)
+    assert (tmp_path / "samples" / "a.png").exists()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(image.step, image.width, image.height) for image in events.Images("samples")] == [(7, 64, 32)]
+
+
+def test_reading_figures(tmp_path):
+    assert read_stats(tmp_path, 100) == []
+    write_steps(tmp_path, 10, 20, 30)
+    assert [line["step"] for line in read_stats(tmp_path, 20)] == [10, 20]
+
+
+@pytest.mark.parametrize("content", [b"{\n", b"\0\0\0\n", b"\xff\n", b"3\n", b"{}\n", b'{"step": null}\n'])
+def test_damaged_figures_are_one_line(tmp_path, content):
+    (tmp_path / "stats.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"stats\.jsonl is damaged .*: delete it") as error:
+        read_stats(tmp_path, 100)
+    assert "\n" not in str(error.value)
+
+
+def test_lines_are_said_as_they_are(capsys):
+    line = "runs/[bold]3.5[/] " + "wide " * 60 + "."
+    say(line)
+    assert capsys.readouterr().out == line + "\n"
+
+
+def tally_of(*batches):
+    tally = Tally(torch.device("cpu"))
+    for step, total in enumerate(batches, 1):
+        total = torch.tensor(total)
+        tally.add(step, LossParts(total, total / 2, total / 4), torch.arange(1.0, len(total) + 1))
+    return tally
+
+
+def test_means_are_per_image(tmp_path):
+    tally = tally_of([1.0, 2.0, 3.0], [10.0])
+    assert tally.take(tmp_path) == {"loss": 4.0, "denoising": 2.0, "reconstruction": 1.0}
+    tally.add(3, LossParts(*torch.tensor([[6.0], [5.0], [4.0]])), torch.ones(1))
+    assert tally.take(tmp_path) == {"loss": 6.0, "denoising": 5.0, "reconstruction": 4.0}
+
+
+def test_low_precision_losses_are_summed_in_fp32(tmp_path):
+    tally = Tally(torch.device("cpu"))
+    parts = LossParts(*(torch.full((1000,), 300.0, dtype=torch.float16) for _ in range(3)))
+    tally.add(1, parts, torch.ones(1000))
+    assert tally.take(tmp_path)["loss"] == 300
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_the_first_step_that_is_not_finite_is_named(tmp_path, bad):
+    tally = tally_of([1.0, 2.0], [1.0, bad, 3.0], [1.0], [bad] * 9)
+    message = r"loss of step 2 is not finite \(its sigma: 1 to 3\); last good checkpoint: none; a lower --lr"
+    for _ in range(2):  # it is not forgotten
+        with pytest.raises(ValueError, match=message):
+            tally.take(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"last good checkpoint: .*step-00000001; "):
+        tally.check_finite(tmp_path)
+
+
+def test_finite_losses_pass(tmp_path):
+    tally_of([1e30], [0.0]).check_finite(tmp_path)
+
+
+def drawn(tmp_path, images, columns):
+    array = save_grid(tmp_path / "grid.png", images, columns)
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), array)
+    return array
+
+
+def test_grid_of_gray(tmp_path):
+    images = torch.tensor([-1.0, -0.6, 0.0, 0.6, 1.0, 9.0, -9.0])[:, None, None, None].expand(-1, 1, 32, 40)
+    array = drawn(tmp_path, images, 3)
+    assert array.shape == (3 * 32, 3 * 40, 3)
+    corners = array[::32, ::40]
+    assert corners[..., 0].tolist() == [[0, 51, 128], [204, 255, 255], [0, 0, 0]]
+    assert (array == array[..., :1]).all()
+    assert (array.reshape(3, 32, 3, 40, 3) == corners[:, None, :, None]).all()
+
+
+def test_grid_of_colours(tmp_path):
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    array = drawn(tmp_path, images, 2)
+    expected = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(array[:32, 32:], expected[1])
+    assert np.array_equal(array[32:, :32], expected[2])
+
+
+def test_grid_of_latents(tmp_path):
+    images = torch.randn(2, 4, 32, 32)
+    array = drawn(tmp_path, images, 2)
+    expected = ((images[1, :3] / 3 + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(array[:, 32:], expected)
+
+
+@pytest.mark.parametrize(("side", "zoom"), [(8, 4), (16, 2), (20, 1), (64, 1), (1, 32)])
+def test_small_images_are_enlarged(tmp_path, side, zoom):
+    images = torch.rand(3, 3, side, side) * 2 - 1
+    array = drawn(tmp_path, images, 2)
+    assert array.shape == (2 * side * zoom, 2 * side * zoom, 3)
+    first = ((images[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(array[: side * zoom : zoom, zoom - 1 : side * zoom : zoom], first)
+
+
+def test_channels_that_cannot_be_drawn(tmp_path):
+    with pytest.raises(ValueError, match=r"images of 2 channels cannot be drawn: store samples as an \.npz"):
+        save_grid(tmp_path / "grid.png", torch.zeros(1, 2, 8, 8), 1)
+
+
+def test_without_pillow(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"drawing samples needs pillow: pip install 'fastmask\[demo\]'"):
+        save_grid(tmp_path / "grid.png", torch.zeros(1, 1, 8, 8), 1)
+
+
+def test_versions(monkeypatch):
+    found = versions()
+    assert found["torch"] == torch.__version__
+    assert len(found.get("commit", "0" * 40)) in (40, len("unknown"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "commit" not in versions()
+
+
+def test_the_plan_counts(capsys):
+    config = TrainConfig(preset="digits", max_steps=10, unmask_steps=5, batch_size=64, mask_ratio=0.5)
+    model = small_net().model
+    print_plan(config, model)
+    out = capsys.readouterr().out
+    assert "3 x 8 x 8, 16 patches" in out
+    assert "forward per image, 8 of 16 patches kept" in out
+    assert "10 steps x 64 = 640" in out
+    for name in TrainConfig.__dataclass_fields__:
+        assert f"{name} = " in out

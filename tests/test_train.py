@@ -1,0 +1,271 @@
+"""The trainer as its users run it: learning, stopping and going on, and the line that each mistake gets."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastmask.checkpoint import checkpoints
+from fastmask.train import main
+
+SMALL = ["--width", "16", "--depth", "1", "--num-heads", "2", "--decoder-width", "16", "--decoder-depth", "1"]
+SMALL += [
+    "--decoder-num-heads",
+    "2",
+    "--batch-size",
+    "16",
+    "--sample-every",
+    "0",
+    "--device",
+    "cpu",
+    "--warmup-steps",
+    "0",
+]
+
+
+def run(run_dir: Path, *flags: str, steps: int = 6, unmask: int = 2) -> None:
+    stage = ["--max-steps", str(steps), "--unmask-steps", str(unmask)]
+    main(["--run-dir", str(run_dir), *SMALL, *stage, *flags])
+
+
+def weights(run_dir: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(run_dir)[-1] / f"{name}.safetensors")
+
+
+def stats(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+
+
+def learned(line: dict[str, float]) -> dict[str, float]:
+    """Return what a run's figures say of learning, without how fast it was."""
+    return {name: value for name, value in line.items() if name not in ("images_per_s", "train_s")}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for name in ("model", "ema", "optimizer"):
+        ours, theirs = weights(a, name), weights(b, name)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), f"{name}: {key}"
+    assert [learned(line) for line in stats(a)] == [learned(line) for line in stats(b)]
+
+
+def test_learning(tmp_path):
+    """A small network must bring the loss well below 1, where looking at each noised patch alone leaves it."""
+    flags = ["--lr", "5e-3", "--report-every", "20", "--width", "48", "--depth", "2", "--batch-size", "64"]
+    run(tmp_path, *flags, steps=240, unmask=40)
+    losses = [line["denoising"] for line in stats(tmp_path)]
+    assert losses[0] > 1.0
+    assert losses[9] < 0.88  # the last masked report
+    assert losses[-1] < 0.82  # unmasked, with all patches to see
+
+
+def test_the_run_folder(tmp_path):
+    run(tmp_path, "--sample-every", "3", "--sample-steps", "2", "--checkpoint-every", "2", "--report-every", "2")
+    assert [line["step"] for line in stats(tmp_path)] == [2, 4, 6]
+    assert [line["mask_ratio"] for line in stats(tmp_path)] == [0.5, 0.5, 0.0]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000004", "step-00000006"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    said = json.loads((tmp_path / "run.json").read_text())
+    assert said["config"]["width"] == 16
+    assert said["versions"]["torch"] == torch.__version__
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert not list(tmp_path.rglob(".partial*"))
+
+
+@pytest.mark.parametrize("step", [3, 7], ids=["masked", "unmasked"])
+def test_going_on_from_any_checkpoint_equals_the_run_through(tmp_path, step):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    flags = ["--checkpoint-every", "1", "--report-every", "1", "--keep-checkpoints", "9"]
+    flags += ["--grad-clip", "1", "--micro-batch-size", "8"]
+    run(whole, *flags, steps=8, unmask=3)
+    shutil.copytree(whole, part)
+    for later in checkpoints(part)[step:]:
+        shutil.rmtree(later)
+    run(part, *flags, steps=8, unmask=3)
+    assert_same_run(whole, part)
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = ["--checkpoint-every", "5", "--report-every", "5"]
+    run(whole, *flags, steps=300)
+    command = [sys.executable, "-m", "fastmask.train", "--run-dir", str(killed), *SMALL, *flags]
+    command += ["--max-steps", "300", "--unmask-steps", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    while len(checkpoints(killed)) < 2:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert int(checkpoints(killed)[-1].name.removeprefix("step-")) < 300
+    run(killed, *flags, steps=300)
+    assert_same_run(whole, killed)
+
+
+def test_a_stop_signal_leaves_a_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "fastmask.train", "--run-dir", str(tmp_path), *SMALL, "--max-steps", "100000"]
+    process = subprocess.Popen([*command, "--report-every", "1"], stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "stats.jsonl").exists() or not stats(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = int(checkpoints(tmp_path)[-1].name.removeprefix("step-"))
+    assert f"stopped after step {step}: the same command goes on from there" in out
+    assert stats(tmp_path)[-1]["step"] == step
+
+
+def test_accumulated_gradients_equal_the_whole_batch(tmp_path):
+    run(tmp_path / "whole", steps=3)
+    run(tmp_path / "parts", "--micro-batch-size", "4", steps=3)
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "parts")[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_precisions_train_alike(tmp_path, precision):
+    run(tmp_path / "fp32", "--report-every", "20", steps=20)
+    run(tmp_path / "low", "--report-every", "20", "--precision", precision, steps=20)
+    full, low = (stats(tmp_path / name)[-1]["loss"] for name in ("fp32", "low"))
+    assert low == pytest.approx(full, rel=0.03)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "low").values())
+
+
+def test_another_seed_is_another_run(tmp_path):
+    run(tmp_path / "a", steps=1, unmask=0)
+    run(tmp_path / "b", "--seed", "1", steps=1, unmask=0)
+    assert stats(tmp_path / "a")[0]["loss"] != stats(tmp_path / "b")[0]["loss"]
+
+
+def test_unmasked_stage_starts_from_a_masked_run(tmp_path):
+    run(tmp_path / "masked", "--lr", "1e-2", unmask=0)
+    still = ["--mask-ratio", "0", "--lr", "0", "--ema-decay", "1"]
+    run(tmp_path / "unmasked", "--init", str(tmp_path / "masked"), *still, steps=1, unmask=0)
+    for name in ("model", "ema"):
+        before, after = weights(tmp_path / "masked", name), weights(tmp_path / "unmasked", name)
+        for key, tensor in before.items():
+            assert torch.equal(after[key], tensor), f"{name}: {key}"
+    differ = [
+        not torch.equal(a, b) for a, b in zip(before.values(), weights(tmp_path / "masked").values(), strict=True)
+    ]
+    assert any(differ), "the average must not be the weights themselves for this test to tell them apart"
+
+
+def test_own_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=images, labels=np.arange(20) % 3)
+    run(tmp_path / "run", "--data", str(tmp_path / "own.npz"), "--image-size", "16", "--mirror", steps=2, unmask=0)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["num_classes"] == 3
+    assert weights(tmp_path / "run")["model.x_embedder.proj.weight"].shape == (16, 3, 2, 2)
+
+
+def test_synthetic_latents_and_no_classes(tmp_path):
+    flags = ["--data", "synthetic", "--image-size", "64", "--num-classes", "0", "--micro-batch-size", "4"]
+    run(tmp_path, *flags, "--sample-every", "2", "--sample-steps", "2", steps=2, unmask=1)
+    assert "model.y_embedder.embedding_table.weight" not in weights(tmp_path)
+
+
+def test_non_finite_loss_stops_the_run(tmp_path):
+    flags = ["--lr", "1e30", "--checkpoint-every", "1", "--report-every", "50"]
+    with pytest.raises(
+        ValueError, match=r"loss of step \d+ is not finite \(its sigma: .* to .*\); last good checkpoint"
+    ):
+        run(tmp_path, *flags, steps=40, unmask=0)
+    for tensor in weights(tmp_path).values():
+        assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "xl2-in25"], "unknown preset 'xl2-in25': did you mean xl2-in256"),
+        (["--max-stepz", "3"], "--max-stepz, 3: did you mean --max-steps"),
+        (["--max-steps", "x"], "invalid literal for int"),
+        (["--precision", "fp8"], "invalid choice 'fp8'"),
+        (["--mask-ratio", "1"], "mask_ratio must be at least 0 and below 1"),
+        (["--patch-size", "3"], "an image side of 8 does not divide into patches of 3"),
+        (["--data", "no/such/folder"], "no/such/folder does not exist"),
+        (["--preset", "xl2-in256"], "data/in256.npz does not exist"),
+        (["--device", "tpu"], "--device must be auto, cpu, cuda"),
+        (["--init", "no/run"], "--init no/run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_get_one_line_and_code_2(tmp_path, flags, message):
+    command = [sys.executable, "-m", "fastmask.train", "--run-dir", str(tmp_path / "run"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("fastmask.train: error: ")
+    assert message in done.stderr
+
+
+def test_changed_configuration_is_refused(tmp_path):
+    run(tmp_path)
+    before = weights(tmp_path)
+    with pytest.raises(ValueError, match=r"another configuration \(lr 0.002 -> 0.1\)"):
+        run(tmp_path, "--lr", "0.1")
+    for name, tensor in weights(tmp_path).items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_finished_run_is_left_alone(tmp_path, capsys):
+    run(tmp_path)
+    run(tmp_path)
+    assert "all 6 steps are done" in capsys.readouterr().out
+
+
+def test_init_of_another_shape_lists_names(tmp_path):
+    run(tmp_path / "a")
+    with pytest.raises(
+        ValueError, match=r"another network: model.blocks.0.\S+ has shape \(96,\) instead of \(192,\), .* and \d+ more"
+    ):
+        run(tmp_path / "b", "--init", str(tmp_path / "a"), "--width", "32")
+
+
+def test_unwritable_run_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(tmp_path / "file" / "run")
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path, "--checkpoint-every", "2", steps=2, unmask=0)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, steps=4, unmask=0)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_dry_run_counts_without_allocating(tmp_path, capsys):
+    started = time.perf_counter()
+    main(["--preset", "xl2-in256", "--dry-run", "--device", "cpu"])
+    assert time.perf_counter() - started < 20
+    out = capsys.readouterr().out
+    assert "730.1M" in out
+    assert "65.45 GMAC" in out
+    main(["--preset", "dit-xl2-in256", "--dry-run", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "674.8M" in out
+    assert "118.62 GMAC" in out
+
+
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process"):
+        main([])

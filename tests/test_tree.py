@@ -1,0 +1,50 @@
+"""The house rules that a machine can hold."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for folder in ("fastmask", "tests", "bench") for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_every_op_has_its_test():
+    ops = {path.stem for path in (ROOT / "fastmask" / "kernels").glob("*.py")} - {"__init__"}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
+    assert ops <= tests
+
+
+def test_kernels_import_torch_and_each_other_only():
+    allowed = ("torch", "math", "typing", "collections", "fastmask.kernels")
+    for path in (ROOT / "fastmask" / "kernels").glob("*.py"):
+        assert all(name.startswith(allowed) for name in imported(path)), path
+
+
+def test_nothing_imports_upward():
+    """A module may import only from those before it."""
+    order = ["kernels", "masking", "model", "diffusion", "config", "counts", "cli", "optim", "ema", "checkpoint"]
+    order += ["data", "report", "presets", "sample", "evaluate", "train"]
+    rank = {name: i for i, name in enumerate(order)}
+    for path in (ROOT / "fastmask").rglob("*.py"):
+        part = path.relative_to(ROOT / "fastmask").parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue
+        used = {name.split(".")[1] for name in imported(path) if name.startswith("fastmask.")} - {part}
+        late = {name for name in used if rank[name] > rank[part]}
+        assert not late, f"{path.relative_to(ROOT)} imports {late}"

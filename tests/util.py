@@ -1,0 +1,87 @@
+"""What several test files share: the published implementation's numbers, an error measure and a small network."""
+
+import functools
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmask import EDMPrecond, MaskDiT
+
+GOLDEN = Path(__file__).parent / "golden"
+
+# Half the distance between neighbouring numbers, relative: the most that one rounding to bfloat16 can change a value.
+BF16_ROUNDING = 2.0**-8
+
+SMALL_SIZES = {
+    "input_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "width": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 5,
+    "decoder_width": 12,
+    "decoder_depth": 2,
+    "decoder_num_heads": 3,
+}
+
+
+class Golden(NamedTuple):
+    """Inputs and outputs of the published implementation for a small network.
+
+    Attributes:
+        arrays: the npz file's arrays, by name.
+        info: the json file.
+        weights: the network's weights under the published names, prefix `model.` included.
+    """
+
+    arrays: dict[str, Tensor]
+    info: dict
+    weights: dict[str, Tensor]
+
+
+@functools.cache
+def golden() -> Golden:
+    """Return the golden data; the weights are made from their names, but for the two position tables."""
+    with np.load(GOLDEN / "maskdit_small.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    info = json.loads((GOLDEN / "maskdit_small.json").read_text())
+    weights = {}
+    for name, shape in info["parameters"].items():
+        if name.endswith("pos_embed"):
+            weights[name] = arrays[name.removeprefix("model.")]
+            continue
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        values = rng.standard_normal(shape).astype(np.float32)
+        values *= math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.5 * 50**-0.5
+        weights[name] = torch.from_numpy(values)
+    return Golden(arrays, info, weights)
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Return |actual - exact| / |exact| in the 2-norm, computed in float64; NaN (which no bound admits) for 0 / 0."""
+    if actual.shape != exact.shape:
+        raise ValueError(f"shapes {tuple(actual.shape)} and {tuple(exact.shape)} differ")
+    actual, exact = actual.detach().double(), exact.detach().double()
+    return float((actual - exact).norm() / exact.norm())
+
+
+def small_net(*, sigma_data: float = 0.5, seed: int = 0, **sizes: int) -> EDMPrecond:
+    """Return a tiny denoiser, the same for the same arguments, in which no weight is zero.
+
+    A fresh network is zero in its gates, its bridge and its head, which would hide whatever goes wrong before them.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = EDMPrecond(MaskDiT(**{**SMALL_SIZES, **sizes}), sigma_data)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
+                parameter.normal_(std=fan_in**-0.5)
+    return net
