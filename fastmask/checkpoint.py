@@ -267,7 +267,7 @@ def _bare(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("model.")
 
 
-def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, int]:
+def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:
     try:
         width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
         length = weights["pos_embed"].shape[1]

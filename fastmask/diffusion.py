@@ -31,8 +31,10 @@ class EDMPrecond(nn.Module):
     def raw_tokens(self, x: Tensor, sigma: Tensor, labels: Tensor, mask: Mask | None = None) -> Tensor:
         """Return F's raw tokens, shape (B, L, P); arguments as in `forward`."""
         num_classes = self.model.num_classes
-        # A look at values is free on the CPU alone; elsewhere it would make every step wait for the device.
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and num_classes:
+        # A look at values is free on the CPU alone: elsewhere it would make every step wait for the device, and fake
+        # tensors (a subclass) have none.
+        real = type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        if real and num_classes:
             check_labels(labels, num_classes)
         c_in = 1 / (sigma.square() + self.sigma_data**2).sqrt()
         tokens: Tensor = self.model(x, sigma.log() / 4, labels, mask, image_scale=c_in.to(x.dtype))

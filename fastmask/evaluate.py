@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> None:
     net = load_net(config.run_dir)
     model = net.model
     if (model.in_channels, model.input_size, model.num_classes) != (1, 8, 10):
-        raise ValueError(f"{run_dir} was not trained on the digits: this command knows no other data yet")
+        raise ValueError(
+            f"{run_dir} was not trained on the digits and their labels: this command knows no other data yet"
+        )
     step = step_of(checkpoints(run_dir)[-1])
     stats = read_stats(run_dir, step)
     if not stats:

@@ -3,14 +3,24 @@
 Parameters carry the published names, so published checkpoints load as they are.
 """
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmask.kernels import Mask, add_gated_norm, attention, embed_kept_patches, modulate_norm, restore_tokens
+from fastmask.kernels import (
+    Impl,
+    Mask,
+    add_gated_linear,
+    attention,
+    embed_kept_patches,
+    gelu_linear,
+    modulated_linear,
+    restore_tokens,
+)
 
 
 def sincos_position(length: int, width: int) -> Tensor:
@@ -77,7 +87,7 @@ class LabelEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, K, D) -> (B, K, D)."""
+    """Multi-head self-attention. Its first Linear, `qkv`, is computed together with the norm before it."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -85,25 +95,24 @@ class Attention(nn.Module):
         self.qkv = _linear(width, 3 * width)
         self.proj = _linear(width, width)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Return attention among the tokens of each sample."""
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, K, H, D/H)
+    def forward(self, qkv: Tensor) -> Tensor:
+        """Return attention among the tokens of each sample, (B, K, D), from their (B, K, 3 D) projections."""
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).unbind(2)  # (B, K, H, D/H)
         out: Tensor = self.proj(attention(q, k, v).flatten(2))
         return out
 
 
 class MLP(nn.Module):
-    """Linear D -> 4 D, tanh-GELU, Linear 4 D -> D."""
+    """Linear D -> 4 D, tanh-GELU, Linear 4 D -> D. The first, `fc1`, is computed together with the norm before it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = _linear(width, 4 * width)
         self.fc2 = _linear(4 * width, width)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Return the MLP of each token."""
-        out: Tensor = self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
-        return out
+    def forward(self, hidden: Tensor, impl: Impl | None) -> Tensor:
+        """Return the rest of the MLP, (B, K, D), from the hidden values before GELU, (B, K, 4 D)."""
+        return gelu_linear(hidden, self.fc2.weight, self.fc2.bias, impl=impl)
 
 
 class Block(nn.Module):
@@ -127,33 +136,38 @@ class ModulatedLinear(nn.Module):
         self.adaLN_modulation = _modulation(condition_width, 2 * width)
 
 
-def run_blocks(x: Tensor, condition: Tensor, blocks: Iterable[Block], exit_layer: ModulatedLinear) -> Tensor:
+def run_blocks(
+    x: Tensor, condition: Tensor, blocks: Iterable[Block], exit_layer: ModulatedLinear, impl: Impl | None
+) -> Tensor:
     """Return the output of a stack of blocks and the modulated Linear that follows it.
 
-    Each residual addition is done together with the norm that follows it, whether in the same block, the next one or
-    the exit layer.
+    Each residual addition is done together with the norm and the Linear that follow it, whether in the same block, the
+    next one or the exit layer.
 
     Args:
         x: tokens, shape (B, K, D).
         condition: c, shape (B, condition width).
         blocks: the blocks, at least one.
         exit_layer: its norm ends the last block's residual.
+        impl: form of the ops.
 
     Returns:
         Shape (B, K, out width of ``exit_layer``).
     """
-    branches = []
+    gates: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = []
+    entries = []
     for block in blocks:
         shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(condition).chunk(6, dim=1)
-        branches += [(shift1, scale1, gate1, block.attn), (shift2, scale2, gate2, block.mlp)]
-    exit_shift, exit_scale = exit_layer.adaLN_modulation(condition).chunk(2, dim=1)
+        gates += [(gate1, block.attn), (gate2, functools.partial(block.mlp, impl=impl))]
+        entries += [(shift1, scale1, block.attn.qkv), (shift2, scale2, block.mlp.fc1)]
+    entries.append((*exit_layer.adaLN_modulation(condition).chunk(2, dim=1), exit_layer.linear))
 
-    h = modulate_norm(x, branches[0][0], branches[0][1])
-    next_norms = [(shift, scale) for shift, scale, _, _ in branches[1:]] + [(exit_shift, exit_scale)]
-    for (_, _, gate, branch), (shift, scale) in zip(branches, next_norms, strict=True):
-        x, h = add_gated_norm(x, branch(h), gate, shift, scale)
-    out: Tensor = exit_layer.linear(h)
-    return out
+    shift, scale, linear = entries[0]
+    entered = modulated_linear(x, shift, scale, linear.weight, linear.bias, impl=impl)
+    for (gate, branch), (shift, scale, linear) in zip(gates, entries[1:], strict=True):
+        out = branch(entered)
+        x, entered = add_gated_linear(x, out, gate, shift, scale, linear.weight, linear.bias, impl=impl)
+    return entered
 
 
 class MaskDiT(nn.Module):
@@ -172,6 +186,7 @@ class MaskDiT(nn.Module):
         decoder_width: E.
         decoder_depth: blocks of the decoder.
         decoder_num_heads: attention heads of the decoder.
+        impl: form of the ops: "fused", "reference", or None for the default of the device that `forward` runs on.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -192,8 +207,10 @@ class MaskDiT(nn.Module):
         decoder_width: int = 512,
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
+        impl: Impl | None = None,
     ) -> None:
         super().__init__()
+        self.impl = impl
         check_sizes(input_size, patch_size, width, depth, num_heads, decoder_width, decoder_depth, decoder_num_heads)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes = num_classes
@@ -252,13 +269,13 @@ class MaskDiT(nn.Module):
             image_scale=image_scale,
         )  # (B, K, D)
         if not self.decoder_blocks:
-            return run_blocks(tokens, condition, self.blocks, self.final_layer)  # type: ignore[arg-type]
-        kept = run_blocks(tokens, condition, self.blocks, self.decoder_layer)  # type: ignore[arg-type]  # (B, K, E)
+            return run_blocks(tokens, condition, self.blocks, self.final_layer, self.impl)  # type: ignore[arg-type]
+        kept = run_blocks(tokens, condition, self.blocks, self.decoder_layer, self.impl)  # type: ignore[arg-type]  # (B, K, E)
         if mask is None:
             restored = kept + self.decoder_pos_embed
         else:
             restored = restore_tokens(kept, self.mask_token[0, 0], self.decoder_pos_embed[0], mask.ids_restore)
-        return run_blocks(restored, condition, self.decoder_blocks, self.final_layer)  # type: ignore[arg-type]
+        return run_blocks(restored, condition, self.decoder_blocks, self.final_layer, self.impl)  # type: ignore[arg-type]
 
 
 def check_sizes(

@@ -14,10 +14,12 @@ from fastmask.diffusion import draw_samples
 from fastmask.report import save_grid
 from fastmask.sample import load_net, main
 
+SHALLOW = {"depth": 1, "decoder_depth": 0}
+
 
 @pytest.fixture
 def weights(tmp_path):
-    save_weights(tmp_path / "weights.safetensors", small_net())
+    save_weights(tmp_path / "weights.safetensors", small_net(**SHALLOW))
     return tmp_path / "weights.safetensors"
 
 
@@ -34,7 +36,7 @@ def test_an_npz_holds_what_the_sampler_gives(weights, tmp_path):
     samples, labels = sample(weights, tmp_path / "out.npz", "--num-samples", "7", "--seed", "3", "--cfg-scale", "2")
     assert samples.dtype == np.float32
     assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
-    exact = draw_samples(small_net(), torch.from_numpy(labels), seed=3, num_steps=2, cfg_scale=2.0)
+    exact = draw_samples(small_net(**SHALLOW), torch.from_numpy(labels), seed=3, num_steps=2, cfg_scale=2.0)
     np.testing.assert_allclose(samples, exact.numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -55,10 +57,9 @@ def test_the_seed_decides(weights, tmp_path):
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
-@pytest.mark.parametrize("batch_size", ["1", "3", "100"])
-def test_samples_do_not_depend_on_the_batch_size(weights, tmp_path, batch_size):
-    whole, labels = sample(weights, tmp_path / "a.npz", "--num-samples", "8")
-    parts, same = sample(weights, tmp_path / "b.npz", "--num-samples", "8", "--batch-size", batch_size)
+def test_samples_do_not_depend_on_the_batch_size(weights, tmp_path):
+    whole, labels = sample(weights, tmp_path / "a.npz", "--num-samples", "7")
+    parts, same = sample(weights, tmp_path / "b.npz", "--num-samples", "7", "--batch-size", "3")
     assert np.array_equal(labels, same)
     np.testing.assert_allclose(parts, whole, rtol=1e-3, atol=1e-3)
 
@@ -72,7 +73,7 @@ def test_chosen_classes_come_in_turn(weights, tmp_path):
 
 
 def test_a_network_without_classes(tmp_path):
-    save_weights(tmp_path / "weights.safetensors", small_net(num_classes=0))
+    save_weights(tmp_path / "weights.safetensors", small_net(num_classes=0, **SHALLOW))
     samples, labels = sample(tmp_path / "weights.safetensors", tmp_path / "a.npz", "--num-samples", "3")
     assert samples.shape == (3, 3, 8, 8)
     assert np.isfinite(samples).all()
@@ -93,7 +94,7 @@ def test_a_run_gives_its_newest_average(tmp_path):
 
 
 def test_heads_of_a_file_that_does_not_state_them(tmp_path):
-    torch.save(small_net(decoder_depth=0).state_dict(), tmp_path / "weights.pt")
+    torch.save(small_net(**SHALLOW).state_dict(), tmp_path / "weights.pt")
     exact, _ = sample(tmp_path / "weights.pt", tmp_path / "a.npz", "--num-samples", "2", "--num-heads", "2")
     other, _ = sample(tmp_path / "weights.pt", tmp_path / "b.npz", "--num-samples", "2", "--num-heads", "4")
     assert not np.array_equal(exact, other)
@@ -133,15 +134,18 @@ def test_sources_that_hold_no_network(tmp_path):
 
 
 def test_two_channels_are_not_drawn(tmp_path):
-    save_weights(tmp_path / "weights.safetensors", small_net(in_channels=2))
+    save_weights(tmp_path / "weights.safetensors", small_net(in_channels=2, **SHALLOW))
     with pytest.raises(ValueError, match="images of 2 channels cannot be drawn"):
         sample(tmp_path / "weights.safetensors", tmp_path / "out.png", "--num-samples", "1")
 
 
-def test_the_command(weights, tmp_path):
-    command = [sys.executable, "-m", "fastmask.sample", str(weights), "--num-samples", "2", "--num-steps", "2"]
-    done = subprocess.run([*command, "--out", "a.png"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "2 samples: a.png\n", "")
-    done = subprocess.run([*command, "--out", "a.gif"], cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_what_it_says(weights, tmp_path, capsys):
+    sample(weights, tmp_path / "a.png", "--num-samples", "2")
+    assert capsys.readouterr() == (f"2 samples: {tmp_path / 'a.png'}\n", "")
+
+
+def test_a_mistake_is_code_2():
+    command = [sys.executable, "-m", "fastmask.sample", "x", "--out", "a.gif"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "fastmask.sample: error: --out a.gif: samples are written as .png or .npz\n"

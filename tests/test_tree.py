@@ -30,6 +30,13 @@ def test_every_op_has_its_test():
     assert ops <= tests
 
 
+def test_every_module_has_its_test():
+    modules = (path.relative_to(ROOT / "fastmask") for path in (ROOT / "fastmask").rglob("*.py"))
+    public = [path for path in modules if not any(part.startswith("_") for part in path.parts)]
+    tests = [path.with_name(f"test_{path.name}") for path in public]
+    assert [str(path) for path in tests if not (ROOT / "tests" / path).exists()] == []
+
+
 def test_kernels_import_torch_and_each_other_only():
     allowed = ("torch", "math", "typing", "collections", "fastmask.kernels")
     for path in (ROOT / "fastmask" / "kernels").glob("*.py"):

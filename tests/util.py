@@ -72,6 +72,29 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual - exact).norm() / exact.norm())
 
 
+def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """Fail unless a result is about as close to the exact one as PyTorch's own operations of the same dtype get.
+
+    Both the largest and the root-mean-square error may be twice those of ``eager`` and one rounding of ``actual``'s
+    dtype, relative to the largest and to the root-mean-square exact value.
+
+    Args:
+        actual: the result to judge.
+        exact: the same in float64.
+        eager: the reference's, from the inputs that ``actual`` was computed from.
+    """
+    assert actual.dtype == eager.dtype, f"dtype {actual.dtype}, not {eager.dtype}"
+    assert actual.shape == exact.shape == eager.shape, f"shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    assert exact.dtype == torch.float64
+    assert exact.isfinite().all()
+    error, allowed = actual.detach().double() - exact, eager.detach().double() - exact
+    rounding = torch.finfo(actual.dtype).eps / 2
+    for name, size in (("largest", lambda t: t.abs().max()), ("mean", lambda t: t.square().mean().sqrt())):
+        bound = 2 * size(allowed) + rounding * size(exact)
+        # A comparison with NaN is false, so values that were never written fail here.
+        assert size(error) <= bound, f"{name} error {size(error):.3g} above {bound:.3g}"
+
+
 def small_net(*, sigma_data: float = 0.5, seed: int = 0, **sizes: int) -> EDMPrecond:
     """Return a tiny denoiser, the same for the same arguments, in which no weight is zero.
 

@@ -1,38 +1,188 @@
 """The end of one branch of an adaLN-Zero block and the start of the next (arXiv 2212.09748, section 3.2).
 
-x' = x + gate * branch;  h = LN(x') * (1 + scale) + shift.
+    x' = x + gate * branch;  h = norm(x') * (1 + scale) + shift
+
+norm as in `modulate_norm`. Backward, with n the gradient of x' through the norm (see there):
+
+    grad_x = grad_x' + n;  grad_branch = gate * grad_x;  grad_gate = sum of branch * grad_x
+
+x', branch and two statistics per token are kept for it; x and h are not. Everything is computed in fp32. The kernel
+moves, per value, x, branch, x' and h forward, and grad_x', grad_h, x', branch, grad_x and grad_branch backward.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fastmask.kernels.modulate_norm import modulate_norm, per_token
+from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._layout import Rows, as_rows, check_dtype, check_tokens, per_token
+from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_reference
+
+
+def add_gated_norm_reference(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    norm: Norm = "layer",
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `add_gated_norm` does, in plain PyTorch; arguments as there, any floating dtype and width."""
+    gate = per_token("gate", gate, x, cu_seqlens)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    x = (x.to(compute) + gate.to(compute) * branch.to(compute)).to(x.dtype)
+    return x, modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype)
+
+
+def _fwd_fake(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor | None,
+    rms: bool,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = x.new_empty((2, x.shape[0]), dtype=torch.float32)
+    return torch.empty_like(x), torch.empty_like(x, dtype=out_dtype), stats
+
+
+def _bwd_fake(
+    grad_new: Tensor | None,
+    grad_h: Tensor,
+    x_new: Tensor,
+    stats: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor | None,
+    rms: bool,
+    recompute: bool,
+) -> tuple[Tensor, ...]:
+    sums = [t.new_empty(t.shape) for t in (gate, shift, scale)]
+    h = torch.empty_like(grad_h) if recompute else grad_h.new_empty(0)
+    return torch.empty_like(x_new), torch.empty_like(branch), *sums, h
+
+
+add_gated_norm_fwd = define_op(
+    "add_gated_norm_fwd(Tensor x, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? cu_seqlens, "
+    "bool rms, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    fake=_fwd_fake,
+    launcher="add_gated_norm:launch_fwd",
+)
+add_gated_norm_bwd = define_op(
+    "add_gated_norm_bwd(Tensor? grad_new, Tensor grad_h, Tensor x_new, Tensor stats, Tensor branch, Tensor gate, "
+    "Tensor shift, Tensor scale, Tensor? cu_seqlens, bool rms, bool recompute) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_bwd_fake,
+    launcher="add_gated_norm:launch_bwd",
+)
+
+
+class _AddGatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor,
+        gate: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        cu_seqlens: Tensor | None,
+        rms: bool,
+        eps: float,
+        out_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        x_new, h, stats = add_gated_norm_fwd(x, branch, gate, shift, scale, cu_seqlens, rms, eps, out_dtype)
+        ctx.save_for_backward(x_new, stats, branch, gate, shift, scale, cu_seqlens)
+        ctx.rms = rms
+        ctx.set_materialize_grads(False)
+        return x_new, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_new: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_new, stats, branch, gate, shift, scale, cu_seqlens = ctx.saved_tensors
+        grad_h = torch.zeros_like(x_new) if grad_h is None else grad_h.contiguous()
+        grad_new = None if grad_new is None else grad_new.contiguous()
+        grads = add_gated_norm_bwd(
+            grad_new, grad_h, x_new, stats, branch, gate, shift, scale, cu_seqlens, ctx.rms, False
+        )
+        return *grads[:5], None, None, None, None
 
 
 def add_gated_norm(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    norm: Norm = "layer",
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``x + gate * branch`` and the modulated norm of it.
 
-    Computes in fp32 (float64 for float64 input).
+    Equivalent PyTorch, for modulations per sample: ``x = x + gate[:, None] * branch``, then `modulate_norm`. Computes
+    in fp32; the new residual is rounded to the dtype of ``x`` before the norm, h once after it. Differentiable in x,
+    branch, gate, shift and scale; each gradient has its input's dtype. Repeated calls give the same bits.
 
     Args:
-        x: residual stream, shape (B, K, D).
-        branch: output of attention or of the MLP, shape (B, K, D).
-        gate: per sample (B, D) or per token (B, K, D).
+        x: residual stream, shape (B, K, D), or (N, D) with ``cu_seqlens``; copied first if not contiguous.
+        branch: output of attention or of the MLP, of the shape of ``x``; copied likewise.
+        gate: per sample (B, D), or per token, of the shape of ``x``.
         shift: like ``gate``.
         scale: like ``gate``.
-        eps: added to the variance.
+        norm: "layer" or "rms".
+        eps: added to the variance (to the mean square for "rms").
+        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins.
+        out_dtype: dtype of h; None is that of ``x``.
+        impl: "fused" (float32, bfloat16, float16; D a multiple of 8 up to 8192), "reference", or None for the device's
+            default.
 
     Returns:
-        The new residual and its modulated norm, both of shape (B, K, D) and the dtype of ``x``.
+        The new residual, in the dtype of ``x``, and its modulated norm, both of the shape of ``x``.
 
     Raises:
-        ValueError: a shape that does not fit ``x``.
+        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        BackendUnavailableError: no fused kernel on this device.
     """
+    check_arguments(x, branch, norm, cu_seqlens)
+    if resolve_impl(impl, x.device) == "reference":
+        return add_gated_norm_reference(
+            x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype
+        )
+    rows = branch_rows(x, branch, gate, shift, scale, cu_seqlens)
+    x_new, h = _AddGatedNorm.apply(  # type: ignore[no-untyped-call]
+        *rows, norm == "rms", eps, out_dtype or x.dtype
+    )
+    return x_new.view(x.shape), h.view(x.shape)
+
+
+def check_arguments(x: Tensor, branch: Tensor, norm: str, cu_seqlens: Tensor | None) -> None:
+    """Raise a ValueError unless norm, tokens and branch fit one another."""
+    check_norm(norm)
+    check_tokens("x", x, cu_seqlens)
     if branch.shape != x.shape:
         raise ValueError(f"branch must have the shape of x, {tuple(x.shape)}, not {tuple(branch.shape)}")
-    gate = per_token(x, "gate", gate)
-    compute = torch.promote_types(x.dtype, torch.float32)
-    x = (x.to(compute) + gate.to(compute) * branch.to(compute)).to(x.dtype)
-    return x, modulate_norm(x, shift, scale, eps=eps)
+
+
+def branch_rows(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return x, branch, gate, shift, scale and cu_seqlens as the ops take them; see `as_rows`."""
+    rows: Rows = as_rows(x, cu_seqlens, {"gate": gate, "shift": shift, "scale": scale})
+    check_dtype("branch", branch)
+    return rows.x, branch.reshape(rows.x.shape).contiguous(), *rows.modulations, rows.cu_seqlens

@@ -1,21 +1,174 @@
-"""Softmax attention: softmax(q k^T / sqrt(D/H)) v, per head."""
+"""Softmax attention within each sample, per head.
 
+    weights = softmax(q k^T / sqrt(D/H)),  out = weights v
+
+Backward, with g = grad_out and without the factor 1 / sqrt(D/H) of the last two:
+
+    grad_v      = weights^T g
+    grad_scores = weights * (g v^T - sum of g v^T * weights over the keys)
+    grad_q      = grad_scores k,  grad_k = grad_scores^T q
+
+No kernel of this library: there are good ones, and this file chooses among them. Those of torch and flash-attn keep q,
+k, v, the result and a log-sum-exp per head and token for backward, and copy nothing: q, k and v may be views of one
+tensor.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmask.kernels._attention_backends import AttentionBackend, attention_backends, call, refusal, sample_lengths
+from fastmask.kernels._dispatch import BackendUnavailableError
+from fastmask.kernels._layout import check_cu_seqlens
+
+__all__ = ["AttentionBackend", "attention", "attention_backends", "attention_reference"]
+
+AttentionName = Literal["torch", "flash-attn", "xformers", "reference"]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return softmax attention over the tokens of each sample, by torch's scaled_dot_product_attention.
+def attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
+) -> Tensor:
+    """Return what `attention` does, in plain PyTorch, packed samples one after the other; arguments as there."""
+    if cu_seqlens is None:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    lengths = sample_lengths(cu_seqlens, q.shape[0], max_seqlen)
+    samples = zip(q.split_with_sizes(lengths), k.split_with_sizes(lengths), v.split_with_sizes(lengths), strict=True)
+    return torch.cat([attention_reference(*(t[None] for t in sample))[0] for sample in samples])
+
+
+def _packed_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+    with torch.autocast(q.device.type, enabled=False):
+        return attention_reference(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+
+
+def _packed_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    lengths = sample_lengths(cu_seqlens, q.shape[0])
+    samples = zip(*(t.split_with_sizes(lengths) for t in (grad, q, k, v)), strict=True)
+    with torch.autocast(q.device.type, enabled=False):
+        grad_q, grad_k, grad_v = zip(*(_sample_bwd(*sample) for sample in samples), strict=True)
+    return torch.cat(grad_q), torch.cat(grad_k), torch.cat(grad_v)
+
+
+def _sample_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of one sample's q, k and v, all (K, H, D/H), computed in fp32 (float64 for float64)."""
+    dtype, scale = q.dtype, q.shape[-1] ** -0.5
+    grad, q, k, v = (t.transpose(0, 1).to(torch.promote_types(dtype, torch.float32)) for t in (grad, q, k, v))
+    weights = (q @ k.mT * scale).softmax(-1)
+    grad_weights = grad @ v.mT
+    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * scale
+    grads = grad_scores @ k, grad_scores.mT @ q, weights.mT @ grad
+    return tuple(t.transpose(0, 1).to(dtype) for t in grads)
+
+
+def _bwd_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+# Ops, although they are made of PyTorch's own, because what reads cu_seqlens on the host cannot be traced.
+torch.library.define(
+    "fastmask::packed_attention_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt? max_seqlen) -> Tensor",
+)
+torch.library.define(
+    "fastmask::packed_attention_bwd",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl("fastmask::packed_attention_fwd", ("cpu", "cuda"), _packed_fwd)
+torch.library.impl("fastmask::packed_attention_bwd", ("cpu", "cuda"), _packed_bwd)
+torch.library.register_fake("fastmask::packed_attention_fwd", lambda q, *_: q.new_empty(q.shape))
+torch.library.register_fake("fastmask::packed_attention_bwd", _bwd_fake)
+packed_attention_fwd = torch.ops.fastmask.packed_attention_fwd.default
+packed_attention_bwd = torch.ops.fastmask.packed_attention_bwd.default
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, cu_seqlens)
+        out: Tensor = packed_attention_fwd(q, k, v, cu_seqlens, max_seqlen)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *packed_attention_bwd(grad, *ctx.saved_tensors), None, None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: AttentionName | None = None,
+) -> Tensor:
+    """Return softmax attention among the tokens of each sample.
+
+    Equivalent PyTorch, for dense tokens: ``F.scaled_dot_product_attention`` of the three with the head before the
+    token. Differentiable in q, k and v. On a GPU every library's backward adds up in an order of its own, so that two
+    runs may differ in the last bits, unless ``torch.use_deterministic_algorithms(True)`` (xformers has no such mode).
 
     Args:
-        q: queries, shape (B, K, H, D/H).
-        k: keys, shape (B, K, H, D/H).
-        v: values, shape (B, K, H, D/H).
+        q: queries, shape (B, K, H, D/H), or (N, H, D/H) with ``cu_seqlens``; any strides.
+        k: keys, of the shape and dtype of ``q``.
+        v: values, of the shape and dtype of ``q``.
+        cu_seqlens: int32 (int64 is converted), shape (B + 1,), from 0 to N, not falling: where each packed sample
+            begins. Its values are checked where they are read on the host, and nowhere else.
+        max_seqlen: no packed sample is longer; None: N, which is always right, and slower on a GPU.
+        backend: None for the first of these that takes the call, "torch" or "flash-attn"; any of them by name:
+
+            - "torch": dense, ``F.scaled_dot_product_attention``. Packed, on a GPU ``torch.nn.attention.varlen``, which
+              takes float16 and bfloat16, heads of a multiple of 8 values up to 256; on a CPU sample after sample.
+              ``torch.nn.attention.activate_flash_attention_impl`` puts version 3 or 4 of flash-attn beneath both.
+            - "flash-attn": the newest of its versions 4, 3 and 2 that is installed and made for the GPU; limits as
+              above (version 4: heads up to 128). torch.compile cannot trace version 4 here, but can beneath "torch".
+            - "xformers": ``memory_efficient_attention``; packed, it reads ``cu_seqlens`` on the host, which waits for
+              the GPU and cannot be traced.
+            - "reference": plain PyTorch, any floating dtype. Packed, one sample after the other, read on the host.
+
+            `attention_backends` says which of them are here.
 
     Returns:
-        Shape (B, K, H, D/H), in the dtype of ``q``.
+        Shape and dtype of ``q``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, an unknown backend.
+        BackendUnavailableError: the backend is not installed or does not take these tensors.
     """
-    if not q.shape == k.shape == v.shape or q.ndim != 4:
+    _check(q, k, v, cu_seqlens)
+    if backend not in (None, *get_args(AttentionName)):
+        raise ValueError(f"backend must be None or one of {get_args(AttentionName)}, not {backend!r}")
+    reasons = []
+    for name in ("torch", "flash-attn") if backend is None else (backend,):
+        reason = refusal(name, q, packed=cu_seqlens is not None)
+        if not reason:
+            return _run(name, q, k, v, cu_seqlens, max_seqlen)
+        reasons.append(reason)
+    raise BackendUnavailableError(reasons[0])
+
+
+def _run(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+    if cu_seqlens is None and name in ("torch", "reference"):
+        return attention_reference(q, k, v)
+    if cu_seqlens is not None and (name == "reference" or q.device.type != "cuda"):
+        out: Tensor = _PackedAttention.apply(q, k, v, cu_seqlens, max_seqlen)  # type: ignore[no-untyped-call]
+        return out
+    return call(name, q, k, v, cu_seqlens, q.shape[0] if max_seqlen is None else max_seqlen)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    shape = "(B, K, H, D/H)" if cu_seqlens is None else "(N, H, D/H) with cu_seqlens"
+    if not q.shape == k.shape == v.shape or q.ndim != (4 if cu_seqlens is None else 3):
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
-        raise ValueError(f"q, k and v must share one shape (B, K, H, D/H), not {shapes}")
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        raise ValueError(f"q, k and v must share one shape {shape}, not {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens)
+        if cu_seqlens.device != q.device:
+            raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, not on {cu_seqlens.device}")

@@ -5,15 +5,140 @@ With d = c_skip * noised + c_out * raw, the denoised patch:
     denoising      = mean over kept patches of    weight * mean over the patch of (d - image)^2
     reconstruction = mean over dropped patches of mean over the patch of (d - normed)^2
     normed         = (noised - mean) / sqrt(var + 1e-6), per patch, var unbiased
+    c_skip = sd^2 / (sigma^2 + sd^2),  c_out = sigma * sd / sqrt(sigma^2 + sd^2),  weight = 1 / c_out^2
+
+Each mean is over a sample's own K kept or L - K dropped patches. With g the gradients of the two losses, backward is
+
+    grad_raw = 2 * c_out * (d - image)  * g_denoising * weight / (K * P)         in a kept patch
+    grad_raw = 2 * c_out * (d - normed) * g_reconstruction / ((L - K) * P)       in a dropped one
+
+which needs nothing but the inputs, so only they are kept for it. Everything is computed in fp32. The kernel moves, per
+value, raw, images and noised forward, and these and grad_raw backward.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._layout import check_cu_seqlens, check_dtype
 from fastmask.kernels.patches import patchify
 from fastmask.kernels.sample_mask import Mask
 
-_EPS = 1e-6
+MAX_VALUES = 1024
+EPS = 1e-6
+
+
+def masked_loss_reference(
+    raw: Tensor,
+    images: Tensor,
+    noised: Tensor,
+    sigma: Tensor,
+    mask: Mask | None,
+    *,
+    patch_size: int,
+    sigma_data: float,
+) -> tuple[Tensor, Tensor]:
+    """Return what `masked_loss` does, in plain PyTorch; arguments as there, any floating dtype and patch."""
+    compute = torch.promote_types(raw.dtype, torch.float32)
+    images = patchify(images, patch_size).to(compute)  # (B, L, P)
+    noised = patchify(noised, patch_size).to(compute)
+    variance = sigma.to(compute)[:, None, None].square()
+    total = variance + sigma_data**2
+    weight = total / (variance * sigma_data**2)
+    denoised = sigma_data**2 / total * noised + (variance / total).sqrt() * sigma_data * raw.to(compute)
+
+    squared = (weight * (denoised - images).square()).mean(-1)  # (B, L)
+    if mask is None:
+        return squared.mean(1), torch.zeros_like(squared[:, 0])
+
+    var, mean = torch.var_mean(noised, dim=-1, keepdim=True)
+    normed = (noised - mean) / (var + EPS).sqrt()
+    reconstruction = (denoised - normed).square().mean(-1)
+    dropped = mask.dropped
+    return _mean_where(~dropped, squared), _mean_where(dropped, reconstruction)
+
+
+def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """Return the mean of the chosen values of each row, 0 for a row without any."""
+    return values.masked_fill(~chosen, 0).sum(1) / chosen.sum(1).clamp(min=1)
+
+
+def _fwd_fake(
+    raw: Tensor,
+    images: Tensor,
+    noised: Tensor,
+    sigma: Tensor,
+    ids_restore: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_kept: int,
+    patch_size: int,
+    sigma_data: float,
+) -> tuple[Tensor, Tensor]:
+    return sigma.new_empty(sigma.shape), sigma.new_empty(sigma.shape)
+
+
+def _bwd_fake(
+    grad_denoising: Tensor,
+    grad_reconstruction: Tensor,
+    raw: Tensor,
+    images: Tensor,
+    noised: Tensor,
+    sigma: Tensor,
+    ids_restore: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_kept: int,
+    patch_size: int,
+    sigma_data: float,
+) -> Tensor:
+    return torch.empty_like(raw)
+
+
+masked_loss_fwd = define_op(
+    "masked_loss_fwd(Tensor raw, Tensor images, Tensor noised, Tensor sigma, Tensor? ids_restore, Tensor? cu_seqlens, "
+    "SymInt num_kept, SymInt patch_size, float sigma_data) -> (Tensor, Tensor)",
+    fake=_fwd_fake,
+    launcher="masked_loss:launch_fwd",
+)
+masked_loss_bwd = define_op(
+    "masked_loss_bwd(Tensor grad_denoising, Tensor grad_reconstruction, Tensor raw, Tensor images, Tensor noised, "
+    "Tensor sigma, Tensor? ids_restore, Tensor? cu_seqlens, SymInt num_kept, SymInt patch_size, float sigma_data) "
+    "-> Tensor",
+    fake=_bwd_fake,
+    launcher="masked_loss:launch_bwd",
+)
+
+
+class _MaskedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        raw: Tensor,
+        images: Tensor,
+        noised: Tensor,
+        sigma: Tensor,
+        ids_restore: Tensor | None,
+        cu_seqlens: Tensor | None,
+        num_kept: int,
+        patch_size: int,
+        sigma_data: float,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(raw, images, noised, sigma, ids_restore, cu_seqlens)
+        ctx.constants = (num_kept, patch_size, sigma_data)
+        denoising, reconstruction = masked_loss_fwd(
+            raw, images, noised, sigma, ids_restore, cu_seqlens, num_kept, patch_size, sigma_data
+        )
+        return denoising, reconstruction
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_denoising: Tensor, grad_reconstruction: Tensor) -> tuple[Tensor | None, ...]:
+        grad_raw = masked_loss_bwd(
+            grad_denoising.contiguous(), grad_reconstruction.contiguous(), *ctx.saved_tensors, *ctx.constants
+        )
+        return grad_raw, None, None, None, None, None, None, None, None
 
 
 def masked_loss(
@@ -25,43 +150,103 @@ def masked_loss(
     *,
     patch_size: int,
     sigma_data: float,
+    impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the denoising and the reconstruction loss of each sample from the network's raw tokens.
 
-    Computes in fp32 (float64 for float64 input).
+    Computes in fp32. The fused form is differentiable in raw alone, whose gradient has its dtype; the reference in raw,
+    images, noised and sigma. Repeated calls give the same bits.
 
     Args:
-        raw: the network's output F for every position, shape (B, L, P).
+        raw: the network's output F for every position, shape (B, L, P), laid out (p, p, C) with channels fastest. This
+            and the images are copied first if not contiguous.
         images: clean images, shape (B, C, h * p, w * p).
         noised: images plus noise, the same shape.
         sigma: noise level of each sample, shape (B,).
-        mask: which positions the encoder saw; None is all of them.
+        mask: which positions the encoder saw, packed ones included; None is all of them.
         patch_size: p.
         sigma_data: standard deviation of the data.
+        impl: "fused" (fp32, bf16 or fp16 tensors and fp32 sigma, P up to 1024), "reference" (any floating dtype and
+            patch; float64 for float64 raw), or None for the device's default.
 
     Returns:
-        Two tensors of shape (B,). The reconstruction loss is 0 where nothing was dropped.
+        Two tensors of shape (B,), fp32. The denoising loss is 0 for a sample that keeps nothing, the reconstruction
+        loss for one that drops nothing.
+
+    Raises:
+        ValueError: shapes that do not fit, a mask for patches of one value, or what the fused kernels do not take.
+        BackendUnavailableError: no fused kernel on this device.
     """
-    compute = torch.promote_types(raw.dtype, torch.float32)
-    images = patchify(images, patch_size).to(compute)  # (B, L, P)
-    noised = patchify(noised, patch_size).to(compute)
-    if raw.shape != images.shape:
-        raise ValueError(f"raw must have shape {tuple(images.shape)} for these images, not {tuple(raw.shape)}")
-    variance = sigma.to(compute)[:, None, None].square()
-    total = variance + sigma_data**2
-    weight = total / (variance * sigma_data**2)
-    denoised = sigma_data**2 / total * noised + (variance / total).sqrt() * sigma_data * raw.to(compute)
-
-    squared = (weight * (denoised - images).square()).mean(-1)  # (B, L)
-    if mask is None or mask.ids_keep.shape[1] == mask.ids_restore.shape[1]:
-        return squared.mean(1), torch.zeros_like(squared[:, 0])
-
-    dropped = mask.dropped
-    num_kept = mask.ids_keep.shape[1]
-    var, mean = torch.var_mean(noised, dim=-1, keepdim=True)
-    normed = (noised - mean) / (var + _EPS).sqrt()
-    reconstruction = (denoised - normed).square().mean(-1)
-    return (
-        squared.masked_fill(dropped, 0).sum(1) / num_kept,
-        reconstruction.masked_fill(~dropped, 0).sum(1) / (dropped.shape[1] - num_kept),
+    _check_images(raw, images, noised, sigma, patch_size)
+    if mask is not None:
+        _check_mask(mask, raw)
+    if resolve_impl(impl, raw.device) == "reference":
+        return masked_loss_reference(raw, images, noised, sigma, mask, patch_size=patch_size, sigma_data=sigma_data)
+    _check_fused(raw, images, noised, sigma)
+    ids_restore, cu_seqlens, num_kept = None, None, raw.shape[1]
+    if mask is not None:
+        ids_restore = mask.ids_restore.contiguous()
+        if mask.cu_seqlens is None:
+            num_kept = mask.ids_keep.shape[1]
+        else:
+            cu_seqlens = mask.cu_seqlens.contiguous()
+    denoising, reconstruction = _MaskedLoss.apply(  # type: ignore[no-untyped-call]
+        *(tensor.contiguous() for tensor in (raw, images, noised, sigma)),
+        ids_restore,
+        cu_seqlens,
+        num_kept,
+        patch_size,
+        sigma_data,
     )
+    return denoising, reconstruction
+
+
+def _check_images(raw: Tensor, images: Tensor, noised: Tensor, sigma: Tensor, patch_size: int) -> None:
+    if images.ndim != 4:
+        raise ValueError(f"images must have shape (B, C, h * p, w * p), not {tuple(images.shape)}")
+    batch, channels, height, width = images.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"images of {height}x{width} do not divide into patches of {patch_size}x{patch_size}")
+    if noised.shape != images.shape:
+        raise ValueError(f"noised must have the shape of images, {tuple(images.shape)}, not {tuple(noised.shape)}")
+    if sigma.shape != (batch,):
+        raise ValueError(f"sigma must have shape ({batch},), not {tuple(sigma.shape)}")
+    expected = (batch, (height // patch_size) * (width // patch_size), patch_size * patch_size * channels)
+    if raw.shape != expected:
+        raise ValueError(f"raw must have shape {expected} for these images, not {tuple(raw.shape)}")
+
+
+def _check_mask(mask: Mask, raw: Tensor) -> None:
+    batch, length, values = raw.shape
+    if values == 1:
+        raise ValueError(
+            "a mask needs patches of at least two values, to which the reconstruction loss norms them, and raw has "
+            f"shape {(batch, length, values)}: a patch of one value has no variance"
+        )
+    if mask.ids_restore.shape != (batch, length):
+        raise ValueError(f"mask.ids_restore must have shape {(batch, length)}, not {tuple(mask.ids_restore.shape)}")
+    if mask.cu_seqlens is None:
+        if mask.ids_keep.ndim != 2 or mask.ids_keep.shape[0] != batch:
+            raise ValueError(f"mask.ids_keep must have shape ({batch}, K), not {tuple(mask.ids_keep.shape)}")
+        return
+    check_cu_seqlens(mask.cu_seqlens)
+    if mask.cu_seqlens.shape[0] != batch + 1:
+        raise ValueError(f"mask.cu_seqlens must have shape ({batch + 1},), not {tuple(mask.cu_seqlens.shape)}")
+
+
+def _check_fused(raw: Tensor, images: Tensor, noised: Tensor, sigma: Tensor) -> None:
+    for name, tensor in (("raw", raw), ("images", images), ("noised", noised)):
+        check_dtype(name, tensor)
+    if sigma.dtype != torch.float32:
+        raise ValueError(f'the fused kernels take a float32 sigma, not {sigma.dtype}: impl="reference" takes any')
+    if raw.shape[2] > MAX_VALUES:
+        raise ValueError(
+            f"the fused kernels take patches of up to {MAX_VALUES} values, and raw has shape {tuple(raw.shape)}: "
+            f'impl="reference" takes any'
+        )
+    for name, tensor in (("images", images), ("noised", noised), ("sigma", sigma)):
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} requires grad, and the fused form is differentiable in raw "
+                f'alone: detach it, or pass impl="reference"'
+            )

@@ -1,45 +1,163 @@
-"""The adaptive layer norm of a diffusion transformer (adaLN, arXiv 2212.09748, section 3.2).
+"""The adaptive norm of a diffusion transformer (adaLN, arXiv 2212.09748, section 3.2).
 
-h = LN(x) * (1 + scale) + shift, LN over the last dimension without an affine part.
+    h = norm(x) * (1 + scale) + shift
+
+norm is LayerNorm, (x - mean) / sqrt(var + eps), or RMSNorm, x / sqrt(mean(x^2) + eps), over the last dimension and
+without an affine part. With xhat = norm(x) and g = grad_h * (1 + scale), backward is
+
+    grad_x     = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(var + eps)      without mean(g) for RMSNorm
+    grad_shift = sum of grad_h,  grad_scale = sum of grad_h * xhat            over the tokens that share them
+
+x and two statistics per token are kept for it; h is not. Everything is computed in fp32. The kernel moves, per value,
+x and h forward, and x, grad_h and grad_x backward.
 """
+
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._layout import as_rows, check_tokens, per_token
+
+Norm = Literal["layer", "rms"]
 
 
-def modulate_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Return ``layer_norm(x) * (1 + scale) + shift``.
+def normalise(x: Tensor, norm: Norm, eps: float) -> Tensor:
+    """Return the norm of the last dimension, computed in and returned as fp32 (float64 for float64 input)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if norm == "rms":
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
 
-    Computes in fp32 (float64 for float64 input) and returns the dtype of ``x``.
+
+def modulate_norm_reference(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    norm: Norm = "layer",
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return what `modulate_norm` does, in plain PyTorch; arguments as there, any floating dtype and width."""
+    shift, scale = per_token("shift", shift, x, cu_seqlens), per_token("scale", scale, x, cu_seqlens)
+    normed = normalise(x, norm, eps)
+    return (normed * (1 + scale.to(normed.dtype)) + shift.to(normed.dtype)).to(out_dtype or x.dtype)
+
+
+def _fwd_fake(
+    x: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor | None, rms: bool, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=out_dtype), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+
+
+def _bwd_fake(
+    grad_h: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor | None,
+    rms: bool,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h = torch.empty_like(grad_h) if recompute else grad_h.new_empty(0)
+    return torch.empty_like(x), shift.new_empty(shift.shape), scale.new_empty(scale.shape), h
+
+
+modulate_norm_fwd = define_op(
+    "modulate_norm_fwd(Tensor x, Tensor shift, Tensor scale, Tensor? cu_seqlens, bool rms, float eps, "
+    "ScalarType out_dtype) -> (Tensor, Tensor)",
+    fake=_fwd_fake,
+    launcher="modulate_norm:launch_fwd",
+)
+modulate_norm_bwd = define_op(
+    "modulate_norm_bwd(Tensor grad_h, Tensor x, Tensor stats, Tensor shift, Tensor scale, Tensor? cu_seqlens, "
+    "bool rms, bool recompute) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_bwd_fake,
+    launcher="modulate_norm:launch_bwd",
+)
+
+
+class _ModulateNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        cu_seqlens: Tensor | None,
+        rms: bool,
+        eps: float,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        h: Tensor
+        h, stats = modulate_norm_fwd(x, shift, scale, cu_seqlens, rms, eps, out_dtype)
+        ctx.save_for_backward(x, stats, shift, scale, cu_seqlens)
+        ctx.rms = rms
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
+        x, stats, shift, scale, cu_seqlens = ctx.saved_tensors
+        grad_x, grad_shift, grad_scale, _ = modulate_norm_bwd(
+            grad_h.contiguous(), x, stats, shift, scale, cu_seqlens, ctx.rms, False
+        )
+        return grad_x, grad_shift, grad_scale, None, None, None, None
+
+
+def modulate_norm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    norm: Norm = "layer",
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Return ``norm(x) * (1 + scale) + shift``.
+
+    Equivalent PyTorch, for modulations per sample: ``F.layer_norm(x, (D,)) * (1 + scale[:, None]) + shift[:, None]``.
+    Computes in fp32 and returns the dtype of ``x`` (or ``out_dtype``), rounded once. Differentiable in x, shift and
+    scale; each gradient has its input's dtype. Repeated calls give the same bits.
 
     Args:
-        x: tokens, shape (B, K, D).
-        shift: per sample (B, D) or per token (B, K, D).
+        x: tokens, shape (B, K, D), or (N, D) with ``cu_seqlens``; copied first if not contiguous.
+        shift: per sample (B, D), or per token, of the shape of ``x``.
         scale: like ``shift``.
-        eps: added to the variance.
+        norm: "layer" or "rms".
+        eps: added to the variance (to the mean square for "rms").
+        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins.
+        out_dtype: dtype of the result; None is that of ``x``.
+        impl: "fused" (float32, bfloat16, float16; D a multiple of 8 up to 8192), "reference", or None for the device's
+            default.
 
     Returns:
-        Shape (B, K, D), dtype of ``x``.
+        Shape of ``x``.
 
     Raises:
-        ValueError: a modulation whose shape fits neither form.
+        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        BackendUnavailableError: no fused kernel on this device.
     """
-    shift, scale = per_token(x, "shift", shift), per_token(x, "scale", scale)
-    compute = torch.promote_types(x.dtype, torch.float32)
-    normed = F.layer_norm(x.to(compute), x.shape[-1:], eps=eps)
-    return (normed * (1 + scale.to(compute)) + shift.to(compute)).to(x.dtype)
-
-
-def per_token(x: Tensor, name: str, modulation: Tensor) -> Tensor:
-    """Return a (B, D) or (B, K, D) modulation in a form that broadcasts against ``x`` (B, K, D)."""
-    if x.ndim != 3:
-        raise ValueError(f"x must have shape (B, K, D), not {tuple(x.shape)}")
-    if modulation.shape == (x.shape[0], x.shape[2]):
-        return modulation[:, None]
-    if modulation.shape == x.shape:
-        return modulation
-    expected = f"{(x.shape[0], x.shape[2])} or {tuple(x.shape)}"
-    raise ValueError(
-        f"{name} must have shape {expected} for x of shape {tuple(x.shape)}, not {tuple(modulation.shape)}"
+    check_norm(norm)
+    check_tokens("x", x, cu_seqlens)
+    if resolve_impl(impl, x.device) == "reference":
+        return modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype)
+    rows = as_rows(x, cu_seqlens, {"shift": shift, "scale": scale})
+    h: Tensor = _ModulateNorm.apply(  # type: ignore[no-untyped-call]
+        rows.x, *rows.modulations, rows.cu_seqlens, norm == "rms", eps, out_dtype or x.dtype
     )
+    return h.view(x.shape)
+
+
+def check_norm(norm: str) -> None:
+    """Raise a ValueError unless ``norm`` names one."""
+    if norm not in ("layer", "rms"):
+        raise ValueError(f'norm must be "layer" or "rms", not {norm!r}')

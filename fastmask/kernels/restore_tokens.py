@@ -1,54 +1,299 @@
-"""Dropping tokens and putting them back.
+"""Dropping tokens, and putting them back (MaskDiT, arXiv 2306.09305).
 
-gather:   out[b, k] = x[b, ids_keep[b, k]]
-restore:  out[b, l] = position[l] + (x[b, ids_restore[b, l]] where ids_restore[b, l] < K, else mask_token)
+    gather:   kept[b, k] = x[b, ids_keep[b, k]]
+    restore:  restored[b, l] = position[l] + (x[b, ids_restore[b, l]] where that is below K_b, else mask_token)
+              h = norm(restored) * (1 + scale) + shift                      if a modulation is given
+
+K_b is how many tokens sample b keeps. Backward, with g the gradient of restored, that through h added,
+
+    gather:   grad_x[b, ids_keep[b, k]] = grad_kept[b, k], zero elsewhere
+    restore:  grad_x[b, ids_restore[b, l]] = g[b, l],  grad_mask_token = sum of g over the dropped positions
+
+Copies are exact, sums fp32. Only indices are kept for it, and with a modulation restored and two statistics per
+position. Restoring moves x and restored (and h) forward, g (in its two parts) and grad_x backward.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._layout import as_rows, check_cu_seqlens, check_dtype, check_tokens, num_samples, sample_of_row
+from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_bwd, modulate_norm_reference
 
 
-def gather_tokens(x: Tensor, ids_keep: Tensor) -> Tensor:
-    """Return the kept tokens.
-
-    Equivalent PyTorch: ``torch.gather(x, 1, ids_keep[..., None].expand(-1, -1, D))``.
-
-    Args:
-        x: shape (B, L, D).
-        ids_keep: integer, shape (B, K), positions in [0, L).
-
-    Returns:
-        Shape (B, K, D), dtype of ``x``, bit-equal copies.
-    """
-    if ids_keep.ndim != 2 or ids_keep.shape[0] != x.shape[0]:
-        raise ValueError(f"ids_keep must have shape ({x.shape[0]}, K), not {tuple(ids_keep.shape)}")
+def gather_tokens_reference(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return what `gather_tokens` does, in plain PyTorch; arguments as there, any dtype and width."""
+    if cu_seqlens is not None:
+        return x[sample_of_row(cu_seqlens, ids_keep.shape[0]), ids_keep.long()]
     return torch.gather(x, 1, ids_keep.long()[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def restore_tokens(x: Tensor, mask_token: Tensor, position: Tensor, ids_restore: Tensor) -> Tensor:
-    """Return all positions: kept tokens in place, the mask token where one was dropped, plus the position table.
+def restore_tokens_reference(
+    x: Tensor,
+    mask_token: Tensor,
+    position: Tensor,
+    ids_restore: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    norm: Norm = "layer",
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return what `restore_tokens` does, in plain PyTorch, of any floating dtype and width, for position too."""
+    if cu_seqlens is None:
+        kept = ids_restore < x.shape[1]
+        placed = gather_tokens_reference(x, ids_restore.clamp(max=x.shape[1] - 1))
+    else:
+        kept = ids_restore < cu_seqlens.diff()[:, None]
+        # One row more, for the dropped positions to read: there may be no other.
+        placed = F.pad(x, (0, 0, 0, 1))[torch.where(kept, cu_seqlens[:-1, None] + ids_restore, x.shape[0])]
+    restored = torch.where(kept[..., None], placed, mask_token.to(x.dtype)) + position
+    if shift is None or scale is None:
+        return restored
+    return restored, modulate_norm_reference(restored, shift, scale, norm=norm, eps=eps)
+
+
+def _fwd_fake(
+    x: Tensor,
+    mask_token: Tensor,
+    position: Tensor,
+    ids_restore: Tensor,
+    cu_seqlens: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = ids_restore.shape[0] * ids_restore.shape[1]
+    restored = x.new_empty((rows, x.shape[1]), dtype=torch.promote_types(x.dtype, position.dtype))
+    if shift is None:
+        return restored, restored.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    return restored, torch.empty_like(restored), x.new_empty((2, rows), dtype=torch.float32)
+
+
+def _bwd_fake(
+    grad_restored: Tensor,
+    grad_norm: Tensor | None,
+    mask_token: Tensor,
+    ids_restore: Tensor,
+    cu_seqlens: Tensor | None,
+    num_kept: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return grad_restored.new_empty((num_kept, mask_token.shape[0]), dtype=dtype), torch.empty_like(mask_token)
+
+
+def _gather_fwd_fake(x: Tensor, ids_keep: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    return x.new_empty((*ids_keep.shape, x.shape[2]))
+
+
+def _gather_bwd_fake(grad: Tensor, ids_keep: Tensor, cu_seqlens: Tensor | None, batch: int, length: int) -> Tensor:
+    return grad.new_empty((batch, length, grad.shape[-1]))
+
+
+restore_tokens_fwd = define_op(
+    "restore_tokens_fwd(Tensor x, Tensor mask_token, Tensor position, Tensor ids_restore, Tensor? cu_seqlens, "
+    "Tensor? shift, Tensor? scale, bool rms, float eps) -> (Tensor, Tensor, Tensor)",
+    fake=_fwd_fake,
+    launcher="restore_tokens:launch_fwd",
+)
+restore_tokens_bwd = define_op(
+    "restore_tokens_bwd(Tensor grad_restored, Tensor? grad_norm, Tensor mask_token, Tensor ids_restore, "
+    "Tensor? cu_seqlens, SymInt num_kept, ScalarType dtype) -> (Tensor, Tensor)",
+    fake=_bwd_fake,
+    launcher="restore_tokens:launch_bwd",
+)
+gather_tokens_fwd = define_op(
+    "gather_tokens_fwd(Tensor x, Tensor ids_keep, Tensor? cu_seqlens) -> Tensor",
+    fake=_gather_fwd_fake,
+    launcher="restore_tokens:launch_gather_fwd",
+)
+gather_tokens_bwd = define_op(
+    "gather_tokens_bwd(Tensor grad, Tensor ids_keep, Tensor? cu_seqlens, SymInt batch, SymInt length) -> Tensor",
+    fake=_gather_bwd_fake,
+    launcher="restore_tokens:launch_gather_bwd",
+)
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ids_keep: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        ctx.save_for_backward(ids_keep, cu_seqlens)
+        ctx.batch, ctx.length = x.shape[:2]
+        kept: Tensor = gather_tokens_fwd(x, ids_keep, cu_seqlens)
+        return kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return gather_tokens_bwd(grad.contiguous(), *ctx.saved_tensors, ctx.batch, ctx.length), None, None
+
+
+class _RestoreTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mask_token: Tensor,
+        position: Tensor,
+        ids_restore: Tensor,
+        cu_seqlens: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        rms: bool,
+        eps: float,
+    ) -> Any:
+        restored, h, stats = restore_tokens_fwd(
+            x, mask_token, position, ids_restore, cu_seqlens, shift, scale, rms, eps
+        )
+        normed = (None, None) if shift is None else (restored, stats)
+        ctx.save_for_backward(mask_token, ids_restore, cu_seqlens, *normed, shift, scale)
+        ctx.num_kept, ctx.dtype, ctx.rms = x.shape[0], x.dtype, rms
+        return restored if shift is None else (restored, h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_restored: Tensor, grad_h: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        mask_token, ids_restore, cu_seqlens, restored, stats, shift, scale = ctx.saved_tensors
+        grad_norm = grad_shift = grad_scale = None
+        if grad_h is not None:
+            grad_norm, grad_shift, grad_scale, _ = modulate_norm_bwd(
+                grad_h.contiguous(), restored, stats, shift, scale, None, ctx.rms, False
+            )
+        grad_x, grad_mask_token = restore_tokens_bwd(
+            grad_restored.contiguous(), grad_norm, mask_token, ids_restore, cu_seqlens, ctx.num_kept, ctx.dtype
+        )
+        return grad_x, grad_mask_token, None, None, None, grad_shift, grad_scale, None, None
+
+
+def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = None, impl: Impl | None = None) -> Tensor:
+    """Return the kept tokens.
+
+    Equivalent PyTorch: ``torch.gather(x, 1, ids_keep[..., None].expand(-1, -1, D))``. Copies, bit-equal to the
+    reference, as is the gradient of x, the one input it is differentiable in. Undefined for an index outside [0, L)
+    and, in the fused backward, for one that a sample has twice.
 
     Args:
-        x: kept tokens, shape (B, K, E).
-        mask_token: shape (E,).
-        position: shape (L, E).
-        ids_restore: integer, shape (B, L); where a value is below K the position is kept, and the value says which row
-            of ``x`` it is.
+        x: shape (B, L, D); copied first if not contiguous.
+        ids_keep: int32 or int64, shape (B, K), or packed (N,) with ``cu_seqlens``: each sample's kept positions, in any
+            order, each at most once.
+        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins.
+        impl: "fused" (float32, bfloat16, float16; D a multiple of 8 up to 8192), "reference", or None for the device's
+            default.
 
     Returns:
-        Shape (B, L, E), in the dtype that ``x`` and ``position`` promote to.
+        Shape (B, K, D), or (N, D) with ``cu_seqlens``, in the dtype of ``x``.
 
     Raises:
-        ValueError: a shape that does not fit ``x``.
+        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        BackendUnavailableError: no fused kernel on this device.
     """
-    batch, keep, width = x.shape
-    length = position.shape[0]
-    if ids_restore.shape != (batch, length):
-        raise ValueError(f"ids_restore must have shape {(batch, length)}, not {tuple(ids_restore.shape)}")
-    if mask_token.shape != (width,) or position.shape != (length, width):
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape (B, L, D), not {tuple(x.shape)}")
+    _check_indices("ids_keep", ids_keep)
+    if cu_seqlens is None and (ids_keep.ndim != 2 or ids_keep.shape[0] != x.shape[0]):
+        raise ValueError(f"ids_keep must have shape ({x.shape[0]}, K), not {tuple(ids_keep.shape)}")
+    if cu_seqlens is not None:
+        if ids_keep.ndim != 1:
+            raise ValueError(f"ids_keep must have shape (N,) with cu_seqlens, not {tuple(ids_keep.shape)}")
+        check_cu_seqlens(cu_seqlens)
+        _check_shape("cu_seqlens", cu_seqlens, (x.shape[0] + 1,), x)
+    if resolve_impl(impl, x.device) == "reference":
+        return gather_tokens_reference(x, ids_keep, cu_seqlens=cu_seqlens)
+    rows = as_rows(x, cu_seqlens, {})
+    whole = rows.x.view(x.shape)
+    return _GatherTokens.apply(whole, ids_keep.contiguous(), rows.cu_seqlens)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def restore_tokens(
+    x: Tensor,
+    mask_token: Tensor,
+    position: Tensor,
+    ids_restore: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    norm: Norm = "layer",
+    eps: float = 1e-6,
+    impl: Impl | None = None,
+) -> Any:
+    """Return all positions: kept tokens in place, the mask token where one was dropped, plus the position table.
+
+    Equivalent PyTorch: ``torch.where((ids_restore < K)[..., None], placed, mask_token) + position``, ``placed`` being
+    the rows of ``x`` at ``ids_restore``; with a modulation, `modulate_norm` of that in the same launch. Restored is
+    bit-equal to the reference; its norm is computed in fp32 and rounded once. Differentiable in x, mask_token, shift
+    and scale, the reference also in position; each gradient has its input's dtype. Repeated calls give the same bits.
+
+    Args:
+        x: kept tokens, shape (B, K, E), or (N, E) with ``cu_seqlens``; copied first if not contiguous.
+        mask_token: shape (E,); rounded to the dtype of ``x`` first.
+        position: shape (L, E).
+        ids_restore: int32 or int64, shape (B, L), a permutation of [0, L) per sample: a value below K says that the
+            position is kept, and which of the sample's rows of ``x`` it is. Undefined if it is no permutation.
+        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins.
+        shift: per sample, shape (B, E); given together with ``scale``.
+        scale: like ``shift``.
+        norm: "layer" or "rms".
+        eps: added to the variance (to the mean square for "rms").
+        impl: "fused" (float32, bfloat16, float16; E a multiple of 8 up to 8192), "reference", or None for the device's
+            default.
+
+    Returns:
+        Shape (B, L, E), in the dtype that ``x`` and ``position`` promote to; with a modulation also its modulated norm,
+        of the same shape and dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, what the fused kernels do not take, or a position table that the fused form
+            would have to differentiate.
+        BackendUnavailableError: no fused kernel on this device.
+    """
+    check_norm(norm)
+    check_tokens("x", x, cu_seqlens)
+    batch, width = num_samples(x, cu_seqlens), x.shape[-1]
+    if mask_token.shape != (width,) or position.ndim != 2 or position.shape[1] != width:
         raise ValueError(
             f"mask_token and position must have shapes ({width},) and (L, {width}) for x of shape {tuple(x.shape)}, "
             f"not {tuple(mask_token.shape)} and {tuple(position.shape)}"
         )
-    placed = gather_tokens(x, ids_restore.clamp(max=keep - 1))
-    return torch.where((ids_restore < keep)[..., None], placed, mask_token.to(x.dtype)) + position
+    _check_indices("ids_restore", ids_restore)
+    _check_shape("ids_restore", ids_restore, (batch, position.shape[0]), x)
+    if (shift is None) != (scale is None):
+        raise ValueError(f"shift and scale belong together, and {'shift' if shift is None else 'scale'} is missing")
+    if shift is not None and scale is not None:
+        _check_shape("shift", shift, (batch, width), x)
+        _check_shape("scale", scale, (batch, width), x)
+    if resolve_impl(impl, x.device) == "reference":
+        return restore_tokens_reference(
+            x, mask_token, position, ids_restore, cu_seqlens=cu_seqlens, shift=shift, scale=scale, norm=norm, eps=eps
+        )
+    if position.requires_grad:
+        raise ValueError(
+            f'position of shape {tuple(position.shape)} must not require a gradient: only impl="reference" has it'
+        )
+    rows = as_rows(x, cu_seqlens, {})
+    check_dtype("mask_token", mask_token)
+    check_dtype("position", position)
+    if shift is not None and scale is not None:
+        check_dtype("shift", shift)
+        check_dtype("scale", scale)
+        shift, scale = (t if t.stride(-1) == 1 else t.contiguous() for t in (shift, scale))
+    fixed = (mask_token.contiguous(), position.contiguous(), ids_restore.contiguous(), rows.cu_seqlens)
+    out = _RestoreTokens.apply(rows.x, *fixed, shift, scale, norm == "rms", float(eps))  # type: ignore[no-untyped-call]
+    shape = (*ids_restore.shape, width)
+    return out.view(shape) if shift is None else (out[0].view(shape), out[1].view(shape))
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {tuple(tensor.shape)}, for x of shape {tuple(x.shape)}")
+
+
+def _check_indices(name: str, ids: Tensor) -> None:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, not {ids.dtype} of shape {tuple(ids.shape)}")

@@ -114,6 +114,13 @@ def test_halving_averages_boxes(factor):
     assert (shrunk == 100).all()
 
 
+def test_the_rest_is_bicubic():
+    image = Image.fromarray(noise(52, 50, 3))
+    halved = image.resize((25, 26), Image.Resampling.BOX)
+    expected = halved.resize((16, 17), Image.Resampling.BICUBIC).crop((0, 0, 16, 16))
+    assert np.array_equal(np.asarray(resize_and_crop(image, 16)), np.asarray(expected))
+
+
 @pytest.mark.parametrize(("height", "width"), [(16, 21), (21, 16), (32, 43), (16, 16)])
 def test_crop_takes_the_centre(height, width):
     pixels = noise(height, width, 3)

@@ -1,9 +1,20 @@
+import itertools
+
+import checks
 import pytest
 import torch
 import torch.nn.functional as F
-from util import BF16_ROUNDING, relative_error
+from torch.library import opcheck
+from util import BF16_ROUNDING, assert_accurate, relative_error
 
 from fastmask.kernels import embed_kept_patches
+from fastmask.kernels._triton import _common
+from fastmask.kernels._triton import embed_kept_patches as launchers
+from fastmask.kernels.embed_kept_patches import (
+    embed_kept_patches_bwd,
+    embed_kept_patches_bwd_images,
+    embed_kept_patches_fwd,
+)
 
 # (B, C, h, w, p, D, K): odd and not square, one patch kept, all kept in another order, a published patch size.
 SHAPES = [(3, 3, 3, 2, 2, 7, 4), (2, 1, 2, 2, 3, 5, 1), (2, 4, 2, 3, 1, 6, 6), (1, 4, 4, 4, 4, 60, 7)]
@@ -108,3 +119,270 @@ def test_indices_of_another_batch():
     images, weight, bias, position, ids_keep, image_scale = arguments(*SHAPES[0])
     with pytest.raises(ValueError, match=r"ids_keep must have shape \(3, K\), not \(2, 4\)"):
         embed(images, weight, bias, position, ids_keep[:2], image_scale)
+
+
+# The kernels
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+# As above, in widths that the kernels take. The patches of the last three are read in several blocks, their columns or
+# their rows walked over in several steps: P = 1024, D = 1152, L = 289.
+KERNEL_SHAPES = [
+    (3, 3, 5, 3, 2, 8, 4),
+    (2, 1, 2, 2, 3, 56, 1),
+    (1, 4, 2, 3, 1, 64, 6),
+    (2, 16, 2, 1, 8, 8, 2),
+    (2, 4, 1, 3, 2, 1152, 2),
+    (1, 1, 17, 17, 1, 8, 255),
+]
+
+
+def embed_and_norm(images, weight, bias, shift, scale, **options):
+    return embed_kept_patches(
+        images, weight, bias, ids_keep=options.pop("ids_keep", None), shift=shift, scale=scale,
+        patch_size=weight.shape[-1], **options,
+    )  # fmt: skip
+
+
+def embed_only(images, weight, bias, **options):
+    return embed_and_norm(images, weight, bias, None, None, **options)
+
+
+def kernel_arguments(*shape, masked=True):
+    """Return the tensors that have gradients, and the others by name."""
+    images, weight, bias, position, ids_keep, image_scale = arguments(*shape)
+    modulation = torch.randn(2, shape[0], 6 * shape[5]).chunk(6, dim=-1)[2]
+    others = {"position": position, "ids_keep": ids_keep if masked else None, "image_scale": image_scale}
+    return [images, weight * weight[0].numel() ** -0.5, bias, *modulation], others
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_kernel_accuracy(shape, masked):
+    tensors, others = kernel_arguments(*shape, masked=masked)
+    checks.check_accuracy(embed_and_norm, tensors, **others, eps=1e-5)
+
+
+@pytest.mark.parametrize("images", [F32, BF16])
+@pytest.mark.parametrize(
+    ("weight", "bias", "position", "modulation"),
+    [(BF16, BF16, BF16, BF16), (BF16, F32, F32, F32), (F32, BF16, BF16, BF16), (F16, F16, F32, F32)],
+)
+def test_kernel_accuracy_of_mixed_dtypes(images, weight, bias, position, modulation):
+    tensors, others = kernel_arguments(3, 3, 5, 3, 2, 64, 4)
+    dtypes = images, weight, bias, modulation, modulation
+    others["position"] = others["position"].to(position)
+    tensors = [t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=True)]
+    checks.check_accuracy(embed_and_norm, tensors, **others)
+    tokens, h = embed_and_norm(*tensors, **others, impl="fused")
+    assert tokens.dtype == h.dtype == torch.promote_types(weight, position)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("distance", [0.0, 100.0])
+def test_the_norm_of_tokens_far_from_zero(norm, distance):
+    """The squares of the values would cancel; the position table puts one part of the columns far from the other."""
+    tensors, others = kernel_arguments(1, 4, 1, 3, 2, 1152, 2)
+    others["position"][:, :700] += distance
+    others["position"] += distance
+    checks.check_accuracy(embed_and_norm, tensors, **others, norm=norm)
+
+
+@pytest.mark.parametrize("shape", KERNEL_SHAPES[:3])
+def test_tokens_alone_are_those_beside_the_norm(shape):
+    tensors, others = kernel_arguments(*shape)
+    checks.check_accuracy(embed_only, tensors[:3], **others)
+    tokens, _ = embed_and_norm(*tensors, **others, impl="fused")
+    assert torch.equal(embed_only(*tensors[:3], **others, impl="fused"), tokens)
+    others["image_scale"] = None
+    checks.check_accuracy(embed_only, tensors[:3], **others)
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_packed_samples(impl):
+    cu_seqlens = torch.tensor([0, 3, 3, 40, 41])
+    tensors, others = kernel_arguments(4, 3, 8, 5, 2, 24, 40)
+    counts = cu_seqlens.diff().tolist()
+    ids = [row[:count] for row, count in zip(others["ids_keep"], counts, strict=True)]
+    packed = {**others, "ids_keep": torch.cat(ids), "cu_seqlens": cu_seqlens}
+    checks.check_accuracy(embed_and_norm, tensors, **packed)
+    tokens, h, *grads = checks.results(embed_and_norm, tensors, **packed, impl=impl)
+    # An empty sample has no gradient.
+    assert all(not grads[i][1].any() for i in (0, 3, 4))
+    for b, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        alone = {**others, "ids_keep": ids[b][None], "image_scale": others["image_scale"][b, None]}
+        of_sample = [tensors[0][b, None], *tensors[1:3], *(t[b, None] for t in tensors[3:])]
+        exact = embed_and_norm(*(t.double() for t in of_sample), **alone, impl="reference") if end > start else ()
+        for whole, one in zip((tokens, h), exact, strict=False):
+            assert relative_error(whole[start:end], one[0]) < 1e-6
+    packed["cu_seqlens"] = cu_seqlens.int()
+    packed["ids_keep"] = packed["ids_keep"].int()
+    assert torch.equal(embed_and_norm(*tensors, **packed, impl=impl)[0], tokens)
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_autocast_rounds_the_product_only(impl):
+    tensors, others = kernel_arguments(3, 3, 5, 3, 2, 64, 4)
+    exact = checks.results(embed_and_norm, tensors, torch.float64, **others, impl="reference")
+    with torch.autocast("cpu", BF16):
+        eager = checks.results(embed_and_norm, tensors, **others, impl="reference")
+        actual = checks.results(embed_and_norm, tensors, **others, impl=impl)
+    for a, true, by_eager in zip(actual, exact, eager, strict=True):
+        assert_accurate(a, true, by_eager)
+        assert a.dtype == F32
+    assert relative_error(actual[0], exact[0]) > 1e-4
+    with torch.autocast("cpu", BF16):
+        assert embed_only(*tensors[:3], **{**others, "position": others["position"].bfloat16()}).dtype == BF16
+
+
+def test_kernel_dropped_patches_are_not_read():
+    tensors, others = kernel_arguments(2, 2, 2, 2, 2, 8, 2)
+    others["ids_keep"] = torch.tensor([[0, 3], [2, 1]])
+    whole = checks.results(embed_and_norm, tensors, **others, impl="fused")
+    dropped = torch.zeros(2, 2, 4, 4, dtype=torch.bool)
+    dropped[0, :, :2, 2:] = dropped[0, :, 2:, :2] = dropped[1, :, :2, :2] = dropped[1, :, 2:, 2:] = True
+    tensors[0] = tensors[0].masked_fill(dropped, torch.nan)
+    poisoned = checks.results(embed_and_norm, tensors, **others, impl="fused")
+    assert all(torch.equal(a, b) for a, b in zip(whole, poisoned, strict=True))
+    assert torch.equal(poisoned[2] == 0, dropped)
+
+
+def test_kernel_of_non_contiguous_inputs():
+    tensors, others = kernel_arguments(3, 3, 5, 3, 2, 8, 4)
+    plain = checks.results(embed_and_norm, tensors, **others, impl="fused")
+    strided = [tensors[0].mT.contiguous().mT, *(t.mT.contiguous().mT for t in tensors[1:2]), *map(spread, tensors[2:])]
+    others = {name: spread(t) for name, t in others.items()}
+    assert not any(t.is_contiguous() for t in (*strided, *others.values()))
+    # Neither conversion copies, so the op sees the strides.
+    for a, b in zip(checks.results(embed_and_norm, strided, **others, impl="fused"), plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def spread(t):
+    """Return the same numbers, with others between them in memory."""
+    return torch.stack([t, t + 1], dim=-1)[..., 0]
+
+
+def test_only_what_is_needed_gets_a_gradient():
+    """Images that need none, as in training, get none; nothing but the inputs and the norm's two is kept."""
+    tensors, others = kernel_arguments(3, 3, 5, 3, 2, 8, 4)
+    every = checks.results(embed_and_norm, tensors, **others, impl="fused")
+    leaves = [t.clone().requires_grad_(i > 0) for i, t in enumerate(tensors)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        tokens, h = embed_and_norm(*leaves, **others, impl="fused")
+    kept = [leaves[0], leaves[1], others["ids_keep"], others["image_scale"], leaves[3], leaves[4], tokens]
+    addresses = {t.data_ptr() for t in kept}
+    extra = [t.shape for t in saved if t.data_ptr() not in addresses]
+    # The statistics, and the modulation where a gradient's leaf is stored as its contiguous copy.
+    assert extra == [(2, 12)]
+    sum((out.double() * checks.weights_like(out)).sum() for out in (tokens, h)).backward()
+    assert leaves[0].grad is None
+    for leaf, grad in zip(leaves[1:], every[3:], strict=True):
+        assert torch.equal(leaf.grad, grad)
+
+
+def test_kernel_repeats_bit_for_bit():
+    tensors, others = kernel_arguments(*KERNEL_SHAPES[-1])
+    checks.check_repeats(embed_and_norm, tensors, **others)
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed", "all"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_break(layout, dynamic):
+    tensors, others = kernel_arguments(3, 3, 5, 3, 2, 8, 4, masked=layout != "all")
+    if layout == "packed":
+        others |= {"ids_keep": others["ids_keep"].flatten(), "cu_seqlens": torch.tensor([0, 1, 7, 12])}
+    checks.check_compiles(embed_and_norm, tensors, dynamic=dynamic, **others)
+    if layout == "dense":
+        checks.check_compiles(embed_only, tensors[:3], dynamic=dynamic, **others)
+
+
+def test_nothing_is_left_unwritten(monkeypatch):
+    shapes = KERNEL_SHAPES[0], KERNEL_SHAPES[-1][:-1] + (289,)
+    cases = [kernel_arguments(*shape) for shape in shapes]
+    plain = [checks.results(embed_and_norm, tensors, **others, impl="fused") for tensors, others in cases]
+    checks.poison_empty(monkeypatch, launchers, _common)
+    for (tensors, others), right in zip(cases, plain, strict=True):
+        poisoned = checks.results(embed_and_norm, tensors, **others, impl="fused")
+        assert all(torch.equal(a, b) for a, b in zip(poisoned, right, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_raw_ops(packed):
+    (images, weight, bias, shift, scale), others = kernel_arguments(3, 3, 5, 3, 2, 8, 4)
+    ids_keep = others["ids_keep"].flatten() if packed else others["ids_keep"]
+    kept = ids_keep, others["image_scale"], torch.tensor([0, 1, 7, 12]).int() if packed else None
+    inputs = images, weight, bias, others["position"], *kept, F32, F32
+    grad = torch.randn(12, 8)
+    opcheck(embed_kept_patches_fwd, (*inputs, None, None, False, 1e-6))
+    opcheck(embed_kept_patches_fwd, (*inputs, shift, scale, True, 1e-6))
+    opcheck(embed_kept_patches_bwd, (grad, images, weight, *kept, F32, BF16))
+    opcheck(embed_kept_patches_bwd_images, (grad, images, weight, *kept, F32))
+
+
+@pytest.mark.parametrize("name", ["position", "image_scale"])
+def test_gradients_that_only_the_reference_has(name):
+    tensors, others = kernel_arguments(2, 3, 1, 2, 2, 8, 2)
+    others[name].requires_grad_()
+    with pytest.raises(ValueError, match=rf'{name} of shape .* must not require a gradient .* impl="reference"'):
+        embed_and_norm(*tensors, **others, impl="fused")
+    embed_and_norm(*tensors, **others, impl="reference")[1].sum().backward()
+    assert others[name].grad.isfinite().all()
+    with torch.no_grad():
+        embed_and_norm(*tensors, **others, impl="fused")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(3, 6, 4)}, r"images must have shape \(B, C, h \* p, w \* p\), not \(3, 6, 4\)"),
+        ({"weight": torch.zeros(8, 2, 2, 2)}, r"weight must have shape \(D, 3, 2, 2\).* not \(8, 2, 2, 2\)"),
+        ({"weight": torch.zeros(8, 12)}, r"weight must have shape \(D, 3, 2, 2\).* not \(8, 12\)"),
+        ({"bias": torch.zeros(7)}, r"bias must have shape \(8,\).* not \(7,\)"),
+        ({"image_scale": torch.zeros(2)}, r"image_scale must have shape \(3,\).* not \(2,\)"),
+        ({"shift": torch.zeros(3, 4, 8)}, r"shift must have shape \(3, 8\).* not \(3, 4, 8\)"),
+        ({"scale": torch.zeros(8)}, r"scale must have shape \(3, 8\).* not \(8,\)"),
+        ({"scale": None}, "shift and scale belong together, and scale is missing"),
+        ({"shift": None}, "shift and scale belong together, and shift is missing"),
+        ({"ids_keep": torch.zeros(12).int()}, r"ids_keep must have shape \(3, K\), not \(12,\)"),
+        ({"ids_keep": torch.zeros(3, 4)}, r"ids_keep must be int32 or int64, not torch.float32 of shape \(3, 4\)"),
+        ({"cu_seqlens": torch.tensor([0, 2, 4, 6])}, r"ids_keep must have shape \(N,\) with cu_seqlens, not \(3, 4\)"),
+        ({"cu_seqlens": torch.tensor([0, 2, 4])}, r"cu_seqlens must have shape \(4,\).* not \(3,\)"),
+        ({"cu_seqlens": torch.zeros(4)}, r"cu_seqlens must be int32 or int64 of shape \(B \+ 1,\)"),
+        ({"ids_keep": None, "cu_seqlens": torch.tensor([0, 2, 4, 6])}, r"ids_keep must have shape \(N,\).* not None"),
+        ({"norm": "batch"}, "norm must be .* not 'batch'"),
+        ({"impl": "triton"}, "impl must be .* not 'triton'"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, message):
+    (images, weight, bias, shift, scale), others = kernel_arguments(3, 3, 3, 2, 2, 8, 4)
+    fitting = {"images": images, "weight": weight, "bias": bias, "shift": shift, "scale": scale, **others}
+    assert embed_kept_patches(**fitting, patch_size=2)[0].shape == (3, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        embed_kept_patches(**{**fitting, **change}, patch_size=2)
+
+
+@pytest.mark.parametrize("index", [6, -1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_reference_refuses_positions_that_are_none(index, packed):
+    tensors, others = kernel_arguments(3, 3, 3, 2, 2, 8, 4)
+    others["ids_keep"][1, 2] = index
+    if packed:
+        others |= {"ids_keep": others["ids_keep"].flatten(), "cu_seqlens": torch.tensor([0, 4, 8, 12])}
+    with pytest.raises(IndexError):
+        embed_and_norm(*tensors, **others, impl="reference")
+
+
+@pytest.mark.parametrize("width", [7, 8200])
+def test_widths_that_no_kernel_takes(width):
+    tensors, others = kernel_arguments(1, 1, 1, 1, 1, width, 1)
+    with pytest.raises(ValueError, match=rf"a multiple of 8 up to 8192, not {width}"):
+        embed_and_norm(*tensors, **others, impl="fused")
+
+
+def test_float64_has_no_kernel():
+    tensors, others = kernel_arguments(1, 1, 1, 1, 1, 8, 1)
+    tensors[1] = tensors[1].double()
+    with pytest.raises(ValueError, match="weight is torch.float64"):
+        embed_and_norm(*tensors, **others, impl="fused")

@@ -1,20 +1,58 @@
+from functools import partial
+
 import pytest
 import torch
-from util import relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
+from util import assert_accurate, relative_error
 
 from fastmask.kernels import Mask, masked_loss, sample_mask
+from fastmask.kernels.masked_loss import masked_loss_bwd, masked_loss_fwd, masked_loss_reference
+
+IMPLS = ["reference", "fused"]
 
 # (B, C, h, w, p, K): odd and not square, one patch kept, one dropped.
 SHAPES = [(3, 3, 3, 2, 2, 4), (2, 1, 2, 2, 3, 1), (2, 4, 3, 3, 2, 8)]
+# 255 patches of 16 values, 15 of 8 and of 64, two tiles of patches of 768 values with all kept and of 1024, one patch.
+KERNEL_SHAPES = [
+    (4, 4, 15, 17, 2, 100),
+    (8, 2, 5, 3, 2, 1),
+    (8, 4, 3, 5, 4, 14),
+    (4, 3, 2, 3, 16, 6),
+    (4, 4, 3, 2, 16, 3),
+    (8, 2, 1, 1, 2, 1),
+]
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def arguments(batch, channels, h, w, p, keep, dtype=torch.float32, sigma=(0.3, 1.0, 4.0)):
+def random_tensors(batch, channels, h, w, p, sigma=None):
     images = torch.randn(batch, channels, h * p, w * p) * 0.5
-    sigma = torch.tensor(sigma[:batch])
+    sigma = (torch.randn(batch) * 1.2 - 1.2).exp() if sigma is None else torch.tensor(sigma)
     noised = images + torch.randn_like(images) * sigma[:, None, None, None]
-    raw = torch.randn(batch, h * w, p * p * channels)
-    mask = sample_mask(batch, h * w, keep, seed=0, device="cpu")
-    return *(t.to(dtype) for t in (raw, images, noised, sigma)), mask
+    return torch.randn(batch, h * w, p * p * channels), images, noised, sigma
+
+
+def arguments(batch, channels, h, w, p, keep, dtype=FP32, sigma=None):
+    tensors = random_tensors(batch, channels, h, w, p, sigma)
+    return *(t.to(dtype) for t in tensors), sample_mask(batch, h * w, keep, seed=0, device="cpu")
+
+
+def packed_mask(counts, length, dtype=torch.int32):
+    """A mask that keeps a number of positions of its own in each sample, none included."""
+    order = [torch.randperm(length) for _ in counts]
+    ids_keep = torch.cat([ids[:count] for ids, count in zip(order, counts, strict=True)])
+    ids_restore = torch.stack([ids.argsort() for ids in order])
+    cu_seqlens = torch.tensor([0, *counts]).cumsum(0)
+    return Mask(ids_keep.to(dtype), ids_restore.to(dtype), cu_seqlens.to(dtype))
+
+
+def ids(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def kept_positions(mask, b):
+    if mask.cu_seqlens is None:
+        return mask.ids_keep[b].tolist()
+    return mask.ids_keep[mask.cu_seqlens[b] : mask.cu_seqlens[b + 1]].tolist()
 
 
 def losses_of_whole_images(raw, images, noised, sigma, mask, p, sigma_data):
@@ -30,7 +68,7 @@ def losses_of_whole_images(raw, images, noised, sigma, mask, p, sigma_data):
         s, sd = sigma[b], sigma_data
         denoised = sd**2 / (s**2 + sd**2) * noised[b] + s * sd / torch.sqrt(s**2 + sd**2) * output[b]
         weight = (s**2 + sd**2) / (s * sd) ** 2
-        kept = range(len(boxes)) if mask is None else mask.ids_keep[b].tolist()
+        kept = range(len(boxes)) if mask is None else kept_positions(mask, b)
         of_kept, of_dropped = [], []
         for l, box in enumerate(boxes):
             if l in kept:
@@ -39,95 +77,291 @@ def losses_of_whole_images(raw, images, noised, sigma, mask, p, sigma_data):
             patch = noised[b][box]
             normed = (patch - patch.mean()) / torch.sqrt(patch.var(correction=1) + 1e-6)
             of_dropped.append((denoised[box] - normed).pow(2).mean())
-        denoising.append(torch.stack(of_kept).mean())
-        reconstruction.append(torch.stack(of_dropped).mean() if of_dropped else torch.zeros(()).double())
+        for losses, parts in ((denoising, of_kept), (reconstruction, of_dropped)):
+            losses.append(torch.stack(parts).mean() if parts else torch.zeros(()).double())
     return torch.stack(denoising), torch.stack(reconstruction)
+
+
+def losses_and_gradient(function, raw, *args, weights, **kwargs):
+    """Both losses and the gradient of their weighted sum with respect to raw."""
+    raw = raw.detach().requires_grad_()
+    parts = function(raw, *args, **kwargs)
+    total = sum((part * w.to(part.dtype)).sum() for part, w in zip(parts, weights, strict=True))
+    (grad,) = torch.autograd.grad(total, raw)
+    return *(part.detach() for part in parts), grad
+
+
+def assert_kernel_accurate(raw, images, noised, sigma, mask, p, sigma_data=0.5):
+    weights = torch.rand(2, raw.shape[0], dtype=torch.float64) + 0.5
+    settings = {"weights": weights, "patch_size": p, "sigma_data": sigma_data}
+    tensors = (raw, images, noised, sigma)
+    exact = losses_and_gradient(masked_loss_reference, *(t.double() for t in tensors), mask, **settings)
+    eager = losses_and_gradient(masked_loss_reference, *tensors, mask, **settings)
+    fused = losses_and_gradient(partial(masked_loss, impl="fused"), *tensors, mask, **settings)
+    assert [t.dtype for t in fused] == [FP32, FP32, raw.dtype]
+    # Both losses as one vector: the rounding of a few numbers is a matter of luck.
+    assert_accurate(torch.cat(fused[:2]), torch.cat(exact[:2]), torch.cat(eager[:2]))
+    assert_accurate(fused[2], exact[2], eager[2])
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_masked(shape, sigma_data):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_masked(impl, shape, sigma_data):
     raw, images, noised, sigma, mask = arguments(*shape)
     p = shape[4]
     exact = losses_of_whole_images(raw, images, noised, sigma, mask, p, sigma_data)
     doubles = [t.double() for t in (raw, images, noised, sigma)]
-    for inputs, dtype, bound in [((raw, images, noised, sigma), torch.float32, 1e-6), (doubles, torch.float64, 1e-14)]:
-        parts = masked_loss(*inputs, mask, patch_size=p, sigma_data=sigma_data)
+    for inputs, dtype, bound in [((raw, images, noised, sigma), FP32, 1e-6), (doubles, torch.float64, 1e-14)]:
+        if dtype == torch.float64 and impl == "fused":
+            continue
+        parts = masked_loss(*inputs, mask, patch_size=p, sigma_data=sigma_data, impl=impl)
         for name, part, expected in zip(("denoising", "reconstruction"), parts, exact, strict=True):
             assert part.dtype == dtype
             assert relative_error(part, expected) < bound, name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_unmasked_is_the_mean_over_all_values(shape):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_unmasked_is_the_mean_over_all_values(impl, shape):
     raw, images, noised, sigma, _ = arguments(*shape)
     exact, _ = losses_of_whole_images(raw, images, noised, sigma, None, shape[4], 0.5)
-    denoising, reconstruction = masked_loss(raw, images, noised, sigma, None, patch_size=shape[4], sigma_data=0.5)
+    denoising, reconstruction = masked_loss(
+        raw, images, noised, sigma, None, patch_size=shape[4], sigma_data=0.5, impl=impl
+    )
     assert relative_error(denoising, exact) < 1e-6
     assert torch.equal(reconstruction, torch.zeros(shape[0]))
 
 
-def test_a_mask_that_keeps_all_is_no_mask():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_each_packed_sample_counts_its_own_patches(impl):
+    counts, p = (2, 0, 6, 5), 2
+    raw, images, noised, sigma = random_tensors(4, 3, 3, 2, p)
+    mask = packed_mask(counts, 6)
+    exact = losses_of_whole_images(raw, images, noised, sigma, mask, p, 0.5)
+    parts = masked_loss(raw, images, noised, sigma, mask, patch_size=p, sigma_data=0.5, impl=impl)
+    for name, part, expected in zip(("denoising", "reconstruction"), parts, exact, strict=True):
+        assert relative_error(part, expected) < 1e-6, name
+    assert parts[0][1] == 0
+    assert parts[1][2] == 0
+
+
+@pytest.mark.parametrize("shape", KERNEL_SHAPES)
+def test_kernel(shape):
+    *tensors, mask = arguments(*shape)
+    assert_kernel_accurate(*tensors, mask, shape[4])
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+def test_kernel_without_a_mask(sigma_data):
+    assert_kernel_accurate(*random_tensors(8, 3, 3, 2, 2), None, 2, sigma_data)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_kernel(dtype):
+    counts = [0, 6, 1, 4] * 2
+    assert_kernel_accurate(*random_tensors(8, 4, 2, 3, 2), packed_mask(counts, 6, dtype), 2)
+
+
+@pytest.mark.parametrize("dtypes", [(BF16, FP32, FP32), (FP16, FP32, FP32), (BF16, BF16, BF16), (FP32, BF16, FP16)])
+def test_kernel_of_narrow_dtypes(dtypes):
+    raw, images, noised, sigma, mask = arguments(8, 4, 5, 3, 2, 7)
+    assert_kernel_accurate(raw.to(dtypes[0]), images.to(dtypes[1]), noised.to(dtypes[2]), sigma, mask, 2)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_mask_that_keeps_all_is_no_mask(impl):
     raw, images, noised, sigma, mask = arguments(3, 3, 3, 2, 2, 6)
-    dense = masked_loss(raw, images, noised, sigma, None, patch_size=2, sigma_data=0.5)
-    masked = masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5)
+    dense = masked_loss(raw, images, noised, sigma, None, patch_size=2, sigma_data=0.5, impl=impl)
+    masked = masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(masked, dense, strict=True))
 
 
-def test_order_of_rows_does_not_matter():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_order_of_rows_does_not_matter(impl):
     raw, images, noised, sigma, _ = arguments(2, 1, 2, 2, 2, 2)
     rows = Mask(torch.tensor([[0, 3], [2, 1]]), torch.tensor([[0, 2, 3, 1], [2, 1, 0, 3]]))
     turned = Mask(torch.tensor([[3, 0], [1, 2]]), torch.tensor([[1, 3, 2, 0], [3, 0, 1, 2]]))
-    expected = masked_loss(raw, images, noised, sigma, rows, patch_size=2, sigma_data=0.5)
-    parts = masked_loss(raw, images, noised, sigma, turned, patch_size=2, sigma_data=0.5)
+    expected = masked_loss(raw, images, noised, sigma, rows, patch_size=2, sigma_data=0.5, impl=impl)
+    parts = masked_loss(raw, images, noised, sigma, turned, patch_size=2, sigma_data=0.5, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
 
 
 @pytest.mark.parametrize("sigma", [0.002, 80.0])
-def test_ends_of_the_noise_range(sigma):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_ends_of_the_noise_range(impl, sigma):
     raw, images, noised, sigma, mask = arguments(1, 4, 3, 3, 2, 5, sigma=(sigma,))
     exact = losses_of_whole_images(raw, images, noised, sigma, mask, 2, 0.5)
-    parts = masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5)
+    parts = masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5, impl=impl)
     # At sigma 0.002 the difference to the image cancels all but the last digits of fp32.
     for name, part, expected in zip(("denoising", "reconstruction"), parts, exact, strict=True):
         assert relative_error(part, expected) < 2e-5, name
 
 
-def test_constant_patches_have_finite_losses():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_constant_patches_have_finite_losses(impl):
     # An unnoised patch of one colour has no variance: the eps keeps its target finite, at 0.
     raw, noised = torch.zeros(1, 4, 4), torch.ones(1, 1, 4, 4)
     mask = sample_mask(1, 4, 2, seed=0, device="cpu")
-    _, reconstruction = masked_loss(raw, noised, noised, torch.tensor([0.5]), mask, patch_size=2, sigma_data=0.5)
+    _, reconstruction = masked_loss(
+        raw, noised, noised, torch.tensor([0.5]), mask, patch_size=2, sigma_data=0.5, impl=impl
+    )
     assert reconstruction.item() == 0.25
 
 
-def test_bf16_output_is_only_read_in_bf16():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_statistics_of_a_patch_far_from_zero(impl):
+    # One pass over the squares would lose all of a variance of 1 beside a mean of 10000.
+    raw, noised = torch.zeros(1, 4, 64), torch.randn(1, 1, 16, 16) + 1e4
+    mask = packed_mask([0], 4)
+    tensors = (raw, noised, noised, torch.tensor([1e4]), mask)
+    _, exact = losses_of_whole_images(*tensors, 8, 0.5)
+    _, reconstruction = masked_loss(*tensors, patch_size=8, sigma_data=0.5, impl=impl)
+    assert relative_error(reconstruction, exact) < 1e-3
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bf16_output_is_only_read_in_bf16(impl):
     raw, images, noised, sigma, mask = arguments(3, 3, 3, 2, 2, 4)
-    parts = masked_loss(raw.bfloat16(), images, noised, sigma, mask, patch_size=2, sigma_data=0.5)
-    expected = masked_loss(raw.bfloat16().float(), images, noised, sigma, mask, patch_size=2, sigma_data=0.5)
+    settings = {"patch_size": 2, "sigma_data": 0.5, "impl": impl}
+    parts = masked_loss(raw.bfloat16(), images, noised, sigma, mask, **settings)
+    expected = masked_loss(raw.bfloat16().float(), images, noised, sigma, mask, **settings)
     for part, same in zip(parts, expected, strict=True):
         assert part.dtype == torch.float32
         assert torch.equal(part, same)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradcheck(masked):
+@pytest.mark.parametrize("impl", IMPLS)
+def test_non_contiguous_input(impl):
+    shape = (2, 3, 3, 2, 2, 4)
+    raw, images, noised, sigma, mask = arguments(*shape)
+    apart = (
+        raw.mT.contiguous().mT,
+        images.to(memory_format=torch.channels_last),
+        noised.mT.contiguous().mT,
+        sigma.repeat_interleave(2)[::2],
+        Mask(mask.ids_keep, mask.ids_restore.mT.contiguous().mT),
+    )
+    assert not any(t.is_contiguous() for t in (*apart[:4], apart[4].ids_restore))
+    settings = {"weights": torch.tensor([[0.3, 1.0], [2.0, 0.7]]), "patch_size": 2, "sigma_data": 0.5, "impl": impl}
+    expected = losses_and_gradient(masked_loss, raw, images, noised, sigma, mask, **settings)
+    results = losses_and_gradient(masked_loss, *apart, **settings)
+    for result, same in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, same, rtol=0 if impl == "fused" else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("case", ["none", "masked", "packed"])
+def test_gradcheck(case):
     raw, images, noised, sigma, mask = arguments(2, 1, 3, 1, 2, 2, torch.float64)
     inputs = [t.requires_grad_() for t in (raw, images, noised, sigma)]
-    mask = mask if masked else None
-    assert torch.autograd.gradcheck(lambda *t: masked_loss(*t, mask, patch_size=2, sigma_data=0.5), inputs)
+    mask = {"none": None, "masked": mask, "packed": packed_mask([0, 2], 3)}[case]
+    function = partial(masked_loss, patch_size=2, sigma_data=0.5, impl="reference")
+    assert torch.autograd.gradcheck(lambda *t: function(*t, mask), inputs)
 
 
-def test_gradients_of_kept_and_dropped_patches_are_separate():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_of_kept_and_dropped_patches_are_separate(impl):
     raw, images, noised, sigma, mask = arguments(3, 3, 3, 2, 2, 4)
     raw.requires_grad_()
     for part, outside in zip(
-        masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5),
+        masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5, impl=impl),
         (mask.dropped, ~mask.dropped),
         strict=True,
     ):
         (grad,) = torch.autograd.grad(part.sum(), raw, retain_graph=True)
         assert torch.equal(grad.ne(0).any(-1), ~outside)
+
+
+def test_two_runs_give_the_same_bits():
+    # Several tiles of a sample, whose sums are added up.
+    *tensors, mask = arguments(2, 4, 3, 3, 16, 4)
+    settings = {"weights": torch.rand(2, 2), "patch_size": 16, "sigma_data": 0.5, "impl": "fused"}
+    first, second = (losses_and_gradient(masked_loss, *tensors, mask, **settings) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_only_inputs_are_kept_for_backward():
+    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
+    raw.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
+        masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5, impl="fused")
+    assert sorted(kept) == sorted(t.data_ptr() for t in (raw, images, noised, sigma, mask.ids_restore))
+
+
+def test_every_value_is_written(monkeypatch):
+    def poisoned(make):
+        def make_poisoned(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return make_poisoned
+
+    # A sample of one tile, and one of two, the second of which is not full.
+    cases = [(*arguments(2, 3, 5, 3, 2, 7), 2), (*random_tensors(2, 4, 3, 2, 16), packed_mask([0, 4], 6), 16)]
+    settings = {"weights": torch.rand(2, 2), "sigma_data": 0.5, "impl": "fused"}
+    expected = [losses_and_gradient(masked_loss, *case, patch_size=p, **settings) for *case, p in cases]
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    assert torch.empty(1).isnan()
+    for (*case, p), same in zip(cases, expected, strict=True):
+        results = losses_and_gradient(masked_loss, *case, patch_size=p, **settings)
+        assert all(torch.equal(a, b) for a, b in zip(results, same, strict=True))
+
+
+@pytest.mark.parametrize(("case", "dtype"), [("none", BF16), ("masked", FP32), ("packed", BF16)])
+def test_opcheck(case, dtype):
+    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
+    indices = {"none": (None, None, 6), "masked": (mask.ids_restore, None, 4)}
+    packed = packed_mask([0, 4], 6)
+    indices["packed"] = (packed.ids_restore, packed.cu_seqlens, 6)
+    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    args = (raw.to(dtype), images, noised, sigma, *indices[case], 2, 0.5)
+    torch.library.opcheck(masked_loss_fwd, args, test_utils=utils)
+    torch.library.opcheck(masked_loss_bwd, (torch.rand(2), torch.rand(2), *args), test_utils=utils)
+
+
+@pytest.mark.parametrize(("case", "dynamic"), [("masked", False), ("masked", True), ("packed", True)])
+def test_compile(case, dynamic):
+    function = partial(masked_loss, patch_size=2, sigma_data=0.5, impl="fused")
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    # No two sizes agree, of which the first compilation would make a condition.
+    shapes = [((2, 5, 7, 4, 2, 11), [0, 11])]
+    if dynamic:
+        shapes.append(((4, 3, 6, 5, 2, 13), [30, 3, 0, 8]))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape, counts in shapes:
+            *tensors, mask = arguments(*shape)
+            mask = mask if case == "masked" else packed_mask(counts, shape[2] * shape[3])
+            weights = torch.rand(2, shape[0])
+            expected = losses_and_gradient(function, *tensors, mask, weights=weights)
+            results = losses_and_gradient(compiled, *tensors, mask, weights=weights)
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", ["none", "masked", "packed"])
+def test_no_value_is_read_on_the_host(case):
+    *tensors, mask = arguments(2, 3, 3, 2, 2, 4)
+    mask = {"none": None, "masked": mask, "packed": packed_mask([0, 4], 6)}[case]
+    # Fake tensors have no values: reading one raises.
+    with FakeTensorMode() as mode:
+        tensors = [mode.from_tensor(t) for t in tensors]
+        mask = mask and Mask(*(None if t is None else mode.from_tensor(t) for t in mask))
+        settings = {"weights": torch.ones(2, 2), "patch_size": 2, "sigma_data": 0.5, "impl": "fused"}
+        denoising, reconstruction, grad = losses_and_gradient(masked_loss, *tensors, mask, **settings)
+    assert denoising.shape == reconstruction.shape == (2,)
+    assert grad.shape == (2, 6, 12)
+
+
+def test_compile_without_a_mask():
+    torch._dynamo.reset()
+    function = partial(masked_loss, patch_size=2, sigma_data=0.5, impl="fused")
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    tensors, weights = random_tensors(2, 3, 3, 2, 2), torch.rand(2, 2)
+    expected = losses_and_gradient(function, *tensors, None, weights=weights)
+    results = losses_and_gradient(compiled, *tensors, None, weights=weights)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 12), (2, 6, 4), (1, 6, 12)])
@@ -141,3 +375,72 @@ def test_images_that_do_not_divide():
     images = torch.zeros(1, 1, 4, 5)
     with pytest.raises(ValueError, match="images of 4x5 do not divide into patches of 2x2"):
         masked_loss(torch.zeros(1, 4, 4), images, images, torch.ones(1), None, patch_size=2, sigma_data=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("images", torch.zeros(3, 6, 4), r"images must have shape \(B, C, h \* p, w \* p\), not \(3, 6, 4\)"),
+        (
+            "noised",
+            torch.zeros(2, 3, 4, 6),
+            r"noised must have the shape of images, \(2, 3, 6, 4\), not \(2, 3, 4, 6\)",
+        ),
+        ("sigma", torch.zeros(2, 1), r"sigma must have shape \(2,\), not \(2, 1\)"),
+        ("mask", Mask(ids(2, 3), ids(2, 5)), r"mask.ids_restore must have shape \(2, 6\), not \(2, 5\)"),
+        ("mask", Mask(ids(3), ids(2, 6)), r"mask.ids_keep must have shape \(2, K\), not \(3,\)"),
+        ("mask", Mask(ids(3), ids(2, 6), ids(2)), r"mask.cu_seqlens must have shape \(3,\), not \(2,\)"),
+        ("mask", Mask(ids(3), ids(2, 6), torch.zeros(3)), "cu_seqlens must be int32 or int64 .* not torch.float32"),
+        ("impl", "eager", 'impl must be "fused", "reference" or None'),
+    ],
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_fits_neither_form(impl, name, value, message):
+    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
+    named = {"raw": raw, "images": images, "noised": noised, "sigma": sigma, "mask": mask, "impl": impl}
+    with pytest.raises(ValueError, match=message):
+        masked_loss(**{**named, name: value}, patch_size=2, sigma_data=0.5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_patch_of_one_value(impl):
+    raw, images, noised, sigma = random_tensors(2, 1, 2, 2, 1)
+    settings = {"patch_size": 1, "sigma_data": 0.5, "impl": impl}
+    exact, _ = losses_of_whole_images(raw, images, noised, sigma, None, 1, 0.5)
+    denoising, _ = masked_loss(raw, images, noised, sigma, None, **settings)
+    assert relative_error(denoising, exact) < 1e-6
+    for mask in (sample_mask(2, 4, 2, seed=0, device="cpu"), packed_mask([1, 3], 4)):
+        with pytest.raises(ValueError, match=r"raw has shape \(2, 4, 1\): a patch of one value has no variance"):
+            masked_loss(raw, images, noised, sigma, mask, **settings)
+
+
+@pytest.mark.parametrize("name", ["images", "noised", "sigma"])
+def test_the_fused_form_has_the_gradient_of_raw_alone(name):
+    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
+    named = {"raw": raw.requires_grad_(), "images": images, "noised": noised, "sigma": sigma, "mask": mask}
+    function = partial(masked_loss, **named, patch_size=2, sigma_data=0.5)
+    named[name].requires_grad_()
+    (grad,) = torch.autograd.grad(function(impl="reference")[0].sum(), named[name])
+    assert grad.ne(0).any()
+    with pytest.raises(ValueError, match=f"{name} of shape .* requires grad, and the fused form is differentiable in"):
+        function(impl="fused")
+    with torch.no_grad():
+        assert function(impl="fused")[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["raw", "images", "noised", "sigma"])
+def test_float64_is_for_the_reference(name):
+    raw, images, noised, sigma, _ = arguments(2, 3, 3, 2, 2, 4)
+    named = {"raw": raw, "images": images, "noised": noised, "sigma": sigma, "mask": None}
+    function = partial(masked_loss, **{**named, name: named[name].double()}, patch_size=2, sigma_data=0.5)
+    assert function(impl="reference")[0].isfinite().all()
+    with pytest.raises(ValueError, match=rf'{name}.*torch.float64: impl="reference" takes any'):
+        function(impl="fused")
+
+
+def test_patches_too_large_for_the_kernel():
+    raw, images, noised, sigma = random_tensors(1, 5, 1, 1, 16)
+    function = partial(masked_loss, raw, images, noised, sigma, None, patch_size=16, sigma_data=0.5)
+    assert function(impl="reference")[0].isfinite().all()
+    with pytest.raises(ValueError, match=r"patches of up to 1024 values, and raw has shape \(1, 1, 1280\)"):
+        function(impl="fused")

@@ -1,0 +1,114 @@
+"""Registers the ops with PyTorch's dispatcher, and says which of them can run where.
+
+Two questions are kept apart. The caller chooses the form of the mathematics: `impl="reference"`, plain PyTorch, or
+`impl="fused"`, an op of this library. PyTorch's dispatcher then chooses the kernel by the device of the tensors: Triton
+on a GPU; on a CPU the same Triton kernel, interpreted, where TRITON_INTERPRET=1 was set before Python started. There is
+no other choice and no fallback: what cannot run says so.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+Impl = Literal["fused", "reference"]
+
+
+class BackendUnavailableError(ValueError):
+    """An op has no kernel for a device; the message says what to do."""
+
+
+class Backend(NamedTuple):
+    """Where the kernel of an op on a device comes from; `reason` says why there is none, or how it runs."""
+
+    op: str
+    device: str
+    kernel: str
+    reason: str
+
+
+_OPS: list[str] = []
+
+
+def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
+    """Define an op with its Triton kernel and its fake, and return its overload.
+
+    Args:
+        schema: name, arguments and results, as PyTorch writes them.
+        fake: returns empty results of the right shapes, strides and dtypes.
+        launcher: `module:function` below `fastmask.kernels._triton`, imported at the op's first call.
+    """
+    name, arguments = schema.split("(", 1)
+    qualified = f"fastmask::{name}"
+    torch.library.define(qualified, f"({arguments}")
+    torch.library.impl(qualified, "CUDA", lambda *args: _launcher(name, launcher)(*args))
+    torch.library.impl(qualified, "CPU", lambda *args: _interpreted(name, launcher)(*args))
+    torch.library.register_fake(qualified, fake)
+    _OPS.append(name)
+    return getattr(torch.ops.fastmask, name).default
+
+
+def default_impl(device: torch.device | str) -> Impl:
+    """Return the form that ops take on a device when none is named: "fused" on a GPU, "reference" elsewhere."""
+    return "fused" if torch.device(device).type == "cuda" else "reference"
+
+
+def resolve_impl(impl: Impl | None, device: torch.device) -> Impl:
+    """Return ``impl``, or the device's default for None; a ValueError for anything else."""
+    if impl is None:
+        return default_impl(device)
+    if impl not in ("fused", "reference"):
+        raise ValueError(f'impl must be "fused", "reference" or None, not {impl!r}')
+    return impl
+
+
+def backends() -> list[Backend]:
+    """Return where the kernel of each op comes from, on a GPU and on the CPU."""
+    triton = importlib.util.find_spec("triton") is not None
+    gpu = "this machine has one" if torch.cuda.is_available() else "no GPU in this machine"
+    rows = []
+    for op in _OPS:
+        rows.append(Backend(op, "cuda", "triton", gpu) if triton else Backend(op, "cuda", "none", _NO_TRITON))
+        if triton and _interpreting():
+            rows.append(Backend(op, "cpu", "triton", "interpreted: TRITON_INTERPRET=1"))
+        else:
+            rows.append(Backend(op, "cpu", "none", 'no native kernel: impl="reference" runs'))
+    return rows
+
+
+def require(device: torch.device | str) -> None:
+    """Raise a `BackendUnavailableError` unless every op has a kernel for the device."""
+    kind = torch.device(device).type
+    missing = [row for row in backends() if row.device == kind and row.kernel == "none"]
+    if missing:
+        names = ", ".join(row.op for row in missing)
+        raise BackendUnavailableError(f"no kernel on {kind} for {names}: {missing[0].reason}")
+
+
+_NO_TRITON = "triton is not installed: pip install triton"
+
+
+def _launcher(name: str, launcher: str) -> Callable[..., Any]:
+    module, function = launcher.split(":")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(f"fastmask.kernels._triton.{module}"), function)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise BackendUnavailableError(f"fastmask::{name} needs triton on a GPU; {_NO_TRITON}") from None
+    return found
+
+
+def _interpreted(name: str, launcher: str) -> Callable[..., Any]:
+    if importlib.util.find_spec("triton") is None or not _interpreting():
+        raise BackendUnavailableError(
+            f'fastmask::{name} has no CPU kernel: pass impl="reference", or set TRITON_INTERPRET=1 before Python '
+            f"starts to run its Triton kernel interpreted (slow)"
+        )
+    return _launcher(name, launcher)
+
+
+def _interpreting() -> bool:
+    return bool(importlib.import_module("triton").knobs.runtime.interpret)

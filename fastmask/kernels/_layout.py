@@ -1,0 +1,119 @@
+"""The two layouts of tokens that every op takes, and how a modulation lies against them.
+
+Dense tokens have shape (B, K, D). Packed tokens have shape (N, D): the samples stand one after the other, sample b in
+rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1, so they may keep unequal numbers of tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_WIDTH = 8192
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Rows(NamedTuple):
+    """Tokens and modulations as the kernels see them: groups of rows that share a modulation.
+
+    Attributes:
+        x: shape (N, D), contiguous.
+        cu_seqlens: int32, shape (G + 1,), where each group begins; None: all G groups are of N / G rows.
+        modulations: each of shape (G, D), contiguous in the last dimension.
+    """
+
+    x: Tensor
+    cu_seqlens: Tensor | None
+    modulations: list[Tensor]
+
+
+def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise a ValueError unless ``x`` is (B, K, D), or (N, D) with int32 or int64 ``cu_seqlens`` (B + 1,)."""
+    if cu_seqlens is None:
+        if x.ndim != 3:
+            raise ValueError(f"{name} must have shape (B, K, D), or (N, D) with cu_seqlens, not {tuple(x.shape)}")
+        return
+    if x.ndim != 2:
+        raise ValueError(f"{name} must have shape (N, D) with cu_seqlens, not {tuple(x.shape)}")
+    check_cu_seqlens(cu_seqlens)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor) -> None:
+    """Raise a ValueError unless ``cu_seqlens`` is a vector of at least two int32 or int64 values."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be int32 or int64 of shape (B + 1,), not {cu_seqlens.dtype} of shape "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+
+
+def num_samples(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Return B."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def check_modulation(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise a ValueError unless a modulation is per sample, (B, D), or per token, of the shape of ``x``."""
+    per_sample = (num_samples(x, cu_seqlens), x.shape[-1])
+    if modulation.shape != per_sample and modulation.shape != x.shape:
+        raise ValueError(
+            f"{name} must have shape {per_sample} or {tuple(x.shape)} for x of shape {tuple(x.shape)}, not "
+            f"{tuple(modulation.shape)}"
+        )
+
+
+def sample_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """Return which sample each of N packed rows belongs to, int64 (N,), without looking at values on the host."""
+    row = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+
+
+def per_token(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return a modulation in a form that broadcasts against the tokens."""
+    check_modulation(name, modulation, x, cu_seqlens)
+    if modulation.ndim == x.ndim and modulation.shape == x.shape and not (cu_seqlens is None and x.ndim == 2):
+        return modulation
+    if cu_seqlens is None:
+        return modulation[:, None]
+    return modulation[sample_of_row(cu_seqlens, x.shape[0])]
+
+
+def as_rows(x: Tensor, cu_seqlens: Tensor | None, modulations: dict[str, Tensor]) -> Rows:
+    """Return tokens and modulations as groups of rows.
+
+    Modulations of every sample share their rows' group; per-token ones make each row a group of its own, and those that
+    are per sample beside them are expanded.
+
+    Raises:
+        ValueError: shapes that do not fit, a dtype or a width that no kernel takes.
+    """
+    width = x.shape[-1]
+    if width % 8 or not 8 <= width <= MAX_WIDTH:
+        raise ValueError(
+            f"the fused kernels take a width D that is a multiple of 8 up to {MAX_WIDTH}, not {width}; "
+            f'impl="reference" takes any'
+        )
+    for name, tensor in {"x": x, **modulations}.items():
+        check_dtype(name, tensor)
+    for name, modulation in modulations.items():
+        check_modulation(name, modulation, x, cu_seqlens)
+    each_token = [modulation.shape == x.shape for modulation in modulations.values()]
+    rows = x.reshape(-1, width).contiguous()
+    values = list(modulations.values())
+    if any(each_token):
+        expanded = [
+            per_token(name, modulation, x, cu_seqlens).expand(x.shape) for name, modulation in modulations.items()
+        ]
+        values = [modulation.reshape(-1, width) for modulation in expanded]
+        cu_seqlens = None
+    values = [value if value.stride(-1) == 1 else value.contiguous() for value in values]
+    return Rows(rows, None if cu_seqlens is None else cu_seqlens.int(), values)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise a ValueError for a dtype that no kernel takes."""
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(
+            f'the fused kernels take float32, bfloat16 and float16, and {name} is {tensor.dtype}: impl="reference" '
+            f"takes any floating dtype"
+        )

@@ -1,0 +1,32 @@
+"""What the ops that end in a matrix product share."""
+
+import torch
+from torch import Tensor
+
+
+def product_dtype(device: torch.device, weight: Tensor) -> torch.dtype:
+    """Return the dtype of a product: autocast's where that is on for the device, that of its weight otherwise."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return weight.dtype
+
+
+def product_operands(device: torch.device, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight and bias in the dtype of their product."""
+    dtype = product_dtype(device, weight)
+    return weight.to(dtype), bias.to(dtype)
+
+
+def linear_gradients(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weight and bias of ``rows (N, D) W^T + b`` from that of its result (N, E)."""
+    return grad.t() @ rows, grad.sum(0)
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise a ValueError unless weight (E, D) and bias (E,) fit x (..., D)."""
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"weight must have shape (E, {x.shape[-1]}) for x of shape {tuple(x.shape)}, not {tuple(weight.shape)}"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), not {tuple(bias.shape)}")

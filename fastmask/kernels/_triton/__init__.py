@@ -1,0 +1,1 @@
+"""The Triton kernels, one file per op. Nothing outside this folder imports triton."""

@@ -1,0 +1,91 @@
+"""What several kernels share.
+
+Names inside kernels: `i_` an index, `o_` offsets, `m_` a mask, `b_` a block of values in registers; pointers end in
+`_ptr`. A row index becomes int64 before it is multiplied; offsets within a row are int32.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class RowSettings(NamedTuple):
+    """Launch settings of the kernels whose program walks over the rows of a group.
+
+    Attributes:
+        block: lanes per row, the width rounded up to a power of two.
+        num_warps: warps per program.
+        rows_forward: rows of a program, forward.
+        rows_backward: rows of a program, backward; each program leaves one partial sum of the modulations' gradients.
+    """
+
+    block: int
+    num_warps: int
+    rows_forward: int
+    rows_backward: int
+
+
+def row_settings(width: int) -> RowSettings:
+    """Return the launch settings for rows of a width: eight lanes per thread, which leaves registers for four sums."""
+    block = triton.next_power_of_2(width)
+    return RowSettings(block, min(16, max(1, block // 256)), 16, 32)
+
+
+def num_chunks(num_rows: int, num_groups: int, rows: int) -> int:
+    """Return how many programs share the rows of a group, so that each has about ``rows`` of them."""
+    return max(1, triton.cdiv(num_rows, max(1, num_groups) * rows))
+
+
+def partial_sums(like: list[torch.Tensor], chunks: int) -> list[torch.Tensor]:
+    """Return where each program of a backward kernel leaves its sums: (G, chunks, D) for each (G, D) result.
+
+    With one program per group the sum is the result, in its dtype. Otherwise it is fp32 and `finish_sums` adds the
+    partial ones up, in a fixed order.
+    """
+    if chunks == 1:
+        return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
+    groups, width = like[0].shape
+    return list(torch.empty(len(like), groups, chunks, width, dtype=torch.float32, device=like[0].device))
+
+
+def finish_sums(partial: list[torch.Tensor], like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the sums that `partial_sums` made room for."""
+    if partial[0].ndim == 2:
+        return partial
+    return [total.to(t.dtype) for total, t in zip((p.sum(1) for p in partial), like, strict=True)]
+
+
+@triton.jit
+def group_rows(cu_seqlens_ptr, rows_per_group, i_group, i_chunk, chunks, PACKED: tl.constexpr):
+    """Return the first row of a chunk of a group, and the one after its last; a chunk may be empty."""
+    if PACKED:
+        first = tl.load(cu_seqlens_ptr + i_group).to(tl.int64)
+        count = tl.load(cu_seqlens_ptr + i_group + 1).to(tl.int64) - first
+    else:
+        first = i_group.to(tl.int64) * rows_per_group
+        count = rows_per_group.to(tl.int64)
+    size = (count + chunks - 1) // chunks
+    start = first + i_chunk * size
+    return start, tl.minimum(start + size, first + count)
+
+
+@triton.jit
+def row_statistics(b_x, m_d, eps, D: tl.constexpr, RMS: tl.constexpr):
+    """Return mean and reciprocal deviation of a row of D values, two passes over registers; the mean is 0 for RMS."""
+    if RMS:
+        mean = 0.0
+    else:
+        mean = tl.sum(b_x, 0) / D
+    centred = tl.where(m_d, b_x - mean, 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+
+
+@triton.jit
+def norm_gradient(b_g, b_xhat, rstd, D: tl.constexpr, RMS: tl.constexpr):
+    """Return a row's gradient from that of its norm, g: rstd (g - mean(g) - xhat mean(g xhat)); RMS: no mean(g)."""
+    projection = tl.sum(b_g * b_xhat, 0) / D
+    if RMS:
+        return rstd * (b_g - b_xhat * projection)
+    return rstd * (b_g - tl.sum(b_g, 0) / D - b_xhat * projection)

@@ -1,0 +1,259 @@
+"""Kernels of `masked_loss`: one program owns a tile of some positions of one sample, all values of their patches.
+
+Raw tokens, images and noised images are read once, as (positions, values): the pixel of each value follows from its
+position and its index, so no patch is ever written out. A patch's statistics are sums along a row of the tile, in
+registers. Each program leaves one fp32 partial of each loss, and these are added in a fixed order: no atomics, so
+results repeat bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fastmask.kernels._triton._common import finish_sums, partial_sums
+from fastmask.kernels.masked_loss import EPS
+
+# Values of a tile, 16 per thread: three inputs and the error of a value stay in registers. All patches of a latent
+# 32x32 image with p = 2 are one tile.
+TILE_VALUES = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def _tile_errors(
+    raw_ptr,
+    images_ptr,
+    noised_ptr,
+    sigma_ptr,
+    ids_restore_ptr,
+    cu_seqlens_ptr,
+    num_kept,
+    length,
+    grid_width,
+    data_variance,
+    eps,
+    PATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Return, for a tile: denoised minus target, 0 outside; which positions are kept; what the squared errors of a
+    kept and of a dropped position count in the losses; c_out; the offsets into raw and their mask.
+    """
+    P: tl.constexpr = PATCH * PATCH * CHANNELS
+    i_sample = tl.program_id(0).to(tl.int64)
+    o_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    o_p = tl.arange(0, BLOCK_P)
+    m_l = o_l < length
+    m_tile = m_l[:, None] & (o_p < P)[None, :]
+    o_raw = i_sample * length * P + o_l[:, None] * P + o_p[None, :]
+    # A patch's first pixel, then where value (row, column, channel) lies from there.
+    o_patch = (o_l // grid_width * PATCH * grid_width + o_l % grid_width) * PATCH
+    o_value = (
+        o_p % CHANNELS * (length * PATCH * PATCH)
+        + o_p // (PATCH * CHANNELS) * (grid_width * PATCH)
+        + o_p // CHANNELS % PATCH
+    )
+    o_pixel = i_sample * length * P + o_patch[:, None] + o_value[None, :]
+
+    sigma = tl.load(sigma_ptr + i_sample)
+    variance = sigma * sigma
+    total = variance + data_variance
+    c_skip = tl.div_rn(data_variance, total)
+    c_out_squared = tl.div_rn(variance, total) * data_variance
+    c_out = tl.sqrt_rn(c_out_squared)
+
+    b_raw = tl.load(raw_ptr + o_raw, mask=m_tile, other=0.0).to(tl.float32)
+    b_noised = tl.load(noised_ptr + o_pixel, mask=m_tile, other=0.0).to(tl.float32)
+    b_target = tl.load(images_ptr + o_pixel, mask=m_tile, other=0.0).to(tl.float32)
+    kept = num_kept
+    m_kept = m_l
+    if MASKED:
+        if PACKED:
+            kept = tl.load(cu_seqlens_ptr + i_sample + 1).to(tl.int32) - tl.load(cu_seqlens_ptr + i_sample).to(tl.int32)
+        b_restore = tl.load(ids_restore_ptr + i_sample * length + o_l, mask=m_l, other=0)
+        m_kept = m_l & (b_restore < kept)
+        mean = tl.sum(b_noised, 1) / P
+        b_centred = tl.where(m_tile, b_noised - mean[:, None], 0.0)
+        deviation = tl.sqrt(tl.sum(b_centred * b_centred, 1) / (P - 1) + eps)
+        b_target = tl.where(m_kept[:, None], b_target, b_centred / deviation[:, None])
+    b_error = c_skip * b_noised + c_out * b_raw - b_target
+    share_kept = tl.div_rn(1.0, c_out_squared * P * tl.maximum(kept, 1))
+    share_dropped = tl.div_rn(1.0, (P * tl.maximum(length - kept, 1)).to(tl.float32))
+    return b_error, m_kept, share_kept, share_dropped, c_out, o_raw, m_tile
+
+
+@triton.jit(do_not_specialize=["num_kept"])
+def _masked_loss_fwd_kernel(
+    raw_ptr,  # (B, L, P)
+    images_ptr,  # (B, C, h * p, w * p)
+    noised_ptr,  # (B, C, h * p, w * p)
+    sigma_ptr,  # (B,)
+    ids_restore_ptr,  # (B, L) if MASKED
+    cu_seqlens_ptr,  # (B + 1,) if PACKED
+    denoising_ptr,  # (B, chunks)
+    reconstruction_ptr,  # (B, chunks)
+    num_kept,  # K unless PACKED
+    length,
+    grid_width,
+    data_variance,
+    eps,
+    PATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    b_error, m_kept, share_kept, share_dropped, _, _, _ = _tile_errors(
+        raw_ptr,
+        images_ptr,
+        noised_ptr,
+        sigma_ptr,
+        ids_restore_ptr,
+        cu_seqlens_ptr,
+        num_kept,
+        length,
+        grid_width,
+        data_variance,
+        eps,
+        PATCH,
+        CHANNELS,
+        BLOCK_L,
+        BLOCK_P,
+        MASKED,
+        PACKED,
+    )
+    b_squared = tl.sum(b_error * b_error, 1)
+    o_sum = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(denoising_ptr + o_sum, tl.sum(tl.where(m_kept, b_squared, 0.0), 0) * share_kept)
+    tl.store(reconstruction_ptr + o_sum, tl.sum(tl.where(m_kept, 0.0, b_squared), 0) * share_dropped)
+
+
+@triton.jit(do_not_specialize=["num_kept"])
+def _masked_loss_bwd_kernel(
+    grad_denoising_ptr,  # (B,)
+    grad_reconstruction_ptr,  # (B,)
+    raw_ptr,  # (B, L, P)
+    images_ptr,  # (B, C, h * p, w * p)
+    noised_ptr,  # (B, C, h * p, w * p)
+    sigma_ptr,  # (B,)
+    ids_restore_ptr,  # (B, L) if MASKED
+    cu_seqlens_ptr,  # (B + 1,) if PACKED
+    grad_raw_ptr,  # (B, L, P)
+    num_kept,  # K unless PACKED
+    length,
+    grid_width,
+    data_variance,
+    eps,
+    PATCH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    b_error, m_kept, share_kept, share_dropped, c_out, o_raw, m_tile = _tile_errors(
+        raw_ptr,
+        images_ptr,
+        noised_ptr,
+        sigma_ptr,
+        ids_restore_ptr,
+        cu_seqlens_ptr,
+        num_kept,
+        length,
+        grid_width,
+        data_variance,
+        eps,
+        PATCH,
+        CHANNELS,
+        BLOCK_L,
+        BLOCK_P,
+        MASKED,
+        PACKED,
+    )
+    factor_kept = 2.0 * c_out * share_kept * tl.load(grad_denoising_ptr + tl.program_id(0))
+    factor_dropped = 2.0 * c_out * share_dropped * tl.load(grad_reconstruction_ptr + tl.program_id(0))
+    b_grad_raw = tl.where(m_kept, factor_kept, factor_dropped)[:, None] * b_error
+    tl.store(grad_raw_ptr + o_raw, b_grad_raw.to(grad_raw_ptr.dtype.element_ty), mask=m_tile)
+
+
+def launch_fwd(raw, images, noised, sigma, ids_restore, cu_seqlens, num_kept, patch_size, sigma_data):
+    """Return the denoising and the reconstruction loss, each (B,)."""
+    grid, sizes, settings = _launch(images, patch_size)
+    per_sample = [sigma[:, None], sigma[:, None]]
+    sums = partial_sums(per_sample, grid[1])
+    _masked_loss_fwd_kernel[grid](
+        raw,
+        images,
+        noised,
+        sigma,
+        ids_restore,
+        cu_seqlens,
+        *sums,
+        num_kept,
+        *sizes,
+        sigma_data**2,
+        EPS,
+        MASKED=ids_restore is not None,
+        PACKED=cu_seqlens is not None,
+        **settings,
+    )
+    denoising, reconstruction = finish_sums(sums, per_sample)
+    return denoising.view(-1), reconstruction.view(-1)
+
+
+def launch_bwd(
+    grad_denoising,
+    grad_reconstruction,
+    raw,
+    images,
+    noised,
+    sigma,
+    ids_restore,
+    cu_seqlens,
+    num_kept,
+    patch_size,
+    sigma_data,
+):
+    """Return the gradient of raw (B, L, P)."""
+    grid, sizes, settings = _launch(images, patch_size)
+    grad_raw = torch.empty_like(raw)
+    _masked_loss_bwd_kernel[grid](
+        grad_denoising,
+        grad_reconstruction,
+        raw,
+        images,
+        noised,
+        sigma,
+        ids_restore,
+        cu_seqlens,
+        grad_raw,
+        num_kept,
+        *sizes,
+        sigma_data**2,
+        EPS,
+        MASKED=ids_restore is not None,
+        PACKED=cu_seqlens is not None,
+        **settings,
+    )
+    return grad_raw
+
+
+def _launch(images, patch_size):
+    """Return the grid, the sizes L and w, and the launch settings."""
+    batch, channels, height, width = images.shape
+    grid_width = width // patch_size
+    length = height // patch_size * grid_width
+    block_p = triton.next_power_of_2(patch_size * patch_size * channels)
+    block_l = min(TILE_VALUES // block_p, triton.next_power_of_2(length))
+    settings = {
+        "PATCH": patch_size,
+        "CHANNELS": channels,
+        "BLOCK_L": block_l,
+        "BLOCK_P": block_p,
+        "num_warps": max(1, NUM_WARPS * block_l * block_p // TILE_VALUES),
+    }
+    return (batch, triton.cdiv(length, block_l)), (length, grid_width), settings

@@ -1,0 +1,75 @@
+"""The second half of a transformer's MLP, which keeps its input alone for backward.
+
+    y = gelu(x) W^T + b,  gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+
+Plain PyTorch keeps both x and gelu(x), each of four token widths, which is the largest part of a block's memory. Here
+backward computes gelu(x) again, in the same pass over x that its own gradient needs anyway.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._layout import check_dtype
+from fastmask.kernels._product import check_linear, linear_gradients, product_operands
+
+
+def gelu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return what `gelu_linear` does, in plain PyTorch; arguments as there."""
+    return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+
+gelu_fwd = define_op("gelu_fwd(Tensor x) -> Tensor", fake=torch.empty_like, launcher="gelu_linear:launch_fwd")
+gelu_bwd = define_op(
+    "gelu_bwd(Tensor grad, Tensor x) -> (Tensor, Tensor)",
+    fake=lambda grad, x: (torch.empty_like(x), torch.empty_like(x)),
+    launcher="gelu_linear:launch_bwd",
+)
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(gelu_fwd(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad_x, hidden = gelu_bwd(grad @ weight, x)
+        return grad_x, *linear_gradients(grad, hidden)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = None) -> Tensor:
+    """Return ``F.linear(F.gelu(x, approximate="tanh"), weight, bias)``.
+
+    Keeps x and nothing else of its size for backward. GELU is computed in fp32 and rounded once to the dtype of the
+    product: autocast's where that is on, that of ``weight`` otherwise. Differentiable in x, weight and bias.
+
+    Args:
+        x: shape (..., D); copied first if not contiguous.
+        weight: shape (E, D).
+        bias: shape (E,).
+        impl: "fused" (float32, bfloat16, float16), "reference", or None for the device's default.
+
+    Returns:
+        Shape (..., E), in the product's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        BackendUnavailableError: no fused kernel on this device.
+    """
+    check_linear(x, weight, bias)
+    if resolve_impl(impl, x.device) == "reference":
+        return gelu_linear_reference(x, weight, bias)
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        check_dtype(name, tensor)
+    weight, bias = product_operands(x.device, weight, bias)
+    rows = x.to(weight.dtype).reshape(-1, x.shape[-1]).contiguous()
+    y: Tensor = _GeluLinear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,198 @@
+"""A Linear behind a modulated norm, as each branch of an adaLN block begins: qkv behind one norm, fc1 behind the other.
+
+    modulated_linear:   y = h W^T + b,  h = modulate_norm(x, shift, scale)
+    add_gated_linear:   the same behind add_gated_norm, x' = x + gate * branch
+
+Plain PyTorch keeps h for the weight's gradient. Here it is not kept: the pass of backward that needs x and the
+statistics for the norm's gradient writes h once more, in the product's dtype, and the weight's gradient reads that.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmask.kernels._dispatch import Impl, resolve_impl
+from fastmask.kernels._layout import as_rows, check_dtype, check_tokens
+from fastmask.kernels._product import check_linear, linear_gradients, product_dtype, product_operands
+from fastmask.kernels.add_gated_norm import (
+    add_gated_norm_bwd,
+    add_gated_norm_fwd,
+    add_gated_norm_reference,
+    branch_rows,
+    check_arguments,
+)
+from fastmask.kernels.modulate_norm import (
+    Norm,
+    check_norm,
+    modulate_norm_bwd,
+    modulate_norm_fwd,
+    modulate_norm_reference,
+)
+
+
+class _ModulatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        cu_seqlens: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        rms: bool,
+        eps: float,
+    ) -> Tensor:
+        h, stats = modulate_norm_fwd(x, shift, scale, cu_seqlens, rms, eps, weight.dtype)
+        ctx.save_for_backward(x, stats, shift, scale, cu_seqlens, weight)
+        ctx.rms = rms
+        return F.linear(h, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, stats, shift, scale, cu_seqlens, weight = ctx.saved_tensors
+        *grads, h = modulate_norm_bwd(grad @ weight, x, stats, shift, scale, cu_seqlens, ctx.rms, True)
+        return *grads, None, *linear_gradients(grad, h), None, None
+
+
+class _AddGatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor,
+        gate: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        cu_seqlens: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        rms: bool,
+        eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        x_new, h, stats = add_gated_norm_fwd(x, branch, gate, shift, scale, cu_seqlens, rms, eps, weight.dtype)
+        ctx.save_for_backward(x_new, stats, branch, gate, shift, scale, cu_seqlens, weight)
+        ctx.rms = rms
+        ctx.set_materialize_grads(False)
+        return x_new, F.linear(h, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_new: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_new, stats, branch, gate, shift, scale, cu_seqlens, weight = ctx.saved_tensors
+        if grad is None:
+            grad = weight.new_zeros(x_new.shape[0], weight.shape[0])
+        grad_new = None if grad_new is None else grad_new.contiguous()
+        *grads, h = add_gated_norm_bwd(
+            grad_new, grad @ weight, x_new, stats, branch, gate, shift, scale, cu_seqlens, ctx.rms, True
+        )
+        return *grads, None, *linear_gradients(grad, h), None, None
+
+
+def modulated_linear(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    norm: Norm = "layer",
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Return ``F.linear(modulate_norm(x, shift, scale), weight, bias)``, keeping x and no norm of it for backward.
+
+    The norm is rounded once, to the dtype of the product: autocast's where that is on, that of ``weight`` otherwise.
+    Differentiable in x, shift, scale, weight and bias.
+
+    Args:
+        x: tokens, shape (B, K, D), or (N, D) with ``cu_seqlens``.
+        shift: per sample (B, D), or per token, of the shape of ``x``.
+        scale: like ``shift``.
+        weight: shape (E, D).
+        bias: shape (E,).
+        norm: as in `modulate_norm`, like the rest.
+        eps: see there.
+        cu_seqlens: see there.
+        impl: see there.
+
+    Returns:
+        Shape (B, K, E) or (N, E), in the product's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        BackendUnavailableError: no fused kernel on this device.
+    """
+    check_norm(norm)
+    check_tokens("x", x, cu_seqlens)
+    check_linear(x, weight, bias)
+    if resolve_impl(impl, x.device) == "reference":
+        dtype = product_dtype(x.device, weight)
+        h = modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype)
+        return F.linear(h, weight, bias)
+    rows = as_rows(x, cu_seqlens, {"shift": shift, "scale": scale})
+    check_dtype("weight", weight)
+    y: Tensor = _ModulatedLinear.apply(  # type: ignore[no-untyped-call]
+        rows.x, *rows.modulations, rows.cu_seqlens, *product_operands(x.device, weight, bias), norm == "rms", eps
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def add_gated_linear(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    norm: Norm = "layer",
+    eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return x' and ``F.linear(h, weight, bias)`` of ``x', h = add_gated_norm(x, branch, gate, shift, scale)``.
+
+    Keeps x' and branch for backward, and no norm. Differentiable in all but ``cu_seqlens``.
+
+    Args:
+        x: residual stream, shape (B, K, D), or (N, D) with ``cu_seqlens``.
+        branch: of the shape of ``x``.
+        gate: per sample (B, D), or per token, of the shape of ``x``.
+        shift: like ``gate``.
+        scale: like ``gate``.
+        weight: shape (E, D).
+        bias: shape (E,).
+        norm: as in `add_gated_norm`, like the rest.
+        eps: see there.
+        cu_seqlens: see there.
+        impl: see there.
+
+    Returns:
+        The new residual, in the dtype of ``x``, and the product, shape (B, K, E) or (N, E), in its own dtype, as in
+        `modulated_linear`.
+
+    Raises:
+        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        BackendUnavailableError: no fused kernel on this device.
+    """
+    check_arguments(x, branch, norm, cu_seqlens)
+    check_linear(x, weight, bias)
+    if resolve_impl(impl, x.device) == "reference":
+        dtype = product_dtype(x.device, weight)
+        x, h = add_gated_norm_reference(
+            x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype
+        )
+        return x, F.linear(h, weight, bias)
+    rows = branch_rows(x, branch, gate, shift, scale, cu_seqlens)
+    check_dtype("weight", weight)
+    x_new, y = _AddGatedLinear.apply(  # type: ignore[no-untyped-call]
+        *rows, *product_operands(x.device, weight, bias), norm == "rms", eps
+    )
+    return x_new.view(x.shape), y.view(*x.shape[:-1], weight.shape[0])

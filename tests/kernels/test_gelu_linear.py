@@ -1,0 +1,102 @@
+import checks
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.library import opcheck
+from util import assert_accurate
+
+from fastmask.kernels import gelu_linear
+from fastmask.kernels._triton import gelu_linear as launchers
+from fastmask.kernels.gelu_linear import gelu_bwd, gelu_fwd
+
+BF16 = torch.bfloat16
+
+
+def arguments(*shape, out=7, dtype=torch.float32):
+    return [t.to(dtype) for t in (torch.randn(*shape), torch.randn(out, shape[-1]), torch.randn(out))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("shape", [(2, 3, 9), (40, 1), (5, 700)])
+def test_accuracy(shape, dtype):
+    checks.check_accuracy(gelu_linear, arguments(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_it_is_the_gelu_and_then_the_linear(impl):
+    x, weight, bias = arguments(4, 9)
+    expected = F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+    torch.testing.assert_close(gelu_linear(x, weight, bias, impl=impl), expected)
+
+
+def test_far_values_neither_overflow_nor_turn_nan():
+    x = torch.tensor([-1e30, -1e4, -30.0, -0.0, 0.0, 30.0, 1e4], dtype=torch.float32)
+    exact = F.gelu(x.double(), approximate="tanh")
+    assert_accurate(gelu_fwd(x), exact, F.gelu(x, approximate="tanh"))
+    grad, again = gelu_bwd(torch.ones_like(x), x)
+    assert torch.equal(again, gelu_fwd(x))
+    assert torch.equal(grad[[1, 2, 3, 4, 5, 6]], torch.tensor([0, 0, 0.5, 0.5, 1, 1]))
+
+
+def test_only_the_input_is_kept():
+    x, weight, bias = (t.requires_grad_() for t in arguments(6, 16))
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        gelu_linear(x, weight, bias, impl="fused")
+    assert sorted(tuple(t.shape) for t in kept) == [(6, 16), (7, 16)]
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_autocast(impl):
+    x, weight, bias = (t.requires_grad_() for t in arguments(3, 16))
+    with torch.autocast("cpu", dtype=BF16):
+        y = gelu_linear(x.to(BF16), weight, bias, impl=impl)
+    assert y.dtype == BF16
+    y.float().sum().backward()
+    assert weight.grad.dtype == x.grad.dtype == torch.float32
+
+
+def test_nothing_is_left_unwritten(monkeypatch):
+    checks.poison_empty(monkeypatch, launchers)
+    x = torch.randn(3, 701)
+    torch.testing.assert_close(gelu_fwd(x), F.gelu(x, approximate="tanh"))
+    grad, again = gelu_bwd(torch.ones_like(x), x)
+    assert grad.isfinite().all()
+    assert torch.equal(again, gelu_fwd(x))
+
+
+def test_non_contiguous_input():
+    x, weight, bias = torch.randn(9, 4).t(), torch.randn(9, 7).t(), torch.randn(14)[::2]
+    torch.testing.assert_close(
+        gelu_linear(x, weight, bias, impl="fused"), gelu_linear(x, weight, bias, impl="reference")
+    )
+
+
+def test_repeats_bit_for_bit():
+    checks.check_repeats(gelu_linear, arguments(5, 33, dtype=BF16))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_break(dynamic):
+    checks.check_compiles(gelu_linear, arguments(2, 3, 16), dynamic=dynamic)
+
+
+def test_opcheck():
+    x = torch.randn(3, 8)
+    opcheck(gelu_fwd, (x,))
+    opcheck(gelu_bwd, (x, x))
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_shapes_that_do_not_fit(impl):
+    x, weight, bias = arguments(3, 16)
+    with pytest.raises(ValueError, match=r"weight must have shape \(E, 16\) for x of shape \(3, 16\), not \(7, 15\)"):
+        gelu_linear(x, weight[:, 1:], bias, impl=impl)
+    with pytest.raises(ValueError, match=r"bias must have shape \(7,\), not \(6,\)"):
+        gelu_linear(x, weight, bias[1:], impl=impl)
+
+
+def test_float64_has_no_kernel():
+    with pytest.raises(ValueError, match=r'x is torch.float64: impl="reference" takes any'):
+        gelu_linear(*arguments(3, 16, dtype=torch.float64), impl="fused")

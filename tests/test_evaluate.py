@@ -1,0 +1,171 @@
+"""The judge of the digits, against answers that are known."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+from util import small_net
+
+from fastmask.checkpoint import checkpoints, save_checkpoint
+from fastmask.data.digits import load_digits
+from fastmask.evaluate import frechet_distance, judge, main
+from fastmask.train import main as train
+
+REAL = load_digits()
+SMALL = ["--width", "16", "--depth", "1", "--num-heads", "2", "--decoder-width", "16", "--decoder-depth", "1"]
+SMALL += ["--decoder-num-heads", "2", "--batch-size", "8", "--sample-every", "0", "--device", "cpu", "--max-steps", "3"]
+SMALL += ["--unmask-steps", "1", "--report-every", "1", "--checkpoint-every", "1"]
+
+
+def rows(images):
+    return images.double().flatten(1).numpy()
+
+
+def gaussian(mean, covariance, count=200):
+    """Return rows whose mean and covariance are exactly these."""
+    white = np.random.default_rng(len(mean)).standard_normal((count, len(mean)))
+    white -= white.mean(0)
+    white = white @ np.linalg.inv(scipy.linalg.sqrtm(np.cov(white, rowvar=False)))
+    return white @ scipy.linalg.sqrtm(covariance) + mean
+
+
+def random_covariance(seed, size=6):
+    root = np.random.default_rng(seed).standard_normal((size, size))
+    return root @ root.T
+
+
+def test_frechet_of_a_shift():
+    a = np.random.default_rng(0).standard_normal((50, 3))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(a, a + np.array([1, 2, -2])) == pytest.approx(9)
+
+
+def test_frechet_of_gaussians_along_the_axes():
+    a, b = gaussian([0, 1, 5], np.diag([1, 4, 9])), gaussian([3, 1, 1], np.diag([16, 1, 9]))
+    assert frechet_distance(a, b) == pytest.approx((9 + 0 + 16) + ((1 - 4) ** 2 + (2 - 1) ** 2 + 0))
+
+
+def test_frechet_of_any_gaussians():
+    a, b = random_covariance(0), random_covariance(1)
+    mean = np.arange(6.0)
+    exact = 55 + np.trace(a + b - 2 * scipy.linalg.sqrtm(a @ b).real)
+    assert frechet_distance(gaussian(mean, a), gaussian(mean * 0, b)) == pytest.approx(exact)
+    assert frechet_distance(gaussian(mean * 0, b), gaussian(mean, a)) == pytest.approx(exact)
+
+
+def test_frechet_of_one_point():
+    b = gaussian([1, 2], np.diag([4, 9]))
+    assert frechet_distance(np.zeros((10, 2)), b) == pytest.approx(1 + 4 + 4 + 9)
+
+
+def test_real_digits_judged_as_generated():
+    figures = judge(rows(REAL.held_out_images), REAL.held_out_labels.numpy(), REAL)
+    assert figures["agreement"] == figures["classifier_accuracy"] > 0.97
+    assert figures["distance_ratio"] == pytest.approx(1)
+    assert figures["frechet"] == pytest.approx(0, abs=1e-6)
+    assert 0 < figures["frechet_held_out"] < 3
+
+
+def test_copies_of_training_digits():
+    count = len(REAL.held_out_labels)
+    figures = judge(rows(REAL.train_images[-count:]), REAL.train_labels[-count:].numpy(), REAL)
+    assert figures["distance_ratio"] == 0
+    assert figures["agreement"] > 0.97
+    assert figures["frechet"] == pytest.approx(figures["frechet_held_out"], rel=0.5)
+
+
+def test_digits_of_the_wrong_class():
+    figures = judge(rows(REAL.held_out_images), (REAL.held_out_labels.numpy() + 1) % 10, REAL)
+    assert figures["agreement"] < 0.03
+
+
+def test_one_digit_over_and_over():
+    count = len(REAL.held_out_labels)
+    one = rows(REAL.held_out_images[:1]).repeat(count, axis=0)
+    figures = judge(one, REAL.held_out_labels[:1].numpy().repeat(count), REAL)
+    assert figures["agreement"] == 1
+    assert figures["frechet"] > 10 * figures["frechet_held_out"]
+
+
+def test_noise():
+    count = len(REAL.held_out_labels)
+    figures = judge(np.random.default_rng(0).uniform(-1, 1, (count, 64)), REAL.held_out_labels.numpy(), REAL)
+    assert figures["agreement"] < 0.3
+    assert figures["distance_ratio"] > 2
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of three steps and what judging it leaves; not to be changed by a test."""
+    run_dir = tmp_path_factory.mktemp("run")
+    train(["--run-dir", str(run_dir), *SMALL])
+    main([str(run_dir), "--num-steps", "2", "--seed", "1"])
+    return run_dir
+
+
+def test_a_run_gets_its_summary(trained):
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary.keys() == {
+        *("agreement", "classifier_accuracy", "distance_ratio", "frechet", "frechet_held_out"),
+        *("images_per_s", "train_s", "cfg_scale", "num_steps", "step"),
+    }
+    assert (summary["step"], summary["num_steps"], summary["cfg_scale"]) == (3, 2, 1.5)
+    assert 0 <= summary["agreement"] < 0.5  # three steps teach little
+    assert summary["frechet"] > summary["frechet_held_out"]
+    assert summary["images_per_s"] > 0
+    for name in ("digits.png", "loss.png"):
+        with Image.open(trained / name) as image:
+            pixels = np.asarray(image.convert("L"))
+        assert pixels.shape[1] > 500
+        assert pixels.std() > 10
+    assert not list(trained.glob(".partial*"))
+
+
+def test_judging_again_gives_the_same(trained, tmp_path, capsys):
+    before = (trained / "summary.json").read_text()
+    main([str(trained), "--num-steps", "2", "--seed", "1"])
+    assert (trained / "summary.json").read_text() == before
+    out = capsys.readouterr().out
+    assert re.search(r"agreement \d+\.\d% \(the classifier reads 9\d\.\d% of held-out scans\)", out)
+    assert [line.split("/")[-1] for line in out.splitlines()[-3:]] == ["summary.json", "digits.png", "loss.png"]
+
+
+def test_figures_after_the_checkpoint_do_not_count(trained, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    line = json.loads((run_dir / "stats.jsonl").read_text().splitlines()[-1])
+    with (run_dir / "stats.jsonl").open("a") as file:
+        file.write(json.dumps({**line, "step": 4, "train_s": 1e6}) + "\n" + '{"step": 5, "lo')
+    main([str(run_dir), "--num-steps", "2"])
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["step"] == 3
+    assert summary["train_s"] < 1e6
+    (run_dir / "stats.jsonl").write_text("")
+    with pytest.raises(ValueError, match="reported nothing up to its checkpoint of step 3: train on"):
+        main([str(run_dir), "--num-steps", "2"])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_classes": 0}, {"in_channels": 3}, {"input_size": 16}], ids=str)
+def test_a_run_on_other_data_is_refused(tmp_path, sizes):
+    net = small_net(**{"in_channels": 1, "num_classes": 5 if not sizes else 10, **sizes})
+    save_checkpoint(tmp_path, 1, net, {}, torch.optim.AdamW(net.parameters()), {}, 1)
+    with pytest.raises(ValueError, match="was not trained on the digits and their labels"):
+        main([str(tmp_path)])
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_what_is_no_run(trained, tmp_path):
+    for source, message in [
+        (tmp_path, "holds no checkpoint of a run"),
+        (tmp_path / "absent", "absent is not the folder of a run: name the --run-dir that it was trained with"),
+        (checkpoints(trained)[-1] / "ema.safetensors", "is not the folder of a run"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            main([str(source)])
+    with pytest.raises(ValueError, match="did you mean --num-steps"):
+        main([str(trained), "--num-step", "2"])
