@@ -88,7 +88,9 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
             if value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={**launch.options, "enable_fp_fusion": True})
+    made = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={**launch.options, "enable_fp_fusion": True}
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -129,17 +131,20 @@ def rows(widths: list[int], architectures: list[int]) -> Iterator[tuple[list[str
                     wrong = complaint(made, wide, scalars)
                     loads = " ".join(f"{count}x{bits}" for bits, count in sorted(made.loads.items(), reverse=True))
                     warps = str(launch.options.get("num_warps", 4))
-                    yield [
-                        name.strip("_"),
-                        label,
-                        f"sm_{architecture}",
-                        warps,
-                        str(made.registers),
-                        str(made.shared),
-                        str(made.spilled),
-                        loads,
+                    yield (
+                        [
+                            name.strip("_"),
+                            label,
+                            f"sm_{architecture}",
+                            warps,
+                            str(made.registers),
+                            str(made.shared),
+                            str(made.spilled),
+                            loads,
+                            wrong,
+                        ],
                         wrong,
-                    ], wrong
+                    )
 
 
 def main() -> int:

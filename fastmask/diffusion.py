@@ -130,7 +130,14 @@ class EDMLoss:
         noised = images + noise
         raw = net.raw_tokens(noised, sigma, labels, mask)
         denoising, reconstruction = masked_loss(
-            raw, images, noised, sigma, mask, patch_size=net.model.patch_size, sigma_data=self.sigma_data
+            raw,
+            images,
+            noised,
+            sigma,
+            mask,
+            patch_size=net.model.patch_size,
+            sigma_data=self.sigma_data,
+            impl=net.model.impl,
         )
         return LossParts(denoising + self.mae_coef * reconstruction, denoising, reconstruction)
 

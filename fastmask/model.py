@@ -267,6 +267,7 @@ class MaskDiT(nn.Module):
             None if mask is None else mask.ids_keep,
             patch_size=self.patch_size,
             image_scale=image_scale,
+            impl=self.impl,
         )  # (B, K, D)
         if not self.decoder_blocks:
             return run_blocks(tokens, condition, self.blocks, self.final_layer, self.impl)  # type: ignore[arg-type]
@@ -274,7 +275,8 @@ class MaskDiT(nn.Module):
         if mask is None:
             restored = kept + self.decoder_pos_embed
         else:
-            restored = restore_tokens(kept, self.mask_token[0, 0], self.decoder_pos_embed[0], mask.ids_restore)
+            position, token = self.decoder_pos_embed[0], self.mask_token[0, 0]
+            restored = restore_tokens(kept, token, position, mask.ids_restore, impl=self.impl)
         return run_blocks(restored, condition, self.decoder_blocks, self.final_layer, self.impl)  # type: ignore[arg-type]
 
 

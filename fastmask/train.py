@@ -14,8 +14,8 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from fastmask.checkpoint import checkpoints, load_checkpoint, load_initial, save_checkpoint
-from fastmask.cli import parse, run_command, whole_file
+from fastmask.checkpoint import checkpoints, load_checkpoint, load_initial, read_state, save_checkpoint
+from fastmask.cli import parse, pick_device, run_command, whole_file
 from fastmask.config import TrainConfig, build_model, check_config, check_resumable, preset_config
 from fastmask.counts import trainable_parameters
 from fastmask.data import DataSet, batches, open_data
@@ -58,22 +58,12 @@ def main(argv: Sequence[str]) -> None:
 
 def resolve_machine(config: TrainConfig) -> TrainConfig:
     """Return a configuration in which run folder, device and precision are values, never "auto"."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}") from None
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {device!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this machine has no usable GPU, give --device cpu")
+    device = pick_device(config.device)
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     run_dir = config.run_dir or f"runs/{config.preset}"
-    return dataclasses.replace(config, device=device, precision=precision, run_dir=run_dir)
+    return dataclasses.replace(config, device=str(device), precision=precision, run_dir=run_dir)
 
 
 def resolve_data(config: TrainConfig, preset: TrainConfig) -> tuple[TrainConfig, DataSet]:
@@ -256,7 +246,7 @@ def sample_grid(net: EDMPrecond, config: TrainConfig) -> tuple[Tensor, int]:
 def open_run(config: TrainConfig, run_dir: Path, earlier: list[Path]) -> None:
     """Make the run folder and write what the run is to `run.json`; a run that is there must be the same one."""
     if earlier:
-        stored = json.loads((earlier[-1] / "state.json").read_text())["config"]
+        stored = read_state(earlier[-1])["config"]
         check_resumable(stored, config, config.run_dir)
     with whole_file(run_dir / "run.json") as partial:
         said = {"config": dataclasses.asdict(config), "versions": versions(), "command": sys.argv}

@@ -100,6 +100,15 @@ def test_every_gradient_norm(net, labels, mask):
         assert gradients[name].norm().item() == pytest.approx(norm, rel=TOLERANCE), name
 
 
+def test_the_fused_form(monkeypatch, net, noised, sigma, labels, mask):
+    """The Triton kernels, interpreted on the CPU: losses, every gradient and the unmasked forward pass."""
+    monkeypatch.setattr(net.model, "impl", "fused")
+    test_masked_losses(net, labels, mask)
+    test_every_gradient_norm(net, labels, mask)
+    with torch.no_grad():
+        test_full_forward(net, noised, sigma, labels)
+
+
 @pytest.mark.parametrize(("cfg_scale", "name"), [(None, "sampled"), (1.5, "sampled_cfg")])
 def test_samples(net, cfg_scale, name):
     arrays, sampler = golden().arrays, golden().info["sampler"]

@@ -1,6 +1,8 @@
 """The house rules that a machine can hold."""
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,6 @@ def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 500
 
 
-def test_every_op_has_its_test():
-    ops = {path.stem for path in (ROOT / "fastmask" / "kernels").glob("*.py")} - {"__init__"}
-    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
-    assert ops <= tests
-
-
 def test_every_module_has_its_test():
     modules = (path.relative_to(ROOT / "fastmask") for path in (ROOT / "fastmask").rglob("*.py"))
     public = [path for path in modules if not any(part.startswith("_") for part in path.parts)]
@@ -37,10 +33,26 @@ def test_every_module_has_its_test():
     assert [str(path) for path in tests if not (ROOT / "tests" / path).exists()] == []
 
 
-def test_kernels_import_torch_and_each_other_only():
-    allowed = ("torch", "math", "typing", "collections", "fastmask.kernels")
-    for path in (ROOT / "fastmask" / "kernels").glob("*.py"):
-        assert all(name.startswith(allowed) for name in imported(path)), path
+def test_kernels_import_torch_the_standard_library_and_each_other_only():
+    for path in (ROOT / "fastmask" / "kernels").rglob("*.py"):
+        allowed = {"torch", "fastmask", *sys.stdlib_module_names}
+        if path.parent.name == "_triton":
+            allowed.add("triton")
+        assert {name.split(".")[0] for name in imported(path)} <= allowed, path
+        assert all(n.startswith("fastmask.kernels") for n in imported(path) if n.startswith("fastmask")), path
+
+
+def test_a_kernel_file_belongs_to_an_op():
+    kernels = {path.stem for path in (ROOT / "fastmask" / "kernels" / "_triton").glob("[!_]*.py")}
+    assert kernels
+    assert kernels <= {path.stem for path in (ROOT / "fastmask" / "kernels").glob("[!_]*.py")}
+
+
+def test_every_kernel_is_compiled_ahead_of_time():
+    launches = (ROOT / "bench" / "launches.py").read_text()
+    for path in (ROOT / "fastmask" / "kernels" / "_triton").glob("[!_]*.py"):
+        for name in re.findall(r"^def (launch_\w+)", path.read_text(), re.MULTILINE):
+            assert f"{path.stem}.{name}" in launches, f"{path.stem}.{name}"
 
 
 def test_nothing_imports_upward():

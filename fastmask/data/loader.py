@@ -5,6 +5,7 @@ The row is a function of the seed alone, so any part of it can be read at any ti
 """
 
 import functools
+import traceback
 from collections.abc import Iterator
 
 import numpy as np
@@ -70,6 +71,8 @@ def batches(
     try:
         yield from loader
     except ValueError as error:
+        # Its frames hold the workers: stopped now they stop at once, by the garbage collector after ten seconds.
+        traceback.clear_frames(error.__traceback__)
         # From a worker the message arrives below the worker's traceback.
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 

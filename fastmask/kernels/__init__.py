@@ -11,6 +11,7 @@ Shape letters, here and in every docstring of the project:
     N  rows of packed samples, or of all samples together      G  groups of rows that share a modulation
 """
 
+from fastmask.kernels._attention_backends import attention_backends
 from fastmask.kernels._dispatch import BackendUnavailableError, Impl, backends, default_impl, require
 from fastmask.kernels.add_gated_norm import add_gated_norm
 from fastmask.kernels.attention import attention
@@ -31,6 +32,7 @@ __all__ = [
     "add_gated_linear",
     "add_gated_norm",
     "attention",
+    "attention_backends",
     "backends",
     "default_impl",
     "embed_kept_patches",

@@ -43,7 +43,7 @@ def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
     name, arguments = schema.split("(", 1)
     qualified = f"fastmask::{name}"
     torch.library.define(qualified, f"({arguments}")
-    torch.library.impl(qualified, "CUDA", lambda *args: _launcher(name, launcher)(*args))
+    torch.library.impl(qualified, "CUDA", lambda *args: _on_gpu(name, launcher, args))
     torch.library.impl(qualified, "CPU", lambda *args: _interpreted(name, launcher)(*args))
     torch.library.register_fake(qualified, fake)
     _OPS.append(name)
@@ -88,6 +88,13 @@ def require(device: torch.device | str) -> None:
 
 
 _NO_TRITON = "triton is not installed: pip install triton"
+
+
+def _on_gpu(name: str, launcher: str, args: tuple[Any, ...]) -> Any:
+    """Launch on the GPU that holds the tensors, which need not be the current one."""
+    where = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    with torch.cuda.device(where):
+        return _launcher(name, launcher)(*args)
 
 
 def _launcher(name: str, launcher: str) -> Callable[..., Any]:

@@ -284,6 +284,7 @@ def restore_tokens(
         check_dtype("scale", scale)
         shift, scale = (t if t.stride(-1) == 1 else t.contiguous() for t in (shift, scale))
     fixed = (mask_token.contiguous(), position.contiguous(), ids_restore.contiguous(), rows.cu_seqlens)
+    # float(): Dynamo cannot hand a symbolic number to a Function twice.
     out = _RestoreTokens.apply(rows.x, *fixed, shift, scale, norm == "rms", float(eps))  # type: ignore[no-untyped-call]
     shape = (*ids_restore.shape, width)
     return out.view(shape) if shift is None else (out[0].view(shape), out[1].view(shape))

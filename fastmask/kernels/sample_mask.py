@@ -146,8 +146,8 @@ def sample_mask(
         )
     cu_seqlens = _cu_seqlens(keep) if isinstance(keep, Tensor) else None
     ids_keep, ids_restore = sample_mask_fwd(
-        _as_tensor(seed, device),
-        _as_tensor(offset, device),
+        _as_tensor("seed", seed, device),
+        _as_tensor("offset", offset, device),
         cu_seqlens,
         batch,
         length,
@@ -191,8 +191,10 @@ def _check_scalar(name: str, value: int | Tensor) -> None:
         )
 
 
-def _as_tensor(value: int | Tensor, device: torch.device) -> Tensor:
+def _as_tensor(name: str, value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
+        if value.device.type != device.type:
+            raise ValueError(f"{name} must be on {device.type}, not on {value.device.type}")
         return value
     # Filling does not wait for the device, as copying a number from the host would. Seeds may be unsigned.
     if not -(2**63) <= value < 2**63:

@@ -1,3 +1,5 @@
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -97,5 +99,6 @@ def test_an_unreadable_image_is_one_line(tmp_path, num_workers, damage):
         (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:300])
     with pytest.raises(ValueError, match=r"3\.png cannot be read as an image: ") as error:
         list(batches(data, batch_size=2, seed=0, start=0, stop=6, num_workers=num_workers, device=CPU))
+    assert multiprocessing.active_children() == []
     assert str(error.value).startswith(str(tmp_path))
     assert "\n" not in str(error.value)

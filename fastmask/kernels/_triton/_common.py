@@ -65,7 +65,7 @@ def group_rows(cu_seqlens_ptr, rows_per_group, i_group, i_chunk, chunks, PACKED:
         count = tl.load(cu_seqlens_ptr + i_group + 1).to(tl.int64) - first
     else:
         first = i_group.to(tl.int64) * rows_per_group
-        count = rows_per_group.to(tl.int64)
+        count = tl.full([], rows_per_group, tl.int64)  # an argument of 1 arrives as a constant
     size = (count + chunks - 1) // chunks
     start = first + i_chunk * size
     return start, tl.minimum(start + size, first + count)

@@ -2,7 +2,10 @@
 
 A mask needs no sorted keys, only the K-th smallest one. It is found bit by bit, from the top: a bit stays set where
 fewer than K keys lie below the number so far. A running sum over the kept positions then gives both index lists, in the
-order of positions. The kernel reads nothing but the seed and the offset, and writes each list once.
+order of positions. The kernel reads nothing but the seed and the offset (and cu_seqlens), and writes each list once.
+
+K and L are not specialised: a schedule of mask ratios would compile a kernel for K = 1 and for each divisibility, and
+vector stores of ids_restore would make Triton keep every block in a second layout for them.
 """
 
 import torch
@@ -28,8 +31,8 @@ def keep_smallest(b_key, num_kept):
         num_below = tl.sum((b_key < candidate).to(tl.int32), 0)
         kth_key = tl.where(num_below < num_kept, candidate, kth_key)
     m_below, m_equal = b_key < kth_key, b_key == kth_key
-    num_equal_kept = num_kept - tl.sum(m_below.to(tl.int32), 0)
-    return m_below | (m_equal & (tl.cumsum(m_equal.to(tl.int32), 0) <= num_equal_kept))
+    num_ties = num_kept - tl.sum(m_below.to(tl.int32), 0)
+    return m_below | (m_equal & (tl.cumsum(m_equal.to(tl.int32), 0) <= num_ties))
 
 
 @triton.jit(do_not_specialize=["keep", "length"])

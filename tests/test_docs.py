@@ -1,0 +1,51 @@
+"""The examples of the documentation run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmask import kernels
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def examples(name):
+    return "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL))
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_kernel_examples_run(impl, monkeypatch):
+    monkeypatch.setattr("fastmask.kernels._dispatch.default_impl", lambda device: impl)
+    scope = {}
+    exec(compile(examples("kernels.md"), "docs/kernels.md", "exec"), scope)
+    assert scope["h"].shape == (16, 32)
+    assert scope["raw"].grad.any()
+
+
+def test_the_block_of_the_page_is_a_dit_block():
+    scope = {}
+    exec(compile(examples("kernels.md"), "docs/kernels.md", "exec"), scope)
+    net = scope["DiT"](width=32, depth=2)
+    x, c = torch.randn(2, 5, 32), torch.randn(2, 32)
+    out = net(x, c)
+    for block in net.blocks:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (t[:, None] for t in block.modulation(c).chunk(6, dim=1))
+        h = torch.nn.functional.layer_norm(x, (32,), eps=1e-6) * (1 + scale1) + shift1
+        q, k, v = block.qkv(h).unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT / 8**0.5).softmax(-1)
+        x = x + gate1 * block.proj((weights @ v).transpose(1, 2).flatten(2))
+        h = torch.nn.functional.layer_norm(x, (32,), eps=1e-6) * (1 + scale2) + shift2
+        x = x + gate2 * block.fc2(torch.nn.functional.gelu(block.fc1(h), approximate="tanh"))
+    shift, scale = (t[:, None] for t in net.modulation(c).chunk(2, dim=1))
+    expected = net.head(torch.nn.functional.layer_norm(x, (32,), eps=1e-6) * (1 + scale) + shift)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_op_is_in_the_table():
+    page = (DOCS / "kernels.md").read_text()
+    others = {"Impl", "Mask", "BackendUnavailableError", "attention_backends", "backends", "default_impl", "require"}
+    helpers = {"patchify", "unpatchify", "random_normal", "random_uniform"}
+    for name in set(kernels.__all__) - others - helpers:
+        assert f"| `{name}` |" in page, name
