@@ -52,14 +52,20 @@ def num_samples(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def check_modulation(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Raise a ValueError unless a modulation is per sample, (B, D), or per token, of the shape of ``x``."""
+def is_per_sample(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Return whether a modulation is per sample, (B, D), rather than per token, of the shape of ``x``.
+
+    Packed tokens of which there are as many as samples fit both; it is then per sample. Others are a ValueError.
+    """
     per_sample = (num_samples(x, cu_seqlens), x.shape[-1])
-    if modulation.shape != per_sample and modulation.shape != x.shape:
-        raise ValueError(
-            f"{name} must have shape {per_sample} or {tuple(x.shape)} for x of shape {tuple(x.shape)}, not "
-            f"{tuple(modulation.shape)}"
-        )
+    if modulation.shape == per_sample:
+        return True
+    if modulation.shape == x.shape:
+        return False
+    raise ValueError(
+        f"{name} must have shape {per_sample} or {tuple(x.shape)} for x of shape {tuple(x.shape)}, not "
+        f"{tuple(modulation.shape)}"
+    )
 
 
 def sample_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
@@ -70,12 +76,9 @@ def sample_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
 
 def per_token(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Return a modulation in a form that broadcasts against the tokens."""
-    check_modulation(name, modulation, x, cu_seqlens)
-    if modulation.ndim == x.ndim and modulation.shape == x.shape and not (cu_seqlens is None and x.ndim == 2):
+    if not is_per_sample(name, modulation, x, cu_seqlens):
         return modulation
-    if cu_seqlens is None:
-        return modulation[:, None]
-    return modulation[sample_of_row(cu_seqlens, x.shape[0])]
+    return modulation[:, None] if cu_seqlens is None else modulation[sample_of_row(cu_seqlens, x.shape[0])]
 
 
 def as_rows(x: Tensor, cu_seqlens: Tensor | None, modulations: dict[str, Tensor]) -> Rows:
@@ -95,12 +98,10 @@ def as_rows(x: Tensor, cu_seqlens: Tensor | None, modulations: dict[str, Tensor]
         )
     for name, tensor in {"x": x, **modulations}.items():
         check_dtype(name, tensor)
-    for name, modulation in modulations.items():
-        check_modulation(name, modulation, x, cu_seqlens)
-    each_token = [modulation.shape == x.shape for modulation in modulations.values()]
+    shared = [is_per_sample(name, modulation, x, cu_seqlens) for name, modulation in modulations.items()]
     rows = x.reshape(-1, width).contiguous()
     values = list(modulations.values())
-    if any(each_token):
+    if not all(shared):
         expanded = [
             per_token(name, modulation, x, cu_seqlens).expand(x.shape) for name, modulation in modulations.items()
         ]

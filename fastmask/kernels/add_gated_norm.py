@@ -166,7 +166,7 @@ def add_gated_norm(
         )
     rows = branch_rows(x, branch, gate, shift, scale, cu_seqlens)
     x_new, h = _AddGatedNorm.apply(  # type: ignore[no-untyped-call]
-        *rows, norm == "rms", eps, out_dtype or x.dtype
+        *rows, norm == "rms", float(eps), out_dtype or x.dtype
     )
     return x_new.view(x.shape), h.view(x.shape)
 

@@ -9,9 +9,9 @@ of a token, that through h included, and the scaled patch s = image_scale[b] * p
     grad_weight = sum of g s^T,   grad_bias = sum of g                             over all kept tokens
     grad_patch  = image_scale[b] * (weight^T g)                                    zero for a dropped patch
 
-The product's inputs, s and weight, are rounded to the weight's dtype, or to autocast's where that is active, and so is
-g; everything is summed in fp32. The kernel moves the kept patches' pixels and the results: P values read and D (with h
-2 D) written per token. Patches are kept for backward nowhere, their pixels are read again.
+The factors of a product (s, weight, g) are rounded to the weight's dtype, or to autocast's where that is active, and
+summed in fp32. The kernel moves the kept patches' pixels and the results: per token P values read and D written, 2 D
+with h. No patch is kept for backward: its pixels are read again.
 """
 
 from typing import Any

@@ -152,7 +152,7 @@ def modulate_norm(
         return modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype)
     rows = as_rows(x, cu_seqlens, {"shift": shift, "scale": scale})
     h: Tensor = _ModulateNorm.apply(  # type: ignore[no-untyped-call]
-        rows.x, *rows.modulations, rows.cu_seqlens, norm == "rms", eps, out_dtype or x.dtype
+        rows.x, *rows.modulations, rows.cu_seqlens, norm == "rms", float(eps), out_dtype or x.dtype
     )
     return h.view(x.shape)
 

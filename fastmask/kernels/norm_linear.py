@@ -138,7 +138,7 @@ def modulated_linear(
     rows = as_rows(x, cu_seqlens, {"shift": shift, "scale": scale})
     check_dtype("weight", weight)
     y: Tensor = _ModulatedLinear.apply(  # type: ignore[no-untyped-call]
-        rows.x, *rows.modulations, rows.cu_seqlens, *product_operands(x.device, weight, bias), norm == "rms", eps
+        rows.x, *rows.modulations, rows.cu_seqlens, *product_operands(x.device, weight, bias), norm == "rms", float(eps)
     )
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -193,6 +193,6 @@ def add_gated_linear(
     rows = branch_rows(x, branch, gate, shift, scale, cu_seqlens)
     check_dtype("weight", weight)
     x_new, y = _AddGatedLinear.apply(  # type: ignore[no-untyped-call]
-        *rows, *product_operands(x.device, weight, bias), norm == "rms", eps
+        *rows, *product_operands(x.device, weight, bias), norm == "rms", float(eps)
     )
     return x_new.view(x.shape), y.view(*x.shape[:-1], weight.shape[0])

@@ -58,21 +58,16 @@ def check_compiles(op: Op, inputs: Sequence[Tensor], *, dynamic: bool, **options
         torch.testing.assert_close(actual, same, rtol=1e-5, atol=1e-5)
 
 
-def poison_empty(monkeypatch, *modules) -> None:
-    """Fill what the launchers of some modules allocate with NaN, so that an element left unwritten shows."""
+def poison_empty(monkeypatch) -> None:
+    """Fill floating tensors that are allocated without values with NaN, so that one left unwritten shows."""
 
-    class Poisoned:
-        def __getattr__(self, name):
-            return getattr(torch, name)
+    def poisoned(allocate):
+        def allocate_poisoned(*args, **kwargs):
+            t = allocate(*args, **kwargs)
+            return t.fill_(torch.nan) if t.is_floating_point() else t
 
-        def empty(self, *args, **kwargs):
-            return poisoned(torch.empty(*args, **kwargs))
+        return allocate_poisoned
 
-        def empty_like(self, *args, **kwargs):
-            return poisoned(torch.empty_like(*args, **kwargs))
-
-    def poisoned(t):
-        return t.fill_(torch.nan) if t.is_floating_point() else t
-
-    for module in modules:
-        monkeypatch.setattr(module, "torch", Poisoned())
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    assert torch.zeros(1).new_empty(1).isnan()

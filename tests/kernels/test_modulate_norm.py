@@ -7,8 +7,6 @@ from torch.library import opcheck
 from util import BF16_ROUNDING, relative_error
 
 from fastmask.kernels import modulate_norm
-from fastmask.kernels._triton import _common
-from fastmask.kernels._triton import modulate_norm as launchers
 from fastmask.kernels.modulate_norm import modulate_norm_bwd, modulate_norm_fwd
 
 OP, TOKENS, MODULATIONS = modulate_norm, 1, 2
@@ -201,7 +199,7 @@ def test_compiles_without_a_break(dynamic):
 def test_nothing_is_left_unwritten(monkeypatch):
     tensors = arguments(3, 37, 24, False)
     plain = checks.results(OP, tensors, impl="fused")
-    checks.poison_empty(monkeypatch, launchers, _common)
+    checks.poison_empty(monkeypatch)
     for poisoned, right in zip(checks.results(OP, tensors, impl="fused"), plain, strict=True):
         assert torch.equal(poisoned, right)
 
@@ -238,3 +236,18 @@ def test_opcheck(cu_seqlens, rms):
     stats = torch.rand(2, 4) + 0.5
     for recompute in (False, True):
         opcheck(modulate_norm_bwd, (grad, x, stats, shift, scale, cu_seqlens, rms, recompute))
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_as_many_packed_tokens_as_samples(impl):
+    x, shift, scale = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 8)
+    h = modulate_norm(x, shift, scale, cu_seqlens=torch.tensor([0, 2, 2, 3]), impl=impl)
+    sample = torch.tensor([0, 0, 2])  # the modulations are per sample: tokens 0 and 1 are of the first one
+    torch.testing.assert_close(h[None], modulate_norm(x[None], shift[None, sample], scale[None, sample], impl=impl))
+
+
+def test_two_calls_in_one_dynamic_graph():
+    def twice(x, shift, scale, impl):
+        return modulate_norm(modulate_norm(x, shift, scale, impl=impl), shift, scale, impl=impl)
+
+    checks.check_compiles(twice, arguments(2, 3, 16, False), dynamic=True)

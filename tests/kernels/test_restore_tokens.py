@@ -3,8 +3,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
-from triton.language import bfloat16, float32
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from fastmask.kernels import gather_tokens, modulate_norm, restore_tokens
 from fastmask.kernels.restore_tokens import (
@@ -22,20 +20,6 @@ BF16 = torch.bfloat16
 SHAPES = [(3, 7, 4, 8), (2, 5, 1, 56), (2, 5, 5, 64), (1, 33, 16, 8), (1, 3, 2, 1152)]
 # Kept by each packed sample, of how many: unequal, one keeps none and one keeps all; a batch that keeps none.
 PACKED = [([2, 0, 5, 1], 5), ([0, 0], 3)]
-
-
-@pytest.fixture(autouse=True)
-def _round_as_a_gpu_does(monkeypatch):
-    """Triton's interpreter cuts an fp32 number off to bfloat16, where a GPU rounds it to the nearest."""
-    plain = InterpreterBuilder.cast_impl
-
-    def cast_impl(self, src, dst_type):
-        if src.dtype.scalar != float32 or dst_type.scalar != bfloat16:
-            return plain(self, src, dst_type)
-        rounded = torch.tensor(src.data).to(BF16).view(torch.uint16)
-        return TensorHandle(rounded.numpy(), bfloat16)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
 
 
 def unsorted_mask(batch, length, keep):
@@ -262,16 +246,7 @@ def test_two_runs_give_the_same_bits_whatever_lay_in_memory(batch, length, packe
     inputs = case(batch, length, 4, packed=packed)
     expected = run(*inputs)
 
-    def poisoned(make):
-        def made(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-        return made
-
-    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    assert torch.zeros(2).new_empty(2).isnan().all()
+    checks.poison_empty(monkeypatch)
     for actual, right in zip(run(*inputs), expected, strict=True):
         assert torch.equal(actual, right)  # never so for NaN
 

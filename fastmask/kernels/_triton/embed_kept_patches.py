@@ -35,14 +35,8 @@ def _row_places(
     ids_ptr,  # (N,), None: row r is position r % keep
     sample_ptr,  # (N,), None: row r is of sample r // keep
     scale_ptr,  # (B,), None: 1
-    o_row,
-    m_row,
-    keep,
-    height,
-    width,
-    P: tl.constexpr,
-    SIDE: tl.constexpr,
-):
+    o_row, m_row, keep, height, width, P: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
     """Return of each row: sample, position, offset of the patch's first pixel, and scale of the image."""
     if sample_ptr is None:
         b_sample = (o_row // keep).to(tl.int64)
@@ -88,25 +82,10 @@ def _load_weight(weight_ptr, o_d, o_p, D: tl.constexpr, P: tl.constexpr, DTYPE: 
 
 @triton.jit
 def _tokens(
-    b_patches,
-    images_ptr,
-    weight_ptr,
-    bias_ptr,
-    position_ptr,
-    b_position,
-    o_pixel,
-    b_scale,
-    m_row,
-    o_d,
-    height,
-    width,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    SIDE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    DTYPE: tl.constexpr,
+    b_patches, images_ptr, weight_ptr, bias_ptr, position_ptr, b_position, o_pixel, b_scale, m_row, o_d, height, width,
+    D: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr, BLOCK_P: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Return columns o_d of the rows' tokens, (BLOCK_T, BLOCK_D), in fp32; b_patches are the first BLOCK_P values."""
     o_p = tl.arange(0, BLOCK_P)
     b_weight = _load_weight(weight_ptr, o_d, o_p, D, P, DTYPE)
@@ -135,24 +114,10 @@ def _embed_kept_patches_fwd_kernel(
     tokens_ptr,  # (N, D)
     h_ptr,  # (N, D) if NORM
     stats_ptr,  # (2, N) if NORM: mean, reciprocal deviation
-    num_rows,
-    keep,
-    height,
-    width,
-    shift_stride,
-    scale_stride,
-    eps,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    SIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    NORM: tl.constexpr,
-    RMS: tl.constexpr,
-):
+    num_rows, keep, height, width, shift_stride, scale_stride, eps,
+    D: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr,
+):  # fmt: skip
     o_row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_row = o_row < num_rows
     b_sample, b_position, o_pixel, b_image_scale = _row_places(
@@ -211,20 +176,10 @@ def _embed_kept_patches_bwd_kernel(
     image_scale_ptr,  # (B,) or None
     grad_weight_ptr,  # (splits, D, P)
     grad_bias_ptr,  # (splits, D)
-    num_rows,
-    rows_per_split,
-    keep,
-    height,
-    width,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    SIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    num_rows, rows_per_split, keep, height, width,
+    D: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     i_split = tl.program_id(2)
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -260,19 +215,10 @@ def _embed_kept_patches_bwd_images_kernel(
     sample_ptr,  # (N,) or None
     image_scale_ptr,  # (B,) or None
     grad_images_ptr,  # (B, C, height, width), zero
-    num_rows,
-    keep,
-    height,
-    width,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    SIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    num_rows, keep, height, width,
+    D: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     o_row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     m_row = o_row < num_rows
@@ -296,14 +242,14 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 def settings(weight, dtype):
     """Return the constants of a launch: sizes, blocks of tokens, columns and patch values, how products are made."""
-    width, side = weight.shape[0], weight.shape[-1]
+    width = weight.shape[0]
     values = weight.numel() // width
     # Exact fp32 products unroll a block's values into registers: more than 16 would spill.
     most_values = 16 if dtype == torch.float32 else 64
     return {
         "D": width,
         "P": values,
-        "SIDE": side,
+        "SIDE": weight.shape[-1],
         "BLOCK_T": 32,
         "BLOCK_D": min(128, max(16, triton.next_power_of_2(width))),
         "BLOCK_P": min(most_values, max(16, triton.next_power_of_2(values))),
@@ -337,28 +283,10 @@ def launch_fwd(
     h = torch.empty_like(tokens) if norm else tokens.new_empty(0)
     stats = torch.empty((2, num_rows) if norm else 0, dtype=torch.float32, device=images.device)
     _embed_kept_patches_fwd_kernel[(triton.cdiv(num_rows, constants["BLOCK_T"]),)](
-        images,
-        weight,
-        bias,
-        position,
-        ids_keep,
-        sample,
-        image_scale,
-        shift,
-        scale,
-        tokens,
-        h,
-        stats,
-        num_rows,
-        keep,
-        *images.shape[2:],
-        shift.stride(0) if norm else 0,
-        scale.stride(0) if norm else 0,
-        eps,
-        NORM=norm,
-        RMS=rms,
-        **constants,
-    )
+        images, weight, bias, position, ids_keep, sample, image_scale, shift, scale, tokens, h, stats,
+        num_rows, keep, *images.shape[2:], shift.stride(0) if norm else 0, scale.stride(0) if norm else 0, eps,
+        NORM=norm, RMS=rms, **constants,
+    )  # fmt: skip
     return tokens, h, stats
 
 
@@ -373,19 +301,9 @@ def launch_bwd(grad, images, weight, ids_keep, image_scale, cu_seqlens, dtype, b
     like = [weight.view(1, -1)], [weight.new_empty((1, constants["D"]), dtype=bias_dtype)]
     sums = [partial_sums(each, splits) for each in like]
     _embed_kept_patches_bwd_kernel[(*blocks, splits)](
-        grad,
-        images,
-        ids_keep,
-        sample,
-        image_scale,
-        sums[0][0],
-        sums[1][0],
-        num_rows,
-        rows_per_split,
-        keep,
-        *images.shape[2:],
-        **constants,
-    )
+        grad, images, ids_keep, sample, image_scale, sums[0][0], sums[1][0],
+        num_rows, rows_per_split, keep, *images.shape[2:], **constants,
+    )  # fmt: skip
     grad_weight, grad_bias = (finish_sums(*each)[0] for each in zip(sums, like, strict=True))
     return grad_weight.view(weight.shape), grad_bias.view(-1)
 
@@ -397,15 +315,6 @@ def launch_bwd_images(grad, images, weight, ids_keep, image_scale, cu_seqlens, d
     grad_images = torch.zeros_like(images)
     blocks = triton.cdiv(num_rows, constants["BLOCK_T"]), triton.cdiv(constants["P"], constants["BLOCK_P"])
     _embed_kept_patches_bwd_images_kernel[blocks](
-        grad,
-        weight,
-        ids_keep,
-        sample,
-        image_scale,
-        grad_images,
-        num_rows,
-        keep,
-        *images.shape[2:],
-        **constants,
+        grad, weight, ids_keep, sample, image_scale, grad_images, num_rows, keep, *images.shape[2:], **constants
     )
     return grad_images
