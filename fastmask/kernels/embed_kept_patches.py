@@ -52,7 +52,7 @@ def embed_kept_patches_reference(
     if ids_keep is not None:
         if cu_seqlens is not None:
             sample = sample_of_row(cu_seqlens, ids_keep.shape[0])
-        position = position.index_select(0, ids_keep.flatten()).view(*ids_keep.shape, -1)  # (B, K, D) or (N, D)
+        position = position.index_select(0, ids_keep.flatten()).view(*ids_keep.shape, position.shape[1])
         patches = patches[sample, ids_keep.long()]  # (B, K, P) or (N, P)
     if image_scale is not None:
         patches = patches.to(torch.promote_types(patches.dtype, torch.float32)) * image_scale[sample][..., None]

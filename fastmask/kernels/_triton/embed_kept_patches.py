@@ -1,14 +1,13 @@
 """Kernels of `embed_kept_patches`: one program owns a tile of kept tokens and reads the pixels of their patches only.
 
-Rows are tokens of all samples, one after the other; each looks up its sample and position, so a tile may span samples.
-Forward, the patches stay in registers (their first BLOCK_P values: all of them in every published size) while the
-program walks over the columns of the weight. A token is too wide to stay beside them. So where the norm is asked for, a
-first walk gathers the statistics, and a second computes the product again, which costs little next to writing tokens
-and h.
+Rows are the tokens of all samples, one after the other; each looks up its sample and position, so a tile may span
+samples. Forward, the first BLOCK_P values of the patches (in the published network all) stay in registers while the
+program walks over the columns of the weight. Tokens are too wide to stay, so for their norm a first walk gathers the
+statistics and a second computes the product again, which costs little beside writing tokens and h.
 
 Backward, the weight's gradient is the product of grad and patches over all rows: each program sums one block of it over
-one share of the rows, and the shares are added in a fixed order. Pixels are read again, no patch is kept. A pixel
-belongs to one patch, so the image's gradient is written, not summed. No atomics: results repeat bit for bit.
+one share of the rows, and the shares are added in a fixed order. A pixel belongs to one patch, so the images' gradient
+is written, not summed. No atomics, so results repeat bit for bit.
 """
 
 import torch
@@ -106,11 +105,8 @@ def _embed_kept_patches_fwd_kernel(
     weight_ptr,  # (D, P)
     bias_ptr,  # (D,)
     position_ptr,  # (L, D)
-    ids_ptr,  # (N,) or None
-    sample_ptr,  # (N,) or None
-    image_scale_ptr,  # (B,) or None
-    shift_ptr,  # (B, D) if NORM
-    scale_ptr,  # (B, D) if NORM
+    ids_ptr, sample_ptr, image_scale_ptr,  # as in _row_places
+    shift_ptr, scale_ptr,  # (B, D) if NORM
     tokens_ptr,  # (N, D)
     h_ptr,  # (N, D) if NORM
     stats_ptr,  # (2, N) if NORM: mean, reciprocal deviation
@@ -171,9 +167,7 @@ def _embed_kept_patches_fwd_kernel(
 def _embed_kept_patches_bwd_kernel(
     grad_ptr,  # (N, D)
     images_ptr,  # (B, C, height, width)
-    ids_ptr,  # (N,) or None
-    sample_ptr,  # (N,) or None
-    image_scale_ptr,  # (B,) or None
+    ids_ptr, sample_ptr, image_scale_ptr,  # as in _row_places
     grad_weight_ptr,  # (splits, D, P)
     grad_bias_ptr,  # (splits, D)
     num_rows, rows_per_split, keep, height, width,
@@ -211,9 +205,7 @@ def _embed_kept_patches_bwd_kernel(
 def _embed_kept_patches_bwd_images_kernel(
     grad_ptr,  # (N, D)
     weight_ptr,  # (D, P)
-    ids_ptr,  # (N,) or None
-    sample_ptr,  # (N,) or None
-    image_scale_ptr,  # (B,) or None
+    ids_ptr, sample_ptr, image_scale_ptr,  # as in _row_places
     grad_images_ptr,  # (B, C, height, width), zero
     num_rows, keep, height, width,
     D: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -260,16 +252,13 @@ def settings(weight, dtype):
 
 
 def row_arguments(images, weight, ids_keep, cu_seqlens):
-    """Return N, rows per sample (dense) and the sample of each row (packed)."""
-    batch, _, height, width = images.shape
-    side = weight.shape[-1]
-    if ids_keep is None:
-        keep = (height // side) * (width // side)
-        return batch * keep, keep, None
-    num_rows = ids_keep.numel()
-    if cu_seqlens is None:
-        return num_rows, ids_keep.shape[1], None
-    return num_rows, 0, sample_of_row(cu_seqlens, num_rows).int()
+    """Return N, the rows of a sample (dense) and the sample of each row (packed)."""
+    if cu_seqlens is not None:
+        num_rows = ids_keep.shape[0]
+        return num_rows, 0, sample_of_row(cu_seqlens, num_rows).int()
+    length = images.shape[2] * images.shape[3] // weight.shape[-1] ** 2
+    keep = length if ids_keep is None else ids_keep.shape[1]
+    return images.shape[0] * keep, keep, None
 
 
 def launch_fwd(
