@@ -1,12 +1,13 @@
-# make demo   train a masked diffusion transformer on real digits and draw samples
-# make test   lint, types and tests, as CI runs them
-# make venv   only the environment both of them use
+# make demo      train a masked diffusion transformer on real digits and draw samples
+# make test      lint, types and tests, as CI runs them
+# make kernels   compile every Triton kernel for three generations of GPUs, with none of them here, and count bytes
+# make venv      only the environment both of them use
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/digits-demo
 
-.PHONY: demo test venv lint bench clean
+.PHONY: demo test venv lint bench kernels clean
 .DELETE_ON_ERROR:
 
 venv: .venv/.done
@@ -30,6 +31,10 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+kernels: venv
+	$(BIN)/python -m bench.compile --out bench/results/compiled.md
+	$(BIN)/python -m bench.traffic --out bench/results/traffic.md
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -154,6 +154,8 @@ def main() -> int:
     parser.add_argument("--width", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--out", type=Path, help="also write the table here, as Markdown")
     options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     columns = ["kernel", "case", "arch", "warps", "registers", "shared", "spilled", "loads x bits", "wrong"]
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     failed = 0
@@ -166,6 +168,7 @@ def main() -> int:
     sys.stdout.write(f"{len(lines) - 2} kernels compiled, {failed} wrong\n")
     if options.out:
         head = f"Compiled with triton {triton.__version__} by `python -m bench.compile`; no GPU was used.\n\n"
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(head + "\n".join(lines) + "\n")
     return 1 if failed else 0
 

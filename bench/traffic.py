@@ -13,6 +13,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,10 +150,16 @@ def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="xl2-in256", choices=PRESETS)
+    parser.add_argument("--out", type=Path, help="also write the table here, as Markdown")
+    options = parser.parse_args()
     columns = ["op", "dtypes", "direction", "least MB", "ours MB", "compiled MB", "eager MB", "ours / least"]
-    sys.stdout.write("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns) + "\n")
-    for row in table(parser.parse_args().preset):
-        sys.stdout.write("| " + " | ".join(row) + " |\n")
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in table(options.preset)]
+    sys.stdout.write("\n".join(lines) + "\n")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        head = f"{options.preset}, {_BATCH} images, counted by `python -m bench.traffic`; no GPU was used.\n\n"
+        options.out.write_text(head + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
