@@ -1,0 +1,1 @@
+"""What fastmask is compared with: the same networks as a careful practitioner writes them from the papers."""
