@@ -22,7 +22,7 @@ demo: venv
 	$(BIN)/python -m fastmask.evaluate $(DEMO)
 
 test: venv lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -p no:benchmark
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,9 +1,23 @@
 """Masked training of diffusion transformers (MaskDiT, arXiv 2306.09305)."""
 
-from fastmask.checkpoint import load_maskdit
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastmask.diffusion import EDMPrecond
 from fastmask.kernels import Mask
 from fastmask.model import MaskDiT
 
+if TYPE_CHECKING:
+    from fastmask.checkpoint import load_maskdit
+
 __version__ = "0.1.0"
 __all__ = ["EDMPrecond", "Mask", "MaskDiT", "load_maskdit"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `load_maskdit` when it is first used: it needs safetensors, and the network needs torch alone."""
+    if name != "load_maskdit":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = importlib.import_module("fastmask.checkpoint").load_maskdit
+    globals()[name] = found
+    return found

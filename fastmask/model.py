@@ -251,6 +251,12 @@ class MaskDiT(nn.Module):
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
             expected = (x.shape[0], self.in_channels, self.input_size, self.input_size)
             raise ValueError(f"images must have shape {expected}, not {tuple(x.shape)}")
+        if c_noise.shape != x.shape[:1]:
+            raise ValueError(f"c_noise must have shape ({x.shape[0]},), not {tuple(c_noise.shape)}")
+        if self.num_classes and (labels.shape != x.shape[:1] or labels.dtype not in (torch.int32, torch.int64)):
+            raise ValueError(
+                f"labels must be int64 of shape ({x.shape[0]},), not {labels.dtype} of shape {tuple(labels.shape)}"
+            )
         if mask is not None and not self.decoder_blocks:
             raise ValueError(
                 "a network without a decoder (decoder_depth=0) cannot fill in dropped patches: pass no mask"

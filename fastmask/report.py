@@ -20,6 +20,7 @@ from torch import Tensor
 from fastmask.checkpoint import checkpoints
 from fastmask.cli import whole_file
 from fastmask.config import TrainConfig
+from fastmask.cost import ASSUMED, GPUS, RESERVE, Memory, memory_of, predict_run
 from fastmask.counts import forward_macs, trainable_parameters
 from fastmask.diffusion import LossParts
 from fastmask.masking import kept_count
@@ -232,7 +233,6 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
     parameters = trainable_parameters(model)
     kept = kept_count(model.length, config.mask_ratio)
     full, masked = forward_macs(model), forward_macs(model, kept)
-    gib = parameters * 4 / 2**30
     counts = Table(title="counts", show_header=False)
     counts.add_row("input", f"{model.in_channels} x {model.input_size} x {model.input_size}, {model.length} patches")
     counts.add_row("trainable parameters", f"{parameters / 1e6:.1f}M")
@@ -240,12 +240,36 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
         counts.add_row(f"forward per image, {kept} of {model.length} patches kept", f"{masked / 1e9:.2f} GMAC")
     counts.add_row("forward per image, unmasked", f"{full / 1e9:.2f} GMAC")
     counts.add_row("training per image (3 x forward, 2 FLOP per MAC)", f"{6 * masked / 1e9:.1f} GFLOP")
-    counts.add_row("weights / gradients / EMA, fp32", f"{gib:.2f} GiB each")
-    counts.add_row("AdamW's two moments, fp32", f"{2 * gib:.2f} GiB")
+    precision = "bf16" if config.precision == "fp32" and config.device == "cpu" else config.precision
+    _add_memory(counts, memory_of(model, config.mask_ratio, precision), precision)
     images = config.max_steps * config.batch_size
     counts.add_row("images seen", f"{config.max_steps:,} steps x {config.batch_size} = {images:,}")
     counts.add_row("training in all", f"{_mean_macs(config, model) * 6 * images:.3g} FLOP")
+    _add_prediction(counts, config, model, precision)
     console.print(counts)
+
+
+def _add_memory(counts: Table, memory: Memory, precision: str) -> None:
+    counts.add_row("weights / gradients / EMA, fp32", f"{memory.weights / 1e9:.2f} GB each")
+    counts.add_row("AdamW's two moments, fp32", f"{memory.moments / 1e9:.2f} GB")
+    if memory.copy:
+        counts.add_row(f"copy of the weights, {precision}", f"{memory.copy / 1e9:.2f} GB")
+    counts.add_row(f"kept for backward, {precision}", f"{memory.activations / 1e6:.1f} MB per image")
+    largest = memory.largest_batch(80e9)
+    counts.add_row(f"most images at a time in 80 GB, {RESERVE:.0%} in reserve", f"{largest}" if largest else "none")
+
+
+def _add_prediction(counts: Table, config: TrainConfig, model: MaskDiT, precision: str) -> None:
+    """Add what one H100 would take. On a CPU fp32 stands for "auto", which is bf16 there."""
+    gpu = GPUS["h100"]
+    try:
+        run = predict_run(config, model, gpu, precision)
+    except ValueError as error:
+        counts.add_row(f"prediction, one {gpu.name}, {precision}", str(error))
+        return
+    shown = f"{run.images_per_s:,.0f} images/s, {run.gpu_hours:,.1f} hours"
+    counts.add_row(f"prediction, one {gpu.name}, {precision}", shown)
+    counts.add_row("  not measured", str(ASSUMED))
 
 
 def _mean_macs(config: TrainConfig, model: MaskDiT, points: int = 1000) -> float:

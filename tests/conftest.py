@@ -7,8 +7,10 @@ if not torch.cuda.is_available():
     # Triton reads this once, when it is imported: without a device its kernels can only be interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# One count everywhere: how many threads share a sum decides its rounding.
-torch.set_num_threads(2)
+# One thread here and in the processes that tests start: tests run in parallel, and how many threads share a sum decides
+# its rounding.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -272,6 +272,16 @@ def test_decoder_sizes_do_not_matter_without_a_decoder():
     assert model(*inputs(model)).shape == (3, 16, 12)
 
 
+def test_conditions_that_do_not_fit():
+    model = small_net().model
+    x, c_noise, labels = inputs(model)
+    with pytest.raises(ValueError, match=r"c_noise must have shape \(3,\), not \(1,\)"):
+        model(x, c_noise[:1], labels)
+    for wrong in (labels[:1], labels[:, None], labels.float()):
+        with pytest.raises(ValueError, match=r"labels must be int64 of shape \(3,\), not "):
+            model(x, c_noise, wrong)
+
+
 @pytest.mark.parametrize("shape", [(3, 3, 8, 6), (3, 4, 8, 8), (3, 3, 16, 16)])
 def test_images_of_another_shape(shape):
     model = small_net().model

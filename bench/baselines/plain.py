@@ -209,11 +209,20 @@ def patches(images: Tensor, p: int) -> Tensor:
 class PlainTrainer:
     """One training step after the other: autocast, fused AdamW, an EMA by foreach operations."""
 
-    def __init__(self, loss: PlainLoss, lr: float = 1e-4, ema_decay: float = 0.9999, autocast: bool = False):
+    def __init__(
+        self,
+        loss: PlainLoss,
+        lr: float = 1e-4,
+        ema_decay: float = 0.9999,
+        autocast: bool = False,
+        optimizer: bool = True,
+    ):
         self.loss, self.ema_decay, self.autocast = loss, ema_decay, autocast
-        self.ema = copy.deepcopy(loss.model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(loss.parameters(), lr=lr, weight_decay=0.0, fused=True)
         self.run = loss
+        self.optimizer = None
+        if optimizer:
+            self.ema = copy.deepcopy(loss.model).requires_grad_(False)
+            self.optimizer = torch.optim.AdamW(loss.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
     def compile(self) -> None:
         self.run = torch.compile(self.loss)
@@ -228,9 +237,10 @@ class PlainTrainer:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast):
             total = self.run(images, labels, sigma, noise, *mask).mean()
         total.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            parameters = list(self.loss.model.parameters())
-            torch._foreach_lerp_(list(self.ema.parameters()), parameters, 1 - self.ema_decay)
+        if self.optimizer:
+            self.optimizer.step()
+            with torch.no_grad():
+                parameters = list(self.loss.model.parameters())
+                torch._foreach_lerp_(list(self.ema.parameters()), parameters, 1 - self.ema_decay)
+        self.loss.zero_grad(set_to_none=True)
         return total.detach()

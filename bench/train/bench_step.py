@@ -1,61 +1,49 @@
-"""Whole optimizer steps: a masked preset beside the dense DiT of the same encoder, on the same code.
+"""Whole training steps: dense DiT and masked, plain and ours, eager and compiled, beside their products alone.
 
-The bound by operations is printed beside the measured time (extra_info, shown with --benchmark-verbose or in the JSON).
+On a CPU S/2 and B/2 at 256x256, batch 4, fp32; `--full` adds XL/2. `--rows` stores the rows.
 """
+
+import uuid
 
 import pytest
 import torch
 
-from fastmask.config import build_model, preset_config
-from fastmask.counts import forward_macs
-from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
-from fastmask.ema import EMA
-from fastmask.masking import kept_count
-from fastmask.optim import make_optimizer
-from fastmask.presets import PRESETS
+from bench import rows
+from bench.train.steps import FORMS, freed, steps
+from test_baselines import check_golden
 
+ROUNDS = {"s2": 5, "b2": 3, "xl2": 3}
 BATCH = 4
 
 
-@pytest.mark.parametrize("preset", ["dit-s2-in256", "s2-in256", "dit-b2-in256", "b2-in256"])
-def bench_step(benchmark, preset):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = preset_config(preset, PRESETS)
-    torch.manual_seed(0)
-    net = EDMPrecond(build_model(config, 4, config.image_size // 8), config.sigma_data).to(device)
-    for parameter in net.parameters():  # zero-initialised layers would make part of the step trivial
-        torch.nn.init.normal_(parameter, std=0.02)
-    objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
-    optimizer, ema = make_optimizer(net, config), EMA(net, config.ema_decay)
-    keep = kept_count(net.model.length, config.mask_ratio)
-    images = torch.randn(BATCH, 4, config.image_size // 8, config.image_size // 8, device=device) * 0.5
-    labels = torch.randint(config.num_classes, (BATCH,), device=device)
+@pytest.fixture(scope="module", autouse=True)
+def gate():
+    """No time is taken of baselines that do not compute the published numbers."""
+    check_golden()
 
-    def step():
-        draws = training_draws(
-            images,
-            labels,
-            seed=0,
-            offset=0,
-            num_classes=config.num_classes,
-            label_drop=config.label_drop,
-            length=net.model.length,
-            keep=keep,
-            p_mean=config.p_mean,
-            p_std=config.p_std,
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", ["s2", "b2", "xl2"])
+def bench_step(benchmark, request, size, form, compiled):
+    if size == "xl2" and not request.config.getoption("full"):
+        pytest.skip("XL/2 takes minutes a case on a CPU: give --full")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with freed():
+        case = steps(size, 256, form, BATCH, device, bf16=device.type == "cuda", compiled=compiled)
+        warmup = 2 if compiled else 1
+        timings = benchmark.pedantic(
+            rows.measure, (case.variants, device), {"rounds": ROUNDS[size], "warmup": warmup}, rounds=1
         )
-        loss = objective(images, *draws).total.mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(net)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return loss
-
-    loss = benchmark.pedantic(step, rounds=3, warmup_rounds=1)
-    assert torch.isfinite(loss)
-    median = benchmark.stats.stats.median
-    benchmark.extra_info["images_per_s"] = round(BATCH / median, 2)
-    benchmark.extra_info["forward_gmac_per_image"] = round(forward_macs(net.model, keep) / 1e9, 3)
-    benchmark.extra_info["gflop_per_s"] = round(6e-9 * forward_macs(net.model, keep) * BATCH / median, 1)
+        run = uuid.uuid4().hex[:12]
+        for variant, timing in timings.items():
+            figures = {
+                **timing._asdict(),
+                "images_per_s": round(BATCH / timing.median_ms * 1e3, 3),
+                "forward_gmac": round(case.forward_gmac, 3),
+                "optimizer": case.optimizer,
+                "run": run,
+            }
+            benchmark.extra_info[variant] = figures
+            if request.config.getoption("rows"):
+                rows.append({"bench": "step", "case": case.case, "variant": variant, **figures}, device)

@@ -9,7 +9,8 @@ import functools
 import importlib
 import importlib.metadata
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +47,8 @@ _DTYPES = {
     "flash-attn": (torch.float16, torch.bfloat16),
     "xformers": (torch.float16, torch.bfloat16, torch.float32),
 }
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _found: dict[tuple[str, int], _Library] = {}
 
@@ -166,13 +169,19 @@ def _packed_by_torch(device: torch.device) -> str:
     return _missing("torch", _arch(device)) or "torch.nn.attention.varlen"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant_when_compiled(function: _Function) -> _Function:
+    """Do what torch.compiler.assume_constant_result does, which imports torch._dynamo, and triton with it, at once."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_compiled
 def _arch(device: torch.device) -> int:
     """Return the major compute capability; 0 without a GPU, where a CUDA tensor can only be a fake one."""
     return torch.cuda.get_device_properties(device).major if torch.cuda.is_available() else 0
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant_when_compiled
 def _missing(name: str, arch: int) -> str:
     """Return why a library is not there for a compute capability; else put it into `_found` and return ""."""
     return _look_for(name, arch)

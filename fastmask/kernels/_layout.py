@@ -18,7 +18,7 @@ class Rows(NamedTuple):
 
     Attributes:
         x: shape (N, D), contiguous.
-        cu_seqlens: int32, shape (G + 1,), where each group begins; None: all G groups are of N / G rows.
+        cu_seqlens: int32, shape (G + 1,), contiguous, where each group begins; None: all G groups are of N / G rows.
         modulations: each of shape (G, D), contiguous in the last dimension.
     """
 
@@ -108,13 +108,21 @@ def as_rows(x: Tensor, cu_seqlens: Tensor | None, modulations: dict[str, Tensor]
         values = [modulation.reshape(-1, width) for modulation in expanded]
         cu_seqlens = None
     values = [value if value.stride(-1) == 1 else value.contiguous() for value in values]
-    return Rows(rows, None if cu_seqlens is None else cu_seqlens.int(), values)
+    return Rows(rows, None if cu_seqlens is None else cu_seqlens.int().contiguous(), values)
 
 
-def check_dtype(name: str, tensor: Tensor) -> None:
+def check_devices(device: torch.device, **others: Tensor | None) -> None:
+    """Raise a ValueError that names the first tensor on another device."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, like the rest, not on {tensor.device}")
+
+
+def check_dtype(name: str, value: Tensor | torch.dtype) -> None:
     """Raise a ValueError for a dtype that no kernel takes."""
-    if tensor.dtype not in _DTYPES:
+    dtype = value.dtype if isinstance(value, Tensor) else value
+    if dtype not in _DTYPES:
         raise ValueError(
-            f'the fused kernels take float32, bfloat16 and float16, and {name} is {tensor.dtype}: impl="reference" '
+            f'the fused kernels take float32, bfloat16 and float16, and {name} is {dtype}: impl="reference" '
             f"takes any floating dtype"
         )

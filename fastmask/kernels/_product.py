@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from fastmask.kernels._layout import check_devices
+
 
 def product_dtype(device: torch.device, weight: Tensor) -> torch.dtype:
     """Return the dtype of a product: autocast's where that is on for the device, that of its weight otherwise."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64:  # which autocast leaves alone
         return torch.get_autocast_dtype(device.type)
     return weight.dtype
 
@@ -24,6 +26,7 @@ def linear_gradients(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Raise a ValueError unless weight (E, D) and bias (E,) fit x (..., D)."""
+    check_devices(x.device, weight=weight, bias=bias)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"weight must have shape (E, {x.shape[-1]}) for x of shape {tuple(x.shape)}, not {tuple(weight.shape)}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
-from fastmask.kernels._layout import Rows, as_rows, check_dtype, check_tokens, per_token
+from fastmask.kernels._layout import Rows, as_rows, check_devices, check_dtype, check_tokens, per_token
 from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_reference
 
 
@@ -159,24 +159,29 @@ def add_gated_norm(
         ValueError: shapes that do not fit, or what the fused kernels do not take.
         BackendUnavailableError: no fused kernel on this device.
     """
-    check_arguments(x, branch, norm, cu_seqlens)
+    check_arguments(x, branch, gate, shift, scale, norm, cu_seqlens)
+    out_dtype = out_dtype or x.dtype
     if resolve_impl(impl, x.device) == "reference":
         return add_gated_norm_reference(
             x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype
         )
     rows = branch_rows(x, branch, gate, shift, scale, cu_seqlens)
+    check_dtype("out_dtype", out_dtype)
     x_new, h = _AddGatedNorm.apply(  # type: ignore[no-untyped-call]
-        *rows, norm == "rms", float(eps), out_dtype or x.dtype
+        *rows, norm == "rms", float(eps), out_dtype
     )
     return x_new.view(x.shape), h.view(x.shape)
 
 
-def check_arguments(x: Tensor, branch: Tensor, norm: str, cu_seqlens: Tensor | None) -> None:
-    """Raise a ValueError unless norm, tokens and branch fit one another."""
+def check_arguments(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str, cu_seqlens: Tensor | None
+) -> None:
+    """Raise a ValueError unless norm, tokens, branch and devices fit one another."""
     check_norm(norm)
     check_tokens("x", x, cu_seqlens)
     if branch.shape != x.shape:
         raise ValueError(f"branch must have the shape of x, {tuple(x.shape)}, not {tuple(branch.shape)}")
+    check_devices(x.device, branch=branch, gate=gate, shift=shift, scale=scale, cu_seqlens=cu_seqlens)
 
 
 def branch_rows(

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._attention_backends import AttentionBackend, attention_backends, call, refusal, sample_lengths
 from fastmask.kernels._dispatch import BackendUnavailableError
-from fastmask.kernels._layout import check_cu_seqlens
+from fastmask.kernels._layout import check_cu_seqlens, check_devices
 
 __all__ = ["AttentionBackend", "attention", "attention_backends", "attention_reference"]
 
@@ -168,7 +168,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
         raise ValueError(f"q, k and v must share one shape {shape}, not {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    check_devices(q.device, k=k, v=v, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens)
-        if cu_seqlens.device != q.device:
-            raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, not on {cu_seqlens.device}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
-from fastmask.kernels._layout import MAX_WIDTH, check_cu_seqlens, check_dtype, sample_of_row
+from fastmask.kernels._layout import MAX_WIDTH, check_cu_seqlens, check_devices, check_dtype, sample_of_row
 from fastmask.kernels._product import product_dtype
 from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_bwd, modulate_norm_reference
 from fastmask.kernels.patches import patchify
@@ -212,6 +212,7 @@ def embed_kept_patches(
     """
     check_norm(norm)
     others = {"bias": bias, "position": position, "image_scale": image_scale, "shift": shift, "scale": scale}
+    check_devices(images.device, weight=weight, **others, ids_keep=ids_keep, cu_seqlens=cu_seqlens)
     _check_shapes(images, weight, others, patch_size)
     _check_indices(ids_keep, cu_seqlens, images)
     if resolve_impl(impl, images.device) == "reference":
@@ -225,7 +226,8 @@ def embed_kept_patches(
     ids_keep, image_scale = (None if t is None else t.contiguous() for t in (ids_keep, image_scale))
     out = _EmbedKeptPatches.apply(  # type: ignore[no-untyped-call]
         *(t.contiguous() for t in (images, weight, bias)), shift, scale, position.contiguous(), ids_keep, image_scale,
-        None if cu_seqlens is None else cu_seqlens.int(), product_dtype(images.device, weight), norm == "rms", eps,
+        None if cu_seqlens is None else cu_seqlens.int().contiguous(), product_dtype(images.device, weight),
+        norm == "rms", eps,
     )  # fmt: skip
     shape = (images.shape[0], *position.shape) if ids_keep is None else (*ids_keep.shape, position.shape[1])
     return out.view(shape) if shift is None else (out[0].view(shape), out[1].view(shape))

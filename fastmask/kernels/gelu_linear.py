@@ -15,18 +15,24 @@ from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
 from fastmask.kernels._layout import check_dtype
-from fastmask.kernels._product import check_linear, linear_gradients, product_operands
+from fastmask.kernels._product import check_linear, linear_gradients, product_dtype, product_operands
 
 
 def gelu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return what `gelu_linear` does, in plain PyTorch; arguments as there."""
-    return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+    dtype = product_dtype(x.device, weight)
+    hidden = F.gelu(x.to(torch.promote_types(x.dtype, dtype)), approximate="tanh")
+    return F.linear(hidden.to(dtype), *product_operands(x.device, weight, bias))
 
 
-gelu_fwd = define_op("gelu_fwd(Tensor x) -> Tensor", fake=torch.empty_like, launcher="gelu_linear:launch_fwd")
+gelu_fwd = define_op(
+    "gelu_fwd(Tensor x, ScalarType? out_dtype=None) -> Tensor",
+    fake=lambda x, out_dtype=None: torch.empty_like(x, dtype=out_dtype),
+    launcher="gelu_linear:launch_fwd",
+)
 gelu_bwd = define_op(
     "gelu_bwd(Tensor grad, Tensor x) -> (Tensor, Tensor)",
-    fake=lambda grad, x: (torch.empty_like(x), torch.empty_like(x)),
+    fake=lambda grad, x: (torch.empty_like(x), torch.empty_like(grad)),
     launcher="gelu_linear:launch_bwd",
 )
 
@@ -35,7 +41,7 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(gelu_fwd(x), weight, bias)
+        return F.linear(gelu_fwd(x, weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -70,6 +76,6 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = 
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         check_dtype(name, tensor)
     weight, bias = product_operands(x.device, weight, bias)
-    rows = x.to(weight.dtype).reshape(-1, x.shape[-1]).contiguous()
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     y: Tensor = _GeluLinear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], weight.shape[0])

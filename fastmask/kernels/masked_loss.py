@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
-from fastmask.kernels._layout import check_cu_seqlens, check_dtype
+from fastmask.kernels._layout import check_cu_seqlens, check_devices, check_dtype
 from fastmask.kernels.patches import patchify
 from fastmask.kernels.sample_mask import Mask
 
@@ -204,8 +204,9 @@ def masked_loss(
 def _check_images(raw: Tensor, images: Tensor, noised: Tensor, sigma: Tensor, patch_size: int) -> None:
     if images.ndim != 4:
         raise ValueError(f"images must have shape (B, C, h * p, w * p), not {tuple(images.shape)}")
+    check_devices(raw.device, images=images, noised=noised, sigma=sigma)
     batch, channels, height, width = images.shape
-    if height % patch_size or width % patch_size:
+    if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images of {height}x{width} do not divide into patches of {patch_size}x{patch_size}")
     if noised.shape != images.shape:
         raise ValueError(f"noised must have the shape of images, {tuple(images.shape)}, not {tuple(noised.shape)}")
@@ -225,6 +226,9 @@ def _check_mask(mask: Mask, raw: Tensor) -> None:
         )
     if mask.ids_restore.shape != (batch, length):
         raise ValueError(f"mask.ids_restore must have shape {(batch, length)}, not {tuple(mask.ids_restore.shape)}")
+    if mask.ids_restore.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"mask.ids_restore must be int32 or int64, not {mask.ids_restore.dtype}")
+    check_devices(raw.device, ids_restore=mask.ids_restore, cu_seqlens=mask.cu_seqlens)
     if mask.cu_seqlens is None:
         if mask.ids_keep.ndim != 2 or mask.ids_keep.shape[0] != batch:
             raise ValueError(f"mask.ids_keep must have shape ({batch}, K), not {tuple(mask.ids_keep.shape)}")

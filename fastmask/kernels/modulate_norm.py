@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
-from fastmask.kernels._layout import as_rows, check_tokens, per_token
+from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens, per_token
 
 Norm = Literal["layer", "rms"]
 
@@ -148,11 +148,14 @@ def modulate_norm(
     """
     check_norm(norm)
     check_tokens("x", x, cu_seqlens)
+    check_devices(x.device, shift=shift, scale=scale, cu_seqlens=cu_seqlens)
+    out_dtype = out_dtype or x.dtype
     if resolve_impl(impl, x.device) == "reference":
         return modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype)
     rows = as_rows(x, cu_seqlens, {"shift": shift, "scale": scale})
+    check_dtype("out_dtype", out_dtype)
     h: Tensor = _ModulateNorm.apply(  # type: ignore[no-untyped-call]
-        rows.x, *rows.modulations, rows.cu_seqlens, norm == "rms", float(eps), out_dtype or x.dtype
+        rows.x, *rows.modulations, rows.cu_seqlens, norm == "rms", float(eps), out_dtype
     )
     return h.view(x.shape)
 

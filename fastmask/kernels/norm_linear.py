@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, resolve_impl
-from fastmask.kernels._layout import as_rows, check_dtype, check_tokens
+from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens
 from fastmask.kernels._product import check_linear, linear_gradients, product_dtype, product_operands
 from fastmask.kernels.add_gated_norm import (
     add_gated_norm_bwd,
@@ -130,11 +130,12 @@ def modulated_linear(
     """
     check_norm(norm)
     check_tokens("x", x, cu_seqlens)
+    check_devices(x.device, shift=shift, scale=scale, cu_seqlens=cu_seqlens)
     check_linear(x, weight, bias)
     if resolve_impl(impl, x.device) == "reference":
         dtype = product_dtype(x.device, weight)
         h = modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype)
-        return F.linear(h, weight, bias)
+        return F.linear(h, *product_operands(x.device, weight, bias))
     rows = as_rows(x, cu_seqlens, {"shift": shift, "scale": scale})
     check_dtype("weight", weight)
     y: Tensor = _ModulatedLinear.apply(  # type: ignore[no-untyped-call]
@@ -182,14 +183,14 @@ def add_gated_linear(
         ValueError: shapes that do not fit, or what the fused kernels do not take.
         BackendUnavailableError: no fused kernel on this device.
     """
-    check_arguments(x, branch, norm, cu_seqlens)
+    check_arguments(x, branch, gate, shift, scale, norm, cu_seqlens)
     check_linear(x, weight, bias)
     if resolve_impl(impl, x.device) == "reference":
         dtype = product_dtype(x.device, weight)
         x, h = add_gated_norm_reference(
             x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype
         )
-        return x, F.linear(h, weight, bias)
+        return x, F.linear(h, *product_operands(x.device, weight, bias))
     rows = branch_rows(x, branch, gate, shift, scale, cu_seqlens)
     check_dtype("weight", weight)
     x_new, y = _AddGatedLinear.apply(  # type: ignore[no-untyped-call]

@@ -16,7 +16,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
         Shape (B, L, P) with L = h * w and P = p * p * C, in the dtype of ``images``.
     """
     b, c, height, width = images.shape
-    if height % patch_size or width % patch_size:
+    if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images of {height}x{width} do not divide into patches of {patch_size}x{patch_size}")
     h, w = height // patch_size, width // patch_size
     tokens = images.reshape(b, c, h, patch_size, w, patch_size).permute(0, 2, 4, 3, 5, 1)

@@ -21,7 +21,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
-from fastmask.kernels._layout import as_rows, check_cu_seqlens, check_dtype, check_tokens, num_samples, sample_of_row
+from fastmask.kernels._layout import (
+    as_rows,
+    check_cu_seqlens,
+    check_devices,
+    check_dtype,
+    check_tokens,
+    num_samples,
+    sample_of_row,
+)
 from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_bwd, modulate_norm_reference
 
 
@@ -45,13 +53,13 @@ def restore_tokens_reference(
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return what `restore_tokens` does, in plain PyTorch, of any floating dtype and width, for position too."""
+    rows = F.pad(x, (0, 0, 0, 1))  # one more, for the dropped positions to read: there may be no other
     if cu_seqlens is None:
         kept = ids_restore < x.shape[1]
-        placed = gather_tokens_reference(x, ids_restore.clamp(max=x.shape[1] - 1))
+        placed = gather_tokens_reference(rows, ids_restore.clamp(max=x.shape[1]))
     else:
         kept = ids_restore < cu_seqlens.diff()[:, None]
-        # One row more, for the dropped positions to read: there may be no other.
-        placed = F.pad(x, (0, 0, 0, 1))[torch.where(kept, cu_seqlens[:-1, None] + ids_restore, x.shape[0])]
+        placed = rows[torch.where(kept, cu_seqlens[:-1, None] + ids_restore, x.shape[0])]
     restored = torch.where(kept[..., None], placed, mask_token.to(x.dtype)) + position
     if shift is None or scale is None:
         return restored
@@ -195,6 +203,7 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
     """
     if x.ndim != 3:
         raise ValueError(f"x must have shape (B, L, D), not {tuple(x.shape)}")
+    check_devices(x.device, ids_keep=ids_keep, cu_seqlens=cu_seqlens)
     _check_indices("ids_keep", ids_keep)
     if cu_seqlens is None and (ids_keep.ndim != 2 or ids_keep.shape[0] != x.shape[0]):
         raise ValueError(f"ids_keep must have shape ({x.shape[0]}, K), not {tuple(ids_keep.shape)}")
@@ -255,6 +264,8 @@ def restore_tokens(
     """
     check_norm(norm)
     check_tokens("x", x, cu_seqlens)
+    others = {"mask_token": mask_token, "position": position, "ids_restore": ids_restore}
+    check_devices(x.device, **others, cu_seqlens=cu_seqlens, shift=shift, scale=scale)
     batch, width = num_samples(x, cu_seqlens), x.shape[-1]
     if mask_token.shape != (width,) or position.ndim != 2 or position.shape[1] != width:
         raise ValueError(
@@ -272,7 +283,7 @@ def restore_tokens(
         return restore_tokens_reference(
             x, mask_token, position, ids_restore, cu_seqlens=cu_seqlens, shift=shift, scale=scale, norm=norm, eps=eps
         )
-    if position.requires_grad:
+    if position.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f'position of shape {tuple(position.shape)} must not require a gradient: only impl="reference" has it'
         )

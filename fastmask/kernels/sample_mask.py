@@ -138,6 +138,9 @@ def sample_mask(
     _check_counts(batch, length, keep, total)
     _check_scalar("seed", seed)
     _check_scalar("offset", offset)
+    for name, value in (("keep", keep), ("seed", seed), ("offset", offset)):
+        if isinstance(value, Tensor) and not _is_on(value, device):
+            raise ValueError(f"{name} must be on {device}, not on {value.device}")
     if resolve_impl(impl, device) == "reference":
         return sample_mask_reference(batch, length, keep, seed=seed, offset=offset, device=device, total=total)
     if length > MAX_LENGTH:
@@ -146,8 +149,8 @@ def sample_mask(
         )
     cu_seqlens = _cu_seqlens(keep) if isinstance(keep, Tensor) else None
     ids_keep, ids_restore = sample_mask_fwd(
-        _as_tensor("seed", seed, device),
-        _as_tensor("offset", offset, device),
+        _as_tensor(seed, device),
+        _as_tensor(offset, device),
         cu_seqlens,
         batch,
         length,
@@ -191,10 +194,13 @@ def _check_scalar(name: str, value: int | Tensor) -> None:
         )
 
 
-def _as_tensor(name: str, value: int | Tensor, device: torch.device) -> Tensor:
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    """Return whether a tensor is on a device; one without a number, like "cuda", is any of its kind."""
+    return tensor.device.type == device.type and device.index in (None, tensor.device.index)
+
+
+def _as_tensor(value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        if value.device.type != device.type:
-            raise ValueError(f"{name} must be on {device.type}, not on {value.device.type}")
         return value
     # Filling does not wait for the device, as copying a number from the host would. Seeds may be unsigned.
     if not -(2**63) <= value < 2**63:

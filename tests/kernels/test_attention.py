@@ -161,7 +161,7 @@ def test_shapes_that_differ_or_have_another_rank(shapes):
         ({"cu_seqlens": torch.tensor([0.0, 6.0])}, "cu_seqlens must be int32 or int64"),
         (
             {"cu_seqlens": torch.tensor([0, 6], device="meta")},
-            "cu_seqlens must be on the device of q, cpu, not on meta",
+            "cu_seqlens must be on cpu, like the rest, not on meta",
         ),
         (
             {"cu_seqlens": torch.tensor([0, 1, 6]), "max_seqlen": 4},

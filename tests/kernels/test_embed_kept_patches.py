@@ -9,6 +9,7 @@ from util import BF16_ROUNDING, assert_accurate, relative_error
 
 from fastmask.kernels import embed_kept_patches, modulate_norm
 from fastmask.kernels._triton import embed_kept_patches as launchers
+from fastmask.kernels._triton.embed_kept_patches import settings
 from fastmask.kernels.embed_kept_patches import (
     embed_kept_patches_bwd,
     embed_kept_patches_bwd_images,
@@ -331,6 +332,37 @@ def test_no_tokens_at_all(packed):
         assert not any(grad.any() for grad in grads)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_images_at_all(masked):
+    tensors, others = kernel_arguments(2, 3, 2, 1, 2, 8, 1)
+    tensors[0], tensors[3], tensors[4] = (tensors[i][:0] for i in (0, 3, 4))
+    others |= {"image_scale": torch.ones(0), "ids_keep": torch.zeros(0, 1, dtype=torch.int32) if masked else None}
+    tokens, h, *grads = checks.results(embed_and_norm, tensors, **others, impl="fused")
+    assert tokens.shape == h.shape == (0, 1 if masked else 2, 8)
+    assert not any(grad.any() for grad in grads)
+
+
+def test_strided_cu_seqlens():
+    tensors, others = kernel_arguments(2, 3, 2, 2, 2, 8, 2)
+    bounds = torch.tensor([0, 1, 2, 3, 4, 4], dtype=torch.int32)[::2]
+    others["ids_keep"] = others["ids_keep"].flatten()
+    plain = checks.results(embed_and_norm, tensors, **others, cu_seqlens=bounds.contiguous(), impl="fused")
+    assert all(
+        map(torch.equal, checks.results(embed_and_norm, tensors, **others, cu_seqlens=bounds, impl="fused"), plain)
+    )
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_the_setting_of_matrix_products_decides_the_precision(precision):
+    """PyTorch has two ways of setting it, and refuses to tell by the older one what the newer one set."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        assert settings(torch.empty(8, 3, 2, 2), F32)["PRECISION"] == precision
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 def test_only_what_is_needed_gets_a_gradient(monkeypatch):
     """Images that need none, as in training, get none; nothing but the inputs and the norm's two is kept."""
     tensors, others = kernel_arguments(2, 3, 1, 3, 2, 8, 2)
@@ -417,6 +449,7 @@ def test_gradients_that_only_the_reference_has(name):
         ({"cu_seqlens": torch.tensor([0, 2, 4])}, r"cu_seqlens must have shape \(4,\).* not \(3,\)"),
         ({"cu_seqlens": torch.zeros(4)}, r"cu_seqlens must be int32 or int64 of shape \(B \+ 1,\)"),
         ({"ids_keep": None, "cu_seqlens": torch.tensor([0, 2, 4, 6])}, r"ids_keep must have shape \(N,\).* not None"),
+        ({"position": torch.zeros(6, 8, device="meta")}, "position must be on cpu, like the rest, not on meta"),
         ({"norm": "batch"}, "norm must be .* not 'batch'"),
         ({"impl": "triton"}, "impl must be .* not 'triton'"),
     ],

@@ -9,7 +9,7 @@ from util import assert_accurate
 from fastmask.kernels import gelu_linear
 from fastmask.kernels.gelu_linear import gelu_bwd, gelu_fwd
 
-BF16 = torch.bfloat16
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def arguments(*shape, out=7, dtype=torch.float32):
@@ -27,6 +27,16 @@ def test_it_is_the_gelu_and_then_the_linear(impl):
     x, weight, bias = arguments(4, 9)
     expected = F.linear(F.gelu(x, approximate="tanh"), weight, bias)
     torch.testing.assert_close(gelu_linear(x, weight, bias, impl=impl), expected)
+
+
+@pytest.mark.parametrize(("x", "weight", "bias"), [(F32, BF16, BF16), (BF16, F32, F32), (F16, BF16, F32)])
+def test_accuracy_of_mixed_dtypes(x, weight, bias):
+    """GELU is rounded once, to the dtype of the weight, whatever the input's."""
+    tensors = [t.to(dtype) for t, dtype in zip(arguments(5, 40), (x, weight, bias), strict=True)]
+    checks.check_accuracy(gelu_linear, tensors)
+    exact = F.gelu(tensors[0].double(), approximate="tanh")
+    assert gelu_fwd(tensors[0], weight).dtype == weight
+    assert_accurate(gelu_fwd(tensors[0], weight), exact, exact.to(weight))
 
 
 def test_far_values_neither_overflow_nor_turn_nan():
@@ -84,7 +94,9 @@ def test_compiles_without_a_break(dynamic):
 def test_opcheck():
     x = torch.randn(3, 8)
     opcheck(gelu_fwd, (x,))
+    opcheck(gelu_fwd, (x, BF16))
     opcheck(gelu_bwd, (x, x))
+    opcheck(gelu_bwd, (x.to(BF16), x))
 
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])

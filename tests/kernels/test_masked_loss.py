@@ -383,6 +383,10 @@ def test_images_that_do_not_divide():
         ("mask", Mask(ids(3), ids(2, 6)), r"mask.ids_keep must have shape \(2, K\), not \(3,\)"),
         ("mask", Mask(ids(3), ids(2, 6), ids(2)), r"mask.cu_seqlens must have shape \(3,\), not \(2,\)"),
         ("mask", Mask(ids(3), ids(2, 6), torch.zeros(3)), "cu_seqlens must be int32 or int64 .* not torch.float32"),
+        ("mask", Mask(ids(2, 3), torch.zeros(2, 6)), "mask.ids_restore must be int32 or int64, not torch.float32"),
+        ("mask", Mask(ids(2, 3), ids(2, 6).to("meta")), "ids_restore must be on cpu, like the rest, not on meta"),
+        ("sigma", torch.ones(2, device="meta"), "sigma must be on cpu, like the rest, not on meta"),
+        ("patch_size", 0, "images of 6x4 do not divide into patches of 0x0"),
         ("impl", "eager", 'impl must be "fused", "reference" or None'),
     ],
 )
@@ -391,7 +395,7 @@ def test_what_fits_neither_form(impl, name, value, message):
     raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
     named = {"raw": raw, "images": images, "noised": noised, "sigma": sigma, "mask": mask, "impl": impl}
     with pytest.raises(ValueError, match=message):
-        masked_loss(**{**named, name: value}, patch_size=2, sigma_data=0.5)
+        masked_loss(**{**named, "patch_size": 2, name: value}, sigma_data=0.5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

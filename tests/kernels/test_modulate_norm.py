@@ -6,7 +6,8 @@ import torch
 from torch.library import opcheck
 from util import BF16_ROUNDING, relative_error
 
-from fastmask.kernels import modulate_norm
+from fastmask.kernels import add_gated_norm, modulate_norm
+from fastmask.kernels._triton import _common
 from fastmask.kernels.modulate_norm import modulate_norm_bwd, modulate_norm_fwd
 
 OP, TOKENS, MODULATIONS = modulate_norm, 1, 2
@@ -105,6 +106,9 @@ def test_tokens_of_another_rank(shape):
 
 
 # The kernels
+
+# What both ops take from `_layout` and `_common`; the number is that of their tensors of tokens.
+OPS = {modulate_norm: 1, add_gated_norm: 2}
 
 
 def DTYPES(x, branch, modulation):
@@ -251,3 +255,47 @@ def test_two_calls_in_one_dynamic_graph():
         return modulate_norm(modulate_norm(x, shift, scale, impl=impl), shift, scale, impl=impl)
 
     checks.check_compiles(twice, arguments(2, 3, 16, False), dynamic=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 3), (2, 0), (0, 0)])
+def test_no_tokens_at_all(op, batch, tokens, per_token):
+    """Gradients of modulations are zero, and every other result is empty."""
+    modulation = (batch, tokens, 8) if per_token else (batch, 8)
+    shapes = [(batch, tokens, 8)] * OPS[op] + [modulation] * (OPS[op] + 1)
+    results = checks.results(op, [torch.randn(shape) for shape in shapes], impl="fused")
+    assert [t.shape for t in results[-len(shapes) :]] == [torch.Size(shape) for shape in shapes]
+    assert not any(t.any() for t in results)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_strided_cu_seqlens(op):
+    tensors = [torch.randn(5, 8) for _ in range(OPS[op])] + [torch.randn(2, 8) for _ in range(OPS[op] + 1)]
+    packed = torch.tensor([0, 1, 2, 4, 5, 5], dtype=torch.int32)[::2]
+    plain = checks.results(op, tensors, cu_seqlens=packed.contiguous(), impl="fused")
+    assert all(map(torch.equal, checks.results(op, tensors, cu_seqlens=packed, impl="fused"), plain))
+
+
+def test_more_rows_than_a_grid_has_programs(monkeypatch):
+    assert _common.num_chunks(2**31, 1, 16) == 65535
+    monkeypatch.setattr(_common, "_MAX_CHUNKS", 2)
+    checks.check_accuracy(OP, arguments(1, 70, 8, False))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_tensors_on_several_devices(op, impl):
+    tensors = [torch.randn(4, 8) for _ in range(OPS[op])] + [torch.randn(2, 8) for _ in range(OPS[op] + 1)]
+    with pytest.raises(ValueError, match="scale must be on cpu, like the rest, not on meta"):
+        op(*tensors[:-1], tensors[-1].to("meta"), cu_seqlens=torch.tensor([0, 1, 4]), impl=impl)
+    with pytest.raises(ValueError, match="cu_seqlens must be on cpu, like the rest, not on meta"):
+        op(*tensors, cu_seqlens=torch.tensor([0, 1, 4], device="meta"), impl=impl)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
+def test_results_in_a_dtype_that_no_kernel_writes(op, dtype):
+    tensors = [torch.randn(1, 2, 8) for _ in range(OPS[op])] + [torch.randn(1, 8) for _ in range(OPS[op] + 1)]
+    with pytest.raises(ValueError, match=f"out_dtype is {dtype}"):
+        op(*tensors, out_dtype=dtype, impl="fused")

@@ -132,3 +132,18 @@ def test_shapes_that_do_not_fit(impl, change, message):
         tensors[i] = tensor
     with pytest.raises(ValueError, match=message):
         modulated_linear(*tensors, impl=impl)
+
+
+@OPS
+def test_weight_and_bias_of_different_dtypes(op):
+    tensors = arguments(op, (2, 3, 16), low=BF16)
+    tensors[-1] = tensors[-1].float()
+    checks.check_accuracy(op, tensors)
+
+
+@OPS
+def test_autocast_leaves_float64_alone(op):
+    tensors = [t.double() for t in arguments(op, (2, 3, 16))]
+    plain = op(*tensors)
+    with torch.autocast("cpu", dtype=BF16):
+        assert all(map(torch.equal, op(*tensors), plain))

@@ -42,6 +42,11 @@ def test_images_that_do_not_divide(height, width):
         patchify(torch.zeros(1, 1, height, width), 2)
 
 
+def test_patches_without_pixels():
+    with pytest.raises(ValueError, match="images of 4x4 do not divide into patches of 0x0"):
+        patchify(torch.zeros(1, 1, 4, 4), 0)
+
+
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 7), (5, 6), (6, 6)])
 def test_tokens_that_do_not_fill_the_image(height, width):
     with pytest.raises(ValueError, match=f"6 tokens do not make an image of {height}x{width} with patches of 2"):

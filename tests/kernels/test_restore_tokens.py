@@ -302,6 +302,7 @@ def fitting(**change):
         ({"scale": torch.zeros(2, 8)}, "shift and scale belong together, and shift is missing"),
         ({"shift": torch.zeros(2, 3, 8), "scale": torch.zeros(2, 8)}, r"shift must have shape \(2, 8\), not \(2, 3"),
         ({"shift": torch.zeros(2, 8), "scale": torch.zeros(1, 8)}, r"scale must have shape \(2, 8\), not \(1, 8\)"),
+        ({"position": torch.zeros(5, 8, device="meta")}, "position must be on cpu, like the rest, not on meta"),
         ({"norm": "batch"}, 'norm must be "layer" or "rms"'),
         ({"impl": "triton"}, 'impl must be "fused", "reference" or None'),
     ],
@@ -341,6 +342,7 @@ def test_what_only_the_reference_takes(change, message):
         ({"ids_keep": torch.zeros(2, 3).int()}, r"ids_keep must have shape \(N,\) with cu_seqlens, not \(2, 3\)"),
         ({"cu_seqlens": torch.tensor([0, 1, 2, 3])}, r"cu_seqlens must have shape \(3,\), not \(4,\)"),
         ({"cu_seqlens": torch.tensor([0.0, 1.0, 3.0])}, "cu_seqlens must be int32 or int64"),
+        ({"ids_keep": torch.zeros(3, device="meta").int()}, "ids_keep must be on cpu, like the rest, not on meta"),
         ({"cu_seqlens": None}, r"ids_keep must have shape \(2, K\), not \(3,\)"),
         ({"cu_seqlens": None, "ids_keep": torch.zeros(3, 2).int()}, r"ids_keep must have shape \(2, K\), not \(3, 2\)"),
     ],
@@ -350,6 +352,31 @@ def test_what_does_not_fit_gather(change, message, impl):
     assert gather_tokens(**given, impl=impl).shape == (3, 8)
     with pytest.raises(ValueError, match=message):
         gather_tokens(**{**given, **change}, impl=impl)
+
+
+def test_a_learned_position_table_without_gradients():
+    """Inference needs no gradient of it."""
+    given = fitting(position=torch.randn(5, 8, requires_grad=True))
+    with torch.no_grad():
+        assert torch.equal(restore_tokens(**given, impl="fused"), restore_tokens(**given, impl="reference"))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("batch", "keep"), [(0, 3), (2, 0), (0, 0)])
+def test_no_tokens_at_all(batch, keep, impl):
+    leaves = [t.requires_grad_() for t in (torch.randn(batch, keep, 8), torch.randn(8), *torch.randn(2, batch, 8))]
+    x, mask_token, shift, scale = leaves
+    ids_restore, position = torch.arange(5).expand(batch, 5), torch.randn(5, 8)
+    restored, h = restore_tokens(x, mask_token, position, ids_restore, shift=shift, scale=scale, impl=impl)
+    if not keep:
+        assert torch.equal(restored, (mask_token + position).expand(batch, 5, 8))
+    grads = torch.autograd.grad((restored, h), leaves, (torch.ones_like(restored), torch.zeros_like(h)))
+    dropped = 2 * 5 if batch and not keep else 0
+    assert torch.equal(grads[1], torch.full((8,), float(dropped)))
+    whole = torch.randn(batch, 5, 8, requires_grad=True)
+    kept = gather_tokens(whole, torch.zeros(batch, keep, dtype=torch.int32), impl=impl)
+    assert kept.shape == (batch, keep, 8)
+    assert not torch.autograd.grad(kept.sum(), whole)[0].any()
 
 
 def test_the_reference_checks_indices():

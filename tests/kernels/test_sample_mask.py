@@ -285,6 +285,8 @@ def test_what_the_fused_form_does_not_take():
     assert draw(1, 16385, 3).ids_keep.shape == (1, 3)
     with pytest.raises(ValueError, match=f"seed must be on {DEVICE}, not on meta"):
         draw(1, 5, 3, seed=torch.empty((), dtype=torch.int64, device="meta"), impl="fused")
+    with pytest.raises(ValueError, match=f"keep must be on {DEVICE}, not on meta"):
+        draw(1, 5, torch.ones(1, dtype=torch.int64, device="meta"), total=1, impl="fused")
 
 
 @pytest.mark.parametrize("packed", [False, True])

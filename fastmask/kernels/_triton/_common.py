@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+_MAX_CHUNKS = 65535  # of a grid's second axis
+
 
 class RowSettings(NamedTuple):
     """Launch settings of the kernels whose program walks over the rows of a group.
@@ -35,7 +37,7 @@ def row_settings(width: int) -> RowSettings:
 
 def num_chunks(num_rows: int, num_groups: int, rows: int) -> int:
     """Return how many programs share the rows of a group, so that each has about ``rows`` of them."""
-    return max(1, triton.cdiv(num_rows, max(1, num_groups) * rows))
+    return min(_MAX_CHUNKS, max(1, triton.cdiv(num_rows, max(1, num_groups) * rows)))
 
 
 def partial_sums(like: list[torch.Tensor], chunks: int) -> list[torch.Tensor]:

@@ -232,12 +232,12 @@ def _embed_kept_patches_bwd_images_kernel(
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def settings(weight, dtype):
+def settings(weight, dtype, norm=False):
     """Return the constants of a launch: sizes, blocks of tokens, columns and patch values, how products are made."""
     width = weight.shape[0]
     values = weight.numel() // width
-    # Exact fp32 products unroll a block's values into registers: more than 16 would spill.
-    most_values = 16 if dtype == torch.float32 else 64
+    # More values at a time would spill: exact fp32 products unroll them, and the norm multiplies in three places.
+    most_values = 16 if dtype == torch.float32 or norm else 32
     return {
         "D": width,
         "P": values,
@@ -246,7 +246,7 @@ def settings(weight, dtype):
         "BLOCK_D": min(128, max(16, triton.next_power_of_2(width))),
         "BLOCK_P": min(most_values, max(16, triton.next_power_of_2(values))),
         "DTYPE": _DTYPES[dtype],
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         "num_warps": 4,
     }
 
@@ -265,9 +265,9 @@ def launch_fwd(
     images, weight, bias, position, ids_keep, image_scale, cu_seqlens, dtype, out_dtype, shift, scale, rms, eps
 ):
     """Return tokens (N, D), and with shift and scale h (N, D) and its statistics (2, N), else two empty tensors."""
-    constants = settings(weight, dtype)
-    num_rows, keep, sample = row_arguments(images, weight, ids_keep, cu_seqlens)
     norm = shift is not None
+    constants = settings(weight, dtype, norm)
+    num_rows, keep, sample = row_arguments(images, weight, ids_keep, cu_seqlens)
     tokens = torch.empty(num_rows, weight.shape[0], dtype=out_dtype, device=images.device)
     h = torch.empty_like(tokens) if norm else tokens.new_empty(0)
     stats = torch.empty((2, num_rows) if norm else 0, dtype=torch.float32, device=images.device)

@@ -41,16 +41,16 @@ def _gelu_bwd_kernel(grad_ptr, x_ptr, grad_x_ptr, out_ptr, size, BLOCK: tl.const
     tl.store(out_ptr + o_x, (0.5 * b_x * (1.0 + b_tanh)).to(out_ptr.dtype.element_ty), mask=m_x)
 
 
-def launch_fwd(x):
-    """Return gelu(x)."""
-    out = torch.empty_like(x)
+def launch_fwd(x, out_dtype=None):
+    """Return gelu(x), in the dtype of ``x`` where no other is asked for."""
+    out = torch.empty_like(x, dtype=out_dtype)
     _gelu_fwd_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK, num_warps=_NUM_WARPS)
     return out
 
 
 def launch_bwd(grad, x):
-    """Return the gradient of x, and gelu(x) again."""
-    grad_x, out = torch.empty_like(x), torch.empty_like(x)
+    """Return the gradient of x, and gelu(x) again, in the dtype of ``grad``."""
+    grad_x, out = torch.empty_like(x), torch.empty_like(grad)
     grid = (triton.cdiv(x.numel(), _BLOCK),)
     _gelu_bwd_kernel[grid](grad, x, grad_x, out, x.numel(), BLOCK=_BLOCK, num_warps=_NUM_WARPS)
     return grad_x, out

@@ -1,0 +1,160 @@
+"""Measured rows: how a time is taken, what is stored beside it, and where.
+
+A row is a JSON object on a line of `bench/results/<device>.jsonl`: what was measured (`bench`, `case`, `variant`), the
+figures, and the machine, versions and commit. Times of variants that are compared come from one run, taken in turn.
+"""
+
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+Row = dict[str, Any]
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call: median, 20th and 80th percentile, and how many were taken."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    rounds: int
+
+
+def measure(
+    variants: dict[str, Callable[[], Any]], device: torch.device, *, rounds: int = 20, warmup: int = 3
+) -> dict[str, Timing]:
+    """Time variants in turn, A B C A B C ..., so that a drift of the machine meets all of them.
+
+    On a GPU a time is that between two events on the stream, after a write that empties the L2 cache; on a CPU it is
+    that of the clock.
+
+    Args:
+        variants: what is compared; each call is timed as a whole.
+        device: where they run.
+        rounds: timed calls of each.
+        warmup: calls of each before, not timed.
+
+    Returns:
+        A timing for each variant.
+    """
+    for call in variants.values():
+        for _ in range(warmup):
+            call()
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock
+    for _ in range(rounds):
+        for name, call in variants.items():
+            taken[name].append(clock(call))
+    return {name: _timing(times) for name, times in taken.items()}
+
+
+def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
+    """Return the bytes per second that a plain copy of ``size`` bytes reads and writes on a device."""
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    timing = measure({"copy": lambda: target.copy_(source)}, device, rounds=7)["copy"]
+    return 2 * size / (timing.median_ms / 1e3)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what a figure depends on beside the code: device, versions, threads and, on a GPU, driver and clocks."""
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device.type != "cuda":
+        return {**found, "threads": torch.get_num_threads()}
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.limit")
+    query = ["nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return {**found, **dict(zip(fields, (value.strip() for value in answer.split(",")), strict=False))}
+
+
+def commit() -> str:
+    """Return the commit that is measured, marked where files differ from it, "unknown" outside a checkout."""
+    try:
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def results_file(device: torch.device) -> Path:
+    """Return the file that the rows of a device go into."""
+    name = re.sub(r"[^a-z0-9]+", "-", machine(device)["device"].lower()).strip("-")
+    return RESULTS / f"{name}.jsonl"
+
+
+def append(row: Row, device: torch.device, path: Path | None = None) -> Row:
+    """Store a row, with date, commit and machine added, and return it. The line is written at once or not at all."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    row = {**row, "date": now, "commit": commit(), **machine(device)}
+    path = path or results_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, (json.dumps(row) + "\n").encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return row
+
+
+def read(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file; a ValueError names the line that is none."""
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number} is no row: {error}") from error
+        yield row
+
+
+def _timing(times: list[float]) -> Timing:
+    if len(times) == 1:
+        return Timing(times[0], times[0], times[0], 1)
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return Timing(statistics.median(times), deciles[1], deciles[7], len(times))
+
+
+def _cpu_clock(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _gpu_clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
+    cache = torch.empty(2**28, dtype=torch.int8, device=device)  # larger than any L2
+
+    def clock(call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    return clock
+
+
+def _processor() -> str:
+    try:
+        named = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        named = None
+    name = named[1] if named else platform.processor() or platform.machine()
+    return f"{name} {os.cpu_count()} cores"

@@ -1,0 +1,67 @@
+"""What depends on how Python was started: each test is a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastmask.kernels import backends
+
+NO_TRITON = "import sys; sys.modules['triton'] = None\n"
+ALL_REFERENCES = """
+import torch
+from fastmask import kernels as K
+x, m, w = torch.randn(2, 4, 8), torch.randn(2, 8), torch.randn(8, 8)
+K.modulate_norm(x, m, m), K.add_gated_norm(x, x, m, m, m)
+K.modulated_linear(x, m, m, w, m[0]), K.add_gated_linear(x, x, m, m, m, w, m[0]), K.gelu_linear(x, w, m[0])
+mask = K.sample_mask(2, 4, 3, seed=0, device="cpu")
+images = torch.randn(2, 2, 4, 4)
+kept = K.embed_kept_patches(images, torch.randn(8, 2, 2, 2), m[0], x[0], mask.ids_keep, patch_size=2)
+K.restore_tokens(K.gather_tokens(x, mask.ids_keep) + kept, m[0], x[0], mask.ids_restore)
+K.masked_loss(x, images, images, torch.ones(2), mask, patch_size=2, sigma_data=0.5)
+K.attention(*[x.unflatten(2, (2, 4))] * 3)
+K.attention(*[x[0].unflatten(1, (2, 4))] * 3, cu_seqlens=torch.tensor([0, 1, 4]))
+"""
+
+
+def run(*arguments, interpret="0"):
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_everything_but_the_kernels_works_without_triton():
+    done = run("-c", NO_TRITON + ALL_REFERENCES)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_a_missing_triton_is_said(interpret):
+    code = "from fastmask.kernels.__main__ import main; main()\nfrom fastmask.kernels import require; require('cuda')"
+    done = run("-c", NO_TRITON + code, interpret=interpret)
+    assert "modulate_norm_fwd        cuda  none       triton is not installed: pip install triton\n" in done.stdout
+    assert 'modulate_norm_fwd        cpu   none       no native kernel: impl="reference" runs\n' in done.stdout
+    assert "BackendUnavailableError: no kernel on cuda for modulate_norm_fwd" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("interpret", "line"),
+    [("0", 'none       no native kernel: impl="reference" runs'), ("1", "triton     interpreted: TRITON_INTERPRET=1")],
+)
+def test_the_table_of_kernels(interpret, line):
+    done = run("-m", "fastmask.kernels", interpret=interpret)
+    assert done.returncode == 0, done.stderr
+    for op in {row.op for row in backends()}:
+        assert f"{op:<24} cuda  triton " in done.stdout
+        assert f"{op:<24} cpu   {line}\n" in done.stdout
+    assert "attention by torch       cpu   torch " in done.stdout
+
+
+def test_without_the_interpreter_the_fused_form_says_what_to_do():
+    code = """
+import torch
+from fastmask.kernels import gelu_linear
+gelu_linear(torch.randn(2, 8), torch.randn(3, 8), torch.randn(3), impl="fused")
+"""
+    done = run("-c", code)
+    assert 'BackendUnavailableError: fastmask::gelu_fwd has no CPU kernel: pass impl="reference", or set' in done.stderr

@@ -1,0 +1,191 @@
+"""A figure without a row cannot be printed, nor drawn."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bench import plots, report
+from bench.report import NOT_MEASURED, PUBLISHED, Rows, cell, committed, kernels, steps
+
+H100 = "NVIDIA H100 80GB HBM3"
+GMAC = {"dense": 120.0, "masked-0.5": 60.0}
+
+
+def base(median, device, **more):
+    times = {"median_ms": median, "p20_ms": median * 0.9, "p80_ms": median * 1.1, "rounds": 5}
+    machine = {"device": device, "torch": "2.11", "commit": "aaaa", "date": "2026-11-24T10:00:00+00:00"}
+    return {**times, **machine, **more}
+
+
+def step(median, form="masked-0.5", variant="ours", *, device=H100, run="r", side=256, **more):
+    preset = "dit-xl2-in256" if form == "dense" else "xl2-in256"
+    case = {"preset": preset, "image_size": side, "form": form, "batch": 100, "precision": "bf16"}
+    figures = {"images_per_s": 1e5 / median, "forward_gmac": GMAC[form], "optimizer": True, "run": run}
+    return {"bench": "step", "case": case, "variant": variant, **base(median, device), **figures, **more}
+
+
+def kernel(median, variant="fused", **more):
+    case = {"op": "modulate_norm", "direction": "forward", "dtype": "bf16", "shape": "B=2 K=3 D=4"}
+    figures = {"least_bytes": 10**9, "flops": 0, "copy_bandwidth": 2.5e12, "run": "k"}
+    return {"bench": "kernel", "case": case, "variant": variant, **base(median, H100), **figures, **more}
+
+
+def tables(lines):
+    """Cells by their column, for each row of each table."""
+    found, columns = [], []
+    for line in lines:
+        cells = [part.strip() for part in line.split("|")[1:-1]]
+        if not line.startswith("|"):
+            columns = []
+        elif not columns:
+            columns = cells
+        elif set(line) - set("|- "):
+            found.append(dict(zip(columns, cells, strict=True)))
+    return found
+
+
+MEASURED = [
+    step(200.0, "dense"),
+    step(125.0),
+    step(250.0, variant="plain eager"),
+    step(100.0, variant="products"),
+    kernel(0.5),
+    kernel(1.0, "reference"),
+]
+
+
+def test_the_figures_are_those_of_the_rows():
+    rows = Rows(MEASURED)
+    by_stack = {(row["form"], row["stack"]): row for row in tables(steps(rows))}
+    mine = by_stack["masked-0.5", "ours"]
+    assert mine["ms (p20 to p80)"] == "125 (112.5 to 137.5)"
+    assert mine["images/s"] == "800"
+    assert mine["against plain"] == "2.00x"
+    assert mine["against dense, same stack"] == "1.60x"
+    assert mine["FLOP bound"] == "2.00x"
+    assert mine["share of it"] == "80%"
+    assert mine["products alone"] == "80% of the time"
+    assert mine["MFU"] == f"{6 * 60e9 * 800 / 989.4e12:.1%}"
+    assert by_stack["dense", "ours"]["against plain"] == NOT_MEASURED
+    assert by_stack["dense", "ours"]["FLOP bound"] == ""
+    norm = next(row for row in tables(kernels(rows)) if row["variant"] == "fused")
+    assert norm["GB/s of the least bytes"] == "2000"
+    assert norm["of copy bandwidth"] == "80.0%"
+    assert norm["against reference"] == "2.00x"
+
+
+def test_without_rows_nothing_is_a_figure(tmp_path):
+    lines = report.report(Rows([]))
+    text = "\n".join(lines)
+    start = text.index("### Published")
+    goals = tables(text[:start].splitlines())
+    assert [row["measured, images/s"] for row in goals] == [NOT_MEASURED] * 4
+    assert [row["goal, images/s"] for row in goals] == ["1,219", "673", "285", "152"]
+    # Of all numbers above the published ones none is left without the goals, the device and the percentiles.
+    above = re.sub(r"^\| .*|.*### Goals.*|\(20th to 80th percentile\)", "", text[:start], flags=re.MULTILINE)
+    assert re.findall(r"\d", above) == []
+    assert tables(text[start:].splitlines())[0]["figure"] == PUBLISHED[0][2]
+    drawn = plots.draw(Rows([]), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert all("there is no row for it" in note for note in drawn)
+
+
+@pytest.mark.parametrize("gone", range(len(MEASURED)))
+def test_a_row_that_is_gone_takes_its_figures_with_it(gone):
+    """Each figure that differs between two rows' reports is missing where the row is."""
+    missing = MEASURED[gone]
+    rest = "\n".join(report.report(Rows(MEASURED[:gone] + MEASURED[gone + 1 :])))
+    other = "\n".join(report.report(Rows([*MEASURED[:gone], _scaled(missing), *MEASURED[gone + 1 :]])))
+    whole = "\n".join(report.report(Rows(MEASURED)))
+    changed = set(whole.splitlines()) - set(other.splitlines())
+    assert changed  # the row is used
+    assert not changed & set(rest.splitlines())
+    assert report.time_of(missing) not in rest
+
+
+def _scaled(row):
+    return {**row, **{name: row[name] * 1.37 for name in ("median_ms", "p20_ms", "p80_ms")}}
+
+
+def test_a_cell_needs_all_its_rows():
+    assert cell("{:.1f}", lambda a, b: 1.0, step(1.0), None) == NOT_MEASURED
+    assert cell("{:.1f}", lambda a: a["median_ms"], step(1.0)) == "1.0"
+
+
+def test_only_what_belongs_together_is_compared():
+    def against(dense):
+        return next(r for r in tables(steps(Rows([dense, step(125.0)]))) if r["form"] != "dense")[
+            "against dense, same stack"
+        ]
+
+    assert against(step(200.0, "dense", run="another")) == "1.60x"  # the same commit
+    for other in (
+        step(200.0, "dense", run="another", commit="bbbb"),
+        step(200.0, "dense", run="another", code="x"),
+        step(200.0, "dense", device="NVIDIA A100-SXM4-80GB"),
+        step(200.0, "dense", variant="ours compiled"),
+        step(200.0, "dense", optimizer=False),
+        step(200.0, "dense", side=512),
+        step(200.0, "dense", miniature=True),
+    ):
+        assert against(other) == NOT_MEASURED
+    unknown = [step(200.0, "dense", run="a", commit="unknown"), step(125.0, commit="unknown")]
+    assert tables(steps(Rows(unknown)))[-1]["against dense, same stack"] == NOT_MEASURED
+
+
+def test_goals_take_the_best_row_of_an_h100():
+    rows = [step(125.0), step(100.0, variant="ours compiled"), step(50.0, variant="plain eager")]
+    rows += [step(10.0, device="NVIDIA H100 PCIe"), step(10.0, optimizer=False)]
+    goal = next(r for r in tables(report.goals(Rows(rows))))
+    assert goal["measured, images/s"] == "1,000"
+    assert goal["of the goal"] == "82%"
+    assert goal["row"] == "ours compiled, batch 100, aaaa"
+
+
+def test_plots_are_drawn_of_rows(tmp_path):
+    notes = plots.draw(Rows(MEASURED), tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"{name}-nvidia-h100-80gb-hbm3.png" for name in ("kernels", "speedup", "throughput")]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    assert len(notes) == 3
+
+
+def test_rows_that_are_not_committed_are_left_out(tmp_path, monkeypatch, capsys):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    file = tmp_path / "card.jsonl"
+    file.write_text(json.dumps(step(125.0)) + "\n")
+    assert len(committed(tmp_path)[0]) == 1  # no git: all there is
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    assert committed(tmp_path)[0] == []
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "rows"], check=True)
+    with file.open("a") as lines:
+        lines.write(json.dumps(step(77.0, variant="ours compiled")) + "\n")
+    out = tmp_path / "out.md"
+    monkeypatch.setattr(sys, "argv", ["report", "--results", str(tmp_path), "--out", str(out), "--no-plots"])
+    assert report.main() == 0
+    assert "125 (112.5" in out.read_text()
+    assert "77 (" not in out.read_text()
+    assert "card.jsonl: 1 of 2 rows are not committed, left out" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
+    row = step(125.0)
+    del row["forward_gmac"]
+    cases = [
+        (json.dumps(row), "a row has no 'forward_gmac'"),
+        ('{"bench": "step"}', "card.jsonl:1 is no row"),
+        ("", ""),
+    ]
+    for text, said in cases:
+        folder = tmp_path if said else tmp_path / "none"
+        (tmp_path / "card.jsonl").write_text(text + "\n")
+        monkeypatch.setattr(sys, "argv", ["report", "--results", str(folder), "--no-plots"])
+        assert report.main() == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert said in captured.err
