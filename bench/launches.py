@@ -15,8 +15,10 @@ from fastmask.kernels._triton import (
     sample_mask,
 )
 
-# Encoders and decoders of the presets, then those of PixArt and Flux.
-WIDTHS = (192, 384, 512, 768, 1024, 1152, 1280, 1536, 2304, 3072)
+# Of the presets' networks, and of PixArt and Flux.
+ENCODERS = (384, 768, 1024, 1152, 1280)
+DECODERS = (192, 384, 512)
+WIDTHS = tuple(sorted({*ENCODERS, *DECODERS, 1536, 2304, 3072}))
 BATCH, TOKENS = 128, 128
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -81,7 +83,7 @@ def _sample_mask_cases(widths: list[int]) -> Iterator[Case]:
 
 
 def _embed_cases(widths: list[int]) -> Iterator[Case]:
-    for width in widths:
+    for width in sorted({*widths} & {*ENCODERS}):
         for patch, channels, side in ((2, 4, 32), (8, 3, 64)) if width == 1152 else ((2, 4, 32),):
             length = (side // patch) ** 2
             images, position = empty(BATCH, channels, side, side), empty(length, width)
@@ -104,7 +106,7 @@ def _embed_cases(widths: list[int]) -> Iterator[Case]:
 
 def _restore_cases(widths: list[int]) -> Iterator[Case]:
     length, keep = 256, 128
-    for width in widths:
+    for width in sorted({*widths} & {*DECODERS}):
         position, ids = empty(length, width), empty(BATCH, length, dtype=torch.int32)
         restored = empty(BATCH * length, width)
         ids_keep = empty(BATCH, keep, dtype=torch.int32)

@@ -234,19 +234,22 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
     kept = kept_count(model.length, config.mask_ratio)
     full, masked = forward_macs(model), forward_macs(model, kept)
     counts = Table(title="counts", show_header=False)
+    for _ in range(2):
+        counts.add_column(no_wrap=True)
     counts.add_row("input", f"{model.in_channels} x {model.input_size} x {model.input_size}, {model.length} patches")
     counts.add_row("trainable parameters", f"{parameters / 1e6:.1f}M")
     if kept < model.length:
-        counts.add_row(f"forward per image, {kept} of {model.length} patches kept", f"{masked / 1e9:.2f} GMAC")
-    counts.add_row("forward per image, unmasked", f"{full / 1e9:.2f} GMAC")
-    counts.add_row("training per image (3 x forward, 2 FLOP per MAC)", f"{6 * masked / 1e9:.1f} GFLOP")
+        counts.add_row(f"forward, {kept} of {model.length} patches kept", f"{masked / 1e9:.2f} GMAC per image")
+    counts.add_row("forward, unmasked", f"{full / 1e9:.2f} GMAC per image")
+    counts.add_row("training, 6 FLOP per forward MAC", f"{6 * masked / 1e9:.1f} GFLOP per image")
     precision = "bf16" if config.precision == "fp32" and config.device == "cpu" else config.precision
     _add_memory(counts, memory_of(model, config.mask_ratio, precision), precision)
     images = config.max_steps * config.batch_size
-    counts.add_row("images seen", f"{config.max_steps:,} steps x {config.batch_size} = {images:,}")
+    counts.add_row(f"images seen, {config.max_steps:,} steps x {config.batch_size}", f"{images:,}")
     counts.add_row("training in all", f"{_mean_macs(config, model) * 6 * images:.3g} FLOP")
     _add_prediction(counts, config, model, precision)
     console.print(counts)
+    say(f"The prediction was not measured; {ASSUMED}.")
 
 
 def _add_memory(counts: Table, memory: Memory, precision: str) -> None:
@@ -256,7 +259,7 @@ def _add_memory(counts: Table, memory: Memory, precision: str) -> None:
         counts.add_row(f"copy of the weights, {precision}", f"{memory.copy / 1e9:.2f} GB")
     counts.add_row(f"kept for backward, {precision}", f"{memory.activations / 1e6:.1f} MB per image")
     largest = memory.largest_batch(80e9)
-    counts.add_row(f"most images at a time in 80 GB, {RESERVE:.0%} in reserve", f"{largest}" if largest else "none")
+    counts.add_row(f"largest batch in 80 GB, {RESERVE:.0%} free", f"{largest}" if largest else "none")
 
 
 def _add_prediction(counts: Table, config: TrainConfig, model: MaskDiT, precision: str) -> None:
@@ -269,7 +272,6 @@ def _add_prediction(counts: Table, config: TrainConfig, model: MaskDiT, precisio
         return
     shown = f"{run.images_per_s:,.0f} images/s, {run.gpu_hours:,.1f} hours"
     counts.add_row(f"prediction, one {gpu.name}, {precision}", shown)
-    counts.add_row("  not measured", str(ASSUMED))
 
 
 def _mean_macs(config: TrainConfig, model: MaskDiT, points: int = 1000) -> float:

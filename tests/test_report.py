@@ -215,7 +215,8 @@ def test_the_plan_counts(capsys):
     print_plan(config, model)
     out = capsys.readouterr().out
     assert "3 x 8 x 8, 16 patches" in out
-    assert "forward per image, 8 of 16 patches kept" in out
-    assert "10 steps x 64 = 640" in out
+    assert "forward, 8 of 16 patches kept" in out
+    assert "10 steps x 64" in out
+    assert "640" in out
     for name in TrainConfig.__dataclass_fields__:
         assert f"{name} = " in out
