@@ -1,0 +1,64 @@
+"""attention of the encoder, q, k and v being views of one product, as in the network.
+
+"dense" is SDPA, ours too. "packed" has samples of unequal numbers of tokens, half to one and a half times K: the
+reference takes one after the other, ours is `torch.nn.attention.varlen` on a GPU.
+"""
+
+import itertools
+
+import torch
+
+from bench.kernels._cases import Op, Shapes
+from fastmask.kernels import attention
+from fastmask.kernels._attention_backends import refusal
+from fastmask.kernels.attention import attention_reference
+
+
+def dense(shapes: Shapes) -> Op:
+    return _op(shapes, [shapes.keep] * shapes.batch, (shapes.batch, shapes.keep), {})
+
+
+def packed(shapes: Shapes) -> Op:
+    batch, keep = shapes.batch, shapes.keep
+    counts = [keep + round((2 * b + 1 - batch) / batch * keep / 2) for b in range(batch)]
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=shapes.device)
+    return _op(shapes, counts, (sum(counts),), {"cu_seqlens": cu_seqlens, "max_seqlen": max(counts)})
+
+
+def _op(shapes: Shapes, counts: list[int], tokens: tuple[int, ...], options: dict) -> Op:
+    qkv = shapes.normal(*tokens, 3, shapes.heads, shapes.width // shapes.heads)
+    q = qkv.select(-3, 0)
+    names = ("flash-attn", "xformers")
+    reasons = {name: refusal(name, q, packed=bool(options)) for name in names}
+
+    def taken(function, **chosen):
+        return lambda qkv, **options: function(*qkv.unbind(-3), **options, **chosen)
+
+    others = {name: reasons[name] or taken(attention, backend=name) for name in names}
+    if options:
+        others["compiled"] = "the reference reads cu_seqlens on the host, which cannot be traced"
+    kind = f"packed N={sum(counts)}" if options else f"K={shapes.keep}"
+    flops = 4 * sum(count * count for count in counts) * shapes.width
+    return Op(
+        name="attention",
+        shape=f"B={shapes.batch} {kind} D={shapes.width} H={shapes.heads}",
+        inputs={"qkv": qkv},
+        leaves=("qkv",),
+        again=("qkv",),
+        reference=taken(attention_reference),
+        fused=taken(attention),
+        kernel="",
+        options=options,
+        others=others,
+        flops=flops,
+        backward_flops=2 * flops,
+        host=("reference", "xformers") if options else (),
+    )
+
+
+FORMS = {"dense": dense, "packed": packed}
+
+
+def bench_attention(kernel_case, timed):
+    kernel_case.check()
+    timed(kernel_case)

@@ -1,0 +1,37 @@
+"""gelu_linear, the second half of a block's MLP, with its weight in the products' dtype already."""
+
+import functools
+
+from bench.kernels._cases import Op, Shapes
+from fastmask.kernels import gelu_linear
+from fastmask.kernels.gelu_linear import gelu_linear_reference
+
+
+def op(shapes: Shapes) -> Op:
+    width, hidden = shapes.width, 4 * shapes.width
+    flops = 2 * shapes.batch * shapes.keep * hidden * width
+    return Op(
+        name="gelu_linear",
+        shape=f"B={shapes.batch} K={shapes.keep} D={hidden} E={width}",
+        inputs={
+            "x": shapes.normal(shapes.batch, shapes.keep, hidden),
+            "weight": shapes.normal(width, hidden) * hidden**-0.5,
+            "bias": shapes.normal(width),
+        },
+        leaves=("x", "weight", "bias"),
+        again=("x", "weight"),
+        reference=gelu_linear_reference,
+        fused=functools.partial(gelu_linear, impl="fused"),
+        kernel="gelu",
+        flops=flops,
+        backward_flops=2 * flops,
+        compile_on_cpu=True,
+    )
+
+
+FORMS = {"mlp": op}
+
+
+def bench_gelu_linear(kernel_case, timed):
+    kernel_case.check()
+    timed(kernel_case)

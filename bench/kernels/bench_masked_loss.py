@@ -1,0 +1,45 @@
+"""masked_loss from the raw tokens of every position; the images and the noise are fp32."""
+
+import torch
+
+from bench.kernels._cases import Op, Shapes
+from fastmask.kernels import Mask, masked_loss, sample_mask
+from fastmask.kernels.masked_loss import masked_loss_reference
+
+
+def op(shapes: Shapes) -> Op:
+    values = shapes.patch**2 * shapes.channels
+    mask = sample_mask(shapes.batch, shapes.length, shapes.keep, seed=7, device=shapes.device, impl="reference")
+    options = {"patch_size": shapes.patch, "sigma_data": 0.5}
+
+    def reference(raw, images, noised, sigma, ids_restore):
+        return masked_loss_reference(raw, images, noised, sigma, Mask(mask.ids_keep, ids_restore), **options)
+
+    def fused(raw, images, noised, sigma, ids_restore):
+        return masked_loss(raw, images, noised, sigma, Mask(mask.ids_keep, ids_restore), **options, impl="fused")
+
+    return Op(
+        name="masked_loss",
+        shape=f"B={shapes.batch} L={shapes.length} K={shapes.keep} P={values}",
+        inputs={
+            "raw": shapes.normal(shapes.batch, shapes.length, values),
+            "images": shapes.images(),
+            "noised": shapes.images(),
+            "sigma": shapes.normal(shapes.batch, dtype=torch.float32).exp(),
+            "ids_restore": mask.ids_restore,
+        },
+        leaves=("raw",),
+        again=("raw", "images", "noised", "sigma", "ids_restore"),
+        reference=reference,
+        fused=fused,
+        kernel="masked_loss",
+        compile_on_cpu=True,
+    )
+
+
+FORMS = {"masked": op}
+
+
+def bench_masked_loss(kernel_case, timed):
+    kernel_case.check()
+    timed(kernel_case)

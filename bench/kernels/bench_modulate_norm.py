@@ -1,0 +1,72 @@
+"""modulate_norm between two blocks: "layer" as this network has it, fp32 tokens to products' dtype.
+
+"rms" as in networks that keep their tokens in 16 bit, all in one dtype, which is what Liger's kernel takes.
+"""
+
+import functools
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.kernels._cases import Op, Shapes, absent
+from fastmask.kernels import modulate_norm
+from fastmask.kernels.modulate_norm import modulate_norm_reference
+
+EPS = 1e-6
+LIGER = "pip install liger-kernel"
+APEX = "build github.com/NVIDIA/apex with APEX_CUDA_EXT=1"
+
+
+def op(shapes: Shapes, norm: str) -> Op:
+    x_dtype = torch.float32 if norm == "layer" else shapes.dtype
+    shift, scale = (shapes.normal(shapes.batch, shapes.width) for _ in range(2))
+    return Op(
+        name="modulate_norm",
+        shape=f"B={shapes.batch} K={shapes.keep} D={shapes.width} {norm}",
+        inputs={
+            "x": shapes.normal(shapes.batch, shapes.keep, shapes.width, dtype=x_dtype),
+            "shift": shift,
+            "scale": scale,
+        },
+        leaves=("x", "shift", "scale"),
+        again=("x", "scale"),
+        reference=modulate_norm_reference,
+        fused=functools.partial(modulate_norm, impl="fused"),
+        kernel="modulate_norm",
+        options={"norm": norm, "eps": EPS, "out_dtype": shapes.dtype},
+        others={"apex": apex(shapes.device)} if norm == "layer" else {"liger": liger(shapes.device)},
+        compile_on_cpu=True,
+    )
+
+
+def apex(device: torch.device) -> Any:
+    """Return apex's norm, modulated by PyTorch, or why it is not there."""
+    missing = absent("fused_layer_norm_cuda", APEX, device) or absent("apex", APEX, device)
+    if missing:
+        return missing
+    fused = importlib.import_module("apex.normalization.fused_layer_norm").fused_layer_norm
+
+    def modulated(x: Tensor, shift: Tensor, scale: Tensor, out_dtype: torch.dtype, **_: Any) -> Tensor:
+        normed = fused(x, x.shape[-1:], EPS)
+        return (normed * (1 + scale.to(normed.dtype)[:, None]) + shift.to(normed.dtype)[:, None]).to(out_dtype)
+
+    return modulated
+
+
+def liger(device: torch.device) -> Any:
+    """Return Liger's kernel, or why it is not there. "gemma" computes in fp32; in place it would spoil the gradient."""
+    missing = absent("liger_kernel", LIGER, device)
+    if missing:
+        return missing
+    function = importlib.import_module("liger_kernel.ops.modulated_rms_norm").LigerModulatedRMSNormFunction
+    return lambda x, shift, scale, **_: function.apply(x, None, scale, shift, EPS, 0.0, "gemma", False)
+
+
+FORMS = {norm: functools.partial(op, norm=norm) for norm in ("layer", "rms")}
+
+
+def bench_modulate_norm(kernel_case, timed):
+    kernel_case.check()
+    timed(kernel_case)
