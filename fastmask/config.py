@@ -55,13 +55,13 @@ class TrainConfig:
     """Width of the encoder."""
     depth: int = 4
     """Blocks of the encoder."""
-    num_heads: int = 4
+    num_heads: int = 2
     """Attention heads of the encoder."""
     decoder_width: int = 64
     """Width of the decoder."""
     decoder_depth: int = 2
     """Blocks of the decoder; 0 is a plain DiT, which trains unmasked."""
-    decoder_num_heads: int = 4
+    decoder_num_heads: int = 2
     """Attention heads of the decoder."""
 
     mask_ratio: float = 0.5

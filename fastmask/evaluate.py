@@ -38,7 +38,7 @@ class EvaluateConfig:
 
     run_dir: tyro.conf.Positional[str]
     """Folder of a run on the digits."""
-    cfg_scale: float = 1.5
+    cfg_scale: float = 2.0
     """Guidance; 1 is none."""
     num_steps: int = 18
     """Noise levels of the sampler."""

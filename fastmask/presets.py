@@ -36,8 +36,8 @@ _LONG: dict[str, Any] = {"checkpoint_every": 10_000, "sample_every": 50_000}
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     # The embedded digits: `TrainConfig`'s network, sized for three minutes on two CPU cores (ours).
-    "digits":           {"max_steps": 1600, "unmask_steps": 500, "batch_size": 64, "lr": 3e-3, "unmask_lr": 1e-3,
-                         "warmup_steps": 100, "betas": (0.9, 0.99), "ema_decay": 0.995, "sample_every": 800},
+    "digits":           {"max_steps": 1550, "unmask_steps": 500, "batch_size": 64, "lr": 3e-3, "unmask_lr": 1e-3,
+                         "warmup_steps": 100, "betas": (0.9, 0.99), "ema_decay": 0.995, "sample_every": 775},
     # name               encoder  decoder    data       recipe      steps
     "s2-in256":         {**_S,  **_DEC_S, **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
     "b2-in256":         {**_B,  **_DEC_B, **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours

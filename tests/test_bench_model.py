@@ -77,8 +77,8 @@ def test_the_dry_run_shows_the_same(monkeypatch, capsys):
     run_command("fastmask.train", train)
     out = capsys.readouterr().out
     assert re.search(r"kept for backward, bf16 .* 147\.0 MB per image", out)
-    assert re.search(r"most images at a time in 80 GB, 10% in reserve .* 368 ", out)
+    assert re.search(r"largest batch in 80 GB, 10% free .* 368 ", out)
     shown = re.search(r"prediction, one H100 SXM 80 GB, bf16 .* ([\d,]+) images/s, ([\d,.]+) hours", out)
     table = {row[0]: row for row in rows(said(monkeypatch, capsys, "--gpu", "h100"))}["xl2-in256"]
     assert shown.groups() == (table[4], table[7])
-    assert re.search(r"not measured .* assuming 65% of the peak", out)
+    assert re.search(r"not measured; assuming 65% of the peak", out)

@@ -8,7 +8,12 @@ import sys
 import pytest
 
 from bench import plots, report
+from bench.model import network
 from bench.report import NOT_MEASURED, PUBLISHED, Rows, cell, committed, kernels, steps
+from fastmask.config import preset_config
+from fastmask.counts import forward_macs
+from fastmask.masking import kept_count
+from fastmask.presets import PRESETS
 
 H100 = "NVIDIA H100 80GB HBM3"
 GMAC = {"dense": 120.0, "masked-0.5": 60.0}
@@ -143,6 +148,13 @@ def test_goals_take_the_best_row_of_an_h100():
     assert goal["measured, images/s"] == "1,000"
     assert goal["of the goal"] == "82%"
     assert goal["row"] == "ours compiled, batch 100, aaaa"
+
+
+def test_goals_know_the_operations():
+    for form, side, _, gmac in report.GOALS:
+        config = preset_config(f"{'dit-' if form == 'dense' else ''}xl2-in{side}", PRESETS)
+        model = network(config)
+        assert forward_macs(model, kept_count(model.length, config.mask_ratio)) / 1e9 == pytest.approx(gmac, abs=0.005)
 
 
 def test_plots_are_drawn_of_rows(tmp_path):

@@ -45,6 +45,7 @@ def run(monkeypatch, capsys, *argv):
         (row(100.0), row(80.0), "B faster"),
         (row(80.0), row(100.0), "B slower"),
         (row(100.0), row(95.0), "within noise"),
+        (row(95.0), row(100.0), "within noise"),
         (row(100.0, spread=0.01), row(95.0, spread=0.01), "B faster"),
         (row(100.0), row(10.0, rounds=1), "unknown: one round has no spread"),
         (row(100.0), row(10.0, device="another"), "other machine"),

@@ -7,10 +7,10 @@ import uuid
 
 import pytest
 import torch
+from test_baselines import check_golden
 
 from bench import rows
 from bench.train.steps import FORMS, freed, steps
-from test_baselines import check_golden
 
 ROUNDS = {"s2": 5, "b2": 3, "xl2": 3}
 BATCH = 4

@@ -1,0 +1,168 @@
+"""A short real training run: the network of the preset `digits`, masked, then unmasked, whose loss is compared.
+
+What it is compared with is a run on a CPU in fp32, `bench/results/digits-cpu.json`, of the same weights, order, noise
+and masks, so that only rounding differs. The scans travel in `bench/digits.npz`: the 1,797 of scikit-learn, its copy of
+the UCI data set "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; CC BY 4.0). The file was made by
+
+    python -c "import numpy, sklearn.datasets as s; d = s.load_digits(); numpy.savez_compressed('bench/digits.npz',
+        images=d.images.astype('uint8'), labels=d.target.astype('uint8'))"
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench import rows
+from bench.campaign.state import Campaign
+from fastmask.config import TrainConfig, build_model, preset_config
+from fastmask.data.loader import sample_ids
+from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
+from fastmask.ema import EMA
+from fastmask.masking import kept_count
+from fastmask.optim import learning_rate, make_optimizer
+from fastmask.presets import PRESETS
+
+SCANS = rows.ROOT / "bench" / "digits.npz"
+RECORD = rows.RESULTS / "digits-cpu.json"
+WINDOW = 50  # steps that a mean is taken of
+# Largest share that a mean may be off. Rounding the factors and results of Linear layers, and their gradients, to
+# bfloat16 moved none by more than 0.9 % on a CPU.
+BAND = 0.03
+
+
+def full_config() -> TrainConfig:
+    """Return the preset, cut to what a CPU core does in a minute and a half."""
+    return dataclasses.replace(preset_config("digits", PRESETS), max_steps=400, unmask_steps=100, seed=0)
+
+
+def tiny_config() -> TrainConfig:
+    """Return a configuration that takes a second."""
+    sizes = {"width": 16, "depth": 1, "decoder_width": 16, "decoder_depth": 1, "batch_size": 16}
+    return dataclasses.replace(full_config(), **sizes, max_steps=6, unmask_steps=2, warmup_steps=2)
+
+
+def load_scans() -> tuple[Tensor, Tensor]:
+    """Return the scans in [-1, 1], float32 (1797, 1, 8, 8), and their labels, int64."""
+    with np.load(SCANS) as file:
+        return torch.from_numpy(file["images"]).float()[:, None] / 8 - 1, torch.from_numpy(file["labels"]).long()
+
+
+def train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
+    """Return the loss of each step. Chance is a function of the seed: the same on every device, but for rounding."""
+    scans, labels = load_scans()
+    torch.manual_seed(config.seed)
+    net = EDMPrecond(build_model(config, 1, 8), config.sigma_data).to(device)  # made on the CPU: the same weights
+    objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
+    optimizer, ema = make_optimizer(net, config), EMA(net, config.ema_decay)
+    torch.set_float32_matmul_precision("highest")
+    length = net.model.length
+    losses = []
+    for step in range(config.max_steps):
+        offset = step * config.batch_size
+        ids = torch.from_numpy(sample_ids(config.seed, offset, config.batch_size, len(scans)))
+        images = scans[ids].to(device)
+        draws = training_draws(
+            images,
+            labels[ids].to(device),
+            seed=config.seed,
+            offset=offset,
+            num_classes=config.num_classes,
+            label_drop=config.label_drop,
+            length=length,
+            keep=kept_count(length, config.ratio_at(step)),
+            p_mean=config.p_mean,
+            p_std=config.p_std,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = objective(images, *draws).total.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(net)
+        losses.append(loss.detach())  # read at the end: reading waits for the device
+    return torch.stack(losses).tolist()
+
+
+def means(losses: list[float], window: int) -> list[float]:
+    """Return the mean of every ``window`` steps."""
+    return [round(sum(losses[i : i + window]) / window, 6) for i in range(0, len(losses), window)]
+
+
+def worst_deviation(found: list[float], expected: list[float]) -> float:
+    """Return the largest share by which a mean is off; infinity for curves of other lengths, or a NaN."""
+    if len(found) != len(expected):
+        return float("inf")
+    shares = [abs(a - b) / b for a, b in zip(found, expected, strict=True)]
+    return max(share if share == share else float("inf") for share in shares)
+
+
+def record(path: Path = RECORD) -> dict[str, Any]:
+    """Train on the CPU in fp32 and write the curve that later runs are compared with; returns it."""
+    config, device, start = full_config(), torch.device("cpu"), time.perf_counter()
+    losses = train(config, device, bf16=False)
+    made = {
+        "config": dataclasses.asdict(config),
+        "window": WINDOW,
+        "means": means(losses, WINDOW),
+        "seconds": round(time.perf_counter() - start, 1),
+        "commit": rows.commit(),
+        **rows.machine(device),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(made, indent=1) + "\n")
+    partial.replace(path)
+    return made
+
+
+def expected_means(config: TrainConfig) -> list[float]:
+    """Return the recorded curve; a ValueError if there is none for this configuration."""
+    again = "make it again with `python -m bench.campaign --record-digits`"
+    if not RECORD.exists():
+        raise ValueError(f"{RECORD} is missing: {again}")
+    recorded = json.loads(RECORD.read_text())
+    if recorded["config"] != json.loads(json.dumps(dataclasses.asdict(config))):
+        raise ValueError(f"{RECORD} is of another configuration: {again}")
+    return recorded["means"]
+
+
+def todo(campaign: Campaign) -> list[str]:
+    """Return whether the run is still to do."""
+    return [] if campaign.is_done("digits") else [f"{full_config().max_steps} steps"]
+
+
+def run(campaign: Campaign) -> None:
+    """Train, compare and store the curve, also one that is outside the band."""
+    if campaign.is_done("digits"):
+        return
+    with campaign.attempt("digits", preset="digits"):
+        if campaign.miniature:
+            config, window = tiny_config(), 2
+            expected = means(train(config, torch.device("cpu"), bf16=False), window)
+        else:
+            config, window = full_config(), WINDOW
+            expected = expected_means(config)
+        bf16, start = not campaign.miniature, time.perf_counter()
+        found = means(train(config, campaign.device, bf16), window)
+        seconds = time.perf_counter() - start
+        deviation = worst_deviation(found, expected)
+        figures = {
+            "means": found,
+            "expected": expected,
+            "deviation": round(deviation, 5),
+            "band": BAND,
+            "seconds": round(seconds, 2),
+        }
+        case = {"preset": "digits", "steps": config.max_steps, "precision": "bf16" if bf16 else "fp32"}
+        if not deviation <= BAND:
+            raise AssertionError(f"the loss is {deviation:.1%} off the CPU's, {BAND:.0%} are allowed: {found}")
+        campaign.store("digits", case, "ours", figures)
+        campaign.say(f"  loss {found[0]} -> {found[-1]}, at most {deviation:.2%} off the CPU's; {seconds:.1f} s")

@@ -1,0 +1,163 @@
+"""What a campaign knows: the device, its rows so far, the time left, and what went wrong."""
+
+import gc
+import hashlib
+import importlib.metadata
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from bench import rows
+
+# TFLOP/s of dense bf16 products, from the vendor's data sheets. Cards of these names that are slower (PCIe, NVL) and
+# slices of a card are none of them: what is not known for sure gives no MFU.
+_PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
+_OTHERS = ("PCIe", "NVL", "MIG", "GB200", "GH200")
+
+
+class DeviceLostError(RuntimeError):
+    """The GPU answers no more in this process, as after an illegal access; a new process may go on."""
+
+
+def peak_tflops(device_name: str) -> int | None:
+    """Return the peak of bf16 products of a device, None where it is not known."""
+    if any(other in device_name for other in _OTHERS):
+        return None
+    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+
+
+def code_hash() -> str:
+    """Return a hash of what is measured and what measures it; rows of other code do not count as done."""
+    digest = hashlib.sha256()
+    folders = ("fastmask", "bench/kernels", "bench/train", "bench/baselines")
+    paths = [path for folder in folders for path in (rows.ROOT / folder).rglob("*.py")]
+    for path in sorted([*paths, rows.ROOT / "bench" / "rows.py"]):
+        digest.update(path.relative_to(rows.ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Campaign:
+    """The state of a campaign.
+
+    Args:
+        device: where everything runs.
+        path: the file of rows.
+        earlier: other files whose rows count as done.
+        run: name of this call; None makes one.
+    """
+
+    def __init__(self, device: torch.device, path: Path, earlier: tuple[Path, ...] = (), run: str | None = None):
+        self.device, self.path = device, path
+        self.miniature = device.type != "cuda"
+        self.run = run or uuid.uuid4().hex[:12]
+        self.machine = rows.machine(device)
+        self.triton = _version("triton")
+        self.code = code_hash()
+        self.written = 0
+        self.until = time.monotonic()
+        files = dict.fromkeys(file.resolve() for file in (*earlier, path) if file.exists())
+        self.rows = [row for file in files for row in rows.read(file)]
+
+    def left(self) -> float:
+        """Return the seconds left for the present part."""
+        return self.until - time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line at once."""
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+    def store(self, bench: str, case: dict[str, Any], variant: str, figures: dict[str, Any]) -> None:
+        """Append a row to the file."""
+        row = {"bench": bench, "case": case, "variant": variant, **figures}
+        row |= {"triton": self.triton, "run": self.run, "code": self.code}
+        if self.miniature:
+            row["miniature"] = True  # shapes of no meaning, to test this code
+        self.rows.append(rows.append(row, self.device, self.path))
+        self.written += 1
+
+    def find(self, bench: str, variant: str | None = None, **said: Any) -> list[rows.Row]:
+        """Return the rows of this device and code that say this, in their case or beside it, oldest first."""
+        return [
+            row
+            for row in self.rows
+            if row["bench"] == bench
+            and variant in (None, row["variant"])
+            and row.get("code") == self.code
+            and row["device"] == self.machine["device"]
+            and said.items() <= {name: v for name, v in (row | row["case"]).items() if name in said}.items()
+        ]
+
+    def is_done(self, bench: str, variant: str | None = None, **case: Any) -> bool:
+        """Return whether there is a row, one that says why there can be none, or this call has tried in vain."""
+        if self.find(bench, variant, **case) or self.find("absent", variant, bench_of=bench, **case):
+            return True
+        return any(row["variant"] in (variant or "all", "all") for row in self.failed_now(bench, **case))
+
+    def failed_now(self, bench: str, **case: Any) -> list[rows.Row]:
+        """Return the failures of this call, of this process and of one that it took over from."""
+        return self.find("failure", bench_of=bench, run=self.run, **case)
+
+    def attempt(self, bench: str, variant: str = "all", **case: Any) -> "Attempt":
+        """Return a context in which an error is reported and stored, and does not end the campaign."""
+        return Attempt(self, bench, variant, case)
+
+
+class Attempt:
+    """One case: an error is printed and stored as a row (rows of them decide the exit code), and the next case runs."""
+
+    def __init__(self, campaign: Campaign, bench: str, variant: str, case: dict[str, Any]):
+        self.campaign, self.bench, self.variant, self.case = campaign, bench, variant, case
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, DeviceLostError):
+            return False
+        said = (str(error).strip().splitlines() or [""])[0][:300]
+        at = traceback.extract_tb(where)[-1]
+        line = f"{type(error).__name__}: {said} ({Path(at.filename).name}:{at.lineno})"
+        name = " ".join(str(value) for value in self.case.values())
+        self.campaign.say(f"  failed: {self.bench} {name}: {line}")
+        self.campaign.store("failure", {"bench_of": self.bench, **self.case}, self.variant, {"error": line})
+        release()
+        if self.campaign.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.campaign.device)
+            except RuntimeError as lost:
+                raise DeviceLostError(line) from lost
+        return True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def release() -> None:
+    """Give memory back, and forget what was compiled."""
+    if "torch._dynamo" in sys.modules:  # its import takes seconds
+        torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def latest(all_rows: list[rows.Row]) -> Iterator[rows.Row]:
+    """Yield the last row of each bench, case and variant, in the order of their first appearance."""
+    kept: dict[str, rows.Row] = {}
+    for row in all_rows:
+        kept[repr((row["bench"], sorted(row["case"].items()), row["variant"]))] = row
+    yield from kept.values()

@@ -1,0 +1,190 @@
+"""Launch settings of the kernels that walk over rows, beside those in the table of `_triton/_common.row_settings`.
+
+For each width of the presets: warps per program, and rows per program forward and backward, for `modulate_norm` and
+`add_gated_norm` together, as they share a setting. The table is not edited: the winner is printed and stored.
+"""
+
+import contextlib
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bench import rows
+from bench.campaign.gate import fused_runs
+from bench.campaign.state import Campaign, release
+from fastmask.presets import PRESETS
+
+OPS = ("modulate_norm", "add_gated_norm")
+DIRECTIONS = ("forward", "backward")
+_ROWS = (8, 16, 32, 64)
+_MARGIN = 0.97  # a setting that is not this much faster than the table's is the same
+_SAMPLES, _TOKENS = 128, 128
+
+Settings = Any  # _triton._common.RowSettings; its module needs triton
+
+
+def widths(campaign: Campaign) -> list[int]:
+    """Return the widths of the presets' encoders and decoders, XL/2's first."""
+    if campaign.miniature:
+        return [16]
+    found = dict.fromkeys((1152, 512))
+    for preset in PRESETS.values():
+        found |= dict.fromkeys(w for w in (preset.get("width"), preset.get("decoder_width")) if w)
+    return list(found)
+
+
+def todo(campaign: Campaign) -> list[str]:
+    """Return the widths that are not tuned yet."""
+    if not fused_runs(campaign.device):
+        return []
+    return [f"D={width}" for width in widths(campaign) if not campaign.is_done("tune", width=width)]
+
+
+def run(campaign: Campaign) -> None:
+    """Tune the widths that are not yet."""
+    if not fused_runs(campaign.device):
+        campaign.say("  nothing to tune: no kernel runs here (on a CPU set TRITON_INTERPRET=1)")
+        return
+    wrong = [op for op in OPS if campaign.failed_now("check", op=op)]
+    if wrong:
+        campaign.say(f"  not tuned, as {' and '.join(wrong)} failed the check")
+        return
+    for width in widths(campaign):
+        if not campaign.is_done("tune", width=width):
+            with campaign.attempt("tune", width=width):
+                release()
+                tune(campaign, width)
+
+
+def tune(campaign: Campaign, width: int) -> None:
+    """Time the candidates of a width, then the best beside the table's, in turn, and store both."""
+    present = row_settings(width)
+    sizes = (2, 4) if campaign.miniature else (_SAMPLES, _TOKENS)
+    calls = launches(width, *sizes, campaign.device)
+    quick = {"rounds": 1, "warmup": 1} if campaign.miniature else {"rounds": 7, "warmup": 2}
+    times: dict[tuple[int, int], dict[tuple[str, str], float]] = {}
+    for warps, count in candidates(present, _ROWS[:2] if campaign.miniature else _ROWS):
+        chosen = present._replace(num_warps=warps, rows_forward=count, rows_backward=count)
+        with settings_for_all(chosen):
+            variants = {key: captured(call, campaign.device) for key, call in calls.items()}
+            timed = rows.measure(variants, campaign.device, **quick)
+        times[warps, count] = {key: timing.median_ms for key, timing in timed.items()}
+    best = winner(present, times)
+    compared: dict[tuple[str, str, str], Callable[[], Any]] = {}
+    for name, settings in (("present", present), ("winner", best)):
+        with settings_for_all(settings):
+            for key, call in calls.items():
+                compared[(name, *key)] = captured(call, campaign.device, settings)
+    final = rows.measure(compared, campaign.device, **({} if campaign.miniature else {"rounds": 30}))
+    total = {name: sum(t.median_ms for key, t in final.items() if key[0] == name) for name in ("present", "winner")}
+    if total["winner"] > _MARGIN * total["present"]:
+        best = present
+    for (name, op, direction), timing in final.items():
+        settings = present if name == "present" or best == present else best
+        if name == "winner" and best == present:
+            timing = final["present", op, direction]
+        case = {"width": width, "rows": sizes[0] * sizes[1], "op": op, "direction": direction}
+        campaign.store("tune", case, name, {**timing._asdict(), "settings": settings._asdict()})
+    gain = "stays" if best == present else f"-> {short(best)}: {total['winner'] / total['present']:.2f} of its time"
+    campaign.say(f"  D={width}: {short(present)} {gain}")
+
+
+def row_settings(width: int) -> Settings:
+    """Return the table's settings."""
+    return importlib.import_module("fastmask.kernels._triton._common").row_settings(width)
+
+
+def candidates(present: Settings, counts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield warps and rows to try: half, the same and twice the table's warps, and these counts of rows."""
+    warps = sorted({min(16, max(1, w)) for w in (present.num_warps // 2, present.num_warps, 2 * present.num_warps)})
+    yield from itertools.product(warps, counts)
+
+
+def winner(present: Settings, times: dict[tuple[int, int], dict[tuple[str, str], float]]) -> Settings:
+    """Return the settings of least time: the warps are common to both directions, the rows are not.
+
+    Args:
+        present: the table's, which the result is made from.
+        times: of each op and direction, by warps and rows.
+    """
+    found = []
+    for warps in sorted({warps for warps, _ in times}):
+        total, chosen = 0.0, []
+        for direction in DIRECTIONS:
+            by_rows = {
+                count: sum(ms for (_, towards), ms in each.items() if towards == direction)
+                for (w, count), each in times.items()
+                if w == warps
+            }
+            chosen.append(min(by_rows, key=by_rows.__getitem__))
+            total += by_rows[chosen[-1]]
+        found.append((total, warps, *chosen))
+    _, warps, forward, backward = min(found)
+    return present._replace(num_warps=warps, rows_forward=forward, rows_backward=backward)
+
+
+def launches(
+    width: int, samples: int, tokens: int, device: torch.device
+) -> dict[tuple[str, str], Callable[[], tuple[torch.Tensor, ...]]]:
+    """Return the launches of both ops in both directions, as in a block: an fp32 residual, the rest bf16 on a GPU."""
+    low = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x, branch, grad = (torch.randn(samples * tokens, width, device=device) for _ in range(3))
+    branch, grad = branch.to(low), grad.to(low)
+    shift, scale, gate = torch.randn(samples, 6 * width, device=device).to(low)[:, : 3 * width].chunk(3, dim=1)
+    stats = torch.stack([x.mean(1), (x.var(1, correction=0) + 1e-6).rsqrt()])
+    norm, gated = (importlib.import_module(f"fastmask.kernels._triton.{op}") for op in OPS)
+    both = (shift, scale, None, False)
+    return {
+        ("modulate_norm", "forward"): lambda: norm.launch_fwd(x, *both, 1e-6, low),
+        ("modulate_norm", "backward"): lambda: norm.launch_bwd(grad, x, stats, *both, True),
+        ("add_gated_norm", "forward"): lambda: gated.launch_fwd(x, branch, gate, *both, 1e-6, low),
+        ("add_gated_norm", "backward"): lambda: gated.launch_bwd(x, grad, x, stats, branch, gate, *both, True),
+    }
+
+
+@contextlib.contextmanager
+def settings_for_all(settings: Settings) -> Iterator[None]:
+    """Let the launchers of both ops use these settings, whatever the width."""
+    modules = [importlib.import_module(f"fastmask.kernels._triton.{op}") for op in OPS]
+    before = [module.row_settings for module in modules]
+    try:
+        for module in modules:
+            module.row_settings = lambda width: settings
+        yield
+    finally:
+        for module, function in zip(modules, before, strict=True):
+            module.row_settings = function
+
+
+def captured(call: Callable[[], Any], device: torch.device, settings: Settings | None = None) -> Callable[[], Any]:
+    """Return a CUDA graph's replay of a call: the time of the kernels, without that of launching them from Python.
+
+    On a CPU there are no graphs: there it is the call itself, under ``settings`` where these are given.
+    """
+    if device.type != "cuda":
+        if settings is None:
+            return call
+
+        def under() -> Any:
+            with settings_for_all(settings):
+                return call()
+
+        return under
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()  # compiles, which a capture does not allow
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    return graph.replay
+
+
+def short(settings: Settings) -> str:
+    """Return settings as a reader wants them."""
+    return f"{settings.num_warps} warps, {settings.rows_forward}/{settings.rows_backward} rows"

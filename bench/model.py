@@ -1,0 +1,244 @@
+"""`python -m bench.model`: what a preset costs, counted, and how fast and how dear it would be on a GPU, predicted.
+
+The formulas are those of `fastmask/cost.py`. `--count` sets them beside what the operators of a step do on tensors
+without data. Nothing here is measured.
+"""
+
+import argparse
+import collections
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastmask.config import TrainConfig, build_model, preset_config
+from fastmask.cost import ASSUMED, GPUS, RESERVE, Assumptions, Gpu, memory_of, predict_run, work_of
+from fastmask.counts import forward_macs, trainable_parameters
+from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective
+from fastmask.kernels import Mask
+from fastmask.masking import kept_count
+from fastmask.model import MaskDiT
+from fastmask.presets import PRESETS
+
+_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
+
+
+class Count(NamedTuple):
+    """What the operators of a forward and backward pass do; bytes as in `fastmask.cost.Work`."""
+
+    launches: int
+    product_bytes: float
+    other_bytes: float
+
+
+class _Operators(TorchDispatchMode):
+    """Counts operators that are not views, and the bytes of what they read and write, each tensor once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.moved: collections.Counter[bool] = collections.Counter()  # by whether it is a product
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        storages = {t.untyped_storage()._cdata for t in read.values()}
+        is_view = all(t.untyped_storage()._cdata in storages for t in written) and not func._schema.is_mutable
+        if written and not is_view and "empty" not in func.name():
+            self.launches += 1
+            self.moved[func.name() in _PRODUCTS] += sum(_bytes(t) for t in (*read.values(), *written))
+        return out
+
+
+def count_step(preset: str, precision: str) -> Count:
+    """Return what a training step with the fused kernels does, from batches of four and of eight images.
+
+    Args:
+        preset: a row of the preset table, of latents.
+        precision: "fp32", or "bf16" for autocast.
+    """
+    four, eight = (_operators(preset, precision, batch) for batch in (4, 8))
+    products, others = ((eight.moved[kind] - four.moved[kind]) / 4 for kind in (True, False))
+    return Count(four.launches, products, others)
+
+
+def network(config: TrainConfig) -> MaskDiT:
+    """Return the network of a preset, without its weights."""
+    pixels = config.data == "digits"
+    with torch.device("meta"):
+        return build_model(config, 1 if pixels else 4, config.image_size // (1 if pixels else 8))
+
+
+def counts(config: TrainConfig, model: MaskDiT, precision: str, size: float) -> Iterator[tuple[str, str]]:
+    """Yield name and value of what is counted."""
+    keep = kept_count(model.length, config.mask_ratio)
+    work, memory = (f(model, config.mask_ratio, precision) for f in (work_of, memory_of))
+    yield "parameters", f"{trainable_parameters(model) / 1e6:.1f}M"
+    yield "patches kept", f"{keep} of {model.length}"
+    yield "training, per image", f"{work.flops / 1e9:.1f} GFLOP"
+    if keep < model.length:
+        yield "training, per image, unmasked", f"{6 * forward_macs(model) / 1e9:.1f} GFLOP"
+    yield "bytes of products, per image", f"{work.product_bytes / 1e6:.1f} MB"
+    yield "bytes of all else, per image", f"{work.other_bytes / 1e6:.1f} MB"
+    weights = work.product_weight_bytes + work.cast_bytes
+    yield "bytes of weights, per micro-batch", f"{weights / 1e9:.2f} GB"
+    yield "to add gradients up, per micro-batch after the first", f"{work.accumulate_bytes / 1e9:.2f} GB"
+    yield "bytes of AdamW and EMA, per step", f"{work.update_bytes / 1e9:.2f} GB"
+    yield "launches per micro-batch (an estimate: one per operation)", f"{work.launches:,}"
+    for part in ("weights", "gradients", "moments", "ema", "copy"):
+        yield f"memory: {part}", f"{getattr(memory, part) / 1e9:.2f} GB"
+    yield "memory: kept for backward, per image", f"{memory.activations / 1e6:.1f} MB"
+    yield "memory: held for a moment in backward, per image (an estimate)", f"{memory.working / 1e6:.1f} MB"
+    largest = memory.largest_batch(size)
+    yield f"most images at a time in {size / 1e9:g} GB, {RESERVE:.0%} in reserve", f"{largest}" if largest else "none"
+
+
+def recipe(preset: str) -> list[TrainConfig]:
+    """Return the runs that a preset's recipe is made of: its own, and its unmasked stage where that is another row."""
+    names = [preset, *(name for name in (f"{preset}-unmask",) if name in PRESETS)]
+    return [preset_config(name, PRESETS) for name in names]
+
+
+def predictions(
+    preset: str, precision: str | None, gpus: Sequence[Gpu], count: int, assumed: Assumptions, price: float | None
+) -> Iterator[list[str]]:
+    """Yield the rows of a table: run, GPUs, micro-batch, images/s, MFU, hours, GPU-hours and the price."""
+    for gpu in gpus:
+        hours = 0.0
+        runs = recipe(preset)
+        for config in runs:
+            model, used = network(config), precision_of(config, precision)
+            run = predict_run(config, model, gpu, used, count, assumed)
+            hours += run.gpu_hours
+            flops = work_of(model, config.mask_ratio, used).flops
+            mfu = flops * run.images_per_s / count / gpu.peak(used)
+            yield [
+                config.preset,
+                f"{count} x {gpu.name}",
+                used,
+                f"{run.micro_batch}",
+                f"{run.images_per_s:,.0f}",
+                f"{mfu:.1%}" if _one_ratio(config) else "",
+                f"{run.hours:,.1f}",
+                f"{run.gpu_hours:,.1f}",
+                _money(run.gpu_hours, price),
+            ]
+        if len(runs) > 1:
+            total = ["whole recipe", f"{count} x {gpu.name}", "", "", "", ""]
+            yield [*total, f"{hours / count:,.1f}", f"{hours:,.1f}", _money(hours, price)]
+
+
+def precision_of(config: TrainConfig, asked: str | None) -> str:
+    """Return the precision of a run: what was asked for, or the preset's; "auto" is bf16 on these GPUs."""
+    return asked or ("bf16" if config.precision == "auto" else config.precision)
+
+
+def main() -> None:
+    """Print counts and predictions as Markdown."""
+    options, assumed = _arguments()
+    config = preset_config(options.preset, PRESETS)
+    model, precision = network(config), precision_of(config, options.precision)
+    gpus = [GPUS[options.gpu]] if options.gpu else list(GPUS.values())
+    size = gpus[0].memory if options.memory is None else options.memory * 1e9
+    try:
+        table = list(predictions(options.preset, options.precision, gpus, options.gpus, assumed, options.price))
+    except ValueError as error:
+        sys.stderr.write(f"bench.model: error: {options.preset}: {error}\n")
+        sys.exit(2)
+    lines = [f"{options.preset}, {precision}, with the fused kernels, counted by formula (GB = 10^9 bytes):", ""]
+    lines += ["| what | how much |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in counts(config, model, precision, size)]
+    lines += [
+        "",
+        f"PREDICTION, not measured, {assumed}; the exchange of gradients is taken to hide behind backward:",
+        "",
+    ]
+    columns = ["run", "GPUs", "precision", "micro-batch", "images/s", "MFU", "hours", "GPU-hours", "price"]
+    lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in table]
+    if options.price is not None:
+        lines += ["", f"Price at {options.price:g} per GPU-hour, in the currency of that."]
+    lines += ["", "Peaks, without sparsity:"]
+    for gpu in gpus:
+        peaks = ", ".join(f"{name} {gpu.peak(name) / 1e12:g}" for name in ("bf16", "tf32", "fp32"))
+        lines.append(f"{gpu.name}: {peaks} TFLOP/s, {gpu.bandwidth / 1e9:,.0f} GB/s ({gpu.source})")
+    sys.stdout.write("\n".join(lines) + "\n")
+    if options.count:
+        work, counted = work_of(model, config.mask_ratio, precision), count_step(options.preset, precision)
+        sys.stdout.write("\nformula beside the operators of a step:\n")
+        for name, value in counted._asdict().items():
+            sys.stdout.write(f"{name}: {getattr(work, name):,.0f} beside {value:,.0f}\n")
+
+
+def _arguments() -> tuple[argparse.Namespace, Assumptions]:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.model", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
+    )
+    parser.add_argument("--preset", default="xl2-in256", choices=PRESETS)
+    parser.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), help="the preset's if absent")
+    parser.add_argument("--gpu", choices=GPUS, help="all of them if absent")
+    parser.add_argument("--gpus", type=int, default=1, help="how many")
+    parser.add_argument("--price", type=float, help="of a GPU for an hour, in any currency")
+    parser.add_argument("--memory", type=float, help="GB to find the largest batch for; the GPU's if absent")
+    parser.add_argument("--products", type=float, default=ASSUMED.products, help="assumed share of the peak")
+    parser.add_argument(
+        "--bandwidth", type=float, default=ASSUMED.bandwidth, help="assumed share of the peak bandwidth"
+    )
+    parser.add_argument("--mfu", type=float, help="assume this share of the peak for whole steps instead")
+    parser.add_argument("--count", action="store_true", help="count the operators of a step as well")
+    options = parser.parse_args()
+    for name in ("products", "bandwidth", "mfu"):
+        if (value := getattr(options, name)) is not None and not 0 < value <= 1:
+            parser.error(f"--{name} is a share in (0, 1], not {value}")
+    for name in ("price", "memory"):
+        if (value := getattr(options, name)) is not None and not 0 <= value < float("inf"):
+            parser.error(f"--{name} must be at least 0, not {value}")
+    if options.count and (options.preset == "digits" or options.precision in ("tf32", "fp16")):
+        parser.error("--count counts presets of latents, in bf16 or fp32")
+    return options, ASSUMED._replace(products=options.products, bandwidth=options.bandwidth, mfu=options.mfu)
+
+
+def _operators(preset: str, precision: str, batch: int) -> _Operators:
+    config = preset_config(preset, PRESETS)
+    size = config.image_size // 8
+    with FakeTensorMode():
+        model = build_model(config, 4, size)
+        model.impl = "fused"
+        objective = TrainingObjective(EDMPrecond(model, config.sigma_data), EDMLoss(config.sigma_data))
+        keep = kept_count(model.length, config.mask_ratio)
+        mask = None
+        if keep < model.length:
+            ids = (torch.zeros(batch, length, dtype=torch.int32) for length in (keep, model.length))
+            mask = Mask(*ids)
+        images, sigma = torch.randn(batch, 4, size, size), torch.rand(batch)
+        labels, noise = torch.zeros(batch, dtype=torch.int64), torch.randn_like(images)
+        with _Operators() as operators:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                loss = objective(images, labels, mask, sigma, noise)
+            loss.total.mean().backward()
+    return operators
+
+
+def _bytes(t: Tensor) -> int:
+    values = 1
+    for length, stride in zip(t.shape, t.stride(), strict=True):
+        values *= length if stride else 1  # what an expanded dimension repeats is read once
+    return values * t.element_size()
+
+
+def _one_ratio(config: TrainConfig) -> bool:
+    return config.mask_schedule == "constant" and config.unmask_steps == 0
+
+
+def _money(hours: float, price: float | None) -> str:
+    return "" if price is None else f"{hours * price:,.0f}"
+
+
+if __name__ == "__main__":
+    main()

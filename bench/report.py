@@ -1,0 +1,270 @@
+"""`python -m bench.report`: tables and plots of the committed rows of `bench/results/*.jsonl`, and of nothing else.
+
+A measured figure reaches a table or a plot by `Rows` and `cell` alone, which answer "not measured" where there is no
+row. Two times are compared only if one run took both, or failing that the same code on the same machine.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.compare import checked, key, machine_of, time_of
+from bench.rows import RESULTS, ROOT, Row
+from fastmask.cost import GPUS, Gpu
+
+NOT_MEASURED = "not measured"
+FORMS = ("dense", "masked-0.5", "masked-0.75")
+STACKS = ("plain eager", "plain compiled", "ours", "ours compiled")
+
+# Others' figures, for context. Never in one table with measured ones.
+PUBLISHED = [
+    ("MaskDiT-XL/2, 256x256, masked 0.5", "8 A100, batch 1024", "2.16 it/s", "bars of MaskDiT's figure, read off"),
+    ("DiT-XL/2, 256x256", "8 A100, batch 1024", "0.62 it/s", "bars of MaskDiT's figure, read off"),
+    ("MaskDiT-XL/2, 256x256, masked 0.5", "per A100", "276 images/s, 35 % MFU", "2.16 x 1024 / 8; 6 x MAC x images/s"),
+]
+# What a GPU is meant to reach: form, side, images/s on one H100 in bf16, and GMAC per image and forward pass.
+GOALS = [
+    ("masked-0.5", 256, 1219, 65.45),
+    ("dense", 256, 673, 118.62),
+    ("masked-0.5", 512, 285, 280.15),
+    ("dense", 512, 152, 524.52),
+]
+
+
+class Rows:
+    """The measured rows, oldest first. Miniatures, which only test code, and rows without a time are left out."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = [row for row in rows if "median_ms" in row and not row.get("miniature")]
+
+    def of(self, bench: str) -> list[Row]:
+        """Return the last row of each thing measured on each machine."""
+        return list({(machine_of(row), key(row)): row for row in self.rows if row["bench"] == bench}.values())
+
+    def beside(self, row: Row, variant: str, **case: Any) -> Row | None:
+        """Return the row of a variant, or of a case that differs in some fields, that ``row`` may be compared with."""
+        wanted = (machine_of(row), key({**row, "variant": variant, "case": {**row["case"], **case}}))
+        same = [other for other in self.rows if (machine_of(other), key(other)) == wanted]
+        one_run = [other for other in same if "run" in row and other.get("run") == row["run"]]
+        one_code = [other for other in same if _code(other) == _code(row) != "unknown"]
+        return (one_run or one_code or [None])[-1]
+
+
+def cell(form: str, value: Callable[..., float], *rows: Row | None) -> str:
+    """Return a figure computed from rows, the only way of a measured one into a table."""
+    return NOT_MEASURED if any(row is None for row in rows) else form.format(value(*rows))
+
+
+def committed(folder: Path) -> tuple[list[Row], list[str]]:
+    """Return the committed rows of a folder, or all where git is not, and a line for each file that holds more."""
+    rows, notes = [], []
+    if not folder.is_dir() and folder != RESULTS:
+        raise ValueError(f"{folder} is no folder")
+    for path in sorted(folder.glob("*.jsonl")):
+        found = checked(path)
+        git = ["git", "-C", str(folder)]
+        inside = subprocess.run([*git, "rev-parse"], capture_output=True, check=False).returncode == 0
+        if inside:
+            shown = subprocess.run([*git, "show", f"HEAD:./{path.name}"], capture_output=True, text=True, check=False)
+            known = set(shown.stdout.splitlines())
+            lines = path.read_text().splitlines()
+            found = [row for row, line in zip(found, lines, strict=True) if line in known]
+            if len(found) < len(lines):
+                notes.append(f"{path.name}: {len(lines) - len(found)} of {len(lines)} rows are not committed, left out")
+        rows += found
+    return rows, notes
+
+
+def rate(row: Row) -> float:
+    return row["case"]["batch"] / row["median_ms"] * 1e3
+
+
+def faster(row: Row, other: Row) -> float:
+    return rate(row) / rate(other)
+
+
+def bound(row: Row, dense: Row) -> float:
+    return dense["forward_gmac"] / row["forward_gmac"]
+
+
+def mfu(row: Row) -> float:
+    gpu = _gpu(machine_of(row))
+    assert gpu is not None
+    return 6e9 * row["forward_gmac"] * rate(row) / gpu.peak(row["case"]["precision"])
+
+
+def dense_of(rows: Rows, row: Row) -> Row | None:
+    """Return the row of the dense DiT on the same stack."""
+    preset = row["case"]["preset"]
+    dense = {"preset": preset if preset.startswith("dit-") else f"dit-{preset}", "form": "dense"}
+    return rows.beside(row, row["variant"], **dense)
+
+
+def size_of(row: Row) -> str:
+    """Return the encoder of a step: "s2", "xl2"."""
+    return row["case"]["preset"].removeprefix("dit-").split("-")[0]
+
+
+def steps(rows: Rows) -> Iterator[str]:
+    """Yield the tables of training steps, one per machine."""
+    found = [row for row in rows.of("step") if row["variant"] in STACKS]
+    found.sort(key=_order)
+    for machine in dict.fromkeys(map(machine_of, found)):
+        mine = [row for row in found if machine_of(row) == machine]
+        yield from ("", f"### Training steps: {machine}", "", _sources(mine), "")
+        columns = ["network", "side", "batch", "precision", "form", "stack", "ms (p20 to p80)", "images/s"]
+        columns += ["against plain", "against dense, same stack", "FLOP bound", "share of it", "products alone"]
+        yield from _head([*columns, "MFU"] if _gpu(machine) else columns)
+        for row in mine:
+            case, stack = row["case"], row["variant"]
+            name = size_of(row) + ("" if row.get("optimizer", True) else ", no optimizer")
+            cells = [name, f"{case['image_size']}", f"{case['batch']}", case["precision"], case["form"], stack]
+            cells += [cell("{}", time_of, row), cell("{:.4g}", rate, row)]
+            plain = rows.beside(row, stack.replace("ours", "plain") if "compiled" in stack else "plain eager")
+            cells.append("" if stack.startswith("plain") else cell("{:.2f}x", faster, row, plain))
+            dense, masked = dense_of(rows, row), case["form"] != "dense"
+            cells.append(cell("{:.2f}x", faster, row, dense) if masked else "")
+            cells.append(cell("{:.2f}x", bound, row, dense) if masked else "")
+            cells.append(cell("{:.0%}", lambda a, b: faster(a, b) / bound(a, b), row, dense) if masked else "")
+            products = rows.beside(row, "products")
+            alone = cell("{:.0%} of the time", lambda a, b: b["median_ms"] / a["median_ms"], row, products)
+            cells.append("" if stack.startswith("plain") else alone)
+            if _gpu(machine):
+                cells.append(cell("{:.1%}", mfu, row))
+            yield _line(cells)
+
+
+def kernels(rows: Rows) -> Iterator[str]:
+    """Yield the tables of kernels, one per machine."""
+    found = rows.of("kernel")
+    for machine in dict.fromkeys(map(machine_of, found)):
+        mine = [row for row in found if machine_of(row) == machine]
+        yield from ("", f"### Kernels: {machine}", "", _sources(mine), "")
+        columns = ["op", "direction", "dtype", "shape", "variant", "ms (p20 to p80)", "GB/s of the least bytes"]
+        yield from _head([*columns, "of copy bandwidth", "against reference"])
+        for row in sorted(mine, key=lambda row: [str(row["case"][name]) for name in ("op", "shape", "direction")]):
+            case = row["case"]
+            cells = [str(case[name]) for name in ("op", "direction", "dtype", "shape")]
+            cells += [row["variant"], cell("{}", time_of, row), cell("{:.4g}", moved, row)]
+            cells.append(cell("{:.1%}", of_copy, row) if "copy_bandwidth" in row or "copy_percent" in row else "")
+            reference = rows.beside(row, "reference")
+            against = cell("{:.2f}x", lambda a, b: b["median_ms"] / a["median_ms"], row, reference)
+            yield _line([*cells, "" if row["variant"] == "reference" else against])
+
+
+def moved(row: Row) -> float:
+    return row["least_bytes"] / row["median_ms"] / 1e6
+
+
+def of_copy(row: Row) -> float:
+    return 1e9 * moved(row) / row["copy_bandwidth"] if "copy_bandwidth" in row else row["copy_percent"] / 100
+
+
+def goals(rows: Rows) -> Iterator[str]:
+    """Yield the goals for one H100 beside what was measured there."""
+    peak = GPUS["h100"].bf16
+    yield from ("", f"### Goals: one H100, bf16, XL/2 (MFU of {peak / 1e12:g} TFLOP/s, dense)", "")
+    yield from _head(["form", "side", "goal, images/s", "goal, MFU", "measured, images/s", "of the goal", "row"])
+    taken = [
+        row for row in rows.of("step") if _gpu(machine_of(row)) == GPUS["h100"] and row["variant"].startswith("ours")
+    ]
+    for form, side, goal, gmac in GOALS:
+        wanted = {"form": form, "image_size": side, "precision": "bf16"}
+        same = [r for r in taken if size_of(r) == "xl2" and wanted.items() <= r["case"].items() and r.get("optimizer")]
+        best = max(same, key=rate, default=None)
+        cells = [form, f"{side}", f"{goal:,}", f"{6e9 * gmac * goal / peak:.1%}", cell("{:,.0f}", rate, best)]
+        cells += [cell("{:.0%}", lambda row, goal=goal: rate(row) / goal, best)]
+        said = "" if best is None else f"{best['variant']}, batch {best['case']['batch']}, {best['commit']}"
+        yield _line([*cells, said])
+
+
+def published() -> Iterator[str]:
+    """Yield others' figures."""
+    yield from ("", "### Published by others, not measured here", "")
+    yield from _head(["what", "where", "figure", "source"])
+    yield from map(_line, PUBLISHED)
+
+
+def report(rows: Rows) -> list[str]:
+    """Return the lines of the whole report."""
+    lines = ["## Measured", "", "Times in ms: median (20th to 80th percentile). Made by `python -m bench.report`."]
+    for title, part in (("Training steps", list(steps(rows))), ("Kernels", list(kernels(rows)))):
+        lines += part or ["", f"### {title}: {NOT_MEASURED}"]
+    return [*lines, *goals(rows), *published()]
+
+
+def main() -> int:
+    """Print or write the report, and draw the plots that there are rows for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--out", type=Path, help="write the Markdown here instead of printing it")
+    parser.add_argument("--plots", type=Path, default=ROOT / "docs", help="folder of the plots")
+    parser.add_argument("--no-plots", action="store_true")
+    options = parser.parse_args()
+    try:
+        found, notes = committed(options.results)
+        rows = Rows(found)
+        text = "\n".join(report(rows)) + "\n"
+        if options.out:
+            partial = options.out.with_name(f".partial-{options.out.name}")
+            partial.write_text(text)
+            os.replace(partial, options.out)
+        else:
+            sys.stdout.write(text)
+        if not options.no_plots:
+            from bench.plots import draw  # noqa: PLC0415  (matplotlib is slow to import)
+
+            notes += draw(rows, options.plots)
+    except (ValueError, OSError, KeyError) as error:
+        said = f"a row has no {error}" if isinstance(error, KeyError) else error
+        sys.stderr.write(f"bench.report: error: {said}\n")
+        return 2
+    except ImportError as error:
+        notes.append(f"no plots: {error}")
+    sys.stderr.writelines(f"bench.report: {note}\n" for note in notes)
+    return 0
+
+
+def _gpu(machine: str) -> Gpu | None:
+    """Return the peaks of a device, if they are known; the slower cards that share a name are others."""
+    if any(other in machine for other in ("PCIe", "NVL", "GB200")):
+        return None
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name.upper()}\b", machine)), None)
+
+
+def _code(row: Row) -> str:
+    """Return what names the code that was measured: a hash of it where the row has one, else its commit."""
+    return str(row.get("code") or row["commit"])
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    case, sizes = row["case"], ("s2", "b2", "l2", "xl2", "h2")
+    form = FORMS.index(case["form"]) if case["form"] in FORMS else len(FORMS)
+    place = sizes.index(size_of(row)) if size_of(row) in sizes else len(sizes)
+    optimizer = not row.get("optimizer", True)
+    return machine_of(row), place, case["image_size"], case["batch"], optimizer, form, STACKS.index(row["variant"])
+
+
+def _sources(rows: list[Row]) -> str:
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    dates = [row["date"][:10] for row in rows]
+    return f"torch {', '.join(dict.fromkeys(row['torch'] for row in rows))}; {min(dates)} to {max(dates)}; at {commits}"
+
+
+def _head(columns: list[str]) -> Iterator[str]:
+    yield from (_line(columns), "|" + " --- |" * len(columns))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
