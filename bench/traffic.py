@@ -1,9 +1,10 @@
 """`python -m bench.traffic`: bytes that an op moves between memory and a GPU, counted exactly, forward and backward.
 
-Four counts at the shapes of a preset, in units of one tensor of tokens:
+Four counts at the shapes of a preset, in MB (10^6 bytes):
 
     least      every input read once, every output written once
-    ours       what our launches read and write, partial sums and what several programs read again included
+    ours       what our launches read and write, partial sums included. What many programs read again, modulations and
+               position tables below 1 MB, comes from the L2 cache of any GPU here and counts once
     compiled   the buffers of the kernels that torch.compile makes of the reference (Inductor's own count, on the CPU)
     eager      the inputs and outputs of every operation of the reference that is not a view
 """
@@ -14,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +27,14 @@ from torch.utils._pytree import tree_leaves
 from bench.compile import recorded
 from bench.launches import empty
 from fastmask.config import preset_config
-from fastmask.kernels._triton import add_gated_norm, modulate_norm
+from fastmask.kernels import Mask
+from fastmask.kernels._triton import add_gated_norm, embed_kept_patches, masked_loss, modulate_norm, restore_tokens
 from fastmask.kernels.add_gated_norm import add_gated_norm_reference
+from fastmask.kernels.embed_kept_patches import embed_kept_patches_reference
+from fastmask.kernels.masked_loss import masked_loss_reference
 from fastmask.kernels.modulate_norm import modulate_norm_reference
+from fastmask.kernels.restore_tokens import restore_tokens_reference
+from fastmask.masking import kept_count
 from fastmask.presets import PRESETS
 
 _BATCH = 128
@@ -64,22 +70,15 @@ def ours(call: Callable[[], Any]) -> int:
     """Return the bytes that a launcher moves: its kernels' arguments, and the sums that finish what they left."""
     with _BytesOfOperations() as operations:
         launches = recorded(call)
-    total = operations.total
-    for launch in launches:
-        groups, chunks = launch.grid
-        for name, value in launch.arguments.items():
-            if isinstance(value, Tensor):
-                # Each of the programs that share a group reads the group's modulation.
-                again = chunks if value.shape[0] == groups and not name.startswith("grad_") else 1
-                total += again * size(value)
-    return total
+    arguments = [value for launch in launches for value in launch.arguments.values() if isinstance(value, Tensor)]
+    return operations.total + sum(size(t) for t in arguments)
 
 
-def eager(op: Callable[..., Any], inputs: list[Tensor]) -> tuple[int, int]:
+def eager(op: Callable[..., Any], inputs: list[Tensor], others: list[Tensor]) -> tuple[int, int]:
     """Return the bytes of the operations of a reference, forward and backward."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     with _BytesOfOperations() as forward:
-        out = op(*leaves)
+        out = op(*leaves, *others)
     outs = [out] if isinstance(out, Tensor) else list(out)
     grads = [torch.empty_like(o) for o in outs]
     with _BytesOfOperations() as backward:
@@ -87,63 +86,153 @@ def eager(op: Callable[..., Any], inputs: list[Tensor]) -> tuple[int, int]:
     return forward.total, backward.total
 
 
-def compiled(op: Callable[..., Any], inputs: list[Tensor]) -> tuple[int, int]:
-    """Return the bytes of Inductor's kernels, forward and backward, counted at a batch of four and scaled."""
-    small = [torch.zeros(4, *t.shape[1:], dtype=t.dtype, requires_grad=True) for t in inputs]
+def compiled(op: Callable[..., Any], inputs: list[Tensor], others: list[Tensor]) -> tuple[int, int]:
+    """Return the bytes of Inductor's kernels, forward and backward, counted on as many zeros."""
+    real = [torch.zeros(t.shape, dtype=t.dtype, requires_grad=True) for t in inputs]
+    real += [torch.zeros(t.shape, dtype=t.dtype) for t in others]
     # Inductor counts for this log alone.
     logging.getLogger("torch._inductor.compile_fx.__inductor_metrics").setLevel(logging.INFO)
     torch._dynamo.reset()
     metrics.reset()
     with inductor_config.patch(force_disable_caches=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = torch.compile(op)(*small)
+        out = torch.compile(op)(*real)
         forward = metrics.num_bytes_accessed
         outs = [out] if isinstance(out, Tensor) else list(out)
         torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
-    scale = inputs[0].shape[0] // 4
-    return int(forward * scale), int((metrics.num_bytes_accessed - forward) * scale)
+    return int(forward), int(metrics.num_bytes_accessed - forward)
+
+
+class Op(NamedTuple):
+    """An op at a preset's shapes.
+
+    Attributes:
+        name: of the op.
+        reference: a call on ``inputs``, then ``read``.
+        inputs: the tensors that get gradients, without data.
+        forward: the launcher's call.
+        backward: the same.
+        read: what forward reads beside ``inputs``.
+        written: its results.
+        again: what of ``inputs``, ``read`` and ``written`` backward reads; it also reads the gradients of the results
+            that have one, and writes those of ``inputs``.
+        kept: statistics, which forward writes and backward reads.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    inputs: list[Tensor]
+    forward: Callable[[], Any]
+    backward: Callable[[], Any]
+    read: list[Tensor]
+    written: list[Tensor]
+    again: list[Tensor]
+    kept: list[Tensor]
+
+    def least(self) -> tuple[int, int]:
+        """Return the least bytes, forward and backward."""
+        forward = [*self.inputs, *self.read, *self.written, *self.kept]
+        backward = [*self.written, *self.inputs, *self.again, *self.kept]
+        return sum(map(size, forward)), sum(map(size, backward))
+
+
+def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
+    """Yield the ops of a preset's network: a fp32 residual, the rest in ``low``."""
+    config = preset_config(preset, PRESETS)
+    side, patch, width, narrow = config.image_size // 8, config.patch_size, config.width, config.decoder_width
+    length = (side // patch) ** 2
+    keep = kept_count(length, config.mask_ratio)
+    x, branch = empty(_BATCH, keep, width), empty(_BATCH, keep, width, dtype=low)
+    flat, low_flat, stats = x.view(-1, width), branch.view(-1, width), empty(2, _BATCH * keep)
+    m = empty(_BATCH, width, dtype=low)
+    pair, triple = (m, m, None, False), (m, m, m, None, False)
+    yield Op(
+        "modulate_norm",
+        lambda *t: modulate_norm_reference(*t, out_dtype=low),
+        [x, m, m],
+        lambda: modulate_norm.launch_fwd(flat, *pair, 1e-6, low),
+        lambda: modulate_norm.launch_bwd(low_flat, flat, stats, *pair, False),
+        [],
+        [branch],
+        [x, m, m],
+        [stats],
+    )
+    yield Op(
+        "add_gated_norm",
+        lambda *t: add_gated_norm_reference(*t, out_dtype=low),
+        [x, branch, m, m, m],
+        lambda: add_gated_norm.launch_fwd(flat, low_flat, *triple, 1e-6, low),
+        lambda: add_gated_norm.launch_bwd(flat, low_flat, flat, stats, low_flat, *triple, False),
+        [],
+        [x, branch],
+        [x, branch, m, m, m],
+        [stats],
+    )
+    images, ids_keep = empty(_BATCH, 4, side, side), empty(_BATCH, keep, dtype=torch.int32)
+    weight, bias = empty(width, 4, patch, patch, dtype=low), empty(width, dtype=low)
+    position, scale = empty(length, width), empty(_BATCH)
+    yield Op(
+        "embed_kept_patches",
+        lambda w, b, image, table, ids, factor: embed_kept_patches_reference(
+            image, w, b, table, ids, patch_size=patch, image_scale=factor
+        ),
+        [weight, bias],
+        lambda: embed_kept_patches.launch_fwd(
+            images, weight, bias, position, ids_keep, scale, None, low, torch.float32, None, None, False, 1e-6
+        ),
+        lambda: embed_kept_patches.launch_bwd(flat, images, weight, ids_keep, scale, None, low, low),
+        [images, position, ids_keep, scale],
+        [x],
+        [images, ids_keep, scale],
+        [],
+    )
+    kept, token, ids = empty(_BATCH, keep, narrow, dtype=low), empty(narrow, dtype=low), empty(_BATCH, length).int()
+    table, whole = empty(length, narrow), empty(_BATCH, length, narrow)
+    yield Op(
+        "restore_tokens",
+        restore_tokens_reference,
+        [kept, token],
+        lambda: restore_tokens.launch_fwd(kept.view(-1, narrow), token, table, ids, None, None, None, False, 1e-6),
+        lambda: restore_tokens.launch_bwd(whole.view(-1, narrow), None, token, ids, None, _BATCH * keep, low),
+        [table, ids],
+        [whole],
+        [ids],
+        [],
+    )
+    raw, sigma, loss = empty(_BATCH, length, 4 * patch**2, dtype=low), empty(_BATCH), empty(_BATCH)
+    inputs = (raw, images, images, sigma, ids, None, keep, patch, config.sigma_data)
+
+    def reference(t: Tensor, image: Tensor, noised: Tensor, level: Tensor, ids: Tensor) -> Any:
+        return masked_loss_reference(
+            t, image, noised, level, Mask(ids[:, :keep], ids), patch_size=patch, sigma_data=0.5
+        )
+
+    yield Op(
+        "masked_loss",
+        reference,
+        [raw],
+        lambda: masked_loss.launch_fwd(*inputs),
+        lambda: masked_loss.launch_bwd(loss, loss, *inputs),
+        [images, images, sigma, ids],
+        [loss, loss],
+        [raw, images, images, sigma, ids],
+        [],
+    )
 
 
 def table(preset: str) -> Iterator[list[str]]:
     """Yield the rows of the table: op, dtypes, direction and the four counts."""
-    config = preset_config(preset, PRESETS)
-    tokens = int((config.image_size // 8 // config.patch_size) ** 2 * (1 - config.mask_ratio))
-    width = config.width
     for name, low in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        dense = {"x": empty(_BATCH, tokens, width), "branch": empty(_BATCH, tokens, width, dtype=low)}
-        modulation = empty(_BATCH, width, dtype=low)
-        x, branch = (t.view(-1, width) for t in dense.values())
-        stats, unit = empty(2, len(x)), size(branch)
-        pair = (modulation, modulation, None, False)
-        triple = (modulation, *pair)
-        for op, fwd, bwd, tensors, moved in (
-            (
-                modulate_norm_reference,
-                lambda a=(x, *pair, 1e-6, low): modulate_norm.launch_fwd(*a),
-                lambda a=(branch, x, stats, *pair, False): modulate_norm.launch_bwd(*a),
-                [dense["x"], modulation, modulation],
-                (size(x) + unit, 2 * size(x) + unit),
-            ),
-            (
-                add_gated_norm_reference,
-                lambda a=(x, branch, *triple, 1e-6, low): add_gated_norm.launch_fwd(*a),
-                lambda a=(x, branch, x, stats, branch, *triple, False): add_gated_norm.launch_bwd(*a),
-                [dense["x"], dense["branch"], modulation, modulation, modulation],
-                (2 * size(x) + 2 * unit, 3 * size(x) + 3 * unit),
-            ),
-        ):
-            once = len(tensors[1:]) * size(modulation)  # read forward, read and written backward
-
-            def reference(*inputs: Tensor, op: Callable[..., Any] = op, dtype: torch.dtype = low) -> Any:
-                return op(*inputs, out_dtype=dtype)
-
-            ours_both = ours(fwd), ours(bwd)
-            others = zip(compiled(reference, tensors), eager(reference, tensors), strict=True)
-            for i, (direction, (by_compiler, by_eager)) in enumerate(zip(("forward", "backward"), others, strict=True)):
-                least = moved[i] + (1 + i) * once + size(stats)
-                counts = [least, ours_both[i], by_compiler, by_eager]
-                cells = [f"{count / 1e6:.1f}" for count in counts] + [f"{ours_both[i] / least:.3f}"]
-                yield [op.__name__.removesuffix("_reference"), name, direction, *cells]
+        for op in ops(preset, low):
+            counts = (
+                op.least(),
+                (ours(op.forward), ours(op.backward)),
+                compiled(op.reference, op.inputs, op.read),
+                eager(op.reference, op.inputs, op.read),
+            )
+            for direction, of in zip(("forward", "backward"), zip(*counts, strict=True), strict=True):
+                cells = [f"{count / 1e6:.1f}" for count in of] + [f"{of[1] / of[0]:.3f}"]
+                yield [op.name, name, direction, *cells]
 
 
 def main() -> None:

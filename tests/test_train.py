@@ -213,7 +213,7 @@ def test_mistakes_get_one_line_and_code_2(tmp_path, flags, message):
 def test_changed_configuration_is_refused(tmp_path):
     run(tmp_path)
     before = weights(tmp_path)
-    with pytest.raises(ValueError, match=r"another configuration \(lr 0.002 -> 0.1\)"):
+    with pytest.raises(ValueError, match=r"another configuration \(lr 0.003 -> 0.1\)"):
         run(tmp_path, "--lr", "0.1")
     for name, tensor in weights(tmp_path).items():
         assert torch.equal(tensor, before[name])

@@ -185,7 +185,8 @@ def network_error(device: torch.device) -> float:
     model = build_model(config, 1, 8)
     for parameter in model.parameters():  # zeros would hide what goes wrong before them
         torch.nn.init.normal_(parameter, std=0.1)
-    plain = PlainDiT(8, 2, 1, config.width, config.depth, config.num_heads, 10, 64, config.decoder_depth, 4)
+    decoder = config.decoder_width, config.decoder_depth, config.decoder_num_heads
+    plain = PlainDiT(8, 2, 1, config.width, config.depth, config.num_heads, 10, *decoder)
     plain.load_state_dict(model.state_dict())
     images, labels = torch.randn(4, 1, 8, 8, device=device) / 2, torch.arange(4, device=device)
     draws = training_draws(

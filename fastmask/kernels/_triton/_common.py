@@ -29,10 +29,14 @@ class RowSettings(NamedTuple):
     rows_backward: int
 
 
+# Widths for which eight lanes per thread spill two registers on sm_80.
+_NUM_WARPS = {384: 1, 768: 2}
+
+
 def row_settings(width: int) -> RowSettings:
     """Return the launch settings for rows of a width: eight lanes per thread, which leaves registers for four sums."""
     block = triton.next_power_of_2(width)
-    return RowSettings(block, min(16, max(1, block // 256)), 16, 32)
+    return RowSettings(block, _NUM_WARPS.get(width, min(16, max(1, block // 256))), 16, 32)
 
 
 def num_chunks(num_rows: int, num_groups: int, rows: int) -> int:

@@ -266,7 +266,7 @@ def launch_fwd(
 ):
     """Return tokens (N, D), and with shift and scale h (N, D) and its statistics (2, N), else two empty tensors."""
     norm = shift is not None
-    constants = settings(weight, dtype, norm)
+    constants = settings(weight, dtype, norm) | {"num_warps": 8}  # four of them would spill at width 384
     num_rows, keep, sample = row_arguments(images, weight, ids_keep, cu_seqlens)
     tokens = torch.empty(num_rows, weight.shape[0], dtype=out_dtype, device=images.device)
     h = torch.empty_like(tokens) if norm else tokens.new_empty(0)
@@ -285,7 +285,7 @@ def launch_bwd(grad, images, weight, ids_keep, image_scale, cu_seqlens, dtype, b
     num_rows, keep, sample = row_arguments(images, weight, ids_keep, cu_seqlens)
     blocks = triton.cdiv(constants["D"], constants["BLOCK_D"]), triton.cdiv(constants["P"], constants["BLOCK_P"])
     # Enough programs to fill a GPU, each with rows enough to be worth its partial sum.
-    splits = max(1, min(triton.cdiv(num_rows, 256), triton.cdiv(512, blocks[0] * blocks[1])))
+    splits = max(1, min(triton.cdiv(num_rows, 256), triton.cdiv(256, blocks[0] * blocks[1])))
     rows_per_split = triton.cdiv(triton.cdiv(num_rows, splits), constants["BLOCK_T"]) * constants["BLOCK_T"]
     like = [weight.view(1, -1)], [weight.new_empty((1, constants["D"]), dtype=bias_dtype)]
     sums = [partial_sums(each, splits) for each in like]
