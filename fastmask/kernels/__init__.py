@@ -13,6 +13,7 @@ Shape letters, here and in every docstring of the project:
 
 from fastmask.kernels._attention_backends import attention_backends
 from fastmask.kernels._dispatch import BackendUnavailableError, Impl, backends, default_impl, require
+from fastmask.kernels._layout import debug_indices
 from fastmask.kernels.add_gated_norm import add_gated_norm
 from fastmask.kernels.attention import attention
 from fastmask.kernels.embed_kept_patches import embed_kept_patches
@@ -34,6 +35,7 @@ __all__ = [
     "attention",
     "attention_backends",
     "backends",
+    "debug_indices",
     "default_impl",
     "embed_kept_patches",
     "gather_tokens",

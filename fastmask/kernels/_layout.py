@@ -13,6 +13,27 @@ MAX_WIDTH = 8192
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+_debug = False
+
+
+def debug_indices(enabled: bool = True) -> None:
+    """Let the fused ops look at the values of their index lists, and raise a ValueError for one out of range.
+
+    Off by default, since a look makes every call wait for the device. Not under `torch.compile` or on fake tensors.
+    """
+    global _debug
+    _debug = enabled
+
+
+def check_index_range(name: str, ids: Tensor, limit: int) -> None:
+    """Raise a ValueError for an index outside [0, ``limit``) while `debug_indices` is on."""
+    if not _debug or type(ids) is not Tensor or torch.compiler.is_compiling():
+        return
+    bad = ids[(ids < 0) | (ids >= limit)]
+    if bad.numel():
+        raise ValueError(f"{name} of shape {tuple(ids.shape)} holds {int(bad[0])}, which is outside 0 .. {limit - 1}")
+
+
 class Rows(NamedTuple):
     """Tokens and modulations as the kernels see them: groups of rows that share a modulation.
 

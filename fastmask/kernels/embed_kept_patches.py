@@ -22,7 +22,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
-from fastmask.kernels._layout import MAX_WIDTH, check_cu_seqlens, check_devices, check_dtype, sample_of_row
+from fastmask.kernels._layout import (
+    MAX_WIDTH,
+    check_cu_seqlens,
+    check_devices,
+    check_dtype,
+    check_index_range,
+    sample_of_row,
+)
 from fastmask.kernels._product import product_dtype
 from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_bwd, modulate_norm_reference
 from fastmask.kernels.patches import patchify
@@ -220,6 +227,8 @@ def embed_kept_patches(
             images, weight, bias, position, ids_keep, patch_size=patch_size, image_scale=image_scale,
             cu_seqlens=cu_seqlens, shift=shift, scale=scale, norm=norm, eps=eps,
         )  # fmt: skip
+    if ids_keep is not None:
+        check_index_range("ids_keep", ids_keep, position.shape[0])
     _check_fused({"images": images, "weight": weight, **others}, weight.shape[0])
     if shift is not None and scale is not None:
         shift, scale = (t if t.stride(-1) == 1 else t.contiguous() for t in (shift, scale))

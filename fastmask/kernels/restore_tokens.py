@@ -26,6 +26,7 @@ from fastmask.kernels._layout import (
     check_cu_seqlens,
     check_devices,
     check_dtype,
+    check_index_range,
     check_tokens,
     num_samples,
     sample_of_row,
@@ -214,6 +215,7 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
         _check_shape("cu_seqlens", cu_seqlens, (x.shape[0] + 1,), x)
     if resolve_impl(impl, x.device) == "reference":
         return gather_tokens_reference(x, ids_keep, cu_seqlens=cu_seqlens)
+    check_index_range("ids_keep", ids_keep, x.shape[1])
     rows = as_rows(x, cu_seqlens, {})
     whole = rows.x.view(x.shape)
     return _GatherTokens.apply(whole, ids_keep.contiguous(), rows.cu_seqlens)  # type: ignore[no-any-return,no-untyped-call]
@@ -283,6 +285,7 @@ def restore_tokens(
         return restore_tokens_reference(
             x, mask_token, position, ids_restore, cu_seqlens=cu_seqlens, shift=shift, scale=scale, norm=norm, eps=eps
         )
+    check_index_range("ids_restore", ids_restore, position.shape[0])
     if position.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f'position of shape {tuple(position.shape)} must not require a gradient: only impl="reference" has it'

@@ -1,12 +1,13 @@
-"""What depends on how Python was started: each test is a process of its own."""
+"""Which kernels there are, by how Python was started (a process each), and the debug switch."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from fastmask.kernels import backends
+from fastmask.kernels import backends, debug_indices, embed_kept_patches, gather_tokens, restore_tokens
 
 NO_TRITON = "import sys; sys.modules['triton'] = None\n"
 ALL_REFERENCES = """
@@ -65,3 +66,25 @@ gelu_linear(torch.randn(2, 8), torch.randn(3, 8), torch.randn(3), impl="fused")
 """
     done = run("-c", code)
     assert 'BackendUnavailableError: fastmask::gelu_fwd has no CPU kernel: pass impl="reference", or set' in done.stderr
+
+
+@pytest.fixture
+def _debugging():
+    debug_indices()
+    yield
+    debug_indices(False)
+
+
+@pytest.mark.parametrize("bad", [-1, 4])
+@pytest.mark.usefixtures("_debugging")
+def test_the_debug_switch_finds_indices_out_of_range(bad):
+    ids = torch.tensor([[0, bad]], dtype=torch.int32)
+    message = rf"of shape \(1, \d\) holds {bad}, which is outside 0 .. 3"
+    with pytest.raises(ValueError, match=f"ids_keep {message}"):
+        gather_tokens(torch.zeros(1, 4, 8), ids, impl="fused")
+    restore = torch.tensor([[0, 1, 2, bad]], dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"ids_restore {message}"):
+        restore_tokens(torch.zeros(1, 2, 8), torch.zeros(8), torch.zeros(4, 8), restore, impl="fused")
+    patches = torch.zeros(1, 1, 4, 4), torch.zeros(8, 1, 2, 2), torch.zeros(8), torch.zeros(4, 8)
+    with pytest.raises(ValueError, match=f"ids_keep {message}"):
+        embed_kept_patches(*patches, ids, patch_size=2, impl="fused")
