@@ -6,6 +6,7 @@ on a GPU; on a CPU the same Triton kernel, interpreted, where TRITON_INTERPRET=1
 no other choice and no fallback: what cannot run says so.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -97,6 +98,7 @@ def _on_gpu(name: str, launcher: str, args: tuple[Any, ...]) -> Any:
         return _launcher(name, launcher)(*args)
 
 
+@functools.cache  # it is called with every op
 def _launcher(name: str, launcher: str) -> Callable[..., Any]:
     module, function = launcher.split(":")
     try:
