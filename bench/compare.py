@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.rows import Row, read
+from bench.tables import header, line
 
 Key = tuple[str, str, str, bool]
 
@@ -81,11 +82,11 @@ def table(a: Set, b: Set) -> list[str]:
     if {x["torch"] for _, x, _ in pairs} != {y["torch"] for _, _, y in pairs}:
         lines.append("the versions of torch differ")
     columns = ["bench", "case", "variant", "A ms (p20 to p80)", "B ms (p20 to p80)", "A / B", "difference"]
-    lines += ["", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["", *header(columns)]
     for (bench, _, variant, optimizer), x, y in pairs:
         said = " ".join(str(value) for value in x["case"].values()) + (" + optimizer" if optimizer else "")
         cells = [bench, said, variant, time_of(x), time_of(y), f"{x['median_ms'] / y['median_ms']:.3f}", verdict(x, y)]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line(cells))
     lines.append("")
     lines += [
         f"only in {name}: {', '.join(f'{k[0]} {k[1]} {k[2]}' for k in alone)}"

@@ -22,6 +22,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bench.launches import LAUNCHES, WIDTHS
+from bench.tables import header, line
+from fastmask.files import whole_file
 
 ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -157,19 +159,19 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     columns = ["kernel", "case", "arch", "warps", "registers", "shared", "spilled", "loads x bits", "wrong"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines = header(columns)
     failed = 0
     sys.stdout.write("\n".join(lines) + "\n")
     for row, wrong in rows(options.width, options.arch):
         failed += bool(wrong)
-        lines.append("| " + " | ".join(row) + " |")
+        lines.append(line(row))
         sys.stdout.write(lines[-1] + "\n")
         sys.stdout.flush()
     sys.stdout.write(f"{len(lines) - 2} kernels compiled, {failed} wrong\n")
     if options.out:
         head = f"Compiled with triton {triton.__version__} by `python -m bench.compile`; no GPU was used.\n\n"
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(head + "\n".join(lines) + "\n")
+        with whole_file(options.out) as partial:
+            partial.write_text(head + "\n".join(lines) + "\n")
     return 1 if failed else 0
 
 

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.tables import header, line
 from fastmask.config import TrainConfig, build_model, preset_config
 from fastmask.cost import ASSUMED, GPUS, RESERVE, Assumptions, Gpu, memory_of, predict_run, work_of
 from fastmask.counts import forward_macs, trainable_parameters
@@ -152,16 +153,15 @@ def main() -> None:
         sys.stderr.write(f"bench.model: error: {options.preset}: {error}\n")
         sys.exit(2)
     lines = [f"{options.preset}, {precision}, with the fused kernels, counted by formula (GB = 10^9 bytes):", ""]
-    lines += ["| what | how much |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in counts(config, model, precision, size)]
+    lines += header(["what", "how much"])
+    lines += [line([name, value]) for name, value in counts(config, model, precision, size)]
     lines += [
         "",
         f"PREDICTION, not measured, {assumed}; the exchange of gradients is taken to hide behind backward:",
         "",
     ]
     columns = ["run", "GPUs", "precision", "micro-batch", "images/s", "MFU", "hours", "GPU-hours", "price"]
-    lines += ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in table]
+    lines += [*header(columns), *map(line, table)]
     if options.price is not None:
         lines += ["", f"Price at {options.price:g} per GPU-hour, in the currency of that."]
     lines += ["", "Peaks, without sparsity:"]

@@ -3,7 +3,6 @@
 Each is drawn from rows alone; where there are none nothing is drawn, and a line says so.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from matplotlib import pyplot as plt
 
 from bench.compare import machine_of
 from bench.report import FORMS, STACKS, Row, Rows, bound, dense_of, faster, of_copy, rate, size_of
+from fastmask.files import whole_file
 
 COLOURS = dict(zip(STACKS, ("#bbbbbb", "#777777", "#8ecae6", "#1f6f9f"), strict=True))
 
@@ -109,11 +109,9 @@ def _legend(figure: Any, colours: dict[str, Any]) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
     plt.close(figure)
-    os.replace(partial, path)
 
 
 def _slug(machine: str) -> str:

@@ -5,8 +5,6 @@ row. Two times are compared only if one run took both, or failing that the same 
 """
 
 import argparse
-import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +13,9 @@ from typing import Any
 
 from bench.compare import checked, key, machine_of, time_of
 from bench.rows import RESULTS, ROOT, Row
-from fastmask.cost import GPUS, Gpu
+from bench.tables import header, line
+from fastmask.cost import GPUS, gpu_named
+from fastmask.files import whole_file
 
 NOT_MEASURED = "not measured"
 FORMS = ("dense", "masked-0.5", "masked-0.75")
@@ -73,7 +73,7 @@ def committed(folder: Path) -> tuple[list[Row], list[str]]:
             shown = subprocess.run([*git, "show", f"HEAD:./{path.name}"], capture_output=True, text=True, check=False)
             known = set(shown.stdout.splitlines())
             lines = path.read_text().splitlines()
-            found = [row for row, line in zip(found, lines, strict=True) if line in known]
+            found = [row for row, stored in zip(found, lines, strict=True) if stored in known]
             if len(found) < len(lines):
                 notes.append(f"{path.name}: {len(lines) - len(found)} of {len(lines)} rows are not committed, left out")
         rows += found
@@ -93,7 +93,7 @@ def bound(row: Row, dense: Row) -> float:
 
 
 def mfu(row: Row) -> float:
-    gpu = _gpu(machine_of(row))
+    gpu = gpu_named(machine_of(row))
     assert gpu is not None
     return 6e9 * row["forward_gmac"] * rate(row) / gpu.peak(row["case"]["precision"])
 
@@ -119,7 +119,7 @@ def steps(rows: Rows) -> Iterator[str]:
         yield from ("", f"### Training steps: {machine}", "", _sources(mine), "")
         columns = ["network", "side", "batch", "precision", "form", "stack", "ms (p20 to p80)", "images/s"]
         columns += ["against plain", "against dense, same stack", "FLOP bound", "share of it", "products alone"]
-        yield from _head([*columns, "MFU"] if _gpu(machine) else columns)
+        yield from header([*columns, "MFU"] if gpu_named(machine) else columns)
         for row in mine:
             case, stack = row["case"], row["variant"]
             name = size_of(row) + ("" if row.get("optimizer", True) else ", no optimizer")
@@ -134,9 +134,9 @@ def steps(rows: Rows) -> Iterator[str]:
             products = rows.beside(row, "products")
             alone = cell("{:.0%} of the time", lambda a, b: b["median_ms"] / a["median_ms"], row, products)
             cells.append("" if stack.startswith("plain") else alone)
-            if _gpu(machine):
+            if gpu_named(machine):
                 cells.append(cell("{:.1%}", mfu, row))
-            yield _line(cells)
+            yield line(cells)
 
 
 def kernels(rows: Rows) -> Iterator[str]:
@@ -146,7 +146,7 @@ def kernels(rows: Rows) -> Iterator[str]:
         mine = [row for row in found if machine_of(row) == machine]
         yield from ("", f"### Kernels: {machine}", "", _sources(mine), "")
         columns = ["op", "direction", "dtype", "shape", "variant", "ms (p20 to p80)", "GB/s of the least bytes"]
-        yield from _head([*columns, "of copy bandwidth", "against reference"])
+        yield from header([*columns, "of copy bandwidth", "against reference"])
         for row in sorted(mine, key=lambda row: [str(row["case"][name]) for name in ("op", "shape", "direction")]):
             case = row["case"]
             cells = [str(case[name]) for name in ("op", "direction", "dtype", "shape")]
@@ -154,7 +154,7 @@ def kernels(rows: Rows) -> Iterator[str]:
             cells.append(cell("{:.1%}", of_copy, row) if "copy_bandwidth" in row or "copy_percent" in row else "")
             reference = rows.beside(row, "reference")
             against = cell("{:.2f}x", lambda a, b: b["median_ms"] / a["median_ms"], row, reference)
-            yield _line([*cells, "" if row["variant"] == "reference" else against])
+            yield line([*cells, "" if row["variant"] == "reference" else against])
 
 
 def moved(row: Row) -> float:
@@ -169,10 +169,9 @@ def goals(rows: Rows) -> Iterator[str]:
     """Yield the goals for one H100 beside what was measured there."""
     peak = GPUS["h100"].bf16
     yield from ("", f"### Goals: one H100, bf16, XL/2 (MFU of {peak / 1e12:g} TFLOP/s, dense)", "")
-    yield from _head(["form", "side", "goal, images/s", "goal, MFU", "measured, images/s", "of the goal", "row"])
-    taken = [
-        row for row in rows.of("step") if _gpu(machine_of(row)) == GPUS["h100"] and row["variant"].startswith("ours")
-    ]
+    yield from header(["form", "side", "goal, images/s", "goal, MFU", "measured, images/s", "of the goal", "row"])
+    ours = [row for row in rows.of("step") if row["variant"].startswith("ours")]
+    taken = [row for row in ours if gpu_named(machine_of(row)) == GPUS["h100"]]
     for form, side, goal, gmac in GOALS:
         wanted = {"form": form, "image_size": side, "precision": "bf16"}
         same = [r for r in taken if size_of(r) == "xl2" and wanted.items() <= r["case"].items() and r.get("optimizer")]
@@ -180,14 +179,14 @@ def goals(rows: Rows) -> Iterator[str]:
         cells = [form, f"{side}", f"{goal:,}", f"{6e9 * gmac * goal / peak:.1%}", cell("{:,.0f}", rate, best)]
         cells += [cell("{:.0%}", lambda row, goal=goal: rate(row) / goal, best)]
         said = "" if best is None else f"{best['variant']}, batch {best['case']['batch']}, {best['commit']}"
-        yield _line([*cells, said])
+        yield line([*cells, said])
 
 
 def published() -> Iterator[str]:
     """Yield others' figures."""
     yield from ("", "### Published by others, not measured here", "")
-    yield from _head(["what", "where", "figure", "source"])
-    yield from map(_line, PUBLISHED)
+    yield from header(["what", "where", "figure", "source"])
+    yield from map(line, PUBLISHED)
 
 
 def report(rows: Rows) -> list[str]:
@@ -213,9 +212,8 @@ def main() -> int:
         rows = Rows(found)
         text = "\n".join(report(rows)) + "\n"
         if options.out:
-            partial = options.out.with_name(f".partial-{options.out.name}")
-            partial.write_text(text)
-            os.replace(partial, options.out)
+            with whole_file(options.out) as partial:
+                partial.write_text(text)
         else:
             sys.stdout.write(text)
         if not options.no_plots:
@@ -230,13 +228,6 @@ def main() -> int:
         notes.append(f"no plots: {error}")
     sys.stderr.writelines(f"bench.report: {note}\n" for note in notes)
     return 0
-
-
-def _gpu(machine: str) -> Gpu | None:
-    """Return the peaks of a device, if they are known; the slower cards that share a name are others."""
-    if any(other in machine for other in ("PCIe", "NVL", "GB200")):
-        return None
-    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name.upper()}\b", machine)), None)
 
 
 def _code(row: Row) -> str:
@@ -256,14 +247,6 @@ def _sources(rows: list[Row]) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     dates = [row["date"][:10] for row in rows]
     return f"torch {', '.join(dict.fromkeys(row['torch'] for row in rows))}; {min(dates)} to {max(dates)}; at {commits}"
-
-
-def _head(columns: list[str]) -> Iterator[str]:
-    yield from (_line(columns), "|" + " --- |" * len(columns))
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

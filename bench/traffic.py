@@ -26,7 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from bench.compile import recorded
 from bench.launches import empty
+from bench.tables import header, line
 from fastmask.config import preset_config
+from fastmask.files import whole_file
 from fastmask.kernels import Mask
 from fastmask.kernels._triton import add_gated_norm, embed_kept_patches, masked_loss, modulate_norm, restore_tokens
 from fastmask.kernels.add_gated_norm import add_gated_norm_reference
@@ -242,13 +244,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the table here, as Markdown")
     options = parser.parse_args()
     columns = ["op", "dtypes", "direction", "least MB", "ours MB", "compiled MB", "eager MB", "ours / least"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(row) + " |" for row in table(options.preset)]
+    lines = [*header(columns), *map(line, table(options.preset))]
     sys.stdout.write("\n".join(lines) + "\n")
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         head = f"{options.preset}, {_BATCH} images, counted by `python -m bench.traffic`; no GPU was used.\n\n"
-        options.out.write_text(head + "\n".join(lines) + "\n")
+        with whole_file(options.out) as partial:
+            partial.write_text(head + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

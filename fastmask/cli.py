@@ -1,12 +1,10 @@
-"""What the commands share: arguments by tyro, one line for what a user can mend, and files that are whole or absent."""
+"""What the commands share: arguments by tyro, and one line for what a user can mend."""
 
 import contextlib
 import io
-import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -74,18 +72,6 @@ def fail(name: str, message: str) -> None:
     """Print one line on the error stream and exit with code 2."""
     sys.stderr.write(f"{name}: error: {' '.join(message.split())}\n")
     sys.exit(2)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes ``path`` when the block ends well and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _one_line(box: str) -> str:

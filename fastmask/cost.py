@@ -5,6 +5,7 @@ Speeds are predictions, never measurements: a roofline from a GPU's published pe
 GB are 10^9 bytes.
 """
 
+import re
 from typing import NamedTuple
 
 from fastmask.config import TrainConfig
@@ -43,9 +44,19 @@ class Gpu(NamedTuple):
 GPUS = {
     "a100": Gpu("A100 SXM 80 GB",   312e12,   156e12, 19.5e12, 2.039e12,  80e9, "NVIDIA A100 datasheet"),
     "h100": Gpu("H100 SXM 80 GB", 989.4e12, 494.7e12, 66.9e12,  3.35e12,  80e9, "NVIDIA H100 architecture whitepaper"),
+    "h200": Gpu("H200 SXM 141 GB", 989.4e12, 494.7e12, 66.9e12,  4.8e12, 141e9, "NVIDIA H200 datasheet"),
     "b200": Gpu("B200 (HGX)",      2250e12,  1100e12,   80e12,     8e12, 180e9, "NVIDIA Blackwell architecture brief"),
 }
 # fmt: on
+# Slower cards of the same names, slices of a card, and modules whose peaks are others.
+_OTHERS = ("PCIe", "NVL", "MIG", "GB200", "GH200")
+
+
+def gpu_named(device: str) -> Gpu | None:
+    """Return the peaks of a device by the name that its driver gives, None where they are not known for sure."""
+    if any(other in device for other in _OTHERS):
+        return None
+    return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name.upper()}\b", device)), None)
 
 
 class Assumptions(NamedTuple):

@@ -18,11 +18,11 @@ from rich.table import Table
 from torch import Tensor
 
 from fastmask.checkpoint import checkpoints
-from fastmask.cli import whole_file
 from fastmask.config import TrainConfig
 from fastmask.cost import ASSUMED, GPUS, RESERVE, Memory, memory_of, predict_run
 from fastmask.counts import forward_macs, trainable_parameters
 from fastmask.diffusion import LossParts
+from fastmask.files import whole_file
 from fastmask.masking import kept_count
 from fastmask.model import MaskDiT
 

@@ -9,8 +9,9 @@ import torch
 import tyro
 
 from fastmask.checkpoint import checkpoints, load_maskdit
-from fastmask.cli import parse, pick_device, run_command, whole_file
+from fastmask.cli import parse, pick_device, run_command
 from fastmask.diffusion import EDMPrecond, draw_samples
+from fastmask.files import whole_file
 from fastmask.report import save_grid, say
 
 

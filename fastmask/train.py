@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.checkpoint import checkpoints, load_checkpoint, load_initial, read_state, save_checkpoint
-from fastmask.cli import parse, pick_device, run_command, whole_file
+from fastmask.cli import parse, pick_device, run_command
 from fastmask.config import TrainConfig, build_model, check_config, check_resumable, preset_config
 from fastmask.counts import trainable_parameters
 from fastmask.data import DataSet, batches, open_data
 from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, draw_samples, training_draws
 from fastmask.ema import EMA
+from fastmask.files import whole_file
 from fastmask.masking import kept_count
 from fastmask.optim import learning_rate, make_optimizer
 from fastmask.presets import PRESETS

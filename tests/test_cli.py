@@ -10,7 +10,7 @@ import pytest
 import torch
 import tyro
 
-from fastmask.cli import fail, parse, pick_device, run_command, whole_file
+from fastmask.cli import fail, parse, pick_device, run_command
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,27 +137,3 @@ def test_what_is_no_device(name):
 def test_a_gpu_that_is_not_there():
     with pytest.raises(ValueError, match=r"--device cuda:99: this machine has \d+ usable GPUs"):
         pick_device("cuda:99")
-
-
-def test_a_whole_file(tmp_path):
-    path = tmp_path / "deep" / "er" / "out.txt"
-    with whole_file(path) as partial:
-        partial.write_text("new")
-        assert not path.exists()
-    assert path.read_text() == "new"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "out.txt"
-    path.write_text("old")
-    with pytest.raises(UnicodeEncodeError), whole_file(path) as partial:
-        partial.write_text("ne\udcff", "ascii")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_write_that_never_began(tmp_path):
-    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "out.txt"):
-        pass
-    assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import pytest
 from bench.memory import per_image
 from bench.model import count_step, network
 from fastmask.config import preset_config
-from fastmask.cost import ASSUMED, GPUS, RESERVE, Memory, Work, memory_of, predict_run, step_seconds, work_of
+from fastmask.cost import ASSUMED, GPUS, RESERVE, Memory, Work, gpu_named, memory_of, predict_run, step_seconds, work_of
 from fastmask.counts import trainable_parameters
 from fastmask.presets import PRESETS
 
@@ -133,3 +133,9 @@ def test_predictions_name_their_assumptions():
     assert "50.0% of the peak for whole steps" in str(MFU)
     assert Memory(*range(7)).per_image == 11
     assert all(gpu.peak("fp32") < gpu.peak("tf32") < gpu.peak("bf16") == gpu.peak("fp16") for gpu in GPUS.values())
+
+
+def test_a_gpu_is_known_by_its_drivers_name():
+    for device, name in (("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA B200", "b200")):
+        assert gpu_named(device) == GPUS[name]
+    assert gpu_named("NVIDIA GH200 480GB") is gpu_named("NVIDIA GB200") is gpu_named("NVIDIA H100 PCIe") is None

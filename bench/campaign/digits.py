@@ -24,6 +24,7 @@ from fastmask.config import TrainConfig, build_model, preset_config
 from fastmask.data.loader import sample_ids
 from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
 from fastmask.ema import EMA
+from fastmask.files import whole_file
 from fastmask.masking import kept_count
 from fastmask.optim import learning_rate, make_optimizer
 from fastmask.presets import PRESETS
@@ -116,10 +117,8 @@ def record(path: Path = RECORD) -> dict[str, Any]:
         "commit": rows.commit(),
         **rows.machine(device),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(made, indent=1) + "\n")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(made, indent=1) + "\n")
     return made
 
 

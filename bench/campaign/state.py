@@ -15,11 +15,7 @@ from typing import Any
 import torch
 
 from bench import rows
-
-# TFLOP/s of dense bf16 products, from the vendor's data sheets. Cards of these names that are slower (PCIe, NVL) and
-# slices of a card are none of them: what is not known for sure gives no MFU.
-_PEAKS = {"A100": 312, "H100": 989, "H200": 989, "B200": 2250}
-_OTHERS = ("PCIe", "NVL", "MIG", "GB200", "GH200")
+from fastmask.cost import gpu_named
 
 
 class DeviceLostError(RuntimeError):
@@ -27,10 +23,9 @@ class DeviceLostError(RuntimeError):
 
 
 def peak_tflops(device_name: str) -> int | None:
-    """Return the peak of bf16 products of a device, None where it is not known."""
-    if any(other in device_name for other in _OTHERS):
-        return None
-    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+    """Return the peak of dense bf16 products of a device in TFLOP/s, None where it is not known."""
+    gpu = gpu_named(device_name)
+    return None if gpu is None else round(gpu.bf16 / 1e12)
 
 
 def code_hash() -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 from bench.campaign.state import latest
 from bench.rows import Row
+from bench.tables import header, line
+from fastmask.files import whole_file
 
 
 def render(all_rows: list[Row]) -> str:
@@ -29,17 +31,15 @@ def render(all_rows: list[Row]) -> str:
 def write(all_rows: list[Row], path: Path) -> str:
     """Write the tables to a file, whole or not at all, and return them."""
     text = render(all_rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".md.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(text)
     return text
 
 
 def _markdown(title: str, columns: list[str], body: list[list[Any]]) -> Iterator[str]:
-    yield from (f"## {title}", "", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns))
+    yield from (f"## {title}", "", *header(columns))
     for cells in body:
-        yield "| " + " | ".join("" if cell is None else str(cell).replace("|", "/") for cell in cells) + " |"
+        yield line("" if cell is None else str(cell).replace("|", "/") for cell in cells)
 
 
 def _device(rows: list[Row]) -> Iterator[str]:
