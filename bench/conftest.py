@@ -19,7 +19,6 @@ from bench.kernels._cases import PRESET, shapes_of
 ROUNDS = {"cuda": 50, "cpu": 10}
 _MEASURED = pytest.StashKey[list]()
 _MISSING = pytest.StashKey[list]()
-_RUN = uuid.uuid4().hex[:12]
 
 
 def pytest_addoption(parser):
@@ -59,13 +58,19 @@ def kernel_case(request):
 
 
 @pytest.fixture(scope="session")
+def run_id():
+    """What the rows of one session share: they were taken in one run."""
+    return uuid.uuid4().hex[:12]
+
+
+@pytest.fixture(scope="session")
 def bandwidth():
     """Bytes per second of a plain copy, once per session."""
     return rows.copy_bandwidth(_device())
 
 
 @pytest.fixture
-def timed(benchmark, bandwidth, request):
+def timed(benchmark, bandwidth, run_id, request):
     """Time the variants of a case in turn, and note and store the figures. One call of each where benches are off."""
 
     def run(case):
@@ -79,7 +84,7 @@ def timed(benchmark, bandwidth, request):
             benchmark.extra_info[variant] = found
             request.config.stash[_MEASURED].append((what, variant, found))
             if request.config.getoption("rows") and not off:
-                row = {"bench": "kernel", "case": what, "variant": variant, **found, "triton": _triton(), "run": _RUN}
+                row = {"bench": "kernel", "case": what, "variant": variant, **found, "triton": _triton(), "run": run_id}
                 rows.append(row, _device())
 
     return run

@@ -3,8 +3,6 @@
 On a CPU S/2 and B/2 at 256x256, batch 4, fp32; `--full` adds XL/2. `--rows` stores the rows.
 """
 
-import uuid
-
 import pytest
 import torch
 from test_baselines import check_golden
@@ -25,7 +23,7 @@ def gate():
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", ["s2", "b2", "xl2"])
-def bench_step(benchmark, request, size, form, compiled):
+def bench_step(benchmark, run_id, request, size, form, compiled):
     if size == "xl2" and not request.config.getoption("full"):
         pytest.skip("XL/2 takes minutes a case on a CPU: give --full")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,14 +33,13 @@ def bench_step(benchmark, request, size, form, compiled):
         timings = benchmark.pedantic(
             rows.measure, (case.variants, device), {"rounds": ROUNDS[size], "warmup": warmup}, rounds=1
         )
-        run = uuid.uuid4().hex[:12]
         for variant, timing in timings.items():
             figures = {
                 **timing._asdict(),
                 "images_per_s": round(BATCH / timing.median_ms * 1e3, 3),
                 "forward_gmac": round(case.forward_gmac, 3),
                 "optimizer": case.optimizer,
-                "run": run,
+                "run": run_id,
             }
             benchmark.extra_info[variant] = figures
             if request.config.getoption("rows"):
