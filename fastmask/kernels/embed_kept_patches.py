@@ -236,7 +236,7 @@ def embed_kept_patches(
     out = _EmbedKeptPatches.apply(  # type: ignore[no-untyped-call]
         *(t.contiguous() for t in (images, weight, bias)), shift, scale, position.contiguous(), ids_keep, image_scale,
         None if cu_seqlens is None else cu_seqlens.int().contiguous(), product_dtype(images.device, weight),
-        norm == "rms", eps,
+        norm == "rms", float(eps),
     )  # fmt: skip
     shape = (images.shape[0], *position.shape) if ids_keep is None else (*ids_keep.shape, position.shape[1])
     return out.view(shape) if shift is None else (out[0].view(shape), out[1].view(shape))

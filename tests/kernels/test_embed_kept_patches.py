@@ -393,6 +393,15 @@ def test_compiles_without_a_break(op, layout, dynamic):
     checks.check_compiles(op, tensors[:3] if op is embed_only else tensors, dynamic=dynamic, **others)
 
 
+def test_two_calls_in_one_dynamic_graph():
+    tensors, others = kernel_arguments(2, 3, 3, 1, 2, 8, 2, masked=False)
+
+    def twice(*inputs, **options):
+        return embed_only(*inputs, **options) + embed_only(*inputs, **options)
+
+    checks.check_compiles(twice, tensors[:3], dynamic=True, **others)
+
+
 @pytest.mark.parametrize(("op", "shape"), [(embed_and_norm, KERNEL_SHAPES[0]), (embed_only, MANY_TOKENS)])
 def test_runs_repeat_and_leave_nothing_unwritten(op, shape, monkeypatch):
     tensors, others = kernel_arguments(*shape)

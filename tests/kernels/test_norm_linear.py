@@ -105,6 +105,15 @@ def test_compiles_without_a_break(op, dynamic):
     checks.check_compiles(op, arguments(op, (2, 3, 16)), dynamic=dynamic)
 
 
+@OPS
+def test_two_calls_in_one_dynamic_graph(op):
+    def twice(*tensors, impl):
+        both = [op(*tensors, impl=impl) for _ in range(2)]
+        return tuple(t for out in both for t in (out if isinstance(out, tuple) else (out,)))
+
+    checks.check_compiles(twice, arguments(op, (2, 3, 16)), dynamic=True)
+
+
 def test_an_unused_result_gets_no_gradient():
     tensors = arguments(add_gated_linear, (2, 3, 16))
     for used in (0, 1):
