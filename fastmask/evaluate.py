@@ -153,8 +153,10 @@ def draw_loss(path: Path, stats: list[dict[str, Any]]) -> None:
     """Draw the losses of a run over its steps, the masked and the unmasked stage told apart."""
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axis = figure.subplots()
-    for name in ("loss", "denoising", "reconstruction"):
-        axis.plot([line["step"] for line in stats], [line[name] for line in stats], label=name)
+    masked = [line for line in stats if line["mask_ratio"] > 0]
+    # Nothing is reconstructed in the unmasked stage, and a logarithmic axis has no zero.
+    for name, lines in (("loss", stats), ("denoising", stats), ("reconstruction", masked)):
+        axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
     unmasked = [line["step"] for line in stats if line["mask_ratio"] == 0]
     if unmasked:
         axis.axvspan(unmasked[0], unmasked[-1], alpha=0.12, label="trained unmasked")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from util import small_net
 
+from fastmask import evaluate
 from fastmask.checkpoint import checkpoints, save_checkpoint
 from fastmask.data.digits import load_digits
 from fastmask.evaluate import frechet_distance, judge, main
@@ -169,3 +170,16 @@ def test_what_is_no_run(trained, tmp_path):
             main([str(source)])
     with pytest.raises(ValueError, match="did you mean --num-steps"):
         main([str(trained), "--num-step", "2"])
+
+
+def test_the_loss_curve_has_no_reconstruction_where_nothing_is_masked(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(evaluate, "_save", lambda figure, path: drawn.append(figure))
+    losses = [(1.0, 0.9, 0.5, 0.5), (0.9, 0.8, 0.4, 0.5), (0.7, 0.7, 0.1, 0.0), (0.6, 0.6, 0.0, 0.0)]
+    names = ("loss", "denoising", "reconstruction", "mask_ratio")
+    evaluate.draw_loss(
+        tmp_path / "loss.png", [{"step": i, **dict(zip(names, of, strict=True))} for i, of in enumerate(losses)]
+    )
+    lines = {line.get_label(): line.get_ydata() for line in drawn[0].axes[0].get_lines()}
+    assert list(lines["reconstruction"]) == [0.5, 0.4]
+    assert list(lines["loss"]) == [1.0, 0.9, 0.7, 0.6]
