@@ -1,7 +1,8 @@
 """`python -m bench.report`: tables and plots of the committed rows of `bench/results/*.jsonl`, and of nothing else.
 
 A measured figure reaches a table or a plot by `Rows` and `cell` alone, which answer "not measured" where there is no
-row. Two times are compared only if one run took both, or failing that the same code on the same machine.
+row. Two times are compared only if one run took both, or failing that the same code on the same machine. A loader and a
+step, which are no two forms of one thing, have to share the machine alone.
 """
 
 import argparse
@@ -165,6 +166,31 @@ def of_copy(row: Row) -> float:
     return 1e9 * moved(row) / row["copy_bandwidth"] if "copy_bandwidth" in row else row["copy_percent"] / 100
 
 
+def loaders(rows: Rows) -> Iterator[str]:
+    """Yield the tables of loaders, one per machine, each beside the fastest training step on images of its side."""
+    found = rows.of("loader")
+    training = [row for row in rows.of("step") if row["variant"] in STACKS and row.get("optimizer", True)]
+    for machine in dict.fromkeys(map(machine_of, found)):
+        mine = [row for row in found if machine_of(row) == machine]
+        yield from ("", f"### Loaders: {machine}", "", _sources(mine), "")
+        columns = ["loader", "data", "shape", "batch", "workers", "ms of a batch", "images/s"]
+        yield from header([*columns, "fastest step, images/s", "loader / fastest step", "fastest step"])
+        steps_here = [row for row in training if machine_of(row) == machine]
+        for row in mine:
+            case = row["case"]
+            step = max((s for s in steps_here if s["case"]["image_size"] == case["image_size"]), key=rate, default=None)
+            cells = [row["variant"], *(f"{case[name]}" for name in ("data", "shape", "batch", "num_workers"))]
+            cells += [cell("{:.4g}", lambda r: r["median_ms"] / r["case"]["batches"], row)]
+            cells += [cell("{:,.1f}", loaded, row), cell("{:,.1f}", rate, step)]
+            cells.append(cell("{:,.2f}x", lambda a, b: loaded(a) / rate(b), row, step))
+            yield line([*cells, NOT_MEASURED if step is None else _step_named(step)])
+
+
+def loaded(row: Row) -> float:
+    """Return the images/s of a loader, a time of which is that of several batches."""
+    return row["case"]["batches"] * rate(row)
+
+
 def goals(rows: Rows) -> Iterator[str]:
     """Yield the goals for one H100 beside what was measured there."""
     peak = GPUS["h100"].bf16
@@ -192,7 +218,8 @@ def published() -> Iterator[str]:
 def report(rows: Rows) -> list[str]:
     """Return the lines of the whole report."""
     lines = ["## Measured", "", "Times in ms: median (20th to 80th percentile). Made by `python -m bench.report`."]
-    for title, part in (("Training steps", list(steps(rows))), ("Kernels", list(kernels(rows)))):
+    parts = {"Training steps": steps(rows), "Kernels": kernels(rows), "Loaders": loaders(rows)}
+    for title, part in ((title, list(part)) for title, part in parts.items()):
         lines += part or ["", f"### {title}: {NOT_MEASURED}"]
     return [*lines, *goals(rows), *published()]
 
@@ -241,6 +268,12 @@ def _order(row: Row) -> tuple[Any, ...]:
     place = sizes.index(size_of(row)) if size_of(row) in sizes else len(sizes)
     optimizer = not row.get("optimizer", True)
     return machine_of(row), place, case["image_size"], case["batch"], optimizer, form, STACKS.index(row["variant"])
+
+
+def _step_named(row: Row) -> str:
+    case = row["case"]
+    name = f"{size_of(row)} {case['form']}, {row['variant']}"
+    return f"{name}, batch {case['batch']}, {case['precision']}, {row['commit']}"
 
 
 def _sources(rows: list[Row]) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from bench import plots, report
 from bench.model import network
-from bench.report import NOT_MEASURED, PUBLISHED, Rows, cell, committed, kernels, steps
+from bench.report import NOT_MEASURED, PUBLISHED, Rows, cell, committed, kernels, loaders, steps
 from fastmask.config import preset_config
 from fastmask.counts import forward_macs
 from fastmask.masking import kept_count
@@ -38,6 +38,13 @@ def kernel(median, variant="fused", **more):
     return {"bench": "kernel", "case": case, "variant": variant, **base(median, H100), **figures, **more}
 
 
+def loader(median, device=H100, side=256, **more):
+    """Time two batches of 100 images."""
+    case = {"data": "folder", "image_size": side, "shape": f"3x{side}x{side}", "batch": 100, "batches": 2}
+    case["num_workers"] = 1
+    return {"bench": "loader", "case": case, "variant": "ImageFolder", **base(median, device), "run": "l", **more}
+
+
 def tables(lines):
     """Cells by their column, for each row of each table."""
     found, columns = [], []
@@ -59,6 +66,7 @@ MEASURED = [
     step(100.0, variant="products"),
     kernel(0.5),
     kernel(1.0, "reference"),
+    loader(500.0),
 ]
 
 
@@ -80,6 +88,39 @@ def test_the_figures_are_those_of_the_rows():
     assert norm["GB/s of the least bytes"] == "2000"
     assert norm["of copy bandwidth"] == "80.0%"
     assert norm["against reference"] == "2.00x"
+
+
+def test_a_loader_stands_beside_the_fastest_step_of_its_machine_and_side():
+    known = tables(loaders(Rows(MEASURED)))[0]
+    assert known["ms of a batch"] == "250"
+    assert known["images/s"] == "400.0"
+    assert known["fastest step, images/s"] == "800.0"
+    assert known["loader / fastest step"] == "0.50x"
+    assert known["fastest step"] == "xl2 masked-0.5, ours, batch 100, bf16, aaaa"
+    faster = step(100.0, variant="ours compiled", run="another", commit="bbbb")
+    (row,) = tables(loaders(Rows([*MEASURED, faster])))
+    assert (row["loader / fastest step"], row["fastest step"][-4:]) == ("0.40x", "bbbb")
+    no_training = (
+        step(10.0, device="NVIDIA A100-SXM4-80GB"),
+        step(10.0, side=512),
+        step(10.0, optimizer=False),
+        step(10.0, variant="products"),
+        step(10.0, miniature=True),
+    )
+    for other in no_training:
+        assert tables(loaders(Rows([*MEASURED, other]))) == [known]
+        (row,) = tables(loaders(Rows([loader(500.0), other])))
+        assert row["images/s"] == "400.0"
+        assert {row[name] for name in row if "step" in name} == {NOT_MEASURED}
+
+
+def test_loaders_have_a_table_per_machine():
+    lines = list(loaders(Rows([loader(500.0), loader(250.0, device="NVIDIA A100-SXM4-80GB"), step(125.0)])))
+    assert [text for text in lines if text.startswith("###")] == [
+        "### Loaders: NVIDIA H100 80GB HBM3",
+        "### Loaders: NVIDIA A100-SXM4-80GB",
+    ]
+    assert [row["loader / fastest step"] for row in tables(lines)] == ["0.50x", NOT_MEASURED]
 
 
 def test_without_rows_nothing_is_a_figure(tmp_path):
