@@ -19,6 +19,7 @@ from bench.kernels._cases import PRESET, shapes_of
 ROUNDS = {"cuda": 50, "cpu": 10}
 _MEASURED = pytest.StashKey[list]()
 _MISSING = pytest.StashKey[list]()
+_LOADED = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
@@ -27,7 +28,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[_MEASURED], config.stash[_MISSING] = [], []
+    config.stash[_MEASURED], config.stash[_MISSING], config.stash[_LOADED] = [], [], []
 
 
 def pytest_report_header():
@@ -63,6 +64,12 @@ def run_id():
     return uuid.uuid4().hex[:12]
 
 
+@pytest.fixture
+def loaded(request):
+    """Where a loader's case, name and figures are noted for the end of the session."""
+    return request.config.stash[_LOADED]
+
+
 @pytest.fixture(scope="session")
 def bandwidth():
     """Bytes per second of a plain copy, once per session."""
@@ -91,7 +98,7 @@ def timed(benchmark, bandwidth, run_id, request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Print the figures of the kernels, and what was not run and why."""
+    """Print the figures of the kernels, what was not run and why, and the figures of the loaders."""
     if config.stash[_MEASURED]:
         terminalreporter.section("kernels: median [20th, 80th percentile]")
     for what, variant, found in config.stash[_MEASURED]:
@@ -107,6 +114,13 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("kernels: not run")
     for (variant, reason), names in cases.items():
         terminalreporter.write_line(f"{variant}: {reason}\n    {', '.join(dict.fromkeys(names))}")
+    if config.stash[_LOADED]:
+        terminalreporter.section("loaders: images/s, and ms [20th, 80th percentile] of a batch")
+    for case, variant, found in config.stash[_LOADED]:
+        median, low, high = (found[name] / case["batches"] for name in ("median_ms", "p20_ms", "p80_ms"))
+        name = f"{case['data']}, batch {case['batch']}, num_workers {case['num_workers']}"
+        times = f"{median:9.3f} ms [{low:.3f}, {high:.3f}]"
+        terminalreporter.write_line(f"{name:<68} {variant:<11} {found['images_per_s']:11,.0f} images/s {times}")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

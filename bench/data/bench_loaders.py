@@ -1,0 +1,202 @@
+"""The loaders of `fastmask.data` on the path of training: `open_data`, `batches`, and `to_images` on each batch.
+
+Every kind of data at 256x256, the digits at their 8x8; read by the process that trains, or ahead of it by a worker.
+The first batch is held to what is stored before any is timed. The files are in the page cache: a figure is the loader's
+own, and a disk comes on top. `--rows` stores the rows.
+"""
+
+import collections
+import contextlib
+import functools
+import importlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench import rows
+from fastmask.data import DataSet, batches, open_data
+
+SEED = 0
+BATCH = 32
+BATCHES = 2  # per timed call
+TIMES = {"rounds": 5, "warmup": 2}  # calls; a worker is ahead by two batches, which the first ones find ready
+SCALE = 0.18215  # of the latents of Stable Diffusion
+
+
+class Source(NamedTuple):
+    """What is stored, known without the loader.
+
+    Attributes:
+        data: the name that `open_data` takes.
+        what: what is stored, for a row.
+        image_size: in pixels.
+        num_classes: of the labels.
+        read: returns the stored values and the labels of ids.
+        images: returns mean and standard deviation of what is trained on, from the stored values; None: no chance.
+    """
+
+    data: str
+    what: str
+    image_size: int
+    num_classes: int
+    read: Callable[[NDArray[np.int64]], tuple[Any, Any]]
+    images: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+
+def moments(folder: Path) -> Source:
+    random = np.random.default_rng(1)
+    means = random.normal(0, 5, (2048, 4, 32, 32))
+    log_variances = random.uniform(-6, 0, means.shape)
+    stored = np.concatenate([means, log_variances], axis=1).astype(np.float16)
+    labels = random.integers(1000, size=len(stored))
+    np.savez(folder / "latents.npz", moments=stored, labels=labels)
+
+    def images(stored: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = stored[:, :4].float(), stored[:, 4:].float()
+        return SCALE * mean, SCALE * (log_variance / 2).exp()
+
+    read = functools.partial(_rows_of, stored, labels)
+    return Source(str(folder / "latents.npz"), "npz of 2048 moments 8x32x32 fp16", 256, 1000, read, images)
+
+
+def image_array(folder: Path) -> Source:
+    random = np.random.default_rng(2)
+    stored = np.stack([_picture(random, 256) for _ in range(256)])
+    labels = random.integers(10, size=len(stored))
+    np.savez(folder / "images.npz", images=stored, labels=labels)
+    read = functools.partial(_rows_of, stored.transpose(0, 3, 1, 2), labels)
+    return Source(str(folder / "images.npz"), "npz of 256 images 256x256", 256, 10, read, _pixels)
+
+
+def image_folder(folder: Path, suffix: str) -> Source:
+    """Images of twice the side, so that they are decoded and halved, as photos are."""
+    pillow, random = importlib.import_module("PIL.Image"), np.random.default_rng(3)
+    files = [folder / name / f"{number:03}.{suffix}" for name in ("cats", "dogs") for number in range(32)]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        # A fast encoder: the decoder's time hardly depends on it.
+        pillow.fromarray(_picture(random, 512)).save(file, compress_level=1)
+
+    def read(ids: NDArray[np.int64]) -> tuple[Any, Any]:
+        whole = np.stack([np.asarray(pillow.open(files[i])) for i in ids]).astype(np.int64)
+        wide = (whole[:, :, ::2] + whole[:, :, 1::2] + 1) // 2  # the box of two pixels, rounded per axis
+        halved = (wide[:, ::2] + wide[:, 1::2] + 1) // 2
+        return halved.astype(np.uint8).transpose(0, 3, 1, 2), ids // 32
+
+    return Source(str(folder), f"folder of {len(files)} {suffix} 512x512", 256, 2, read, _pixels)
+
+
+def digits(folder: Path) -> Source:
+    scans = importlib.import_module("sklearn.datasets").load_digits()
+    order = np.random.default_rng(0).permutation(len(scans.target))[359:]  # the others are held out
+    stored = (scans.images[order, None] / 8 - 1).astype(np.float32)
+    read = functools.partial(_rows_of, stored, scans.target[order])
+    return Source("digits", "digits 8x8", 8, 10, read, lambda stored: (stored, None))
+
+
+def synthetic(folder: Path) -> Source:
+    """Nothing is stored: a sample is to be what it is when read alone."""
+    alone = open_data("synthetic", image_size=256, num_classes=1000, mirror=False)
+
+    def read(ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        return tuple(map(torch.cat, zip(*(alone.read(ids[i : i + 1]) for i in range(len(ids))), strict=True)))
+
+    def images(stored: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(stored), torch.ones_like(stored)
+
+    return Source("synthetic", "synthetic latents", 256, 1000, read, images)
+
+
+SOURCES = {
+    "moments": moments,
+    "npz": image_array,
+    "jpg": functools.partial(image_folder, suffix="jpg"),
+    "png": functools.partial(image_folder, suffix="png"),
+    "digits": digits,
+    "synthetic": synthetic,
+}
+
+
+def training_batches(
+    dataset: DataSet, num_workers: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield the stored values, labels and images of each batch of a run without end, on the device."""
+    parts = batches(dataset, batch_size=BATCH, seed=SEED, start=0, stop=2**40, num_workers=num_workers, device=device)
+    for number, part in enumerate(parts):
+        stored, labels = (tensor.to(device, non_blocking=True) for tensor in part)
+        sample = torch.arange(number * BATCH, (number + 1) * BATCH, device=device)
+        yield stored, labels, dataset.to_images(stored, SEED, sample)
+
+
+def check(source: Source, size: int, stored: Tensor, labels: Tensor, images: Tensor) -> None:
+    """Hold the first batch of a run over ``size`` samples to its source; an AssertionError says what differs."""
+    ids = np.random.default_rng([SEED, 0]).permutation(size)[:BATCH]
+    for name, actual, expected in zip(("stored values", "labels"), (stored, labels), source.read(ids), strict=True):
+        expected = torch.as_tensor(expected)
+        same = actual.dtype == expected.dtype and torch.equal(actual.cpu(), expected)
+        assert same, f"{source.what}: {name} are not the source's"
+    mean, deviation = source.images(stored.cpu())
+    assert images.shape == mean.shape, f"{source.what}: images {tuple(images.shape)}, not {tuple(mean.shape)}"
+    assert images.dtype == torch.float32, f"{source.what}: images in {images.dtype}"
+    apart = images.cpu().double() - mean
+    if deviation is None:
+        assert apart.abs().max() <= 1e-6, f"{source.what}: images are not those of the stored values"
+        return
+    noise = apart / deviation
+    bound = 6 / noise.numel() ** 0.5  # six standard errors
+    unit = noise.mean().abs() <= bound and (noise.std() - 1).abs() <= bound
+    assert unit, f"{source.what}: noise of mean {noise.mean():.3g} and deviation {noise.std():.3g}, not 0 and 1"
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def source(request, tmp_path_factory):
+    return SOURCES[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def bench_loader(benchmark, source, num_workers, run_id, loaded, request):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = open_data(source.data, image_size=source.image_size, num_classes=source.num_classes, mirror=False)
+    with contextlib.closing(training_batches(dataset, num_workers, device)) as parts:
+        check(source, len(dataset), *next(parts))
+        off = benchmark.disabled
+        times = {"rounds": 1, "warmup": 0} if off else TIMES
+        variants = {type(dataset).__name__: lambda: collections.deque(itertools.islice(parts, BATCHES), maxlen=0)}
+        ((variant, timing),) = benchmark.pedantic(rows.measure, (variants, device), times, rounds=1).items()
+    if off:
+        return  # a single call may take what a worker has read before it
+    case = {
+        "data": source.what,
+        "image_size": source.image_size,
+        "shape": "x".join(map(str, dataset.shape)),
+        "batch": BATCH,
+        "batches": BATCHES,
+        "num_workers": num_workers,
+    }
+    figures = {**timing._asdict(), "images_per_s": round(BATCH * BATCHES / timing.median_ms * 1e3, 1), "run": run_id}
+    benchmark.extra_info[variant] = figures
+    loaded.append((case, variant, figures))
+    if request.config.getoption("rows"):
+        rows.append({"bench": "loader", "case": case, "variant": variant, **figures}, device)
+
+
+def _rows_of(stored: NDArray[Any], labels: NDArray[Any], ids: NDArray[np.int64]) -> tuple[Any, Any]:
+    return stored[ids], labels[ids].astype(np.int64)
+
+
+def _picture(random: np.random.Generator, side: int) -> NDArray[np.uint8]:
+    """Return an image (side, side, 3) of soft shapes and a little grain: like photos it compresses."""
+    shapes = torch.from_numpy(random.normal(128, 60, (1, 3, 16, 16))).float()
+    soft = torch.nn.functional.interpolate(shapes, (side, side), mode="bicubic")[0].permute(1, 2, 0).numpy()
+    return (soft + random.normal(0, 4, soft.shape)).clip(0, 255).astype(np.uint8)
+
+
+def _pixels(stored: Tensor) -> tuple[Tensor, None]:
+    return stored.double() / 127.5 - 1, None
