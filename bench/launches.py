@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastmask.kernels._triton import (
+    adamw_ema,
     add_gated_norm,
     embed_kept_patches,
     gelu_linear,
@@ -138,6 +139,18 @@ def _loss_cases(widths: list[int]) -> Iterator[Case]:
                 yield label, lambda a=inputs, g=sigma: masked_loss.launch_bwd(g, g, *a)
 
 
+def _adamw_cases(widths: list[int]) -> Iterator[Case]:
+    width = max(widths)
+    params, steps = [empty(width, width), empty(width)], [empty(), empty()]
+    copies = [empty(*p.shape, dtype=BF16) for p in params]
+    one = empty()
+    for averages, low in ((0, []), (1, []), (1, copies), (2, copies)):
+        label = f"{averages} EMA{' bf16 copy' if low else ''}"
+        lists = (params, params, params, params, params * averages, low, steps)
+        scalars = (one, one, one, 0.9, 0.999, 1e-8, 0.01, [0.9999, 0.999][:averages])
+        yield label, lambda a=(*lists, *scalars): adamw_ema.launch(*a)
+
+
 # The scalars that backward loads are the two statistics of a row.
 _NORMS = {
     "_modulate_norm_fwd_kernel": (True, 0),
@@ -160,4 +173,5 @@ LAUNCHES = [
         },
     ),
     Spec(_loss_cases, {}),
+    Spec(_adamw_cases, {"_adamw_ema_kernel": (True, 14)}),  # the table's, the corrections', and three of the step
 ]

@@ -14,6 +14,7 @@ Shape letters, here and in every docstring of the project:
 from fastmask.kernels._attention_backends import attention_backends
 from fastmask.kernels._dispatch import BackendUnavailableError, Impl, backends, default_impl, require
 from fastmask.kernels._layout import debug_indices
+from fastmask.kernels.adamw_ema import adamw_ema
 from fastmask.kernels.add_gated_norm import add_gated_norm
 from fastmask.kernels.attention import attention
 from fastmask.kernels.embed_kept_patches import embed_kept_patches
@@ -30,6 +31,7 @@ __all__ = [
     "BackendUnavailableError",
     "Impl",
     "Mask",
+    "adamw_ema",
     "add_gated_linear",
     "add_gated_norm",
     "attention",

@@ -1,0 +1,166 @@
+"""Kernel of `adamw_ema`: one launch for a whole list of tensors.
+
+A table on the device holds, for each tensor, where its chunks end in the count of all chunks, its size, and how far its
+arrays lie from a base, the first parameter. A program finds its tensor there and updates one chunk of it, so many small
+tensors cost no launches, and gradients stay where autograd put them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 1024
+_CHUNK = 8 * _BLOCK
+_NUM_WARPS = 4
+
+
+@triton.jit
+def _array(base_ptr, table_ptr, i_row, num_tensors, i_tensor, start, UNIT: tl.constexpr):
+    """Return the pointer to a chunk of an array: what is added to the base is seen to be a multiple of UNIT values."""
+    return base_ptr + tl.load(table_ptr + i_row * num_tensors + i_tensor) * UNIT + start
+
+
+@triton.jit
+def _adamw_ema_kernel(
+    base_ptr,
+    copy_base_ptr,
+    table_ptr,  # (6 + averages, T), or one row more with copies: ends, sizes, and distances in units
+    scalars_ptr,  # (T, 2): lr / (1 - beta1^t) and sqrt(1 - beta2^t)
+    lr_ptr,
+    factor_ptr,
+    found_inf_ptr,
+    num_tensors,
+    beta1,
+    beta2,
+    rest1,  # 1 - beta1, which fp32 would not give exactly
+    rest2,
+    eps,
+    weight_decay,
+    WEIGHTS: tl.constexpr,  # 1 - decay of each average
+    UNIT: tl.constexpr,  # in fp32 values
+    LANES: tl.constexpr,  # at least num_tensors
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o_tensor = tl.arange(0, LANES)
+    i_chunk = tl.program_id(0)
+    b_ends = tl.load(table_ptr + o_tensor, mask=o_tensor < num_tensors, other=0)
+    m_done = (b_ends <= i_chunk) & (o_tensor < num_tensors)
+    i_tensor = tl.sum(m_done.to(tl.int32), 0)
+    start = (i_chunk - tl.max(tl.where(m_done, b_ends, 0), 0)) * CHUNK
+    length = tl.minimum(tl.load(table_ptr + num_tensors + i_tensor) - start, CHUNK)
+    if found_inf_ptr is not None:
+        length = tl.where(tl.load(found_inf_ptr) == 0, length, 0)
+    length = tl.multiple_of(length, UNIT)
+
+    param_ptr = _array(base_ptr, table_ptr, 2, num_tensors, i_tensor, start, UNIT)
+    grad_ptr = _array(base_ptr, table_ptr, 3, num_tensors, i_tensor, start, UNIT)
+    exp_avg_ptr = _array(base_ptr, table_ptr, 4, num_tensors, i_tensor, start, UNIT)
+    exp_avg_sq_ptr = _array(base_ptr, table_ptr, 5, num_tensors, i_tensor, start, UNIT)
+    step_size = tl.load(scalars_ptr + 2 * i_tensor)
+    correction = tl.load(scalars_ptr + 2 * i_tensor + 1)
+    shrink = tl.load(lr_ptr) * weight_decay
+    factor = 1.0
+    if factor_ptr is not None:
+        factor = tl.load(factor_ptr)
+
+    for offset in range(0, length, BLOCK):
+        o_x = offset + tl.arange(0, BLOCK)
+        m_x = o_x < length
+        b_param = tl.load(param_ptr + o_x, mask=m_x, other=0.0)
+        b_grad = tl.load(grad_ptr + o_x, mask=m_x, other=0.0) * factor
+        b_m = beta1 * tl.load(exp_avg_ptr + o_x, mask=m_x, other=0.0) + rest1 * b_grad
+        b_v = beta2 * tl.load(exp_avg_sq_ptr + o_x, mask=m_x, other=0.0) + rest2 * b_grad * b_grad
+        b_deviation = tl.math.div_rn(tl.math.sqrt_rn(b_v), correction) + eps
+        b_param = b_param - shrink * b_param - step_size * tl.math.div_rn(b_m, b_deviation)
+        tl.store(param_ptr + o_x, b_param, mask=m_x)
+        tl.store(exp_avg_ptr + o_x, b_m, mask=m_x)
+        tl.store(exp_avg_sq_ptr + o_x, b_v, mask=m_x)
+        for j in tl.static_range(len(WEIGHTS)):
+            average_ptr = _array(base_ptr, table_ptr, 6 + j, num_tensors, i_tensor, start, UNIT)
+            b_average = tl.load(average_ptr + o_x, mask=m_x, other=0.0)
+            tl.store(average_ptr + o_x, b_average + WEIGHTS[j] * (b_param - b_average), mask=m_x)
+        if copy_base_ptr is not None:
+            i_row = 6 + len(WEIGHTS)
+            copy_ptr = _array(copy_base_ptr, table_ptr, i_row, num_tensors, i_tensor, start, UNIT)
+            tl.store(copy_ptr + o_x, b_param.to(copy_base_ptr.dtype.element_ty), mask=m_x)
+
+
+def launch(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    averages,
+    copies,
+    steps,
+    lr,
+    factor,
+    found_inf,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    decays,
+):
+    """Update tensors in place; ``averages`` holds all tensors of the first average, then those of the next."""
+    count = len(params)
+    arrays = [params, grads, exp_avgs, exp_avg_sqs]
+    arrays += [averages[k * count : (k + 1) * count] for k in range(len(decays))]
+    if copies:
+        arrays.append(copies)
+    # In float64, as 1 - beta2^t is a small difference, and on the device, where the counts are.
+    t = torch.stack(steps).double()
+    scalars = torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt()], 1).float()
+    for aligned, index in _by_alignment(arrays).items():
+        unit = 4 if aligned else 1
+        ends, num_chunks = [], 0
+        for i in index:
+            num_chunks += triton.cdiv(params[i].numel(), _CHUNK)
+            ends.append(num_chunks)
+        first = index[0]
+        distances = []
+        for tensors in arrays:
+            base = copies[first] if tensors is copies else params[first]
+            start, step = base.data_ptr(), unit * base.element_size()
+            distances.append([(tensors[i].data_ptr() - start) // step for i in index])
+        table = _on_device([ends, [params[i].numel() for i in index], *distances], lr.device)
+        mine = scalars if len(index) == count else scalars.index_select(0, _on_device(index, lr.device))
+        _adamw_ema_kernel[(num_chunks,)](
+            params[first],
+            copies[first] if copies else None,
+            table,
+            mine,
+            lr,
+            factor,
+            found_inf,
+            len(index),
+            beta1,
+            beta2,
+            1 - beta1,
+            1 - beta2,
+            eps,
+            weight_decay,
+            WEIGHTS=tuple(1 - decay for decay in decays),
+            UNIT=unit,
+            LANES=triton.next_power_of_2(len(index)),
+            CHUNK=_CHUNK,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+        )
+
+
+def _by_alignment(arrays):
+    """Return which tensors allow loads of 128 bits, and which do not; empty ones are left out."""
+    groups = {}
+    for i, tensors in enumerate(zip(*arrays, strict=True)):
+        size = tensors[0].numel()
+        if size:
+            aligned = size % 4 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+            groups.setdefault(aligned, []).append(i)
+    return groups
+
+
+def _on_device(values, device):
+    """Return integers on a device without waiting for it, also while a CUDA graph is captured."""
+    return torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -1,0 +1,187 @@
+"""A step of AdamW and of averages of its weights, in one pass over a list of tensors.
+
+With g = factor * grad, and t the number of the step, counted from 1:
+
+    m = beta1 m + (1 - beta1) g
+    v = beta2 v + (1 - beta2) g^2
+    p = p - lr weight_decay p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    average = average + (1 - decay) (p - average)
+
+AdamW: arXiv 1711.05101, in the form of `torch.optim.AdamW`. A value is read once and written once: with one average 36
+bytes per parameter are moved, and two more where the weight is also stored in 16 bits. AdamW and the average one after
+the other move 40, and three passes where gradients are scaled first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+
+_COPY_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def adamw_ema_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    averages: Sequence[Sequence[Tensor]] = (),
+    decays: Sequence[float] = (),
+    copies: Sequence[Tensor] = (),
+    factor: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Do what `adamw_ema` does, in plain PyTorch; arguments as there, in any floating dtype."""
+
+    def put(target: Tensor, value: Tensor) -> None:
+        target.copy_(value if found_inf is None else torch.where(found_inf == 0, value, target))
+
+    beta1, beta2 = betas
+    with torch.no_grad():
+        for i, (p, grad, m, v, t) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
+            g = grad if factor is None else grad * factor
+            # In float64, as 1 - beta2^t is a small difference.
+            rate, t = lr.double(), t.double()
+            shrink, step_size = (rate * weight_decay).to(p.dtype), (rate / (1 - beta1**t)).to(p.dtype)
+            correction = (1 - beta2**t).sqrt().to(p.dtype)
+            new_m = beta1 * m + (1 - beta1) * g
+            new_v = beta2 * v + (1 - beta2) * g.square()
+            new_p = p - shrink * p - step_size * (new_m / (new_v.sqrt() / correction + eps))
+            for average, decay in zip(averages, decays, strict=True):
+                put(average[i], average[i] + (1 - decay) * (new_p - average[i]))
+            for target, value in ((p, new_p), (m, new_m), (v, new_v)):
+                put(target, value)
+            if copies:
+                put(copies[i], new_p.to(copies[i].dtype))
+
+
+_adamw_ema = define_op(
+    "adamw_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] averages, Tensor(e!)[] copies, Tensor[] steps, Tensor lr, Tensor? factor, Tensor? found_inf, "
+    "float beta1, float beta2, float eps, float weight_decay, float[] decays) -> ()",
+    fake=lambda *_: None,
+    launcher="adamw_ema:launch",
+)
+
+
+def adamw_ema(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    averages: Sequence[Sequence[Tensor]] = (),
+    decays: Sequence[float] = (),
+    copies: Sequence[Tensor] = (),
+    factor: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    impl: Impl | None = None,
+) -> None:
+    """Update parameters, moments and averages in place, by one step of AdamW.
+
+    Nothing is read on the host: what changes from step to step are tensors, so that a CUDA graph can hold the call. The
+    op does not look for gradients that are not finite, since a part of the parameters would have moved when the first
+    one is met; who must skip such steps finds them before (a GradScaler does) and passes ``found_inf``.
+
+    Args:
+        params: T parameters; they and what goes with them are contiguous.
+        grads: a gradient of each.
+        exp_avgs: first moment of each, m.
+        exp_avg_sqs: second moment of each, v.
+        steps: number of this step for each, t: fp32 of one value.
+        lr: learning rate, fp32 of one value.
+        betas: decay of the first and of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay per unit of the learning rate.
+        averages: lists like ``params``, one per average.
+        decays: share of each average that stays.
+        copies: a bfloat16 or float16 tensor for each parameter, into which its new value is rounded; or none.
+        factor: that gradients are multiplied with, fp32 of one value: to unscale them, to clip their norm, or both.
+        found_inf: one value, fp32: unless it is 0, nothing is changed.
+        impl: "fused" (float32), "reference", or None for the device's default.
+
+    Raises:
+        ValueError: tensors that do not fit, or what the fused kernels do not take.
+        BackendUnavailableError: no fused kernel on this device.
+    """
+    _check(params, {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies or params})
+    _check(params, {f"averages[{k}]": average for k, average in enumerate(averages)})
+    if len(averages) != len(decays):
+        raise ValueError(f"decays must have one value per average, {len(averages)}, not {len(decays)}")
+    if len(steps) != len(params):
+        raise ValueError(f"steps must have one tensor per parameter, {len(params)}, not {len(steps)}")
+    for name, tensor in (("lr", lr), ("factor", factor), ("found_inf", found_inf)):
+        if tensor is not None and tensor.numel() != 1:
+            raise ValueError(f"{name} must hold one value, not {tensor.numel()}")
+    if not params:
+        return
+    if resolve_impl(impl, params[0].device) == "reference":
+        adamw_ema_reference(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            averages=averages,
+            decays=decays,
+            copies=copies,
+            factor=factor,
+            found_inf=found_inf,
+        )
+        return
+    flat = [tensor for average in averages for tensor in average]
+    scalars = [*steps, *(tensor for tensor in (lr, factor, found_inf) if tensor is not None)]
+    for tensor in (*params, *grads, *exp_avgs, *exp_avg_sqs, *flat, *scalars):
+        if tensor.dtype != torch.float32:
+            raise ValueError(f'the fused kernels take float32, not {tensor.dtype}: impl="reference" takes any')
+        if tensor.device != lr.device:
+            raise ValueError(f"everything must be on {lr.device}, like lr, not on {tensor.device}")
+    if copies and (copies[0].dtype not in _COPY_DTYPES or any(copy.dtype != copies[0].dtype for copy in copies)):
+        raise ValueError(f"copies must all be bfloat16, or all float16, not {copies[0].dtype}")
+    with torch.no_grad():
+        _adamw_ema(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            flat,
+            copies,
+            steps,
+            lr,
+            factor,
+            found_inf,
+            *betas,
+            eps,
+            weight_decay,
+            decays,
+        )
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *flat, *copies])
+
+
+def _check(params: Sequence[Tensor], others: dict[str, Sequence[Tensor]]) -> None:
+    """Raise a ValueError that names the first tensor which is no contiguous one of its parameter's shape."""
+    for name, tensors in {"params": params, **others}.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} must have one tensor per parameter, {len(params)}, not {len(tensors)}")
+        for i, (tensor, p) in enumerate(zip(tensors, params, strict=True)):
+            if tensor.shape != p.shape:
+                raise ValueError(f"{name}[{i}] must have shape {tuple(p.shape)}, not {tuple(tensor.shape)}")
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name}[{i}] of shape {tuple(tensor.shape)} must be contiguous")
