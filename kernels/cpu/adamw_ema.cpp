@@ -1,0 +1,137 @@
+// A step of AdamW and of averages of its weights, for `adamw_ema`: one pass over memory.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "../common/simd.h"
+
+namespace fastmask {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kPiece = 1024;  // values at a time: the new weights stay in the first cache for averages and copies
+constexpr int64_t kGrain = 32;    // pieces that are worth a thread
+
+// What is the same for all values of a tensor.
+struct Step {
+  float factor, beta1, beta2, rest1, rest2, shrink, step_size, correction, eps;
+};
+
+FASTMASK_SIMD void adamw_piece(float* __restrict p, const float* __restrict grad, float* __restrict m,
+                               float* __restrict v, int64_t n, const Step& step) {
+  const Step s = step;
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = grad[i] * s.factor;
+    const float new_m = s.beta1 * m[i] + s.rest1 * g;
+    const float new_v = s.beta2 * v[i] + s.rest2 * g * g;
+    m[i] = new_m;
+    v[i] = new_v;
+    p[i] -= s.shrink * p[i] + s.step_size * (new_m / (std::sqrt(new_v) * s.correction + s.eps));
+  }
+}
+
+FASTMASK_SIMD void average_piece(float* __restrict average, const float* __restrict p, int64_t n, float weight) {
+  for (int64_t i = 0; i < n; ++i) average[i] += weight * (p[i] - average[i]);
+}
+
+// bfloat16 is the upper half of an fp32 number, here rounded to the nearest, ties to even; NaN stays NaN.
+FASTMASK_SIMD void bfloat16_piece(std::uint16_t* __restrict to, const float* __restrict p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &p[i], 4);
+    const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to[i] = static_cast<std::uint16_t>(p[i] == p[i] ? rounded : 0x7fc0);
+  }
+}
+
+void half_piece(torch::headeronly::Half* to, const float* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<torch::headeronly::Half>(p[i]);
+}
+
+// The arrays of a tensor, and where its pieces end in the count of all pieces.
+struct Arrays {
+  float *p, *m, *v;
+  const float* grad;
+  std::vector<float*> averages;
+  void* copy;
+  int64_t size, end;
+  Step step;
+};
+
+void update_piece(const Arrays& a, int64_t start, const std::vector<float>& weights, bool bfloat16) {
+  const int64_t n = std::min(kPiece, a.size - start);
+  float* p = a.p + start;
+  adamw_piece(p, a.grad + start, a.m + start, a.v + start, n, a.step);
+  for (size_t k = 0; k < weights.size(); ++k) average_piece(a.averages[k] + start, p, n, weights[k]);
+  if (a.copy == nullptr) return;
+  if (bfloat16) {
+    bfloat16_piece(static_cast<std::uint16_t*>(a.copy) + start, p, n);
+  } else {
+    half_piece(static_cast<torch::headeronly::Half*>(a.copy) + start, p, n);
+  }
+}
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+float value(const Tensor& tensor) { return *static_cast<const float*>(tensor.const_data_ptr()); }
+
+void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+               const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+               const std::vector<Tensor>& averages, const std::vector<Tensor>& copies,
+               const std::vector<Tensor>& steps, const Tensor& lr, const std::optional<Tensor>& factor,
+               const std::optional<Tensor>& found_inf, double beta1, double beta2, double eps, double weight_decay,
+               const std::vector<double>& decays) {
+  if (found_inf && value(*found_inf) != 0.0f) return;
+  const size_t count = params.size();
+  std::vector<float> weights;
+  for (const double decay : decays) weights.push_back(static_cast<float>(1.0 - decay));
+
+  std::vector<Arrays> tensors;
+  int64_t pieces = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t size = params[i].numel();
+    if (size == 0) continue;
+    pieces += (size + kPiece - 1) / kPiece;
+    std::vector<float*> means;
+    for (size_t k = 0; k < decays.size(); ++k) means.push_back(floats(averages[k * count + i]));
+    const double t = value(steps[i]), rate = value(lr);
+    const Step step{factor ? value(*factor) : 1.0f,
+                    static_cast<float>(beta1),
+                    static_cast<float>(beta2),
+                    static_cast<float>(1.0 - beta1),
+                    static_cast<float>(1.0 - beta2),
+                    static_cast<float>(rate * weight_decay),
+                    static_cast<float>(rate / (1.0 - std::pow(beta1, t))),
+                    static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t))),
+                    static_cast<float>(eps)};
+    tensors.push_back({floats(params[i]), floats(exp_avgs[i]), floats(exp_avg_sqs[i]),
+                       static_cast<const float*>(grads[i].const_data_ptr()), means,
+                       copies.empty() ? nullptr : copies[i].mutable_data_ptr(), size, pieces, step});
+  }
+  const bool bfloat16 = !copies.empty() && copies[0].scalar_type() == ScalarType::BFloat16;
+
+  torch::stable::parallel_for(0, pieces, kGrain, [&](int64_t begin, int64_t end) {
+    auto a = std::upper_bound(tensors.begin(), tensors.end(), begin,
+                              [](int64_t piece, const Arrays& arrays) { return piece < arrays.end; });
+    for (int64_t piece = begin; piece < end; ++piece) {
+      if (piece == a->end) ++a;
+      const int64_t first = a->end - (a->size + kPiece - 1) / kPiece;
+      update_piece(*a, (piece - first) * kPiece, weights, bfloat16);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastmask
+
+STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, m) { m.impl("adamw_ema", TORCH_BOX(&fastmask::adamw_ema)); }
