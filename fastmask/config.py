@@ -12,6 +12,7 @@ FREE_FIELDS = frozenset(
     {
         "run_dir",
         "device",
+        "optimizer",
         "num_workers",
         "report_every",
         "checkpoint_every",
@@ -95,6 +96,8 @@ class TrainConfig:
     """Steps at the end of the run that are trained without masking."""
     unmask_lr: float = 5e-5
     """Learning rate of those steps."""
+    optimizer: Literal["auto", "adamw_ema", "torch", "apex"] = "auto"
+    """Whose AdamW: adamw_ema is ours, in one pass with the average. auto: ours where it has a kernel, else torch's."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay of the first and the second moment."""
     weight_decay: float = 0.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmask.checkpoint import checkpoints, load_checkpoint, load_initial, read_state, save_checkpoint
 from fastmask.cli import parse, pick_device, run_command
@@ -23,7 +23,7 @@ from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, draw_samp
 from fastmask.ema import EMA
 from fastmask.files import whole_file
 from fastmask.masking import kept_count
-from fastmask.optim import learning_rate, make_optimizer
+from fastmask.optim import clip_gradients, learning_rate, make_optimizer, resolve_optimizer
 from fastmask.presets import PRESETS
 from fastmask.report import Report, Tally, print_plan, say, versions
 
@@ -58,13 +58,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def resolve_machine(config: TrainConfig) -> TrainConfig:
-    """Return a configuration in which run folder, device and precision are values, never "auto"."""
+    """Return a configuration in which run folder, device, precision and optimizer are values, never "auto"."""
     device = pick_device(config.device)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    optimizer = resolve_optimizer(config.optimizer, device)
+    if config.optimizer == "auto":
+        has = "a" if optimizer == "adamw_ema" else "no"
+        say(f"optimizer {optimizer}, since adamw_ema has {has} kernel on {device.type}")
     run_dir = config.run_dir or f"runs/{config.preset}"
-    return dataclasses.replace(config, device=str(device), precision=precision, run_dir=run_dir)
+    return dataclasses.replace(config, device=str(device), precision=precision, optimizer=optimizer, run_dir=run_dir)
 
 
 def resolve_data(config: TrainConfig, preset: TrainConfig) -> tuple[TrainConfig, DataSet]:
@@ -119,7 +123,7 @@ def train(config: TrainConfig, dataset: DataSet) -> None:
     check_memory(config, channels, size)
     net = EDMPrecond(build_model(config, channels, size), config.sigma_data).to(device)
     ema = EMA(net, config.ema_decay)
-    optimizer = make_optimizer(net, config)
+    optimizer = make_optimizer(net, config, ema)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     step = 0
     if earlier:
@@ -155,11 +159,10 @@ def train(config: TrainConfig, dataset: DataSet) -> None:
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             if config.grad_clip:
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+                clip_gradients(optimizer, config.grad_clip)
             scaler.step(optimizer)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(net)
+            optimizer.zero_grad()
             step += 1
             report.advance(step)
 

@@ -94,6 +94,31 @@ def test_going_on_from_any_checkpoint_equals_the_run_through(tmp_path, step):
     assert_same_run(whole, part)
 
 
+def test_the_optimizer_may_change_when_a_run_goes_on(tmp_path):
+    """Each form of AdamW goes on from the other's checkpoint, and all learn the same but for rounding."""
+    folders = {name: tmp_path / name for name in ("torch", "adamw_ema", "both")}
+    flags = ["--lr", "1e-2", "--grad-clip", "1", "--keep-checkpoints", "9", "--checkpoint-every", "3"]
+    for name in ("torch", "adamw_ema"):
+        run(folders[name], *flags, "--optimizer", name)
+    shutil.copytree(folders["torch"], folders["both"])
+    shutil.rmtree(checkpoints(folders["both"])[-1])
+    run(folders["both"], *flags, "--optimizer", "adamw_ema")
+    for name in ("model", "ema", "optimizer"):
+        for key, tensor in weights(folders["torch"], name).items():
+            for other in ("adamw_ema", "both"):
+                torch.testing.assert_close(weights(folders[other], name)[key], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_of_a_version_without_the_field_goes_on(tmp_path):
+    run(tmp_path, steps=2, unmask=0)
+    state = checkpoints(tmp_path)[-1] / "state.json"
+    stored = json.loads(state.read_text())
+    del stored["config"]["optimizer"]
+    state.write_text(json.dumps(stored))
+    run(tmp_path, steps=3, unmask=0)
+    assert stats(tmp_path)[-1]["step"] == 3
+
+
 def test_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--checkpoint-every", "5", "--report-every", "5"]
@@ -198,6 +223,7 @@ def test_non_finite_loss_stops_the_run(tmp_path):
         (["--preset", "xl2-in256"], "data/in256.npz does not exist"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda"),
         (["--init", "no/run"], "--init no/run"),
+        (["--optimizer", "apex"], "--optimizer apex needs NVIDIA's apex: build github.com/NVIDIA/apex"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
