@@ -1,20 +1,27 @@
 # make demo      train a masked diffusion transformer on real digits and draw samples
 # make test      lint, types and tests, as CI runs them
 # make kernels   compile every Triton kernel for three generations of GPUs, with none of them here, and count bytes
+# make sanitize  build the native kernels with checks of addresses and undefined behaviour, and run their tests
 # make venv      only the environment both of them use
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := runs/digits-demo
+# Once with Triton's kernels, interpreted, and what runs natively on a CPU once more so.
+NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py modulate_norm.py add_gated_norm.py norms.py norm_linear.py) \
+	$(addprefix tests/test_,model.py golden.py train.py)
 
-.PHONY: demo test venv lint bench kernels clean
+.PHONY: demo test venv lint bench kernels sanitize clean
 .DELETE_ON_ERROR:
 
 venv: .venv/.done
 
-.venv/.done: pyproject.toml setup.py constraints.txt CMakeLists.txt
+# Torch first: the native kernels are built against the one that is there.
+.venv/.done: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/*/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,data,eval,dev]'
+	$(PIP) torch
+	$(PIP) --editable '.[demo,data,eval,dev]'
 	touch $@
 
 demo: venv
@@ -23,6 +30,7 @@ demo: venv
 
 test: venv lint
 	$(BIN)/python -m pytest -n 2 -p no:benchmark
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -p no:benchmark $(NATIVE_TESTS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -35,6 +43,15 @@ bench: venv
 kernels: venv
 	$(BIN)/python -m bench.compile --out bench/results/compiled.md
 	$(BIN)/python -m bench.traffic --out bench/results/traffic.md
+
+# Python itself is not checked, so the checks must be loaded before it; it leaks by design.
+sanitize: venv
+	cmake -S . -B build/sanitize -DTORCH_ROOT=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') \
+		-DFASTMASK_SANITIZE=ON -DFASTMASK_OUT=$(CURDIR)/build/sanitize
+	cmake --build build/sanitize
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		FASTMASK_NATIVE=$(CURDIR)/build/sanitize/_native.so TRITON_INTERPRET=0 \
+		$(BIN)/python -m pytest -q -p no:benchmark $(filter tests/kernels/%,$(NATIVE_TESTS))
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

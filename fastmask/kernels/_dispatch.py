@@ -2,17 +2,21 @@
 
 Two questions are kept apart. The caller chooses the form of the mathematics: `impl="reference"`, plain PyTorch, or
 `impl="fused"`, an op of this library. PyTorch's dispatcher then chooses the kernel by the device of the tensors: Triton
-on a GPU; on a CPU the same Triton kernel, interpreted, where TRITON_INTERPRET=1 was set before Python started. There is
-no other choice and no fallback: what cannot run says so.
+on a GPU; on a CPU the native kernel of `_native.so`, where the package was built with one, or the Triton kernel,
+interpreted, where TRITON_INTERPRET=1 was set before Python started. There is no other choice and no fallback: what
+cannot run says so.
 """
 
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 Impl = Literal["fused", "reference"]
 
@@ -31,6 +35,12 @@ class Backend(NamedTuple):
 
 
 _OPS: list[str] = []
+_NATIVE_OPS: set[str] = set()
+_NATIVE = Path(os.environ.get("FASTMASK_NATIVE") or Path(__file__).with_name("_native.so"))  # another build, to test it
+# Who asks for interpreted kernels, with the variable that triton reads, gets those.
+_NATIVE_LOADED = _NATIVE.exists() and os.environ.get("TRITON_INTERPRET") != "1"
+if _NATIVE_LOADED:
+    torch.ops.load_library(str(_NATIVE))
 
 
 def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
@@ -45,21 +55,37 @@ def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
     qualified = f"fastmask::{name}"
     torch.library.define(qualified, f"({arguments}")
     torch.library.impl(qualified, "CUDA", lambda *args: _on_gpu(name, launcher, args))
-    torch.library.impl(qualified, "CPU", lambda *args: _interpreted(name, launcher)(*args))
+    if _NATIVE_LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
+        _NATIVE_OPS.add(name)
+    else:
+        torch.library.impl(qualified, "CPU", lambda *args: _interpreted(name, launcher)(*args))
     torch.library.register_fake(qualified, fake)
     _OPS.append(name)
     return getattr(torch.ops.fastmask, name).default
 
 
 def default_impl(device: torch.device | str) -> Impl:
-    """Return the form that ops take on a device when none is named: "fused" on a GPU, "reference" elsewhere."""
+    """Return the form that ops take on a device when none is named: "fused" on a GPU, "reference" elsewhere.
+
+    On a CPU an op that has a native kernel for its tensors is fused nevertheless, see `native_takes`.
+    """
     return "fused" if torch.device(device).type == "cuda" else "reference"
 
 
-def resolve_impl(impl: Impl | None, device: torch.device) -> Impl:
-    """Return ``impl``, or the device's default for None; a ValueError for anything else."""
+def native_takes(op: str, *tensors: Tensor) -> bool:
+    """Return whether an op has a native CPU kernel that takes all these tensors, the first of them of this width."""
+    width = tensors[0].shape[-1]
+    return op in _NATIVE_OPS and width % 8 == 0 and 0 < width <= 8192 and all(_is_native(tensor) for tensor in tensors)
+
+
+def resolve_impl(impl: Impl | None, device: torch.device, native: bool = False) -> Impl:
+    """Return ``impl``, or for None the device's default, which is "fused" on a CPU if a ``native`` kernel is there.
+
+    Raises:
+        ValueError: anything else.
+    """
     if impl is None:
-        return default_impl(device)
+        return "fused" if native else default_impl(device)
     if impl not in ("fused", "reference"):
         raise ValueError(f'impl must be "fused", "reference" or None, not {impl!r}')
     return impl
@@ -74,6 +100,8 @@ def backends() -> list[Backend]:
         rows.append(Backend(op, "cuda", "triton", gpu) if triton else Backend(op, "cuda", "none", _NO_TRITON))
         if triton and _interpreting():
             rows.append(Backend(op, "cpu", "triton", "interpreted: TRITON_INTERPRET=1"))
+        elif op in _NATIVE_OPS:
+            rows.append(Backend(op, "cpu", "native", "this library, AVX2 or AVX-512 where the processor has them"))
         else:
             rows.append(Backend(op, "cpu", "none", 'no native kernel: impl="reference" runs'))
     return rows
@@ -89,6 +117,10 @@ def require(device: torch.device | str) -> None:
 
 
 _NO_TRITON = "triton is not installed: pip install triton"
+
+
+def _is_native(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _on_gpu(name: str, launcher: str, args: tuple[Any, ...]) -> Any:

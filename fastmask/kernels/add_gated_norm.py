@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, native_takes, resolve_impl
 from fastmask.kernels._layout import Rows, as_rows, check_devices, check_dtype, check_tokens, per_token
 from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_reference
 
@@ -161,7 +161,7 @@ def add_gated_norm(
     """
     check_arguments(x, branch, gate, shift, scale, norm, cu_seqlens)
     out_dtype = out_dtype or x.dtype
-    if resolve_impl(impl, x.device) == "reference":
+    if resolve_impl(impl, x.device, native_takes("add_gated_norm_fwd", x, branch, gate, shift, scale)) == "reference":
         return add_gated_norm_reference(
             x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype
         )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, native_takes, resolve_impl
 from fastmask.kernels._layout import check_dtype
 from fastmask.kernels._product import check_linear, linear_gradients, product_dtype, product_operands
 
@@ -71,7 +71,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = 
         BackendUnavailableError: no fused kernel on this device.
     """
     check_linear(x, weight, bias)
-    if resolve_impl(impl, x.device) == "reference":
+    if resolve_impl(impl, x.device, native_takes("gelu_fwd", x, weight, bias)) == "reference":
         return gelu_linear_reference(x, weight, bias)
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         check_dtype(name, tensor)

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import fastmask.kernels
 from fastmask.kernels import backends, debug_indices, embed_kept_patches, gather_tokens, restore_tokens
 
 NO_TRITON = "import sys; sys.modules['triton'] = None\n"
@@ -41,31 +43,60 @@ def test_a_missing_triton_is_said(interpret):
     code = "from fastmask.kernels.__main__ import main; main()\nfrom fastmask.kernels import require; require('cuda')"
     done = run("-c", NO_TRITON + code, interpret=interpret)
     assert "modulate_norm_fwd        cuda  none       triton is not installed: pip install triton\n" in done.stdout
-    assert 'modulate_norm_fwd        cpu   none       no native kernel: impl="reference" runs\n' in done.stdout
-    assert "BackendUnavailableError: no kernel on cuda for modulate_norm_fwd" in done.stderr
+    assert "modulate_norm_fwd        cpu   triton " not in done.stdout
+    assert "BackendUnavailableError: no kernel on cuda for " in done.stderr
+    assert "modulate_norm_fwd, " in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("interpret", "line"),
-    [("0", 'none       no native kernel: impl="reference" runs'), ("1", "triton     interpreted: TRITON_INTERPRET=1")],
-)
-def test_the_table_of_kernels(interpret, line):
+NATIVE = Path(fastmask.kernels.__file__).with_name("_native.so").exists()
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_the_table_of_kernels(interpret):
     done = run("-m", "fastmask.kernels", interpret=interpret)
     assert done.returncode == 0, done.stderr
+    missing = 'none       no native kernel: impl="reference" runs'
     for op in {row.op for row in backends()}:
         assert f"{op:<24} cuda  triton " in done.stdout
-        assert f"{op:<24} cpu   {line}\n" in done.stdout
+        native = interpret == "0" and NATIVE and f"{op:<24} cpu   native     this library" in done.stdout
+        line = "triton     interpreted: TRITON_INTERPRET=1" if interpret == "1" else missing
+        assert native or f"{op:<24} cpu   {line}\n" in done.stdout
+    assert ("gelu_fwd                 cpu   native " in done.stdout) == (interpret == "0" and NATIVE)
     assert "attention by torch       cpu   torch " in done.stdout
+
+
+@pytest.mark.skipif(not NATIVE, reason="the native kernels are not built here")
+def test_where_a_native_kernel_takes_the_tensors_it_is_the_default():
+    code = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from fastmask.kernels import gelu_linear
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        print(func.name())
+        return func(*args, **(kwargs or {}))
+
+for dtype, width in ((torch.float32, 8), (torch.float64, 8), (torch.float32, 7)):
+    print("--")
+    with Seen():
+        gelu_linear(*(torch.ones(s, dtype=dtype) for s in ((2, width), (3, width), (3,))))
+"""
+    taken, double, odd = run("-c", code).stdout.split("--\n")[1:]
+    assert "fastmask::gelu_fwd" in taken
+    assert "aten::gelu" in double
+    assert "aten::gelu" in odd
 
 
 def test_without_the_interpreter_the_fused_form_says_what_to_do():
     code = """
 import torch
-from fastmask.kernels import gelu_linear
-gelu_linear(torch.randn(2, 8), torch.randn(3, 8), torch.randn(3), impl="fused")
+from fastmask.kernels import sample_mask
+sample_mask(2, 8, 4, seed=0, offset=0, device="cpu", impl="fused")
 """
     done = run("-c", code)
-    assert 'BackendUnavailableError: fastmask::gelu_fwd has no CPU kernel: pass impl="reference", or set' in done.stderr
+    said = 'BackendUnavailableError: fastmask::sample_mask_fwd has no CPU kernel: pass impl="reference", or set'
+    assert said in done.stderr
 
 
 @pytest.fixture

@@ -1,0 +1,67 @@
+// Rows in groups that share a modulation: as many to each, or as cu_seqlens says.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "rows.h"
+
+namespace fastmask {
+
+struct Groups {
+  int64_t count, rows;
+  const int32_t* cu_seqlens;  // count + 1 of them, or null
+
+  Groups(int64_t num_rows, int64_t num_groups, const std::optional<Tensor>& cu)
+      : count(num_groups), rows(num_rows), cu_seqlens(nullptr) {
+    if (cu.has_value()) cu_seqlens = static_cast<const int32_t*>(cu->const_data_ptr());
+  }
+
+  int64_t begin(int64_t group) const { return cu_seqlens ? cu_seqlens[group] : rows / count * group; }
+
+  // Calls f(group, first row, end row, part) for parts of groups, on all threads. How groups are divided follows from
+  // the shapes alone, so that sums over a part do not depend on the number of threads.
+  template <typename F>
+  void for_parts(const F& f) const {
+    const int64_t parts = parts_per_group(), grain = std::max<int64_t>(1, kRowsPerPart * count / std::max<int64_t>(1, rows));
+    torch::stable::parallel_for(0, count * parts, grain, [&](int64_t from, int64_t to) {
+      f([&](const auto& task) {
+        for (int64_t i = from; i < to; ++i) {
+          const int64_t group = i / parts, part = i % parts, start = begin(group), length = begin(group + 1) - start;
+          task(group, start + part * length / parts, start + (part + 1) * length / parts, i);
+        }
+      });
+    });
+  }
+
+  int64_t parts_per_group() const {
+    return std::max<int64_t>(1, (rows + count * kRowsPerPart - 1) / std::max<int64_t>(1, count * kRowsPerPart));
+  }
+
+ private:
+  static constexpr int64_t kRowsPerPart = 16;
+};
+
+// Adds the partial sums of each group's parts, (groups * parts, sums, D) in fp32, into tensors of shape (groups, D).
+template <size_t N>
+void finish_sums(const Groups& groups, const std::vector<float>& partial, int64_t width, Tensor (&outs)[N]) {
+  const int64_t parts = groups.parts_per_group();
+  torch::stable::parallel_for(0, groups.count, 1, [&](int64_t from, int64_t to) {
+    for (size_t which = 0; which < N; ++which) {
+      RowWriter write(outs[which], width);
+      for (int64_t group = from; group < to; ++group) {
+        float* out = write.row(group);
+        std::fill(out, out + width, 0.0f);
+        for (int64_t part = 0; part < parts; ++part) {
+          const float* from_part = partial.data() + ((group * parts + part) * N + which) * width;
+          for (int64_t d = 0; d < width; ++d) out[d] += from_part[d];
+        }
+        write.done(group);
+      }
+    }
+  });
+}
+
+}  // namespace fastmask

@@ -1,0 +1,67 @@
+// One row of an adaptive norm, h = norm(x) * (1 + scale) + shift, forward and backward. Rows fit the first cache, so each
+// step walks over them anew.
+#pragma once
+
+#include <cmath>
+
+#include "simd.h"
+
+namespace fastmask {
+
+struct Statistics {
+  float mean, rstd;
+};
+
+// A row is added up in pieces of this many values, whose sums are added up: rounding errors grow with the longer of both.
+constexpr std::int64_t kSumPiece = 256;
+
+FASTMASK_INLINE std::int64_t piece_end(std::int64_t begin, std::int64_t width) {
+  return begin + kSumPiece < width ? begin + kSumPiece : width;
+}
+
+FASTMASK_INLINE Statistics row_statistics(const float* __restrict x, std::int64_t width, bool rms, float eps) {
+  float mean = 0.0f, squares = 0.0f;
+  for (std::int64_t begin = 0; begin < width && !rms; begin += kSumPiece) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t d = begin; d < piece_end(begin, width); ++d) sum += x[d];
+    mean += sum;
+  }
+  mean /= static_cast<float>(width);
+  for (std::int64_t begin = 0; begin < width; begin += kSumPiece) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (std::int64_t d = begin; d < piece_end(begin, width); ++d) sum += (x[d] - mean) * (x[d] - mean);
+    squares += sum;
+  }
+  return {mean, 1.0f / std::sqrt(squares / static_cast<float>(width) + eps)};
+}
+
+FASTMASK_INLINE void modulate_row(const float* __restrict x, Statistics s, const float* __restrict shift,
+                                  const float* __restrict scale, float* __restrict h, std::int64_t width) {
+  for (std::int64_t d = 0; d < width; ++d) h[d] = (x[d] - s.mean) * s.rstd * (1.0f + scale[d]) + shift[d];
+}
+
+// mean(g) and mean(g * xhat) of g = grad_h * (1 + scale); adds to the sums of grad_h and of grad_h * xhat on the way.
+FASTMASK_INLINE void gradient_means(const float* __restrict grad_h, const float* __restrict x, Statistics s,
+                                    const float* __restrict scale, float* __restrict grad_shift,
+                                    float* __restrict grad_scale, std::int64_t width, float& mean_g, float& mean_gx) {
+  float sum_g = 0.0f, sum_gx = 0.0f;
+  for (std::int64_t begin = 0; begin < width; begin += kSumPiece) {
+    float piece_g = 0.0f, piece_gx = 0.0f;
+#pragma omp simd reduction(+ : piece_g, piece_gx)
+    for (std::int64_t d = begin; d < piece_end(begin, width); ++d) {
+      const float xhat = (x[d] - s.mean) * s.rstd, g = grad_h[d] * (1.0f + scale[d]);
+      grad_shift[d] += grad_h[d];
+      grad_scale[d] += grad_h[d] * xhat;
+      piece_g += g;
+      piece_gx += g * xhat;
+    }
+    sum_g += piece_g;
+    sum_gx += piece_gx;
+  }
+  mean_g = sum_g / static_cast<float>(width);
+  mean_gx = sum_gx / static_cast<float>(width);
+}
+
+}  // namespace fastmask
