@@ -40,7 +40,7 @@ _NATIVE = Path(os.environ.get("FASTMASK_NATIVE") or Path(__file__).with_name("_n
 # Who asks for interpreted kernels, with the variable that triton reads, gets those.
 _NATIVE_LOADED = _NATIVE.exists() and os.environ.get("TRITON_INTERPRET") != "1"
 if _NATIVE_LOADED:
-    torch.ops.load_library(str(_NATIVE))
+    torch.ops.load_library(str(_NATIVE))  # type: ignore[no-untyped-call]
 
 
 def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
