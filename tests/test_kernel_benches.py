@@ -45,7 +45,7 @@ def test_every_op_with_a_bench_is_known_and_the_other_way_round():
 def test_ours_passes_the_gate_in_every_case(everything):
     for case in everything:
         assert {"reference", "ours"} <= set(case.variants), case
-        if case.direction == "forward_backward" or case.op == "sample_mask":  # which has the results of forward too
+        if case.direction == "forward_backward" or case.op in ("sample_mask", "adamw_ema"):
             case.check()
 
 
@@ -71,6 +71,9 @@ def test_least_bytes_and_operations_by_hand(everything):
     shape = "B=2 K=8 D=96 layer"
     forward = 2 * tokens + 2 * modulation
     assert least["modulate_norm", "forward", shape] == forward
+    parameters = 18 * 96**2 + 15 * 96  # of a block, its modulation included
+    update = least["adamw_ema", "forward", f"N={parameters}, one block of D=96"]
+    assert update == 36 * parameters + 8  # and the rate and the count
     # And grad_h, x, scale; grad_x, grad_shift, grad_scale.
     assert least["modulate_norm", "forward_backward", shape] == forward + 3 * tokens + 3 * modulation
     assert least["sample_mask", "forward", "B=2 L=16 K=8"] == 2 * (8 + 16) * 4 + 8

@@ -28,6 +28,7 @@ OPS = (
     "restore_tokens",
     "masked_loss",
     "attention",
+    "adamw_ema",
 )
 
 

@@ -71,6 +71,7 @@ class Op(NamedTuple):
         backward_flops: and backward.
         compile_on_cpu: compile forward+backward on a CPU too, which takes half a minute.
         host: variants that wait for the device, and so cannot be replayed from a CUDA graph.
+        in_place: its calls change their inputs, so that they are checked on copies.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Op(NamedTuple):
     backward_flops: int = 0
     compile_on_cpu: bool = False
     host: tuple[str, ...] = ()
+    in_place: bool = False
 
 
 class Case(NamedTuple):
@@ -170,7 +172,7 @@ def case_of(op: Op, direction: str, shapes: Shapes) -> Case:
     both = direction == "forward_backward"
     on_gpu = shapes.device.type == "cuda"
     with torch.no_grad():
-        results = _tuple(op.reference(**op.inputs, **op.options))
+        results = _tuple(op.reference(**_fresh(op), **op.options))
     grads = [shapes.normal(*result.shape, dtype=result.dtype) for result in results if result.is_floating_point()]
 
     functions: dict[str, Call | str] = {"reference": op.reference}
@@ -184,10 +186,13 @@ def case_of(op: Op, direction: str, shapes: Shapes) -> Case:
     functions |= op.others
 
     variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
+    checked: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     for name, function in functions.items():
         if not isinstance(function, str):
             call = functools.partial(_run, function, op.inputs, op.options, op.leaves, grads if both else None)
             variants[name] = Graphed(call) if on_gpu and name not in op.host else call
+            once = functools.partial(_run_fresh, function, op)
+            checked[name] = once if op.in_place else variants[name]
     needed = {name: t.nbytes * op.part.get(name, 1) for name, t in op.inputs.items()}
     written = sum(result.nbytes for result in results)
     least = sum(needed.values()) + written
@@ -203,7 +208,7 @@ def case_of(op: Op, direction: str, shapes: Shapes) -> Case:
         missing={name: function for name, function in functions.items() if isinstance(function, str)},
         least_bytes=int(least),
         flops=op.flops + both * op.backward_flops,
-        check=functools.partial(_check, op, direction, variants, grads if both else None),
+        check=functools.partial(_check, op, direction, checked, grads if both else None),
     )
 
 
@@ -251,6 +256,14 @@ def _run(
     return *(result.detach() for result in results), *gradients
 
 
+def _fresh(op: Op) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in op.inputs.items()} if op.in_place else op.inputs
+
+
+def _run_fresh(function: Call, op: Op) -> tuple[Tensor, ...]:
+    return _run(function, _fresh(op), op.options, op.leaves, None)
+
+
 def _check(
     op: Op,
     direction: str,
@@ -261,7 +274,7 @@ def _check(
     inputs = {name: t.double() if t.is_floating_point() else t for name, t in op.inputs.items()}
     options = {name: torch.float64 if name == "out_dtype" else value for name, value in op.options.items()}
     exact = _run(op.reference, inputs, options, op.leaves, None if grads is None else [g.double() for g in grads])
-    eager = _run(op.reference, op.inputs, op.options, op.leaves, grads)
+    eager = _run(op.reference, _fresh(op), op.options, op.leaves, grads)
     labels = [f"result {i}" for i in range(len(exact))]
     if grads is not None:
         labels[len(grads) :] = [f"gradient of {name}" for name in op.leaves]
