@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, define_op, resolve_impl
 
 _COPY_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -128,7 +128,8 @@ def adamw_ema(
             raise ValueError(f"{name} must hold one value, not {tensor.numel()}")
     if not params:
         return
-    if resolve_impl(impl, params[0].device) == "reference":
+    native = "adamw_ema" in _NATIVE_OPS and params[0].device.type == "cpu" and params[0].dtype == torch.float32
+    if resolve_impl(impl, params[0].device, native) == "reference":
         adamw_ema_reference(
             params,
             grads,
