@@ -117,8 +117,10 @@ def adamw_ema(
         ValueError: tensors that do not fit, or what the fused kernels do not take.
         BackendUnavailableError: no fused kernel on this device.
     """
-    _check(params, {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "copies": copies or params})
+    _check(params, {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs})
     _check(params, {f"averages[{k}]": average for k, average in enumerate(averages)})
+    if copies:
+        _check(params, {"copies": copies})
     if len(averages) != len(decays):
         raise ValueError(f"decays must have one value per average, {len(averages)}, not {len(decays)}")
     if len(steps) != len(params):
@@ -149,11 +151,11 @@ def adamw_ema(
         return
     flat = [tensor for average in averages for tensor in average]
     scalars = [*steps, *(tensor for tensor in (lr, factor, found_inf) if tensor is not None)]
-    for tensor in (*params, *grads, *exp_avgs, *exp_avg_sqs, *flat, *scalars):
-        if tensor.dtype != torch.float32:
-            raise ValueError(f'the fused kernels take float32, not {tensor.dtype}: impl="reference" takes any')
-        if tensor.device != lr.device:
-            raise ValueError(f"everything must be on {lr.device}, like lr, not on {tensor.device}")
+    everything = [*params, *grads, *exp_avgs, *exp_avg_sqs, *flat, *scalars]
+    for dtype in {t.dtype for t in everything} - {torch.float32}:
+        raise ValueError(f'the fused kernels take float32, not {dtype}: impl="reference" takes any')
+    for device in {t.device for t in everything} - {lr.device}:
+        raise ValueError(f"everything must be on {lr.device}, like lr, not on {device}")
     if copies and (copies[0].dtype not in _COPY_DTYPES or any(copy.dtype != copies[0].dtype for copy in copies)):
         raise ValueError(f"copies must all be bfloat16, or all float16, not {copies[0].dtype}")
     with torch.no_grad():
@@ -178,11 +180,13 @@ def adamw_ema(
 
 def _check(params: Sequence[Tensor], others: dict[str, Sequence[Tensor]]) -> None:
     """Raise a ValueError that names the first tensor which is no contiguous one of its parameter's shape."""
+    shapes = [p.shape for p in params]
     for name, tensors in {"params": params, **others}.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} must have one tensor per parameter, {len(params)}, not {len(tensors)}")
-        for i, (tensor, p) in enumerate(zip(tensors, params, strict=True)):
-            if tensor.shape != p.shape:
-                raise ValueError(f"{name}[{i}] must have shape {tuple(p.shape)}, not {tuple(tensor.shape)}")
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name}[{i}] of shape {tuple(tensor.shape)} must be contiguous")
+        if [t.shape for t in tensors] != shapes:
+            i = next(i for i, t in enumerate(tensors) if t.shape != shapes[i])
+            raise ValueError(f"{name}[{i}] must have shape {tuple(shapes[i])}, not {tuple(tensors[i].shape)}")
+        if not all(map(Tensor.is_contiguous, tensors)):
+            i = next(i for i, t in enumerate(tensors) if not t.is_contiguous())
+            raise ValueError(f"{name}[{i}] of shape {tuple(shapes[i])} must be contiguous")

@@ -5,6 +5,9 @@ arrays lie from a base, the first parameter. A program finds its tensor there an
 tensors cost no launches, and gradients stay where autograd put them.
 """
 
+import itertools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -112,21 +115,20 @@ def launch(
     # In float64, as 1 - beta2^t is a small difference, and on the device, where the counts are.
     t = torch.stack(steps).double()
     scalars = torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt()], 1).float()
-    for aligned, index in _by_alignment(arrays).items():
+    sizes = [p.numel() for p in params]
+    addresses = [[t.data_ptr() for t in tensors] for tensors in arrays]
+    for aligned, index in _by_alignment(sizes, addresses).items():
         unit = 4 if aligned else 1
-        ends, num_chunks = [], 0
-        for i in index:
-            num_chunks += triton.cdiv(params[i].numel(), _CHUNK)
-            ends.append(num_chunks)
+        ends = list(itertools.accumulate(-(-sizes[i] // _CHUNK) for i in index))
         first = index[0]
         distances = []
-        for tensors in arrays:
+        for tensors, row in zip(arrays, addresses, strict=True):
             base = copies[first] if tensors is copies else params[first]
             start, step = base.data_ptr(), unit * base.element_size()
-            distances.append([(tensors[i].data_ptr() - start) // step for i in index])
-        table = _on_device([ends, [params[i].numel() for i in index], *distances], lr.device)
+            distances.append([(row[i] - start) // step for i in index])
+        table = _on_device([ends, [sizes[i] for i in index], *distances], lr.device)
         mine = scalars if len(index) == count else scalars.index_select(0, _on_device(index, lr.device))
-        _adamw_ema_kernel[(num_chunks,)](
+        _adamw_ema_kernel[(ends[-1],)](
             params[first],
             copies[first] if copies else None,
             table,
@@ -150,14 +152,12 @@ def launch(
         )
 
 
-def _by_alignment(arrays):
+def _by_alignment(sizes, addresses):
     """Return which tensors allow loads of 128 bits, and which do not; empty ones are left out."""
     groups = {}
-    for i, tensors in enumerate(zip(*arrays, strict=True)):
-        size = tensors[0].numel()
+    for i, (size, *mine) in enumerate(zip(sizes, *addresses, strict=True)):
         if size:
-            aligned = size % 4 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-            groups.setdefault(aligned, []).append(i)
+            groups.setdefault(math.gcd(4 * size, *mine) % 16 == 0, []).append(i)
     return groups
 
 
