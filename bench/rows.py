@@ -35,6 +35,13 @@ class Timing(NamedTuple):
 def measure(
     variants: dict[str, Callable[[], Any]], device: torch.device, *, rounds: int = 20, warmup: int = 3
 ) -> dict[str, Timing]:
+    """Return a timing of each variant; see `take`, whose arguments these are."""
+    return {name: timing(times) for name, times in take(variants, device, rounds=rounds, warmup=warmup).items()}
+
+
+def take(
+    variants: dict[str, Callable[[], Any]], device: torch.device, *, rounds: int = 20, warmup: int = 3
+) -> dict[str, list[float]]:
     """Time variants in turn, A B C A B C ..., so that a drift of the machine meets all of them.
 
     On a GPU a time is that between two events on the stream, after a write that empties the L2 cache; on a CPU it is
@@ -44,20 +51,28 @@ def measure(
         variants: what is compared; each call is timed as a whole.
         device: where they run.
         rounds: timed calls of each.
-        warmup: calls of each before, not timed.
+        warmup: calls of each before, not timed, in turn as well.
 
     Returns:
-        A timing for each variant.
+        The milliseconds of each variant's calls.
     """
-    for call in variants.values():
-        for _ in range(warmup):
+    for _ in range(warmup):
+        for call in variants.values():
             call()
     taken: dict[str, list[float]] = {name: [] for name in variants}
     clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock
     for _ in range(rounds):
         for name, call in variants.items():
             taken[name].append(clock(call))
-    return {name: _timing(times) for name, times in taken.items()}
+    return taken
+
+
+def timing(times: list[float]) -> Timing:
+    """Return median and spread of times in milliseconds."""
+    if len(times) == 1:
+        return Timing(times[0], times[0], times[0], 1)
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return Timing(statistics.median(times), deciles[1], deciles[7], len(times))
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
@@ -121,13 +136,6 @@ def read(path: Path) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number} is no row: {error}") from error
         yield row
-
-
-def _timing(times: list[float]) -> Timing:
-    if len(times) == 1:
-        return Timing(times[0], times[0], times[0], 1)
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return Timing(statistics.median(times), deciles[1], deciles[7], len(times))
 
 
 def _cpu_clock(call: Callable[[], Any]) -> float:

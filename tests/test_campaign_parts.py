@@ -150,7 +150,7 @@ def test_the_largest_batch_that_fits():
 
 def test_steps_are_stored_with_what_they_are_worth(campaign, monkeypatch):
     case = {**steps.key("s2", 32, "masked-0.5", campaign), "batch": 2}
-    made = steps.Steps(case, {"plain eager": lambda: 0, "ours": lambda: 0}, 2.5, True)
+    made = steps.Steps(case, {"plain eager": lambda: 0, "ours": lambda: 0}, 2.5)
     monkeypatch.setattr(steps, "steps", lambda *_, **__: made)
     steps.measure(campaign, "s2", 32, "masked-0.5", False)
     assert [row["variant"] for row in campaign.rows] == ["plain eager", "ours"]

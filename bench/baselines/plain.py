@@ -33,12 +33,11 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width: int, features: int = 256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
-        self.register_buffer(
-            "frequencies", 10000.0 ** -(torch.arange(features // 2) / (features // 2)), persistent=False
-        )
+        self.features = features
 
     def forward(self, t: Tensor) -> Tensor:
-        angle = t[:, None].float() * self.frequencies
+        half = self.features // 2
+        angle = t[:, None].float() * 10000.0 ** -(torch.arange(half, device=t.device) / half)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
@@ -209,25 +208,19 @@ def patches(images: Tensor, p: int) -> Tensor:
 class PlainTrainer:
     """One training step after the other: autocast, fused AdamW, an EMA by foreach operations."""
 
-    def __init__(
-        self,
-        loss: PlainLoss,
-        lr: float = 1e-4,
-        ema_decay: float = 0.9999,
-        autocast: bool = False,
-        optimizer: bool = True,
-    ):
+    def __init__(self, loss: PlainLoss, lr: float = 1e-4, ema_decay: float = 0.9999, autocast: bool = False):
         self.loss, self.ema_decay, self.autocast = loss, ema_decay, autocast
         self.run = loss
-        self.optimizer = None
-        if optimizer:
-            self.ema = copy.deepcopy(loss.model).requires_grad_(False)
-            self.optimizer = torch.optim.AdamW(loss.parameters(), lr=lr, weight_decay=0.0, fused=True)
+        self.ema = copy.deepcopy(loss.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(loss.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
-    def compile(self) -> None:
-        self.run = torch.compile(self.loss)
+    def compiled(self) -> "PlainTrainer":
+        """Return a trainer of the same weights that runs compiled."""
+        other = copy.copy(self)
+        other.run = torch.compile(self.loss)
+        return other
 
-    def step(self, images: Tensor, labels: Tensor, keep: int | None) -> Tensor:
+    def gradients(self, images: Tensor, labels: Tensor, keep: int | None) -> Tensor:
         device = images.device
         sigma = (torch.randn(len(images), device=device) * 1.2 - 1.2).exp()
         noise = torch.randn_like(images) * sigma.view(-1, 1, 1, 1)
@@ -237,10 +230,16 @@ class PlainTrainer:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.autocast):
             total = self.run(images, labels, sigma, noise, *mask).mean()
         total.backward()
-        if self.optimizer:
-            self.optimizer.step()
-            with torch.no_grad():
-                parameters = list(self.loss.model.parameters())
-                torch._foreach_lerp_(list(self.ema.parameters()), parameters, 1 - self.ema_decay)
-        self.loss.zero_grad(set_to_none=True)
         return total.detach()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        with torch.no_grad():
+            parameters = list(self.loss.model.parameters())
+            torch._foreach_lerp_(list(self.ema.parameters()), parameters, 1 - self.ema_decay)
+        self.loss.zero_grad(set_to_none=True)
+
+    def step(self, images: Tensor, labels: Tensor, keep: int | None) -> Tensor:
+        loss = self.gradients(images, labels, keep)
+        self.update()
+        return loss

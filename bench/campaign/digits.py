@@ -60,7 +60,7 @@ def train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
     torch.manual_seed(config.seed)
     net = EDMPrecond(build_model(config, 1, 8), config.sigma_data).to(device)  # made on the CPU: the same weights
     objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
-    optimizer, ema = make_optimizer(net, config), EMA(net, config.ema_decay)
+    optimizer = make_optimizer(net, config, EMA(net, config.ema_decay))
     torch.set_float32_matmul_precision("highest")
     length = net.model.length
     losses = []
@@ -86,8 +86,7 @@ def train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
             loss = objective(images, *draws).total.mean()
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(net)
+        optimizer.zero_grad()
         losses.append(loss.detach())  # read at the end: reading waits for the device
     return torch.stack(losses).tolist()
 

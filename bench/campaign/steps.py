@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import rows
 from bench.campaign.gate import network_is_right
 from bench.campaign.state import Campaign, peak_tflops, release
-from bench.train.steps import Steps, config_of, steps
+from bench.train.steps import STACKS, Steps, config_of, steps
 from fastmask.config import build_model
 from fastmask.counts import trainable_parameters
 
@@ -64,7 +64,8 @@ def measure(campaign: Campaign, size: str, image_size: int, form: str, compiled:
     batch = earlier[-1]["case"]["batch"] if earlier else batch  # that of the eager steps, to compare with
 
     def at(batch: int) -> tuple[Steps, dict[str, dict[str, Any]]]:
-        case = steps(size, image_size, form, batch, campaign.device, bf16=not campaign.miniature, compiled=compiled)
+        stacks = [stack for stack in STACKS if stack.endswith("compiled") == compiled]
+        case = steps(size, image_size, form, batch, campaign.device, stacks=stacks, bf16=not campaign.miniature)
         return case, timed(campaign, case, size, image_size, form, batch)
 
     case, found = largest_batch(at, batch)
@@ -104,7 +105,7 @@ def timed(
             **timing._asdict(),
             "images_per_s": round(per_second, 3),
             "forward_gmac": round(case.forward_gmac, 3),
-            "optimizer": case.optimizer,
+            "optimizer": True,
         }
         if peak:
             figures |= {"mfu": round(mfu(case.forward_gmac, per_second, peak), 4), "peak_tflops_bf16": peak}
@@ -123,8 +124,8 @@ def mfu(forward_gmac: float, images_per_s: float, peak_tflops: float) -> float:
 def memory(step: Callable[[], Any], device: torch.device, resident: int) -> dict[str, float]:
     """Return the most memory that a step took beside what was there, and that with its own weights, moments and EMA.
 
-    Two programs are in memory at a time, so what a step holds in between is counted and not measured: 16 bytes per
-    parameter. Gradients are part of what the step takes.
+    Programs share weights, moments and average, so what a step holds in between is counted and not measured, 16 bytes
+    per parameter. Gradients are part of what the step takes.
     """
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,7 +1,8 @@
 """Whole training steps to compare: ours and the plain baseline's, on the same network, batch and precision."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from fastmask.counts import forward_macs
 from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
 from fastmask.ema import EMA
 from fastmask.masking import kept_count
+from fastmask.model import MaskDiT
 from fastmask.optim import make_optimizer
 from fastmask.presets import PRESETS
 
@@ -22,21 +24,39 @@ FORMS = {"dense": None, "masked-0.5": 0.5, "masked-0.75": 0.75}
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product")
 
 
+STACKS = ("plain eager", "plain compiled", "ours", "ours compiled")
+
+
+class Step(NamedTuple):
+    """A training step in its two parts; a call does both.
+
+    Attributes:
+        gradients: draws noise, labels to drop and masks, and does the forward and backward pass.
+        update: moves the weights and their average, and frees the gradients.
+    """
+
+    gradients: Callable[[], Any]
+    update: Callable[[], None]
+
+    def __call__(self) -> Any:
+        """Do the whole step, and return the loss."""
+        loss = self.gradients()
+        self.update()
+        return loss
+
+
 class Steps(NamedTuple):
     """What a row says of a case, and the calls to time.
 
     Attributes:
         case: preset, image size, form, batch, precision.
-        variants: by name, one whole training step each: data drawn, forward, backward, and with ``optimizer`` the
-            weights and their average moved.
+        variants: by name, a `Step` of each stack, and "products", the bound of ours.
         forward_gmac: of one image.
-        optimizer: whether the steps end in the optimizer's.
     """
 
     case: dict[str, Any]
     variants: dict[str, Callable[[], Any]]
     forward_gmac: float
-    optimizer: bool
 
 
 def config_of(size: str, image_size: int, form: str) -> TrainConfig:
@@ -56,11 +76,13 @@ def steps(
     batch: int,
     device: torch.device,
     *,
+    stacks: Sequence[str] = STACKS,
     bf16: bool = False,
-    compiled: bool = False,
-    optimizer: bool = True,
 ) -> Steps:
-    """Return the steps of a case, eager or compiled, of ours and of the plain baseline.
+    """Return the training steps of a case.
+
+    Ours and the plain baseline share weights, moments and average, so that both fit where one does. Each stack draws
+    its own noise and masks.
 
     Args:
         size: "s2", "b2", "l2", "xl2".
@@ -68,9 +90,8 @@ def steps(
         form: a key of `FORMS`.
         batch: images.
         device: where they run.
+        stacks: some of `STACKS`; "products" comes with "ours".
         bf16: autocast to bfloat16; fp32 otherwise.
-        compiled: compile both; the bound by products is the same and is left out.
-        optimizer: let the steps end in the optimizer's and the EMA's.
     """
     config = config_of(size, image_size, form)
     side = image_size // 8
@@ -82,12 +103,51 @@ def steps(
     for parameter in model.parameters():  # zero-initialised layers would make part of the step trivial
         torch.nn.init.normal_(parameter, std=0.02)
     keep = kept_count(model.length, config.mask_ratio)
-    mine = _ours(model, config, images, labels, keep, bf16, compiled, optimizer)
-    plain = _plain(model, config, images, labels, keep, bf16, compiled, optimizer)
-    name = " compiled" if compiled else ""
-    variants = {f"plain{name or ' eager'}": plain, f"ours{name}": mine}
-    if not compiled:
-        variants["products"] = products(mine, device)
+    net = EDMPrecond(model, config.sigma_data)
+    ema = EMA(net, config.ema_decay)
+    optimizer = make_optimizer(net, config, ema)
+    objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
+    trainer = _plain_trainer(model, config, bf16)
+    _share_state(model, optimizer, ema, trainer)
+    offset = itertools.count(0, batch)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def ours(run: Callable[..., Any]) -> Step:
+        def gradients() -> Tensor:
+            draws = training_draws(
+                images,
+                labels,
+                seed=0,
+                offset=next(offset),
+                num_classes=config.num_classes,
+                label_drop=config.label_drop,
+                length=model.length,
+                keep=keep,
+                p_mean=config.p_mean,
+                p_std=config.p_std,
+            )
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                loss: Tensor = run(images, *draws).total.mean()
+            loss.backward()
+            return loss.detach()
+
+        return Step(gradients, update)
+
+    def plain(trainer: PlainTrainer) -> Step:
+        return Step(lambda: trainer.gradients(images, labels, keep if keep < model.length else None), trainer.update)
+
+    makers = {
+        "plain eager": lambda: plain(trainer),
+        "plain compiled": lambda: plain(trainer.compiled()),
+        "ours": lambda: ours(objective),
+        "ours compiled": lambda: ours(torch.compile(objective)),
+    }
+    variants: dict[str, Callable[[], Any]] = {name: make() for name, make in makers.items() if name in stacks}
+    if "ours" in stacks:
+        variants["products"] = products(variants["ours"], device)
     case = {
         "preset": config.preset,
         "image_size": image_size,
@@ -95,62 +155,12 @@ def steps(
         "batch": batch,
         "precision": "bf16" if bf16 else "fp32",
     }
-    return Steps(case, variants, forward_macs(model, keep) / 1e9, optimizer)
+    return Steps(case, variants, forward_macs(model, keep) / 1e9)
 
 
-def _ours(
-    model: Any,
-    config: TrainConfig,
-    images: Tensor,
-    labels: Tensor,
-    keep: int,
-    bf16: bool,
-    compiled: bool,
-    optimizer: bool,
-) -> Callable[[], Tensor]:
-    objective = TrainingObjective(EDMPrecond(model, config.sigma_data), EDMLoss(config.sigma_data, config.mae_coef))
-    run = torch.compile(objective) if compiled else objective
-    adamw, ema = (
-        (make_optimizer(objective.net, config), EMA(objective.net, config.ema_decay)) if optimizer else (None,) * 2
-    )
-    counter = iter(range(0, 2**62, len(images)))
-
-    def step() -> Tensor:
-        draws = training_draws(
-            images,
-            labels,
-            seed=0,
-            offset=next(counter),
-            num_classes=config.num_classes,
-            label_drop=config.label_drop,
-            length=model.length,
-            keep=keep,
-            p_mean=config.p_mean,
-            p_std=config.p_std,
-        )
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss = run(images, *draws).total.mean()
-        loss.backward()
-        if optimizer:
-            adamw.step()
-            ema.update(objective.net)
-        objective.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
-
-
-def _plain(
-    model: Any,
-    config: TrainConfig,
-    images: Tensor,
-    labels: Tensor,
-    keep: int,
-    bf16: bool,
-    compiled: bool,
-    optimizer: bool,
-) -> Callable[[], Tensor]:
-    with images.device:
+def _plain_trainer(model: MaskDiT, config: TrainConfig, bf16: bool) -> PlainTrainer:
+    """Return the plain baseline of a network, with the network's own weights."""
+    with torch.device("meta"):
         plain = PlainDiT(
             model.input_size,
             config.patch_size,
@@ -163,11 +173,18 @@ def _plain(
             config.decoder_depth,
             config.decoder_num_heads,
         )
-    plain.load_state_dict(model.state_dict())
-    trainer = PlainTrainer(PlainLoss(plain, config.mae_coef, config.sigma_data), autocast=bf16, optimizer=optimizer)
-    if compiled:
-        trainer.compile()
-    return lambda: trainer.step(images, labels, keep if keep < model.length else None)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    return PlainTrainer(PlainLoss(plain, config.mae_coef, config.sigma_data), autocast=bf16)
+
+
+def _share_state(model: MaskDiT, optimizer: torch.optim.Optimizer, ema: EMA, trainer: PlainTrainer) -> None:
+    """Let the plain baseline move the moments and the average of ours."""
+    mine, averages = dict(model.named_parameters()), dict(trainer.ema.named_parameters())
+    for name, parameter in trainer.loss.model.named_parameters():
+        averages[name].data = ema.weights[f"model.{name}"]
+        state = {"step": torch.zeros((), device=parameter.device)}
+        state |= {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[mine[name]] = trainer.optimizer.state[parameter] = state
 
 
 def products(step: Callable[[], Any], device: torch.device) -> Callable[[], None]:

@@ -74,7 +74,8 @@ class ImageArray:
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return the images, uint8 (B, C, H, W), and labels (B,) of these ids."""
-        return self._images[ids], self._labels[ids]
+        index = torch.from_numpy(ids)  # which copies whole records, where an index in brackets goes value by value
+        return self._images.index_select(0, index), self._labels.index_select(0, index)
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return the images in [-1, 1], some of them mirrored."""

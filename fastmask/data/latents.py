@@ -40,7 +40,8 @@ class Moments:
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return the moments (B, 8, h, w) and labels (B,) of these ids."""
-        return self._moments[ids], self._labels[ids]
+        index = torch.from_numpy(ids)  # which copies whole records, where an index in brackets goes value by value
+        return self._moments.index_select(0, index), self._labels.index_select(0, index)
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return latents (B, 4, h, w) drawn from the moments, anew at each visit."""
