@@ -1,6 +1,7 @@
 # make demo      train a masked diffusion transformer on real digits and draw samples
 # make test      lint, types and tests, as CI runs them
 # make kernels   compile every Triton kernel for three generations of GPUs, with none of them here, and count bytes
+# make bench     measure here; make report writes the README's table, docs/measured.md and the plots from committed rows
 # make sanitize  build the native kernels with checks of addresses and undefined behaviour, and run their tests
 # make venv      only the environment both of them use
 
@@ -12,7 +13,7 @@ DEMO := runs/digits-demo
 NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py modulate_norm.py add_gated_norm.py norms.py norm_linear.py) \
 	$(addprefix tests/test_,model.py golden.py train.py)
 
-.PHONY: demo test venv lint bench kernels sanitize clean
+.PHONY: demo test venv lint bench report kernels sanitize clean
 .DELETE_ON_ERROR:
 
 venv: .venv/.done
@@ -39,6 +40,9 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+report: venv
+	$(BIN)/python -m bench.report --out docs/measured.md --readme README.md
 
 kernels: venv
 	$(BIN)/python -m bench.compile --out bench/results/compiled.md

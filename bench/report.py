@@ -20,7 +20,9 @@ from fastmask.files import whole_file
 
 NOT_MEASURED = "not measured"
 FORMS = ("dense", "masked-0.5", "masked-0.75")
-STACKS = ("plain eager", "plain compiled", "ours", "ours compiled")
+PLAIN = ("plain eager", "plain compiled")
+STACKS = (*PLAIN, "ours", "ours compiled")
+README_MARKS = ("<!-- measured: python -m bench.report --readme README.md -->", "<!-- end of measured -->")
 
 # Others' figures, for context. Never in one table with measured ones.
 PUBLISHED = [
@@ -119,25 +121,63 @@ def steps(rows: Rows) -> Iterator[str]:
         mine = [row for row in found if machine_of(row) == machine]
         yield from ("", f"### Training steps: {machine}", "", _sources(mine), "")
         columns = ["network", "side", "batch", "precision", "form", "stack", "ms (p20 to p80)", "images/s"]
-        columns += ["against plain", "against dense, same stack", "FLOP bound", "share of it", "products alone"]
+        columns += [f"against {plain}" for plain in PLAIN]
+        columns += ["against dense, same stack", "FLOP bound", "share of it", "products alone"]
         yield from header([*columns, "MFU"] if gpu_named(machine) else columns)
         for row in mine:
             case, stack = row["case"], row["variant"]
             name = size_of(row) + ("" if row.get("optimizer", True) else ", no optimizer")
             cells = [name, f"{case['image_size']}", f"{case['batch']}", case["precision"], case["form"], stack]
             cells += [cell("{}", time_of, row), cell("{:.4g}", rate, row)]
-            plain = rows.beside(row, stack.replace("ours", "plain") if "compiled" in stack else "plain eager")
-            cells.append("" if stack.startswith("plain") else cell("{:.2f}x", faster, row, plain))
+            for plain in PLAIN:
+                cells.append("" if stack in PLAIN else cell("{:.2f}x", faster, row, rows.beside(row, plain)))
             dense, masked = dense_of(rows, row), case["form"] != "dense"
             cells.append(cell("{:.2f}x", faster, row, dense) if masked else "")
             cells.append(cell("{:.2f}x", bound, row, dense) if masked else "")
             cells.append(cell("{:.0%}", lambda a, b: faster(a, b) / bound(a, b), row, dense) if masked else "")
             products = rows.beside(row, "products")
             alone = cell("{:.0%} of the time", lambda a, b: b["median_ms"] / a["median_ms"], row, products)
-            cells.append("" if stack.startswith("plain") else alone)
+            cells.append("" if stack in PLAIN else alone)
             if gpu_named(machine):
                 cells.append(cell("{:.1%}", mfu, row))
             yield line(cells)
+
+
+def summary(rows: Rows) -> Iterator[str]:
+    """Yield the README's tables: images/s of whole steps, one table per machine, a line per network and form."""
+    found = [row for row in rows.of("step") if row["variant"] == "ours" and row.get("optimizer", True)]
+    found.sort(key=_order)
+    for machine in dict.fromkeys(map(machine_of, found)):
+        mine = [row for row in found if machine_of(row) == machine]
+        batches = ", ".join(sorted({f"batch {row['case']['batch']}, {row['case']['precision']}" for row in mine}))
+        yield from ("", f"Images/s of whole training steps on {machine} ({batches}; {_sources(mine)}):", "")
+        columns = ["network", "form", *STACKS, "ours / plain eager", "ours / plain compiled"]
+        yield from header([*columns, "ours masked / dense", "FLOP bound", "share of it", "products alone / ours"])
+        for row in mine:
+            stacks = {stack: rows.beside(row, stack) for stack in STACKS}
+            dense, masked = dense_of(rows, row), row["case"]["form"] != "dense"
+            best = max((r for s, r in stacks.items() if s not in PLAIN and r is not None), key=rate)
+            cells = [f"{size_of(row)}, {row['case']['image_size']}", row["case"]["form"]]
+            cells += [cell("{:.3g}", rate, stacks[stack]) for stack in STACKS]
+            cells += [cell("{:.2f}x", faster, best, stacks[plain]) for plain in PLAIN]
+            cells.append(cell("{:.2f}x", faster, row, dense) if masked else "")
+            cells.append(cell("{:.2f}x", bound, row, dense) if masked else "")
+            cells.append(cell("{:.0%}", lambda a, b: faster(a, b) / bound(a, b), row, dense) if masked else "")
+            products = rows.beside(row, "products")
+            yield line([*cells, cell("{:.0%}", lambda a, b: b["median_ms"] / a["median_ms"], row, products)])
+    if not found:
+        yield from ("", f"Training steps: {NOT_MEASURED}")
+
+
+def write_readme(path: Path, rows: Rows) -> None:
+    """Replace what stands between the marks in a README; a ValueError if it has none."""
+    text = path.read_text()
+    start, end = (text.find(mark) for mark in README_MARKS)
+    if start < 0 or end < start:
+        raise ValueError(f"{path} has no lines {README_MARKS[0]} and {README_MARKS[1]}")
+    middle = "\n".join([README_MARKS[0], *summary(rows), "", ""])
+    with whole_file(path) as partial:
+        partial.write_text(text[:start] + middle + text[end:])
 
 
 def kernels(rows: Rows) -> Iterator[str]:
@@ -231,6 +271,7 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     parser.add_argument("--out", type=Path, help="write the Markdown here instead of printing it")
+    parser.add_argument("--readme", type=Path, help="write the summary between the marks in this file")
     parser.add_argument("--plots", type=Path, default=ROOT / "docs", help="folder of the plots")
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args()
@@ -238,6 +279,8 @@ def main() -> int:
         found, notes = committed(options.results)
         rows = Rows(found)
         text = "\n".join(report(rows)) + "\n"
+        if options.readme:
+            write_readme(options.readme, rows)
         if options.out:
             with whole_file(options.out) as partial:
                 partial.write_text(text)

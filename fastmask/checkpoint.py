@@ -9,10 +9,11 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -20,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastmask.diffusion import EDMPrecond
+from fastmask.ema import PowerEMA
+from fastmask.files import whole_file
 from fastmask.model import MaskDiT
 
 # Encoder heads of the published sizes S, B, L, XL and H, by width.
@@ -108,6 +111,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int,
+    profiles: Sequence[PowerEMA] = (),
 ) -> Path:
     """Write the checkpoint of a step and delete all but the newest ``keep``.
 
@@ -119,6 +123,7 @@ def save_checkpoint(
         optimizer: its state tensors are stored by parameter name.
         state: JSON values, stored beside ``step``.
         keep: how many checkpoints stay.
+        profiles: averages that snapshots are taken of.
 
     Returns:
         The folder written.
@@ -136,6 +141,9 @@ def save_checkpoint(
         save_weights(partial / "model.safetensors", net)
         save_weights(partial / "ema.safetensors", net, {**net.state_dict(), **ema})
         safetensors.torch.save_file(_optimizer_tensors(net, optimizer), partial / "optimizer.safetensors")
+        if profiles:
+            averages = {f"{p.width:g}/{name}": t.cpu() for p in profiles for name, t in p.weights.items()}
+            safetensors.torch.save_file(averages, partial / "profiles.safetensors")
         (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -149,9 +157,13 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, net: EDMPrecond, ema: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+    folder: Path,
+    net: EDMPrecond,
+    ema: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    profiles: Sequence[PowerEMA] = (),
 ) -> dict[str, Any]:
-    """Copy a checkpoint into a network, its EMA and its optimizer, and return what ``state.json`` holds.
+    """Copy a checkpoint into a network, its averages and its optimizer, and return what ``state.json`` holds.
 
     Raises:
         ValueError: a damaged checkpoint, or one of another network (lists the differing names); nothing was copied.
@@ -160,13 +172,18 @@ def load_checkpoint(
     try:
         names = ("model", "ema", "optimizer")
         weights, averaged, stored = (_read_weights(folder / f"{name}.safetensors")[0] for name in names)
+        kept = _read_weights(folder / "profiles.safetensors")[0] if profiles else {}
     except ValueError as error:
         raise _damaged(folder, str(error)) from error
     for tensors in (weights, averaged):
         check_same_shapes(net.state_dict(), tensors, str(folder))
+    own = {f"{p.width:g}/{name}": tensor for p in profiles for name, tensor in p.weights.items()}
+    check_same_shapes(own, kept, f"{folder / 'profiles.safetensors'}")
     net.load_state_dict(weights)
     for name, tensor in ema.items():
         tensor.copy_(averaged[name])
+    for name, tensor in own.items():
+        tensor.copy_(kept[name])
     device = next(net.parameters()).device
     for name, parameter in net.named_parameters():
         prefix = f"{name}/"
@@ -175,6 +192,37 @@ def load_checkpoint(
             # torch's AdamW keeps the step count of its fused form beside the parameter.
             optimizer.state[parameter] = {key: value.to(device) for key, value in mine.items()}
     return state
+
+
+class Snapshot(NamedTuple):
+    """An average of a run at a step: a file of weights that `load_maskdit` reads."""
+
+    step: int
+    width: float
+    path: Path
+
+
+def save_snapshots(run_dir: Path, step: int, net: EDMPrecond, profiles: Sequence[PowerEMA]) -> None:
+    """Write averages to `snapshots/step-00001000-0.05.safetensors`, in fp16, the position tables in fp32."""
+    for profile in profiles:
+        with whole_file(run_dir / "snapshots" / f"step-{step:08d}-{profile.width:g}.safetensors") as partial:
+            halves = {name: tensor.half() for name, tensor in profile.weights.items()}
+            save_weights(partial, net, {**net.state_dict(), **halves})
+
+
+def snapshots(run_dir: Path) -> list[Snapshot]:
+    """Return the snapshots of a run, oldest first."""
+    found = []
+    for path in (run_dir / "snapshots").glob("step-*.safetensors"):
+        named = re.fullmatch(r"step-(\d{8,})-(\d.*)", path.stem)
+        if named:
+            found.append(Snapshot(int(named[1]), float(named[2]), path))
+    return sorted(found)
+
+
+def read_snapshot(snapshot: Snapshot) -> Mapping[str, Tensor]:
+    """Return the tensors of a snapshot by name; a ValueError if the file is damaged."""
+    return _read_weights(snapshot.path)[0]
 
 
 def read_state(folder: Path) -> dict[str, Any]:

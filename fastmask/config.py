@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import json
 from typing import Any, Literal
 
+from fastmask.ema import gamma_of
 from fastmask.masking import SCHEDULES, check_ratio, mask_ratio_at
 from fastmask.model import MaskDiT, check_sizes
 
@@ -17,6 +19,7 @@ FREE_FIELDS = frozenset(
         "report_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "snapshot_every",
         "sample_every",
         "sample_steps",
         "cfg_scale",
@@ -106,6 +109,10 @@ class TrainConfig:
     """Largest norm of the gradient; 0 does not clip."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights per step."""
+    ema_widths: tuple[float, ...] = ()
+    """Relative widths of averages with a power-function profile to keep besides, for post-hoc EMA: 0.05 0.1."""
+    snapshot_every: int = 0
+    """Steps between snapshots of those averages, all of which stay on the disk; 0: with every checkpoint."""
     init: str = ""
     """Weights to start from: a run folder, or a .pt or .safetensors file in the published names."""
 
@@ -172,6 +179,7 @@ def check_config(config: TrainConfig, input_size: int) -> None:
         ("report_every", 1),
         ("checkpoint_every", 1),
         ("keep_checkpoints", 1),
+        ("snapshot_every", 0),
         ("sample_every", 0),
         ("sample_steps", 2),
         ("seed", 0),
@@ -192,6 +200,10 @@ def check_config(config: TrainConfig, input_size: int) -> None:
             raise ValueError(f"{name} must be in [0, 1], not {value}")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"betas must be in [0, 1), not {config.betas}")
+    for width in config.ema_widths:
+        gamma_of(width)
+    if len(set(config.ema_widths)) < len(config.ema_widths):
+        raise ValueError(f"ema_widths must differ from one another, not {config.ema_widths}")
     if config.unmask_steps > config.max_steps:
         raise ValueError(f"unmask_steps {config.unmask_steps} is more than max_steps {config.max_steps}")
     if config.batch_size % config.micro_batch:
@@ -211,12 +223,10 @@ def check_resumable(stored: dict[str, Any], config: TrainConfig, run_dir: str) -
     free = set(FREE_FIELDS)
     if config.mask_schedule == "constant" and config.unmask_steps == 0:
         free.add("max_steps")  # then no other step depends on where the run ends
-    now = dataclasses.asdict(config)
-    now["betas"] = list(config.betas)
+    now, first = (json.loads(json.dumps(dataclasses.asdict(some))) for some in (config, TrainConfig()))
+    stored = {**first, **stored}  # a field that came later had its default
     changed = [
-        f"{name} {stored.get(name)} -> {value}"
-        for name, value in now.items()
-        if name not in free and stored.get(name) != value
+        f"{name} {stored[name]} -> {value}" for name, value in now.items() if name not in free and stored[name] != value
     ]
     if changed:
         raise ValueError(

@@ -129,13 +129,13 @@ class AdamWEMA(torch.optim.AdamW):
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
 
 
-def make_optimizer(net: nn.Module, config: TrainConfig, ema: EMA | None = None) -> torch.optim.Optimizer:
+def make_optimizer(net: nn.Module, config: TrainConfig, emas: Sequence[EMA] = ()) -> torch.optim.Optimizer:
     """Return AdamW over all parameters, in the form that the configuration names.
 
     Args:
         net: the network, on its device.
         config: the configuration.
-        ema: an average that each step moves as well.
+        emas: averages that each step moves as well.
 
     Raises:
         ValueError: that form does not run here; the message says what to do.
@@ -144,7 +144,7 @@ def make_optimizer(net: nn.Module, config: TrainConfig, ema: EMA | None = None) 
     name = resolve_optimizer(config.optimizer, device)
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if name == "adamw_ema":
-        averages = [(ema.decay, ema.weights.values())] if ema else []
+        averages = [(ema.decay, ema.weights.values()) for ema in emas]
         return AdamWEMA(net.parameters(), **options, averages=averages, impl="fused")
     optimizer: torch.optim.Optimizer
     if name == "apex":
@@ -153,9 +153,19 @@ def make_optimizer(net: nn.Module, config: TrainConfig, ema: EMA | None = None) 
         optimizer.register_step_post_hook(_leave_count)
     else:
         optimizer = torch.optim.AdamW(net.parameters(), **options, fused=True)
-    if ema:
-        optimizer.register_step_post_hook(lambda *_: ema.update(net))
+    for ema in emas:
+        optimizer.register_step_post_hook(lambda *_, ema=ema: ema.update(net))
     return optimizer
+
+
+def begin_step(optimizer: torch.optim.Optimizer, emas: Sequence[EMA], lr: float, step: int) -> None:
+    """Set the learning rate and the averages' decays of a step, counted from 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for ema in emas:
+        ema.begin_step(step + 1)
+    if isinstance(optimizer, AdamWEMA):
+        optimizer.decays = [ema.decay for ema in emas]
 
 
 def resolve_optimizer(name: str, device: torch.device) -> Literal["adamw_ema", "torch", "apex"]:

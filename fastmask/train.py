@@ -14,16 +14,16 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from fastmask.checkpoint import checkpoints, load_checkpoint, load_initial, read_state, save_checkpoint
+from fastmask.checkpoint import checkpoints, load_checkpoint, load_initial, read_state, save_checkpoint, save_snapshots
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.config import TrainConfig, build_model, check_config, check_resumable, preset_config
 from fastmask.counts import trainable_parameters
 from fastmask.data import DataSet, batches, open_data
 from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, draw_samples, training_draws
-from fastmask.ema import EMA
+from fastmask.ema import EMA, PowerEMA
 from fastmask.files import whole_file
 from fastmask.masking import kept_count
-from fastmask.optim import clip_gradients, learning_rate, make_optimizer, resolve_optimizer
+from fastmask.optim import begin_step, clip_gradients, learning_rate, make_optimizer, resolve_optimizer
 from fastmask.presets import PRESETS
 from fastmask.report import Report, Tally, print_plan, say, versions
 
@@ -122,12 +122,12 @@ def train(config: TrainConfig, dataset: DataSet) -> None:
     channels, size, _ = dataset.shape
     check_memory(config, channels, size)
     net = EDMPrecond(build_model(config, channels, size), config.sigma_data).to(device)
-    ema = EMA(net, config.ema_decay)
-    optimizer = make_optimizer(net, config, ema)
+    ema, profiles = EMA(net, config.ema_decay), [PowerEMA(net, width) for width in config.ema_widths]
+    optimizer = make_optimizer(net, config, [ema, *profiles])
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     step = 0
     if earlier:
-        state = load_checkpoint(earlier[-1], net, ema.weights, optimizer)
+        state = load_checkpoint(earlier[-1], net, ema.weights, optimizer, profiles)
         step = int(state["step"])
         scaler.load_state_dict(state["scaler"])
         say(f"going on from {earlier[-1]}")
@@ -152,8 +152,7 @@ def train(config: TrainConfig, dataset: DataSet) -> None:
         since, reported = time.perf_counter(), step
         while step < config.max_steps:
             lr, ratio = learning_rate(config, step), config.ratio_at(step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            begin_step(optimizer, [ema, *profiles], lr, step)
             for offset in range(step * config.batch_size, (step + 1) * config.batch_size, config.micro_batch):
                 loss = micro_step(objective, dataset, next(data), offset, ratio, config, tally)
                 scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -176,7 +175,9 @@ def train(config: TrainConfig, dataset: DataSet) -> None:
             if last or step % config.checkpoint_every == 0:
                 tally.check_finite(run_dir)
                 extra = {"config": dataclasses.asdict(config), "scaler": scaler.state_dict()}
-                save_checkpoint(run_dir, step, net, ema.weights, optimizer, extra, config.keep_checkpoints)
+                save_checkpoint(run_dir, step, net, ema.weights, optimizer, extra, config.keep_checkpoints, profiles)
+            if last or step % (config.snapshot_every or config.checkpoint_every) == 0:
+                save_snapshots(run_dir, step, net, profiles)
             if config.sample_every and (step % config.sample_every == 0 or step == config.max_steps):
                 with ema.applied(net):
                     samples, columns = sample_grid(net, config)

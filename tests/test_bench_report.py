@@ -9,7 +9,7 @@ import pytest
 
 from bench import plots, report
 from bench.model import network
-from bench.report import NOT_MEASURED, PUBLISHED, Rows, cell, committed, kernels, loaders, steps
+from bench.report import NOT_MEASURED, PUBLISHED, Rows, cell, committed, kernels, loaders, steps, summary
 from fastmask.config import preset_config
 from fastmask.counts import forward_macs
 from fastmask.masking import kept_count
@@ -76,18 +76,48 @@ def test_the_figures_are_those_of_the_rows():
     mine = by_stack["masked-0.5", "ours"]
     assert mine["ms (p20 to p80)"] == "125 (112.5 to 137.5)"
     assert mine["images/s"] == "800"
-    assert mine["against plain"] == "2.00x"
+    assert mine["against plain eager"] == "2.00x"
+    assert mine["against plain compiled"] == NOT_MEASURED
     assert mine["against dense, same stack"] == "1.60x"
     assert mine["FLOP bound"] == "2.00x"
     assert mine["share of it"] == "80%"
     assert mine["products alone"] == "80% of the time"
     assert mine["MFU"] == f"{6 * 60e9 * 800 / 989.4e12:.1%}"
-    assert by_stack["dense", "ours"]["against plain"] == NOT_MEASURED
+    assert by_stack["dense", "ours"]["against plain eager"] == NOT_MEASURED
     assert by_stack["dense", "ours"]["FLOP bound"] == ""
     norm = next(row for row in tables(kernels(rows)) if row["variant"] == "fused")
     assert norm["GB/s of the least bytes"] == "2000"
     assert norm["of copy bandwidth"] == "80.0%"
     assert norm["against reference"] == "2.00x"
+
+
+def test_the_summary_compares_the_best_of_ours(tmp_path):
+    mine, dense = step(125.0), step(200.0, "dense")
+    compiled, plain = step(100.0, variant="ours compiled"), step(150.0, variant="plain compiled")
+    found = {row["form"]: row for row in tables(summary(Rows([mine, dense, compiled, plain])))}
+    masked = found["masked-0.5"]
+    assert (masked["ours"], masked["ours compiled"], masked["plain eager"]) == ("800", "1e+03", NOT_MEASURED)
+    assert masked["ours / plain compiled"] == "1.50x"
+    assert (masked["ours masked / dense"], masked["FLOP bound"], masked["share of it"]) == ("1.60x", "2.00x", "80%")
+    assert found["dense"]["ours masked / dense"] == ""
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n" + "\nold\n".join(report.README_MARKS) + "\nafter\n")
+    report.write_readme(readme, Rows([mine]))
+    text = readme.read_text()
+    assert text.startswith("before\n<!--")
+    assert text.endswith("-->\nafter\n")
+    assert "old" not in text
+    assert "| 800 |" in text
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="has no lines"):
+        report.write_readme(readme, Rows([mine]))
+
+
+def test_the_readme_says_what_the_committed_rows_say():
+    text = (report.ROOT / "README.md").read_text()
+    start, end = (text.index(mark) for mark in report.README_MARKS)
+    found, _ = committed(report.RESULTS)
+    assert text[start:end] == "\n".join([report.README_MARKS[0], *summary(Rows(found)), "", ""])
 
 
 def test_a_loader_stands_beside_the_fastest_step_of_its_machine_and_side():

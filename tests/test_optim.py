@@ -205,7 +205,7 @@ def test_every_optimizer_moves_the_average():
     for name in ("torch", "adamw_ema"):
         net = Net()
         ema = EMA(net, 0.9)
-        optimizer = make_optimizer(net, config_of(name), ema)
+        optimizer = make_optimizer(net, config_of(name), [ema])
         for step in range(3):
             backward(net, step)
             optimizer.step()
@@ -255,7 +255,7 @@ def test_apex_keeps_its_count_where_checkpoints_look(monkeypatch):
     monkeypatch.setattr("fastmask.optim.resolve_optimizer", lambda *_: "apex")
     net = Net()
     ema = EMA(net, 0.9)
-    optimizer = make_optimizer(net, config_of("apex"), ema)
+    optimizer = make_optimizer(net, config_of("apex"), [ema])
     for step in range(2):
         backward(net, step)
         optimizer.step()

@@ -105,7 +105,7 @@ def steps(
     keep = kept_count(model.length, config.mask_ratio)
     net = EDMPrecond(model, config.sigma_data)
     ema = EMA(net, config.ema_decay)
-    optimizer = make_optimizer(net, config, ema)
+    optimizer = make_optimizer(net, config, [ema])
     objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
     trainer = _plain_trainer(model, config, bf16)
     _share_state(model, optimizer, ema, trainer)

@@ -1,0 +1,102 @@
+"""Post-hoc EMA as its users run it: a run that keeps snapshots, and the average that was not tracked."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import run, weights
+
+from fastmask import load_maskdit
+from fastmask.checkpoint import snapshots
+from fastmask.convert import main
+
+WIDTHS = ["--ema-widths", "0.05", "0.1", "--checkpoint-every", "1000", "--snapshot-every", "4"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    # The third width is there to compare with: its snapshots are put away.
+    run(folder, *WIDTHS[:3], "0.07", *WIDTHS[3:], "--lr", "1e-2", steps=40, unmask=0)
+    for snapshot in snapshots(folder):
+        if snapshot.width == 0.07 and snapshot.step < 40:
+            snapshot.path.unlink()
+    tracked = next(s.path for s in snapshots(folder) if s.width == 0.07)
+    tracked.rename(folder / "tracked.safetensors")
+    return folder
+
+
+def test_the_average_equals_the_one_that_was_tracked(run_dir, tmp_path, capsys):
+    assert [(s.step, s.width) for s in snapshots(run_dir)] == [(s, w) for s in range(4, 41, 4) for w in (0.05, 0.1)]
+    out = tmp_path / "made.safetensors"
+    main([str(run_dir), "--posthoc-ema", "0.07", "--out", str(out)])
+    assert "an average of relative width 0.07 at step 40, from 20 snapshots" in capsys.readouterr().out
+    made, tracked = load_file(out), load_file(run_dir / "tracked.safetensors")
+    newest = load_file(next(s.path for s in reversed(snapshots(run_dir)) if s.width == 0.05))
+    assert made.keys() == tracked.keys()
+    distance = [sum(float((a[k].double() - tracked[k]).square().sum()) for k in made) ** 0.5 for a in (made, newest)]
+    assert distance[0] < 0.1 * distance[1]
+    assert torch.equal(made["model.pos_embed"], weights(run_dir)["model.pos_embed"])
+    assert len(load_maskdit(out).model.blocks) == 1
+
+
+def test_an_earlier_step_takes_the_snapshots_before_it(run_dir, tmp_path, capsys):
+    main([str(run_dir), "--posthoc-ema", "0.1", "--step", "20", "--out", str(tmp_path / "a.safetensors")])
+    assert "at step 20, from 10 snapshots" in capsys.readouterr().out
+    made = load_file(tmp_path / "a.safetensors")
+    stored = load_file(next(s.path for s in snapshots(run_dir) if (s.step, s.width) == (20, 0.1)))
+    for name, tensor in stored.items():
+        torch.testing.assert_close(made[name], tensor.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_snapshots_miss_is_said(run_dir, tmp_path, capsys):
+    few = tmp_path / "few"
+    (few / "snapshots").mkdir(parents=True)
+    shutil.copy(snapshots(run_dir)[-1].path, few / "snapshots")
+    main([str(few), "--posthoc-ema", "0.02"])
+    said = capsys.readouterr().out
+    assert "the snapshots miss" in said
+    assert (few / "ema-0.02.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--posthoc-ema", "0.4"], r"above 0 and at most 0\.2887, not 0\.4"),
+        (["--posthoc-ema", "0.05", "--out", "a.pt"], "weights are written as .safetensors"),
+        (["--posthoc-ema", "0.05", "--step", "3"], "the first snapshot of .* is of step 4"),
+    ],
+)
+def test_mistakes(run_dir, flags, message):
+    with pytest.raises(ValueError, match=message):
+        main([str(run_dir), *flags])
+
+
+def test_a_run_without_snapshots(tmp_path):
+    with pytest.raises(ValueError, match="holds no snapshots: train with --ema-widths"):
+        main([str(tmp_path), "--posthoc-ema", "0.05"])
+
+
+def test_a_damaged_snapshot_is_named(run_dir, tmp_path):
+    shutil.copytree(run_dir / "snapshots", tmp_path / "snapshots")
+    bad = snapshots(tmp_path)[3].path
+    bad.write_bytes(bad.read_bytes()[:500])
+    with pytest.raises(ValueError, match=bad.name):
+        main([str(tmp_path), "--posthoc-ema", "0.05"])
+
+
+def test_profiles_go_on_with_the_run(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = [*WIDTHS[:3], "--checkpoint-every", "2", "--keep-checkpoints", "9"]
+    run(whole, *flags, steps=6)
+    shutil.copytree(whole, cut)
+    for folder in (cut / "checkpoints").glob("step-*"):
+        if folder.name > "step-00000002":
+            shutil.rmtree(folder)
+    shutil.rmtree(cut / "snapshots")
+    run(cut, *flags, steps=6)
+    for snapshot in snapshots(cut):
+        other = load_file(whole / "snapshots" / snapshot.path.name)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in load_file(snapshot.path).items())
+    assert [s.step for s in snapshots(cut)] == [4, 4, 6, 6]
