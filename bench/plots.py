@@ -12,7 +12,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from bench.compare import machine_of
-from bench.report import FORMS, STACKS, Row, Rows, bound, dense_of, faster, of_copy, rate, size_of
+from bench.report import FORMS, SIZES, STACKS, Row, Rows, bound, dense_of, faster, of_copy, rate, size_of
 from fastmask.files import whole_file
 
 COLOURS = dict(zip(STACKS, ("#bbbbbb", "#777777", "#8ecae6", "#1f6f9f"), strict=True))
@@ -26,7 +26,7 @@ def draw(rows: Rows, folder: Path) -> list[str]:
     for name, plot, shown in (
         ("throughput", throughput, steps),
         ("speedup", lambda chosen: speedup(rows, chosen), [r for r in steps if dense_of(rows, r) is not None]),
-        ("kernels", copies, [row for row in rows.of("kernel") if "copy_bandwidth" in row or "copy_percent" in row]),
+        ("kernels", copies, [row for row in rows.of("kernel") if _by_memory(row)]),
     ):
         masked = [row for row in shown if name != "speedup" or row["case"]["form"] != "dense"]
         if not masked:
@@ -42,7 +42,7 @@ def draw(rows: Rows, folder: Path) -> list[str]:
 
 def throughput(rows: list[Row]) -> Any:
     """Return a figure of images/s, a panel for each network and side, a group for each form."""
-    panels = sorted({(size_of(row), row["case"]["image_size"], row["case"]["batch"]) for row in rows}, key=str)
+    panels = sorted({(size_of(row), row["case"]["image_size"], row["case"]["batch"]) for row in rows}, key=_by_size)
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 2.8 * len(panels), 3.4), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         for row in rows:
@@ -62,7 +62,7 @@ def throughput(rows: list[Row]) -> Any:
 def speedup(all_rows: Rows, rows: list[Row]) -> Any:
     """Return a figure of the speed against the dense DiT of the same stack, beside the bound by FLOPs."""
     groups = sorted(
-        {(size_of(r), r["case"]["image_size"], r["case"]["form"], r["case"]["batch"]) for r in rows}, key=str
+        {(size_of(r), r["case"]["image_size"], r["case"]["form"], r["case"]["batch"]) for r in rows}, key=_by_size
     )
     figure, axis = plt.subplots(figsize=(max(6.0, 2 + 1.3 * len(groups)), 3.4))
     for row in rows:
@@ -81,12 +81,14 @@ def speedup(all_rows: Rows, rows: list[Row]) -> Any:
 
 
 def copies(rows: list[Row]) -> Any:
-    """Return a figure of the share of the copy bandwidth that each kernel reaches with its least bytes."""
-    names = [f"{r['case']['op']} {r['case']['direction']}, {r['case']['dtype']}, {r['case']['shape']}" for r in rows]
+    """Return a figure of the share of the copy bandwidth that kernels bound by memory reach with their least bytes."""
+    short = {"forward": "fwd", "forward_backward": "fwd+bwd", "float32": "fp32", "bfloat16": "bf16"}
+    cases = [[short.get(row["case"][k], row["case"][k]) for k in ("op", "direction", "dtype", "shape")] for row in rows]
+    names = [" ".join(case) for case in cases]
     places = {name: i for i, name in enumerate(sorted(set(names), reverse=True))}
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     colours = dict(zip(variants, plt.get_cmap("tab10").colors * len(variants), strict=False))
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.4 * len(places)))
+    figure, axis = plt.subplots(figsize=(10, 1.6 + 0.28 * len(places)))
     for name, row in zip(names, rows, strict=True):
         axis.plot(100 * of_copy(row), places[name], "o", color=colours[row["variant"]])
     axis.set_yticks(list(places.values()), list(places), fontsize=7)
@@ -94,23 +96,33 @@ def copies(rows: list[Row]) -> Any:
     axis.set_ylim(-0.6, len(places) - 0.4)
     axis.axvline(100, color="#999999", linewidth=0.6)
     axis.set_xlabel("percent of the measured copy bandwidth, by the least bytes")
-    _legend(figure, colours)
+    _legend(figure, colours, below=0.5)
     return figure
+
+
+def _by_memory(row: Row) -> bool:
+    """Return whether a kernel's bytes bound it: it has no matrix products, and its copy was measured."""
+    return not row.get("flops") and ("copy_bandwidth" in row or "copy_percent" in row)
+
+
+def _by_size(place: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (SIZES.index(place[0]) if place[0] in SIZES else len(SIZES), *map(str, place))
 
 
 def _above(row: Row) -> float:
     return rate(row) * (row["median_ms"] / row["p20_ms"] - 1)
 
 
-def _legend(figure: Any, colours: dict[str, Any]) -> None:
+def _legend(figure: Any, colours: dict[str, Any], below: float = 0.24) -> None:
+    """Put a legend below the axes, which end so many inches above the edge."""
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
     figure.legend(handles, list(colours), loc="lower center", ncol=len(colours), fontsize=7, frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 0.97))
+    figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 0.97))
 
 
 def _save(figure: Any, path: Path) -> None:
     with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=150, metadata={"Software": None})
+        figure.savefig(partial, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 
 

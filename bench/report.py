@@ -19,6 +19,7 @@ from fastmask.cost import GPUS, gpu_named
 from fastmask.files import whole_file
 
 NOT_MEASURED = "not measured"
+SIZES = ("s2", "b2", "l2", "xl2", "h2")
 FORMS = ("dense", "masked-0.5", "masked-0.75")
 PLAIN = ("plain eager", "plain compiled")
 STACKS = (*PLAIN, "ours", "ours compiled")
@@ -306,9 +307,9 @@ def _code(row: Row) -> str:
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    case, sizes = row["case"], ("s2", "b2", "l2", "xl2", "h2")
+    case = row["case"]
     form = FORMS.index(case["form"]) if case["form"] in FORMS else len(FORMS)
-    place = sizes.index(size_of(row)) if size_of(row) in sizes else len(sizes)
+    place = SIZES.index(size_of(row)) if size_of(row) in SIZES else len(SIZES)
     optimizer = not row.get("optimizer", True)
     return machine_of(row), place, case["image_size"], case["batch"], optimizer, form, STACKS.index(row["variant"])
 
