@@ -103,7 +103,13 @@ def table(a: Set, b: Set) -> list[str]:
 
 def time_of(row: Row) -> str:
     """Return median and spread of a row."""
-    return f"{row['median_ms']:.4g} ({row['p20_ms']:.4g} to {row['p80_ms']:.4g})"
+    median, low, high = (_digits(row[name]) for name in ("median_ms", "p20_ms", "p80_ms"))
+    return f"{median} ({low} to {high})"
+
+
+def _digits(value: float) -> str:
+    """Return a number with four digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def checked(path: Path) -> list[Row]:

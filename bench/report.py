@@ -88,6 +88,10 @@ def rate(row: Row) -> float:
     return row["case"]["batch"] / row["median_ms"] * 1e3
 
 
+def three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 def faster(row: Row, other: Row) -> float:
     return rate(row) / rate(other)
 
@@ -159,7 +163,7 @@ def summary(rows: Rows) -> Iterator[str]:
             dense, masked = dense_of(rows, row), row["case"]["form"] != "dense"
             best = max((r for s, r in stacks.items() if s not in PLAIN and r is not None), key=rate)
             cells = [f"{size_of(row)}, {row['case']['image_size']}", row["case"]["form"]]
-            cells += [cell("{:.3g}", rate, stacks[stack]) for stack in STACKS]
+            cells += [cell("{}", lambda r: three_digits(rate(r)), stacks[stack]) for stack in STACKS]
             cells += [cell("{:.2f}x", faster, best, stacks[plain]) for plain in PLAIN]
             cells.append(cell("{:.2f}x", faster, row, dense) if masked else "")
             cells.append(cell("{:.2f}x", bound, row, dense) if masked else "")

@@ -96,7 +96,7 @@ def test_the_summary_compares_the_best_of_ours(tmp_path):
     compiled, plain = step(100.0, variant="ours compiled"), step(150.0, variant="plain compiled")
     found = {row["form"]: row for row in tables(summary(Rows([mine, dense, compiled, plain])))}
     masked = found["masked-0.5"]
-    assert (masked["ours"], masked["ours compiled"], masked["plain eager"]) == ("800", "1e+03", NOT_MEASURED)
+    assert (masked["ours"], masked["ours compiled"], masked["plain eager"]) == ("800", "1,000", NOT_MEASURED)
     assert masked["ours / plain compiled"] == "1.50x"
     assert (masked["ours masked / dense"], masked["FLOP bound"], masked["share of it"]) == ("1.60x", "2.00x", "80%")
     assert found["dense"]["ours masked / dense"] == ""
