@@ -1,0 +1,92 @@
+"""What the native kernels are held to beside the tests of each op: threads, addresses and sizes."""
+
+import pytest
+import torch
+
+from fastmask.kernels import backends
+from fastmask.kernels.add_gated_norm import add_gated_norm_bwd, add_gated_norm_fwd
+from fastmask.kernels.gelu_linear import gelu_bwd, gelu_fwd
+from fastmask.kernels.modulate_norm import modulate_norm_bwd, modulate_norm_fwd
+
+pytestmark = pytest.mark.skipif(
+    not any(row.op == "gelu_fwd" and row.kernel == "native" for row in backends()),
+    reason="no native kernels here: not built, or TRITON_INTERPRET=1",
+)
+
+
+def everything(place, dtype=torch.float32, batch=3, tokens=35, width=88):
+    """Return the results of every op, of tensors that ``place`` has put somewhere."""
+    torch.manual_seed(0)
+    x, branch, grad, grad_new = (place(torch.randn(batch * tokens, width).to(dtype)) for _ in range(4))
+    gate, shift, scale = (place(torch.randn(batch, width).to(dtype)) for _ in range(3))
+    h, stats = modulate_norm_fwd(x, shift, scale, None, False, 1e-6, dtype)
+    found = [h, stats, *modulate_norm_bwd(grad, x, stats, shift, scale, None, False, True)]
+    x_new, h, stats = add_gated_norm_fwd(x, branch, gate, shift, scale, None, True, 1e-6, dtype)
+    found += [x_new, h, stats]
+    found += add_gated_norm_bwd(grad_new, grad, x_new, stats, branch, gate, shift, scale, None, True, True)
+    return [*found, gelu_fwd(x), *gelu_bwd(grad, x)]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [1, 3, 70])
+def test_the_number_of_threads_changes_no_bit(dtype, batch):
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(everything(lambda t: t, dtype, batch))
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])
+
+
+def unaligned(t):
+    """Return a copy of a tensor that begins one value behind a vector's address."""
+    moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+    assert moved.data_ptr() % 16
+    return moved.copy_(t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_addresses_need_no_alignment(dtype):
+    assert_same(everything(unaligned, dtype), everything(lambda t: t, dtype))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 16, 17])
+def test_few_rows(tokens):
+    results = everything(lambda t: t, tokens=tokens)
+    assert all(t.isfinite().all() for t in results)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 1023, 1024, 1025, 9000])
+def test_sizes_that_no_vector_divides(size):
+    x, grad = torch.randn(2, size).double()
+    tracked = x.clone().requires_grad_()
+    exact = torch.nn.functional.gelu(tracked, approximate="tanh")
+    exact.backward(grad)
+    torch.testing.assert_close(gelu_fwd(x.float()).double(), exact.detach(), rtol=1e-5, atol=1e-6)
+    grad_x, again = gelu_bwd(grad.float(), x.float())
+    torch.testing.assert_close(grad_x.double(), tracked.grad, rtol=1e-5, atol=1e-6)
+    assert torch.equal(again, gelu_fwd(x.float()))
+
+
+def test_nan_and_infinity_pass_through():
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf] + [1.0] * 13)
+    y = gelu_fwd(x)
+    assert y[0].isnan()
+    assert y[1] == torch.inf
+    assert y[2].abs() < 1e-30
+    assert gelu_bwd(torch.ones(16), x)[0][0].isnan()
+    h, _ = modulate_norm_fwd(x[None], torch.zeros(1, 16), torch.zeros(1, 16), None, False, 1e-6, torch.float32)
+    assert h.isnan().all()
