@@ -25,6 +25,11 @@ def debug_indices(enabled: bool = True) -> None:
     _debug = enabled
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Return whether autograd would ask for the gradient of one of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def check_index_range(name: str, ids: Tensor, limit: int) -> None:
     """Raise a ValueError for an index outside [0, ``limit``) while `debug_indices` is on."""
     if not _debug or type(ids) is not Tensor or torch.compiler.is_compiling():

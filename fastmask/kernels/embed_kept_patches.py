@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, native_takes, resolve_impl
 from fastmask.kernels._layout import (
     MAX_WIDTH,
     check_cu_seqlens,
     check_devices,
     check_dtype,
     check_index_range,
+    needs_gradient,
     sample_of_row,
 )
 from fastmask.kernels._product import product_dtype
@@ -222,7 +223,8 @@ def embed_kept_patches(
     check_devices(images.device, weight=weight, **others, ids_keep=ids_keep, cu_seqlens=cu_seqlens)
     _check_shapes(images, weight, others, patch_size)
     _check_indices(ids_keep, cu_seqlens, images)
-    if resolve_impl(impl, images.device) == "reference":
+    native = _is_native(position, image_scale, images, weight, bias, shift, scale)
+    if resolve_impl(impl, images.device, native) == "reference":
         return embed_kept_patches_reference(
             images, weight, bias, position, ids_keep, patch_size=patch_size, image_scale=image_scale,
             cu_seqlens=cu_seqlens, shift=shift, scale=scale, norm=norm, eps=eps,
@@ -287,6 +289,12 @@ def _check_indices(ids_keep: Tensor | None, cu_seqlens: Tensor | None, images: T
         raise ValueError(f"ids_keep must be int32 or int64, not {ids_keep.dtype} of shape {tuple(ids_keep.shape)}")
 
 
+def _is_native(position: Tensor, image_scale: Tensor | None, *others: Tensor | None) -> bool:
+    """Return whether a native kernel takes the tensors, and no gradient is asked for that the reference alone has."""
+    given = [position, *(tensor for tensor in (image_scale, *others) if tensor is not None)]
+    return native_takes("embed_kept_patches_fwd", *given) and not needs_gradient(position, image_scale)
+
+
 def _check_fused(tensors: dict[str, Tensor | None], width: int) -> None:
     if width % 8 or not 8 <= width <= MAX_WIDTH:
         raise ValueError(
@@ -297,7 +305,7 @@ def _check_fused(tensors: dict[str, Tensor | None], width: int) -> None:
         if tensor is None:
             continue
         check_dtype(name, tensor)
-        if name in ("position", "image_scale") and tensor.requires_grad and torch.is_grad_enabled():
+        if name in ("position", "image_scale") and needs_gradient(tensor):
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} must not require a gradient in the fused kernels: "
                 f'impl="reference" gives one'

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, native_takes, resolve_impl
 from fastmask.kernels._layout import (
     as_rows,
     check_cu_seqlens,
@@ -28,6 +28,7 @@ from fastmask.kernels._layout import (
     check_dtype,
     check_index_range,
     check_tokens,
+    needs_gradient,
     num_samples,
     sample_of_row,
 )
@@ -213,7 +214,7 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
             raise ValueError(f"ids_keep must have shape (N,) with cu_seqlens, not {tuple(ids_keep.shape)}")
         check_cu_seqlens(cu_seqlens)
         _check_shape("cu_seqlens", cu_seqlens, (x.shape[0] + 1,), x)
-    if resolve_impl(impl, x.device) == "reference":
+    if resolve_impl(impl, x.device, native_takes("gather_tokens_fwd", x)) == "reference":
         return gather_tokens_reference(x, ids_keep, cu_seqlens=cu_seqlens)
     check_index_range("ids_keep", ids_keep, x.shape[1])
     rows = as_rows(x, cu_seqlens, {})
@@ -281,12 +282,12 @@ def restore_tokens(
     if shift is not None and scale is not None:
         _check_shape("shift", shift, (batch, width), x)
         _check_shape("scale", scale, (batch, width), x)
-    if resolve_impl(impl, x.device) == "reference":
+    if resolve_impl(impl, x.device, _is_native(x, mask_token, position, shift, scale)) == "reference":
         return restore_tokens_reference(
             x, mask_token, position, ids_restore, cu_seqlens=cu_seqlens, shift=shift, scale=scale, norm=norm, eps=eps
         )
     check_index_range("ids_restore", ids_restore, position.shape[0])
-    if position.requires_grad and torch.is_grad_enabled():
+    if needs_gradient(position):
         raise ValueError(
             f'position of shape {tuple(position.shape)} must not require a gradient: only impl="reference" has it'
         )
@@ -302,6 +303,12 @@ def restore_tokens(
     out = _RestoreTokens.apply(rows.x, *fixed, shift, scale, norm == "rms", float(eps))  # type: ignore[no-untyped-call]
     shape = (*ids_restore.shape, width)
     return out.view(shape) if shift is None else (out[0].view(shape), out[1].view(shape))
+
+
+def _is_native(x: Tensor, mask_token: Tensor, position: Tensor, shift: Tensor | None, scale: Tensor | None) -> bool:
+    """Return whether a native kernel takes the tensors, and no gradient is asked for that the reference alone has."""
+    given = [x, mask_token, position, *(tensor for tensor in (shift, scale) if tensor is not None)]
+    return native_takes("restore_tokens_fwd", *given) and not needs_gradient(position)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:

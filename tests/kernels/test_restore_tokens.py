@@ -1,10 +1,13 @@
+import functools
+import sys
+
 import checks
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
-from fastmask.kernels import gather_tokens, modulate_norm, restore_tokens
+from fastmask.kernels import backends, gather_tokens, modulate_norm, restore_tokens
 from fastmask.kernels.restore_tokens import (
     gather_tokens_bwd,
     gather_tokens_fwd,
@@ -15,6 +18,7 @@ from fastmask.kernels.restore_tokens import (
 
 IMPLS = ["reference", "fused"]
 BF16 = torch.bfloat16
+NATIVE = any(row[:3] == ("restore_tokens_fwd", "cpu", "native") for row in backends())
 # Odd lengths, one token kept, all kept, one sample and several programs for it, a width that fits no block, a published
 # one.
 SHAPES = [(3, 7, 4, 8), (2, 5, 1, 56), (2, 5, 5, 64), (1, 33, 16, 8), (1, 3, 2, 1152)]
@@ -224,11 +228,11 @@ def case(batch, length, keep, *, packed, dtype=torch.float32):
     return leaves, (position, ids_keep, ids_restore, cu_seqlens), grads
 
 
-def both_ops(leaves, mask):
+def both_ops(leaves, mask, impl="fused"):
     """Return what gathering, and restoring without and with a norm, give."""
     whole, x, mask_token, shift, scale = leaves
     position, ids_keep, ids_restore, cu_seqlens = mask
-    options = {"cu_seqlens": cu_seqlens, "impl": "fused"}
+    options = {"cu_seqlens": cu_seqlens, "impl": impl}
     kept = gather_tokens(whole, ids_keep, **options)
     restored = restore_tokens(x, mask_token, position, ids_restore, **options)
     normed = restore_tokens(kept + x, mask_token, position, ids_restore, shift=shift, scale=scale, **options)
@@ -387,3 +391,48 @@ def test_the_reference_checks_indices():
         gather_tokens(x, torch.tensor([5]), cu_seqlens=cu_seqlens, impl="reference")
     with pytest.raises(RuntimeError, match="index -1 is out of bounds"):
         restore_tokens(x[:, :1], x[0, 0], x[0, :1], torch.tensor([[-1]]), impl="reference")
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native kernel here")
+def test_native_kernels_are_the_default(monkeypatch):
+    leaves, mask, grads = case(2, 5, 4, packed=True)
+    expected = run(leaves, mask, grads)
+    for name in ("restore_tokens_reference", "gather_tokens_reference"):
+        monkeypatch.setattr(sys.modules["fastmask.kernels.restore_tokens"], name, None)
+    actual = run(leaves, mask, grads, op=functools.partial(both_ops, impl=None))
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_the_default_on_a_cpu_has_every_gradient():
+    position = torch.randn(5, 8, requires_grad=True)
+    grad, expected = (
+        torch.autograd.grad(restore_tokens(**fitting(position=position), impl=impl).sum(), position)[0]
+        for impl in (None, "reference")
+    )
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_number_of_threads_changes_no_bit(packed):
+    inputs = case(3, 67, 40, packed=packed)
+    expected = run(*inputs)
+    torch.set_num_threads(2)
+    try:
+        actual = run(*inputs)
+    finally:
+        torch.set_num_threads(1)
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native kernel here")
+@pytest.mark.parametrize("index", [5, -1])
+def test_native_kernels_check_indices(index):
+    ids = torch.tensor([[0, 1, 2, 3, index]])
+    with pytest.raises(RuntimeError, match=rf"ids_keep holds {index}, which is outside 0 .. 4"):
+        gather_tokens(torch.zeros(1, 5, 8), ids, impl="fused")
+    with pytest.raises(RuntimeError, match=rf"ids_restore holds {index}, which is outside 0 .. 4"):
+        restore_tokens(**fitting(x=torch.zeros(1, 3, 8), ids_restore=ids), impl="fused")
+    whole = torch.zeros(1, 5, 8, requires_grad=True)
+    twice = gather_tokens(whole, torch.tensor([[4, 1, 4]]), impl="fused")
+    with pytest.raises(RuntimeError, match="ids_keep holds 4 twice for sample 0"):
+        twice.sum().backward()
