@@ -153,7 +153,7 @@ def test_a_session_reports_what_it_ran_and_a_red_gate_gives_no_number(tmp_path):
     benches = [f"bench/kernels/bench_{op}.py" for op in ("sample_mask", "restore_tokens")]
     command = [sys.executable, "-m", "pytest", "-p", "sabotage", "--benchmark-only", "--rows", "-p", "no:cacheprovider"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
-    environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{rows.ROOT}"}
+    environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{rows.ROOT}", "FASTMASK_NATIVE": str(tmp_path / "none.so")}
     done = subprocess.run(
         [*command, *benches, "-k", "sample_mask or gather-forward"],
         cwd=rows.ROOT,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, define_op, resolve_impl
 from fastmask.kernels._layout import sample_of_row
 from fastmask.kernels.philox import philox_words
 
@@ -117,7 +117,8 @@ def sample_mask(
         batch: B.
         length: L.
         keep: K, 1 <= K <= L; or integer, shape (B,), on ``device``, a K for each sample, which makes ``ids_keep``
-            packed. The reference checks these counts on the CPU; elsewhere other values are undefined behaviour.
+            packed. These counts are checked on a CPU unless ``impl`` is "fused"; elsewhere other values are undefined
+            behaviour.
         seed: the run's seed, of which 64 bits count: an int, or int64 of shape () on ``device``.
         offset: global index of the first sample, like ``seed``: sample b gets the mask of index ``offset + b`` wherever
             it is drawn.
@@ -141,8 +142,11 @@ def sample_mask(
     for name, value in (("keep", keep), ("seed", seed), ("offset", offset)):
         if isinstance(value, Tensor) and not _is_on(value, device):
             raise ValueError(f"{name} must be on {device}, not on {value.device}")
-    if resolve_impl(impl, device) == "reference":
+    native = "sample_mask_fwd" in _NATIVE_OPS and device.type == "cpu" and length <= MAX_LENGTH
+    if resolve_impl(impl, device, native) == "reference":
         return sample_mask_reference(batch, length, keep, seed=seed, offset=offset, device=device, total=total)
+    if impl is None and isinstance(keep, Tensor):
+        _check_values(keep, length, total)
     if length > MAX_LENGTH:
         raise ValueError(
             f'the fused kernel takes a length up to {MAX_LENGTH}, not {length}: impl="reference" takes any'

@@ -28,8 +28,8 @@ K.attention(*[x[0].unflatten(1, (2, 4))] * 3, cu_seqlens=torch.tensor([0, 1, 4])
 """
 
 
-def run(*arguments, interpret="0"):
-    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+def run(*arguments, interpret="0", **variables):
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, **variables}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
@@ -88,13 +88,13 @@ for dtype, width in ((torch.float32, 8), (torch.float64, 8), (torch.float32, 7))
     assert "aten::gelu" in odd
 
 
-def test_without_the_interpreter_the_fused_form_says_what_to_do():
+def test_without_a_native_kernel_or_the_interpreter_the_fused_form_says_what_to_do(tmp_path):
     code = """
 import torch
 from fastmask.kernels import sample_mask
 sample_mask(2, 8, 4, seed=0, offset=0, device="cpu", impl="fused")
 """
-    done = run("-c", code)
+    done = run("-c", code, FASTMASK_NATIVE=str(tmp_path / "none.so"))
     said = 'BackendUnavailableError: fastmask::sample_mask_fwd has no CPU kernel: pass impl="reference", or set'
     assert said in done.stderr
 

@@ -1,0 +1,102 @@
+// Random masks, for `sample_mask`: each sample's keys, the K-th smallest of them, and the lists in order of positions.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/philox.h"
+
+namespace fastmask {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kGrain = 8192;  // positions that are worth a thread
+
+FASTMASK_SIMD void random_keys(std::uint64_t seed, std::uint64_t sample, std::uint32_t stream,
+                               std::uint32_t* __restrict keys, int64_t counters) {
+  for (int64_t q = 0; q < counters; ++q) {
+    const PhiloxWords words = philox(seed, sample, stream, static_cast<std::uint32_t>(q));
+    keys[4 * q] = words.w0;
+    keys[4 * q + 1] = words.w1;
+    keys[4 * q + 2] = words.w2;
+    keys[4 * q + 3] = words.w3;
+  }
+}
+
+FASTMASK_INLINE int64_t count_below(const std::uint32_t* keys, int64_t length, std::uint32_t limit) {
+  std::uint32_t below = 0;
+  for (int64_t l = 0; l < length; ++l) below += keys[l] < limit;
+  return below;
+}
+
+struct Threshold {
+  std::uint32_t key;
+  int64_t ties;  // how many keys equal to it are kept
+};
+
+// The num_kept-th smallest key. No sorting is needed to find it: bit by bit from the top, a bit stays set where fewer
+// than num_kept keys lie below the number so far.
+FASTMASK_SIMD Threshold find_threshold(const std::uint32_t* keys, int64_t length, int64_t num_kept) {
+  std::uint32_t key = 0;
+  for (std::uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
+    if (count_below(keys, length, key | bit) < num_kept) key |= bit;
+  }
+  return {key, num_kept - count_below(keys, length, key)};
+}
+
+// Writes ids_restore, and the kept positions, of which there may be `length`; returns how many there are. No branches:
+// half of them would be foreseen wrongly.
+int64_t write_lists(const std::uint32_t* keys, Threshold threshold, int64_t length, int64_t num_kept,
+                    int32_t* positions, int32_t* ids_restore) {
+  int64_t count = 0;
+  for (int64_t l = 0; l < length; ++l) {
+    const bool equal = keys[l] == threshold.key;
+    const bool kept = (keys[l] < threshold.key) | (equal & (threshold.ties > 0));
+    threshold.ties -= equal;
+    positions[count] = static_cast<int32_t>(l);  // the next one takes its place unless this is kept
+    ids_restore[l] = static_cast<int32_t>(kept ? count : num_kept + l - count);
+    count += kept;
+  }
+  return count;
+}
+
+std::tuple<Tensor, Tensor> sample_mask_fwd(const Tensor& seed, const Tensor& offset, std::optional<Tensor> cu_seqlens,
+                                           int64_t batch, int64_t length, int64_t keep, int64_t stream) {
+  Tensor ids_keep = cu_seqlens ? torch::stable::new_empty(seed, {keep}, ScalarType::Int)
+                               : torch::stable::new_empty(seed, {batch, keep}, ScalarType::Int);
+  Tensor ids_restore = torch::stable::new_empty(seed, {batch, length}, ScalarType::Int);
+  const int32_t* ends = cu_seqlens ? static_cast<const int32_t*>(cu_seqlens->const_data_ptr()) : nullptr;
+  const std::uint64_t key = *static_cast<const std::uint64_t*>(seed.const_data_ptr());
+  const std::uint64_t first_sample = *static_cast<const std::uint64_t*>(offset.const_data_ptr());
+  int32_t* kept = static_cast<int32_t*>(ids_keep.mutable_data_ptr());
+  int32_t* restore = static_cast<int32_t*>(ids_restore.mutable_data_ptr());
+  const int64_t counters = (length + 3) / 4, rows = ends ? keep : batch * keep;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, length));
+  torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+    std::vector<std::uint32_t> keys(4 * counters);
+    std::vector<int32_t> positions(length);
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = ends ? ends[b] : b * keep, num_kept = ends ? ends[b + 1] - first : keep;
+      random_keys(key, first_sample + b, static_cast<std::uint32_t>(stream), keys.data(), counters);
+      const Threshold threshold = find_threshold(keys.data(), length, num_kept);
+      const int64_t count =
+          write_lists(keys.data(), threshold, length, num_kept, positions.data(), restore + b * length);
+      // Counts that sum to more than there are rows must not be written behind them.
+      if (first >= 0 && first < rows) std::copy_n(positions.data(), std::min(count, rows - first), kept + first);
+    }
+  });
+  return {ids_keep, ids_restore};
+}
+
+}  // namespace
+}  // namespace fastmask
+
+STABLE_TORCH_LIBRARY_IMPL(fastmask, CPU, m) { m.impl("sample_mask_fwd", TORCH_BOX(&fastmask::sample_mask_fwd)); }
