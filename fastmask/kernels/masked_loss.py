@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, resolve_impl
+from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, _is_native, define_op, resolve_impl
 from fastmask.kernels._layout import check_cu_seqlens, check_devices, check_dtype
 from fastmask.kernels.patches import patchify
 from fastmask.kernels.sample_mask import Mask
@@ -167,7 +167,8 @@ def masked_loss(
         patch_size: p.
         sigma_data: standard deviation of the data.
         impl: "fused" (fp32, bf16 or fp16 tensors and fp32 sigma, P up to 1024), "reference" (any floating dtype and
-            patch; float64 for float64 raw), or None for the device's default.
+            patch; float64 for float64 raw), or None for the device's default, which is the reference on a CPU for a
+            gradient of more than raw.
 
     Returns:
         Two tensors of shape (B,), fp32. The denoising loss is 0 for a sample that keeps nothing, the reconstruction
@@ -180,7 +181,7 @@ def masked_loss(
     _check_images(raw, images, noised, sigma, patch_size)
     if mask is not None:
         _check_mask(mask, raw)
-    if resolve_impl(impl, raw.device) == "reference":
+    if resolve_impl(impl, raw.device, _native_takes(raw, images, noised, sigma)) == "reference":
         return masked_loss_reference(raw, images, noised, sigma, mask, patch_size=patch_size, sigma_data=sigma_data)
     _check_fused(raw, images, noised, sigma)
     ids_restore, cu_seqlens, num_kept = None, None, raw.shape[1]
@@ -249,8 +250,23 @@ def _check_fused(raw: Tensor, images: Tensor, noised: Tensor, sigma: Tensor) -> 
             f'impl="reference" takes any'
         )
     for name, tensor in (("images", images), ("noised", noised), ("sigma", sigma)):
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if _wants_grad(tensor):
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} requires grad, and the fused form is differentiable in raw "
                 f'alone: detach it, or pass impl="reference"'
             )
+
+
+def _wants_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _native_takes(raw: Tensor, images: Tensor, noised: Tensor, sigma: Tensor) -> bool:
+    """Return whether the native CPU kernels take these tensors, and give every gradient that is wanted."""
+    return (
+        "masked_loss_fwd" in _NATIVE_OPS
+        and all(_is_native(tensor) for tensor in (raw, images, noised, sigma))
+        and sigma.dtype == torch.float32
+        and raw.shape[2] <= MAX_VALUES
+        and not any(_wants_grad(tensor) for tensor in (images, noised, sigma))
+    )

@@ -1,3 +1,4 @@
+import importlib
 from functools import partial
 
 import checks
@@ -6,10 +7,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from util import assert_accurate, relative_error
 
-from fastmask.kernels import Mask, masked_loss, sample_mask
+from fastmask.kernels import Mask, backends, masked_loss, sample_mask
 from fastmask.kernels.masked_loss import masked_loss_bwd, masked_loss_fwd, masked_loss_reference
 
+# The package has the function under the module's name.
+contract = importlib.import_module("fastmask.kernels.masked_loss")
+
 IMPLS = ["reference", "fused"]
+NATIVE = any(row.op == "masked_loss_fwd" and row.device == "cpu" and row.kernel == "native" for row in backends())
 
 # (B, C, h, w, p, K): odd and not square, one patch kept, one dropped.
 SHAPES = [(3, 3, 3, 2, 2, 4), (2, 1, 2, 2, 3, 1), (2, 4, 3, 3, 2, 8)]
@@ -440,3 +445,41 @@ def test_patches_too_large_for_the_kernel():
     assert function(impl="reference")[0].isfinite().all()
     with pytest.raises(ValueError, match=r"patches of up to 1024 values, and raw has shape \(1, 1, 1280\)"):
         function(impl="fused")
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native kernel here")
+def test_a_native_kernel_is_the_default_for_the_gradient_of_raw(monkeypatch):
+    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
+    raw.requires_grad_()
+    function = partial(masked_loss, patch_size=2, sigma_data=0.5)
+    monkeypatch.setattr(contract, "masked_loss_reference", None)
+    parts = function(raw, images, noised, sigma, mask)
+    expected = function(raw, images, noised, sigma, mask, impl="fused")
+    assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["images", "noised", "sigma"])
+def test_the_default_on_a_cpu_has_every_gradient_and_takes_float64(name):
+    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
+    named = {"raw": raw.requires_grad_(), "images": images, "noised": noised, "sigma": sigma, "mask": mask}
+    named[name].requires_grad_()
+    function = partial(masked_loss, patch_size=2, sigma_data=0.5)
+    grad, expected = (
+        torch.autograd.grad(function(**named, impl=impl)[0].sum(), named[name])[0] for impl in (None, "reference")
+    )
+    assert torch.equal(grad, expected)
+    double = {**named, name: named[name].detach().double()}
+    parts, exact = (function(**double, impl=impl) for impl in (None, "reference"))
+    assert all(torch.equal(a, b) for a, b in zip(parts, exact, strict=True))
+
+
+def test_the_number_of_threads_changes_no_bit():
+    *tensors, mask = arguments(3, 4, 16, 16, 2, 128)
+    settings = {"weights": torch.rand(2, 3), "patch_size": 2, "sigma_data": 0.5, "impl": "fused"}
+    expected = losses_and_gradient(masked_loss, *tensors, mask, **settings)
+    torch.set_num_threads(2)
+    try:
+        results = losses_and_gradient(masked_loss, *tensors, mask, **settings)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
