@@ -186,7 +186,7 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
 
     Equivalent PyTorch: ``torch.gather(x, 1, ids_keep[..., None].expand(-1, -1, D))``. Copies, bit-equal to the
     reference, as is the gradient of x, the one input it is differentiable in. Undefined for an index outside [0, L)
-    and, in the fused backward, for one that a sample has twice.
+    and, in the fused backward, for one that a sample has twice; a native kernel on a CPU raises a RuntimeError.
 
     Args:
         x: shape (B, L, D); copied first if not contiguous.
