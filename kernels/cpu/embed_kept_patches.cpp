@@ -71,7 +71,12 @@ FASTMASK_SIMD void patch_gradients(const float* grad, const float* weight, int64
 
 FASTMASK_SIMD Statistics norm_row(const float* x, const float* shift, const float* scale, float* h, int64_t width,
                                   bool rms, float eps) {
-  const Statistics s = row_statistics(x, width, rms, eps);
+  Statistics s = row_statistics(x, width, rms, eps);
+  // A position table may put tokens far from zero, where the sum is rounded coarsely: add the mean of what is left.
+  float rest = 0.0f;
+#pragma omp simd reduction(+ : rest)
+  for (int64_t d = 0; d < width; ++d) rest += x[d] - s.mean;
+  if (!rms) s.mean += rest / static_cast<float>(width);
   modulate_row(x, s, shift, scale, h, width);
   return s;
 }
