@@ -10,8 +10,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := runs/digits-demo
 # Once with Triton's kernels, interpreted, and what runs natively on a CPU once more so.
-NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py modulate_norm.py add_gated_norm.py norms.py norm_linear.py native.py adamw_ema.py \
-	sample_mask.py masked_loss.py embed_kept_patches.py restore_tokens.py) \
+NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py modulate_norm.py add_gated_norm.py norms.py \
+	norm_linear.py native.py adamw_ema.py sample_mask.py masked_loss.py embed_kept_patches.py embed_natively.py \
+	restore_tokens.py) \
 	$(addprefix tests/test_,model.py golden.py optim.py train.py)
 
 .PHONY: demo test venv lint bench report kernels sanitize clean

@@ -75,7 +75,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor) -> None:
     """Fail unless a result is about as close to the exact one as PyTorch's own operations of the same dtype get.
 
-    Both the largest and the root-mean-square error may be twice those of ``eager`` and two roundings of ``actual``'s
+    Both the largest and the root-mean-square error may be twice those of ``eager`` and 1.5 roundings of ``actual``'s
     dtype, relative to the largest and to the root-mean-square exact value.
 
     Args:
@@ -90,7 +90,7 @@ def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor) -> None:
     error, allowed = actual.detach().double() - exact, eager.detach().double() - exact
     rounding = torch.finfo(actual.dtype).eps / 2
     for name, size in (("largest", lambda t: t.abs().max()), ("mean", lambda t: t.square().mean().sqrt())):
-        bound = 2 * size(allowed) + 2 * rounding * size(exact)
+        bound = 2 * size(allowed) + 1.5 * rounding * size(exact)
         # A comparison with NaN is false, so values that were never written fail here.
         assert size(error) <= bound, f"{name} error {size(error):.3g} above {bound:.3g}"
 
