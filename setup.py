@@ -20,11 +20,8 @@ def torch_root() -> Path | None:
     """Return the folder of torch: of this process, or, in an isolated build, of the environment that is built for."""
     found = importlib.util.find_spec("torch")
     places = [Path(found.origin).parent] if found and found.origin else []
-    scheme = sysconfig.get_paths(vars={"base": sys.prefix, "platbase": sys.exec_prefix})
     # An isolated build runs the environment's own Python, with another place to look for packages put first.
-    executable = Path(sys.executable).parent.parent
-    places += [Path(scheme["purelib"]) / "torch"]
-    places += [executable / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages" / "torch"]
+    places.append(Path(sysconfig.get_paths()["purelib"]) / "torch")
     wanted = "include/torch/csrc/stable/library.h"
     return next((place for place in places if (place / wanted).exists()), None)
 

@@ -113,6 +113,20 @@ def dense_of(rows: Rows, row: Row) -> Row | None:
     return rows.beside(row, row["variant"], **dense)
 
 
+def against_dense(rows: Rows, row: Row) -> list[str]:
+    """Return the cells of a masked step's speed against the dense one, its bound by FLOPs, and the share of that."""
+    if row["case"]["form"] == "dense":
+        return ["", "", ""]
+    dense = dense_of(rows, row)
+    share = cell("{:.0%}", lambda a, b: faster(a, b) / bound(a, b), row, dense)
+    return [cell("{:.2f}x", faster, row, dense), cell("{:.2f}x", bound, row, dense), share]
+
+
+def products_alone(rows: Rows, row: Row, form: str) -> str:
+    """Return the cell of the share of a step's time that its products take alone."""
+    return cell(form, lambda a, b: b["median_ms"] / a["median_ms"], row, rows.beside(row, "products"))
+
+
 def size_of(row: Row) -> str:
     """Return the encoder of a step: "s2", "xl2"."""
     return row["case"]["preset"].removeprefix("dit-").split("-")[0]
@@ -136,13 +150,8 @@ def steps(rows: Rows) -> Iterator[str]:
             cells += [cell("{}", time_of, row), cell("{:.4g}", rate, row)]
             for plain in PLAIN:
                 cells.append("" if stack in PLAIN else cell("{:.2f}x", faster, row, rows.beside(row, plain)))
-            dense, masked = dense_of(rows, row), case["form"] != "dense"
-            cells.append(cell("{:.2f}x", faster, row, dense) if masked else "")
-            cells.append(cell("{:.2f}x", bound, row, dense) if masked else "")
-            cells.append(cell("{:.0%}", lambda a, b: faster(a, b) / bound(a, b), row, dense) if masked else "")
-            products = rows.beside(row, "products")
-            alone = cell("{:.0%} of the time", lambda a, b: b["median_ms"] / a["median_ms"], row, products)
-            cells.append("" if stack in PLAIN else alone)
+            cells += against_dense(rows, row)
+            cells.append("" if stack in PLAIN else products_alone(rows, row, "{:.0%} of the time"))
             if gpu_named(machine):
                 cells.append(cell("{:.1%}", mfu, row))
             yield line(cells)
@@ -160,16 +169,11 @@ def summary(rows: Rows) -> Iterator[str]:
         yield from header([*columns, "ours masked / dense", "FLOP bound", "share of it", "products alone / ours"])
         for row in mine:
             stacks = {stack: rows.beside(row, stack) for stack in STACKS}
-            dense, masked = dense_of(rows, row), row["case"]["form"] != "dense"
             best = max((r for s, r in stacks.items() if s not in PLAIN and r is not None), key=rate)
             cells = [f"{size_of(row)}, {row['case']['image_size']}", row["case"]["form"]]
             cells += [cell("{}", lambda r: three_digits(rate(r)), stacks[stack]) for stack in STACKS]
             cells += [cell("{:.2f}x", faster, best, stacks[plain]) for plain in PLAIN]
-            cells.append(cell("{:.2f}x", faster, row, dense) if masked else "")
-            cells.append(cell("{:.2f}x", bound, row, dense) if masked else "")
-            cells.append(cell("{:.0%}", lambda a, b: faster(a, b) / bound(a, b), row, dense) if masked else "")
-            products = rows.beside(row, "products")
-            yield line([*cells, cell("{:.0%}", lambda a, b: b["median_ms"] / a["median_ms"], row, products)])
+            yield line([*cells, *against_dense(rows, row), products_alone(rows, row, "{:.0%}")])
     if not found:
         yield from ("", f"Training steps: {NOT_MEASURED}")
 

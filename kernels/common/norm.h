@@ -42,6 +42,14 @@ FASTMASK_INLINE void modulate_row(const float* __restrict x, Statistics s, const
   for (std::int64_t d = 0; d < width; ++d) h[d] = (x[d] - s.mean) * s.rstd * (1.0f + scale[d]) + shift[d];
 }
 
+// Both of them; not every file that includes this needs it.
+[[maybe_unused]] static FASTMASK_SIMD Statistics norm_row(const float* x, const float* shift, const float* scale,
+                                                          float* h, std::int64_t width, bool rms, float eps) {
+  const Statistics s = row_statistics(x, width, rms, eps);
+  modulate_row(x, s, shift, scale, h, width);
+  return s;
+}
+
 // mean(g) and mean(g * xhat) of g = grad_h * (1 + scale); adds to the sums of grad_h and of grad_h * xhat on the way.
 FASTMASK_INLINE void gradient_means(const float* __restrict grad_h, const float* __restrict x, Statistics s,
                                     const float* __restrict scale, float* __restrict grad_shift,

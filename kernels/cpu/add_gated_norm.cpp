@@ -16,13 +16,6 @@ FASTMASK_SIMD void add_row(const float* __restrict x, const float* __restrict br
   for (int64_t d = 0; d < width; ++d) x_new[d] = x[d] + gate[d] * branch[d];
 }
 
-FASTMASK_SIMD Statistics norm_row(const float* x, const float* shift, const float* scale, float* h, int64_t width,
-                                  bool rms, float eps) {
-  const Statistics s = row_statistics(x, width, rms, eps);
-  modulate_row(x, s, shift, scale, h, width);
-  return s;
-}
-
 // h_again is written if it is not null; grad_new is added if it is not null.
 FASTMASK_SIMD void backward_row(const float* __restrict grad_new, const float* __restrict grad_h,
                                 const float* __restrict x, Statistics s, const float* __restrict branch,

@@ -69,8 +69,8 @@ FASTMASK_SIMD void patch_gradients(const float* grad, const float* weight, int64
   }
 }
 
-FASTMASK_SIMD Statistics norm_row(const float* x, const float* shift, const float* scale, float* h, int64_t width,
-                                  bool rms, float eps) {
+FASTMASK_SIMD Statistics norm_far_row(const float* x, const float* shift, const float* scale, float* h, int64_t width,
+                                      bool rms, float eps) {
   Statistics s = row_statistics(x, width, rms, eps);
   // A position table may put tokens far from zero, where the sum is rounded coarsely: add the mean of what is left.
   float rest = 0.0f;
@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> embed_kept_patches_fwd(
           }
           write[i].round(row);  // the norm is that of the rounded tokens, which backward sees
           const Statistics s =
-              norm_row(write[i].row(row), b_shift, b_scale, write_h.row(row), width, rms, static_cast<float>(eps));
+              norm_far_row(write[i].row(row), b_shift, b_scale, write_h.row(row), width, rms, static_cast<float>(eps));
           write_h.done(row);
           stat[row] = s.mean;
           stat[rows + row] = s.rstd;

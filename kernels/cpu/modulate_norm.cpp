@@ -11,13 +11,6 @@
 namespace fastmask {
 namespace {
 
-FASTMASK_SIMD Statistics forward_row(const float* x, const float* shift, const float* scale, float* h, int64_t width,
-                                     bool rms, float eps) {
-  const Statistics s = row_statistics(x, width, rms, eps);
-  modulate_row(x, s, shift, scale, h, width);
-  return s;
-}
-
 FASTMASK_SIMD void backward_row(const float* __restrict grad_h, const float* __restrict x, Statistics s,
                                 const float* __restrict scale, float* __restrict grad_x, float* grad_shift,
                                 float* grad_scale, int64_t width, bool rms) {
@@ -50,7 +43,7 @@ std::tuple<Tensor, Tensor> modulate_norm_fwd(const Tensor& x, const Tensor& shif
       const float *b_shift = read_shift(group), *b_scale = read_scale(group);
       for (int64_t i = begin; i < end; ++i) {
         const Statistics s =
-            forward_row(read_x(i), b_shift, b_scale, write_h.row(i), width, rms, static_cast<float>(eps));
+            norm_row(read_x(i), b_shift, b_scale, write_h.row(i), width, rms, static_cast<float>(eps));
         write_h.done(i);
         stat[i] = s.mean;
         stat[rows + i] = s.rstd;

@@ -17,13 +17,6 @@ FASTMASK_SIMD void add_row(const float* __restrict a, const float* __restrict b,
   for (int64_t d = 0; d < width; ++d) out[d] = a[d] + b[d];
 }
 
-FASTMASK_SIMD Statistics norm_row(const float* x, const float* shift, const float* scale, float* h, int64_t width,
-                                  bool rms, float eps) {
-  const Statistics s = row_statistics(x, width, rms, eps);
-  modulate_row(x, s, shift, scale, h, width);
-  return s;
-}
-
 // out = grad + through_norm, which may be null.
 FASTMASK_SIMD void set_gradient(const float* __restrict grad, const float* __restrict through_norm,
                                 float* __restrict out, int64_t width) {
