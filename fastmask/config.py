@@ -15,6 +15,7 @@ FREE_FIELDS = frozenset(
         "run_dir",
         "device",
         "optimizer",
+        "activation_checkpointing",
         "num_workers",
         "report_every",
         "checkpoint_every",
@@ -91,6 +92,8 @@ class TrainConfig:
     """Images per step."""
     micro_batch_size: int = 0
     """Images computed at a time; the gradients of a larger batch are accumulated. 0: the whole batch."""
+    activation_checkpointing: Literal["none", "block"] = "none"
+    """What is kept for backward: everything, or of each block its input, computed again there."""
     lr: float = 1e-4
     """Learning rate."""
     warmup_steps: int = 0
