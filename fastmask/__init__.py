@@ -8,7 +8,7 @@ from fastmask.kernels import Mask
 from fastmask.model import MaskDiT
 
 if TYPE_CHECKING:
-    from fastmask.checkpoint import load_maskdit
+    from fastmask.weights import load_maskdit
 
 __version__ = "0.1.0"
 __all__ = ["EDMPrecond", "Mask", "MaskDiT", "load_maskdit"]
@@ -18,6 +18,6 @@ def __getattr__(name: str) -> Any:
     """Import `load_maskdit` when it is first used: it needs safetensors, and the network needs torch alone."""
     if name != "load_maskdit":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = importlib.import_module("fastmask.checkpoint").load_maskdit
+    found = importlib.import_module("fastmask.weights").load_maskdit
     globals()[name] = found
     return found

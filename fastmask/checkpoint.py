@@ -1,14 +1,10 @@
-"""Reading published weights, and writing and reading the checkpoints of a run.
+"""Writing and reading the checkpoints of a run.
 
 A checkpoint is a folder `step-00001000` with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and
 `state.json`. It is written under a temporary name and renamed when complete, so every folder of that name is whole.
 """
 
-import argparse
 import json
-import math
-import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,90 +13,13 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastmask.diffusion import EDMPrecond
 from fastmask.ema import PowerEMA
 from fastmask.files import whole_file
-from fastmask.model import MaskDiT
-
-# Encoder heads of the published sizes S, B, L, XL and H, by width.
-_PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}
-_MAX_NAMES_SHOWN = 6
-
-
-def load_maskdit(
-    source: Mapping[str, Tensor] | str | os.PathLike[str],
-    num_heads: int | None = None,
-    decoder_num_heads: int = 16,
-    *,
-    sigma_data: float = 0.5,
-) -> EDMPrecond:
-    """Return the network that a set of weights in the published names describes, on the CPU in fp32.
-
-    Sizes are read from the shapes. Heads leave no trace there: a file written by fastmask states its own (and its
-    sigma_data), which then hold; for others they are arguments.
-
-    Args:
-        source: a mapping of names to tensors, or a `.pt` or `.safetensors` file of one. Names may carry the
-            preconditioner's prefix `model.`. Of a published training file (`model`, `ema`, `opt`) the EMA is read.
-        num_heads: encoder heads; None takes those of the published size of the same width.
-        decoder_num_heads: decoder heads.
-        sigma_data: standard deviation of the data.
-
-    Returns:
-        The denoiser in training mode, with gradients enabled.
-
-    Raises:
-        ValueError: a missing or unreadable file, weights that are not a MaskDiT's, or heads that cannot be told.
-    """
-    stated: dict[str, str] = {}
-    if isinstance(source, Mapping):
-        what, tensors = "the given mapping", source
-    else:
-        what = str(source)
-        tensors, stated = _read_weights(Path(source))
-    weights = {_bare(name): tensor for name, tensor in tensors.items()}
-    sizes = _read_sizes(weights, what)
-    num_heads = int(stated.get("num_heads", 0)) or num_heads or _PUBLISHED_HEADS.get(sizes["width"])
-    if num_heads is None:
-        raise ValueError(
-            f"{what}: no published size has width {sizes['width']}, so its heads are unknown: pass num_heads"
-        )
-    decoder_num_heads = int(stated.get("decoder_num_heads", decoder_num_heads))
-    with torch.device("meta"):
-        model = MaskDiT(**sizes, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
-    net = EDMPrecond(model, float(stated.get("sigma_data", sigma_data)))
-    weights = {f"model.{name}": tensor.to("cpu", torch.float32, copy=True) for name, tensor in weights.items()}
-    check_same_shapes(net.state_dict(), weights, what)
-    net.load_state_dict(weights, assign=True)
-    return net.requires_grad_()
-
-
-def save_weights(path: Path, net: EDMPrecond, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write weights (the network's own, or others of the same names) so that `load_maskdit` reads them alone."""
-    metadata = {
-        "num_heads": str(net.model.num_heads),
-        "decoder_num_heads": str(net.model.decoder_num_heads),
-        "sigma_data": str(net.sigma_data),
-    }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or net.state_dict()).items()}
-    safetensors.torch.save_file(tensors, path, metadata)
-
-
-def check_same_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], what: str) -> None:
-    """Raise a ValueError that lists the names in which two sets of tensors differ, if any do."""
-    differing = [f"{name} is missing" for name in expected.keys() - got.keys()]
-    differing += [f"{name} is not part of the network" for name in got.keys() - expected.keys()]
-    differing += [
-        f"{name} has shape {tuple(got[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected.keys() & got.keys()
-        if expected[name].shape != got[name].shape
-    ]
-    if differing:
-        more = f", and {len(differing) - _MAX_NAMES_SHOWN} more" if len(differing) > _MAX_NAMES_SHOWN else ""
-        raise ValueError(f"{what} is of another network: {', '.join(sorted(differing)[:_MAX_NAMES_SHOWN])}{more}")
+from fastmask.weights import bare_name, check_same_shapes, read_weights, save_weights
 
 
 def save_checkpoint(
@@ -171,8 +90,8 @@ def load_checkpoint(
     state = read_state(folder)
     try:
         names = ("model", "ema", "optimizer")
-        weights, averaged, stored = (_read_weights(folder / f"{name}.safetensors")[0] for name in names)
-        kept = _read_weights(folder / "profiles.safetensors")[0] if profiles else {}
+        weights, averaged, stored = (read_weights(folder / f"{name}.safetensors")[0] for name in names)
+        kept = read_weights(folder / "profiles.safetensors")[0] if profiles else {}
     except ValueError as error:
         raise _damaged(folder, str(error)) from error
     for tensors in (weights, averaged):
@@ -220,11 +139,6 @@ def snapshots(run_dir: Path) -> list[Snapshot]:
     return sorted(found)
 
 
-def read_snapshot(snapshot: Snapshot) -> Mapping[str, Tensor]:
-    """Return the tensors of a snapshot by name; a ValueError if the file is damaged."""
-    return _read_weights(snapshot.path)[0]
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """Return what the ``state.json`` of a checkpoint holds; a ValueError if it cannot be read."""
     try:
@@ -253,7 +167,7 @@ def load_initial(init: str, net: EDMPrecond, ema: Mapping[str, Tensor]) -> None:
             raise ValueError(f"--init {init}: there is no checkpoint of a run; train one there, or name a weights file")
         weights_file, average_file = found[-1] / "model.safetensors", found[-1] / "ema.safetensors"
     weights, average = (
-        {f"model.{_bare(name)}": tensor for name, tensor in _read_weights(file)[0].items()}
+        {f"model.{bare_name(name)}": tensor for name, tensor in read_weights(file)[0].items()}
         for file in (weights_file, average_file)
     )
     check_same_shapes(net.state_dict(), weights, f"--init {weights_file}")
@@ -284,61 +198,3 @@ def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         for name, parameter in net.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def _read_weights(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """Return the tensors of a file and what it states beside them."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist, or is not a file: name a .pt or .safetensors file of weights")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        if path.suffix in (".pt", ".pth"):
-            # The published training files keep their arguments as a Namespace.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-            for key in ("ema", "model"):
-                if isinstance(content, dict) and isinstance(content.get(key), Mapping):
-                    content = content[key]
-            if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-                raise ValueError(f"{path} holds no mapping of names to tensors")
-            return content, {}
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or ["it ends too early"])[0]
-        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
-    raise ValueError(f"{path}: weights are read from .pt and .safetensors files")
-
-
-def _bare(name: str) -> str:
-    """Return a parameter's name without what wrappers put before it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.").removeprefix("model.")
-
-
-def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:
-    try:
-        width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
-        length = weights["pos_embed"].shape[1]
-        num_classes, decoder_width = 0, 512
-        if "y_embedder.embedding_table.weight" in weights:
-            num_classes = weights["y_embedder.embedding_table.weight"].shape[1]
-        if "mask_token" in weights:
-            decoder_width = weights["mask_token"].shape[2]
-    except (KeyError, ValueError, IndexError):
-        raise ValueError(
-            f"{what} is no MaskDiT: it lacks a usable x_embedder.proj.weight, pos_embed, mask_token or label table"
-        ) from None
-    return {
-        "input_size": math.isqrt(length) * patch_size,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "width": width,
-        "depth": _count_blocks(weights, "blocks."),
-        "num_classes": num_classes,
-        "decoder_width": decoder_width,
-        "decoder_depth": _count_blocks(weights, "decoder_blocks."),
-    }
-
-
-def _count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
-    return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})

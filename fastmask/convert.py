@@ -8,11 +8,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastmask.checkpoint import check_same_shapes, load_maskdit, read_snapshot, save_weights, snapshots
+from fastmask.checkpoint import snapshots
 from fastmask.cli import parse, run_command
 from fastmask.ema import gamma_of, posthoc_coefficients
 from fastmask.files import whole_file
 from fastmask.report import say
+from fastmask.weights import check_same_shapes, load_maskdit, read_weights, save_weights
 
 # Share of the wanted profile that a sum of snapshots may miss before it is worth a word.
 _NOTABLE = 0.05
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     net = load_maskdit(used[-1].path)
     total: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for snapshot, coefficient in zip(used, coefficients, strict=True):
-        tensors = read_snapshot(snapshot)
+        tensors, _ = read_weights(snapshot.path)
         check_same_shapes(net.state_dict(), tensors, str(snapshot.path))
         for name, sum_of_it in total.items():
             sum_of_it.add_(tensors[name].float(), alpha=coefficient)

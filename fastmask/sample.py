@@ -8,11 +8,12 @@ import numpy as np
 import torch
 import tyro
 
-from fastmask.checkpoint import checkpoints, load_maskdit
+from fastmask.checkpoint import checkpoints
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.diffusion import EDMPrecond, draw_samples
 from fastmask.files import whole_file
 from fastmask.report import save_grid, say
+from fastmask.weights import load_maskdit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

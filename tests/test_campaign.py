@@ -53,7 +53,7 @@ def test_it_needs_nothing_but_torch_and_numpy(tmp_path):
 
 def test_load_maskdit_is_still_exported():
     package = importlib.import_module("fastmask")
-    assert package.load_maskdit is importlib.import_module("fastmask.checkpoint").load_maskdit
+    assert package.load_maskdit is importlib.import_module("fastmask.weights").load_maskdit
     assert set(package.__all__) <= {*dir(package), "load_maskdit"}
 
 

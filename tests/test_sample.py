@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from util import small_net
 
-from fastmask.checkpoint import save_checkpoint, save_weights
+from fastmask.checkpoint import save_checkpoint
 from fastmask.diffusion import draw_samples
 from fastmask.report import save_grid
 from fastmask.sample import load_net, main
+from fastmask.weights import save_weights
 
 SHALLOW = {"depth": 1, "decoder_depth": 0}
 

@@ -1,4 +1,4 @@
-"""Reading weights; the checkpoints of a run have a test file of their own."""
+"""Reading and writing weights in the published names."""
 
 import argparse
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from util import golden, small_net
 
 from fastmask import load_maskdit
-from fastmask.checkpoint import save_weights
+from fastmask.weights import save_weights
 
 HEADS = {"num_heads": 2, "decoder_num_heads": 3}  # those of small_net
 
@@ -286,6 +286,15 @@ def test_a_truncated_file(tmp_path, form, share):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(ValueError, match=rf"weights\{path.suffix} cannot be read as weights: \S"):
         load_maskdit(path, **HEADS)
+
+
+def test_a_file_in_the_old_format_cut_off_anywhere(tmp_path):
+    torch.save(small_net().state_dict(), tmp_path / "whole.pt", _use_new_zipfile_serialization=False)
+    content, path = (tmp_path / "whole.pt").read_bytes(), tmp_path / "weights.pt"
+    for size in range(0, 8000, 31):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"weights\.pt cannot be read as weights: \S"):
+            load_maskdit(path, **HEADS)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, torch.zeros(3), {"ema": 4}])
