@@ -44,8 +44,13 @@ def batches(
     stop: int,
     num_workers: int,
     device: torch.device,
+    step_size: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Batch]:
     """Yield what is stored of samples ``start`` .. ``stop - 1`` of a run and their labels, in order, on the CPU.
+
+    With several ranks each gets its part of every step: the first one the first samples of the step, and so on.
 
     Args:
         dataset: where they are read.
@@ -55,11 +60,18 @@ def batches(
         stop: number after the last one.
         num_workers: processes that read ahead; 0 reads here. The samples are the same.
         device: where they will go: for a GPU they are put in pinned memory.
+        step_size: samples of a step on all ranks, a multiple of ``ranks * batch_size``; None: that product.
+        rank: whose part to read.
+        ranks: how many share the samples.
 
     Raises:
         ValueError: a sample that cannot be read.
     """
-    rows = _Rows(dataset, batch_size, seed, start, stop)
+    step_size = ranks * batch_size if step_size is None else step_size
+    if step_size % (ranks * batch_size):
+        raise ValueError(f"a step of {step_size} samples does not divide into batches of {batch_size} on {ranks} ranks")
+    steps, share = range(start, stop, step_size), step_size // ranks
+    rows = _Rows(dataset, batch_size, seed, steps, range(rank * share, (rank + 1) * share, batch_size), stop)
     loader = DataLoader(
         rows,
         batch_size=None,
@@ -78,18 +90,31 @@ def batches(
 
 
 class _Rows(Dataset[Batch]):
-    """Batches by their number."""
+    """A rank's batches by their number.
 
-    def __init__(self, dataset: DataSet, batch_size: int, seed: int, start: int, stop: int) -> None:
+    Args:
+        dataset: where they are read.
+        batch_size: samples at a time.
+        seed: of the order.
+        steps: first sample of each step.
+        parts: where in a step each of the rank's batches begins.
+        stop: number after the last sample.
+    """
+
+    def __init__(self, dataset: DataSet, batch_size: int, seed: int, steps: range, parts: range, stop: int) -> None:
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
-        self._start, self._stop = start, stop
+        self._steps, self._parts, self._stop = steps, parts, stop
 
     def __len__(self) -> int:
-        return -(-(self._stop - self._start) // self._batch_size)
+        if not self._steps:
+            return 0
+        left = min(self._parts.stop, self._stop - self._steps[-1]) - self._parts.start  # the rank's of the last step
+        return (len(self._steps) - 1) * len(self._parts) + max(0, -(-left // self._batch_size))
 
     def __getitem__(self, index: int) -> Batch:
         if index >= len(self):
             raise IndexError(index)
-        first = self._start + index * self._batch_size
+        step, part = divmod(index, len(self._parts))
+        first = self._steps[step] + self._parts[part]
         count = min(self._batch_size, self._stop - first)
         return self._dataset.read(sample_ids(self._seed, first, count, len(self._dataset)))

@@ -24,10 +24,9 @@ class Numbers:
         return torch.from_numpy(ids), torch.from_numpy(ids) % 3
 
 
-def ids_of(size=10, batch_size=4, seed=0, start=0, stop=20, num_workers=0):
-    parts = batches(
-        Numbers(size), batch_size=batch_size, seed=seed, start=start, stop=stop, num_workers=num_workers, device=CPU
-    )
+def ids_of(size=10, batch_size=4, seed=0, start=0, stop=20, num_workers=0, **shared):
+    settings = {"batch_size": batch_size, "seed": seed, "start": start, "stop": stop, "num_workers": num_workers}
+    parts = batches(Numbers(size), **settings, device=CPU, **shared)
     return [ids.tolist() for ids, _ in parts]
 
 
@@ -102,3 +101,17 @@ def test_an_unreadable_image_is_one_line(tmp_path, num_workers, damage):
     assert multiprocessing.active_children() == []
     assert str(error.value).startswith(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 12), (1, 4), (2, 6), (2, 2), (3, 4)])
+def test_the_ranks_and_their_parts_make_up_every_step(ranks, batch_size):
+    """12 samples a step, from the second step of a run on: the same samples whatever reads them."""
+    parts = [ids_of(batch_size=batch_size, start=12, stop=36, step_size=12, rank=r, ranks=ranks) for r in range(ranks)]
+    per_step = len(parts[0]) // 2
+    steps = [[part for rank in parts for part in rank[i * per_step : (i + 1) * per_step]] for i in range(2)]
+    assert flat([part for step in steps for part in step]) == sample_ids(0, 12, 24, 10).tolist()
+
+
+def test_a_step_must_divide():
+    with pytest.raises(ValueError, match="a step of 10 samples does not divide into batches of 4 on 2 ranks"):
+        ids_of(step_size=10, ranks=2)
