@@ -6,7 +6,16 @@ import json
 from typing import Any, Literal
 
 from fastmask.ema import gamma_of
-from fastmask.masking import SCHEDULES, check_ratio, mask_ratio_at
+from fastmask.masking import (
+    GROUP,
+    SCHEDULES,
+    RatioPerSample,
+    Stage,
+    check_ratio,
+    mask_ratio_at,
+    parse_per_sample,
+    ratio_stages,
+)
 from fastmask.model import MaskDiT, check_sizes
 
 # Fields that may differ when a run is resumed: they do not change what is learned.
@@ -75,6 +84,10 @@ class TrainConfig:
     """Ratio that a falling schedule ends at."""
     mask_schedule: str = "constant"
     """How the ratio falls over the masked steps: constant, linear, exp, cosine2 .. cosine6."""
+    mask_levels: int = 8
+    """Kept counts that a falling schedule is made of."""
+    mask_ratio_per_sample: str = "constant"
+    """Ratio of each sample: constant, uniform(a,b), sigma(a,b) with b at the highest noise, sigma around mask_ratio."""
     mae_coef: float = 0.1
     """Weight of the reconstruction loss."""
     label_drop: float = 0.1
@@ -143,6 +156,23 @@ class TrainConfig:
             return 0.0
         return mask_ratio_at(self.mask_schedule, step / self.masked_steps, self.mask_ratio, self.mask_ratio_end)
 
+    def stages(self, length: int) -> tuple[Stage, ...]:
+        """Return the stages of the run, each with its kept count of ``length`` positions; the last may be unmasked."""
+        masked = ratio_stages(
+            self.mask_schedule, self.masked_steps, self.mask_ratio, self.mask_ratio_end, length, self.mask_levels
+        )
+        is_over = bool(masked) and masked[-1].keep == length
+        return masked if is_over or not self.unmask_steps else (*masked, Stage(self.masked_steps, length))
+
+    def kept_at(self, step: int, length: int) -> int:
+        """Return how many of ``length`` positions a step keeps, counted from 0; with a ratio per sample their mean."""
+        return [stage.keep for stage in self.stages(length) if stage.first_step <= step][-1]
+
+    @property
+    def per_sample(self) -> RatioPerSample | None:
+        """How each sample draws its own ratio in the masked steps; None where all samples have the same."""
+        return parse_per_sample(self.mask_ratio_per_sample, self.mask_ratio)
+
     @property
     def micro_batch(self) -> int:
         """Images computed at a time."""
@@ -173,6 +203,7 @@ def check_config(config: TrainConfig, input_size: int) -> None:
     if config.decoder_depth == 0 and (config.mask_ratio or config.mask_ratio_end):
         raise ValueError("a network without a decoder (decoder_depth 0) trains unmasked: set mask_ratio 0")
     for name, lowest in [
+        ("mask_levels", 1),
         ("max_steps", 1),
         ("batch_size", 1),
         ("micro_batch_size", 0),
@@ -212,6 +243,25 @@ def check_config(config: TrainConfig, input_size: int) -> None:
     if config.batch_size % config.micro_batch:
         raise ValueError(
             f"batch_size {config.batch_size} does not divide into parts of micro_batch_size {config.micro_batch_size}"
+        )
+    _check_per_sample(config)
+
+
+def _check_per_sample(config: TrainConfig) -> None:
+    per_sample = config.per_sample
+    if per_sample is None:
+        return
+    text = f"mask_ratio_per_sample {config.mask_ratio_per_sample}"
+    if config.mask_schedule != "constant":
+        raise ValueError(f"{text} goes with mask_schedule constant, not {config.mask_schedule}")
+    if abs(per_sample.mean - config.mask_ratio) > 1e-6:
+        raise ValueError(
+            f"{text} has a mean of {per_sample.mean:g}, and mask_ratio is {config.mask_ratio:g}: give the same to both"
+        )
+    if config.micro_batch % GROUP:
+        raise ValueError(
+            f"{text} is drawn for groups of {GROUP} samples: the images computed at a time (batch_size or "
+            f"micro_batch_size), {config.micro_batch}, must be a multiple"
         )
 
 

@@ -1,17 +1,17 @@
 """EDM's preconditioning, training noise and sampler (arXiv 2206.00364) with MaskDiT's loss (arXiv 2306.09305)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmask.kernels import Mask, masked_loss, random_normal, random_uniform, sample_mask, unpatchify
-from fastmask.masking import check_ratio, kept_count
+from fastmask.masking import GROUP, RatioPerSample, check_ratio, kept_count
 from fastmask.model import MaskDiT
 
-# Streams of the counter-based generator; stream 0 is sample_mask's, 4 and 5 the data's.
+# Streams of the counter-based generator; stream 0 is sample_mask's, 4 and 5 the data's, 7 masking's.
 _SIGMA_STREAM, _NOISE_STREAM, _LABEL_STREAM, _LATENT_STREAM = 1, 2, 3, 6
 
 
@@ -30,15 +30,26 @@ class EDMPrecond(nn.Module):
 
     def raw_tokens(self, x: Tensor, sigma: Tensor, labels: Tensor, mask: Mask | None = None) -> Tensor:
         """Return F's raw tokens, shape (B, L, P); arguments as in `forward`."""
+        image_scale = self._image_scale(sigma, labels).to(x.dtype)
+        tokens: Tensor = self.model(x, sigma.log() / 4, labels, mask, image_scale=image_scale)
+        return tokens
+
+    def mixed_raw_tokens(
+        self, images: Sequence[Tensor], sigma: Tensor, labels: Tensor, masks: Sequence[Mask | None]
+    ) -> list[Tensor]:
+        """Return F's raw tokens for noised images of several sizes; arguments as in `EDMLoss.mixed`."""
+        image_scale = self._image_scale(sigma, labels).to(images[0].dtype)
+        return self.model.forward_mixed(images, sigma.log() / 4, labels, masks, image_scale)
+
+    def _image_scale(self, sigma: Tensor, labels: Tensor) -> Tensor:
+        """Return c_in, shape (B,), and look at the labels."""
         num_classes = self.model.num_classes
         # A look at values is free on the CPU alone: elsewhere it would make every step wait for the device, and fake
         # tensors (a subclass) have none.
         real = type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling()
         if real and num_classes:
             check_labels(labels, num_classes)
-        c_in = 1 / (sigma.square() + self.sigma_data**2).sqrt()
-        tokens: Tensor = self.model(x, sigma.log() / 4, labels, mask, image_scale=c_in.to(x.dtype))
-        return tokens
+        return 1 / (sigma.square() + self.sigma_data**2).sqrt()
 
     def forward(self, x: Tensor, sigma: Tensor, labels: Tensor, mask: Mask | None = None) -> Tensor:
         """Return the denoised images.
@@ -128,7 +139,48 @@ class EDMLoss:
             seed = int(torch.randint(2**63 - 1, ()))  # the CPU generator: torch.manual_seed governs it, no device sync
             mask = sample_mask(batch, length, kept_count(length, self.mask_ratio), seed=seed, device=images.device)
         noised = images + noise
-        raw = net.raw_tokens(noised, sigma, labels, mask)
+        return self._parts(net, net.raw_tokens(noised, sigma, labels, mask), images, noised, sigma, mask)
+
+    def mixed(
+        self,
+        net: EDMPrecond,
+        images: Sequence[Tensor],
+        labels: Tensor,
+        *,
+        masks: Sequence[Mask | None],
+        sigma: Tensor,
+        noise: Sequence[Tensor],
+    ) -> LossParts:
+        """Return the losses of images of several sizes, which go through the network together.
+
+        Args:
+            net: the denoiser.
+            images: clean images, each tensor of one size: (B1, C, H1, W1), (B2, C, H2, W2), ..
+            labels: int64, of all images, one tensor after the other, shape (B1 + B2 + ..,).
+            masks: a mask, or None, for each tensor of ``images``.
+            sigma: noise levels, of the shape of ``labels``.
+            noise: noise already times sigma, of the shapes of ``images``.
+
+        Returns:
+            The total, denoising and reconstruction losses, each of the shape of ``labels``.
+
+        Raises:
+            ValueError: lists of different lengths, or shapes that do not fit the network.
+        """
+        if not len(images) == len(noise) == len(masks):
+            raise ValueError(
+                f"a list of images needs lists of as much noise and as many masks, not {len(images)}, {len(noise)} and "
+                f"{len(masks)}"
+            )
+        noised = [image + added for image, added in zip(images, noise, strict=True)]
+        raw = net.mixed_raw_tokens(noised, sigma, labels, masks)
+        sigmas = torch.split(sigma, [len(image) for image in images])
+        sizes = [self._parts(net, *size) for size in zip(raw, images, noised, sigmas, masks, strict=True)]
+        return LossParts(*(torch.cat(parts) for parts in zip(*sizes, strict=True)))
+
+    def _parts(
+        self, net: EDMPrecond, raw: Tensor, images: Tensor, noised: Tensor, sigma: Tensor, mask: Mask | None
+    ) -> LossParts:
         denoising, reconstruction = masked_loss(
             raw,
             images,
@@ -168,40 +220,56 @@ def training_draws(
     images: Tensor,
     labels: Tensor,
     *,
-    seed: int,
-    offset: int,
+    seed: int | Tensor,
+    offset: int | Tensor,
     num_classes: int,
     label_drop: float,
     length: int,
     keep: int,
     p_mean: float,
     p_std: float,
+    per_sample: RatioPerSample | None = None,
 ) -> TrainingDraws:
-    """Draw mask, noise and labels to drop for a batch.
+    """Draw mask, noise and labels to drop for a batch, without waiting for the device.
+
+    A CUDA graph that was captured with tensors for ``seed`` and ``offset`` draws anew at each replay once these are
+    changed in place.
 
     Args:
         images: shape (B, C, H, W).
         labels: int64, shape (B,).
-        seed: the run's seed.
-        offset: global index of the batch's first sample in the run.
+        seed: the run's seed, an int, or int64 of shape () on the device of the images.
+        offset: global index of the batch's first sample in the run, like ``seed``.
         num_classes: the label that means none.
         label_drop: probability of replacing a label by none.
         length: L.
         keep: K; equal to L means no mask.
         p_mean: mean of ln(sigma).
         p_std: standard deviation of ln(sigma).
+        per_sample: how each sample draws its own K, unless ``keep`` is L. The batch must then be made of whole groups,
+            so the offset, too, is a multiple of `fastmask.masking.GROUP` (a tensor's value is not checked).
 
     Returns:
         Labels (B,) with some dropped, the mask (None when nothing is dropped), sigma (B,) and noise (B, C, H, W)
         already times sigma.
+
+    Raises:
+        ValueError: a ratio per sample for a batch that is not made of whole groups.
     """
-    batch = images.shape[0]
-    sample = torch.arange(offset, offset + batch, dtype=torch.int64, device=images.device)
+    batch, device = images.shape[0], images.device
+    sample = torch.arange(batch, dtype=torch.int64, device=device) + offset
     sigma = (random_normal(seed, sample, 1, _SIGMA_STREAM)[:, 0] * p_std + p_mean).exp()
     noise = random_normal(seed, sample, images[0].numel(), _NOISE_STREAM).view(images.shape)
     drop = random_uniform(seed, sample, 1, _LABEL_STREAM)[:, 0] < label_drop
     labels = labels.masked_fill(drop, num_classes)
-    mask = None if keep == length else sample_mask(batch, length, keep, seed=seed, offset=offset, device=images.device)
+    kept: int | Tensor = keep
+    mask, total = None, None
+    if keep < length:
+        if per_sample is not None:
+            if isinstance(offset, int) and offset % GROUP:
+                raise ValueError(f"offset must be a multiple of {GROUP} for a mask ratio per sample, not {offset}")
+            kept, total = per_sample.keep(seed, sample, sigma, length), per_sample.total(batch, length)
+        mask = sample_mask(batch, length, kept, seed=seed, offset=offset, device=device, total=total)
     return TrainingDraws(labels, mask, sigma, noise * sigma[:, None, None, None])
 
 
