@@ -147,7 +147,7 @@ def _adamw_cases(widths: list[int]) -> Iterator[Case]:
     for averages, low in ((0, []), (1, []), (1, copies), (2, copies)):
         label = f"{averages} EMA{' bf16 copy' if low else ''}"
         lists = (params, params, params, params, params * averages, low, steps)
-        scalars = (one, one, one, 0.9, 0.999, 1e-8, 0.01, [0.9999, 0.999][:averages])
+        scalars = (one, empty(averages), one, one, 0.9, 0.999, 1e-8, 0.01)
         yield label, lambda a=(*lists, *scalars): adamw_ema.launch(*a)
 
 
@@ -173,5 +173,7 @@ LAUNCHES = [
         },
     ),
     Spec(_loss_cases, {}),
-    Spec(_adamw_cases, {"_adamw_ema_kernel": (True, 14)}),  # the table's, the corrections', and three of the step
+    Spec(
+        _adamw_cases, {"_adamw_ema_kernel": (True, 16)}
+    ),  # the table's, the corrections', the rates', and three of the step
 ]

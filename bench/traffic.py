@@ -1,4 +1,4 @@
-"""`python -m bench.traffic`: bytes that an op moves between memory and a GPU, counted exactly, forward and backward.
+"""`python -m bench.traffic`: bytes that an op moves between memory and a GPU, counted exactly, in each direction.
 
 Four counts at the shapes of a preset, in MB (10^6 bytes):
 
@@ -10,10 +10,11 @@ Four counts at the shapes of a preset, in MB (10^6 bytes):
 """
 
 import argparse
+import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,15 @@ from bench.tables import header, line
 from fastmask.config import preset_config
 from fastmask.files import whole_file
 from fastmask.kernels import Mask
-from fastmask.kernels._triton import add_gated_norm, embed_kept_patches, masked_loss, modulate_norm, restore_tokens
+from fastmask.kernels._triton import (
+    adamw_ema,
+    add_gated_norm,
+    embed_kept_patches,
+    masked_loss,
+    modulate_norm,
+    restore_tokens,
+)
+from fastmask.kernels.adamw_ema import adamw_ema_reference
 from fastmask.kernels.add_gated_norm import add_gated_norm_reference
 from fastmask.kernels.embed_kept_patches import embed_kept_patches_reference
 from fastmask.kernels.masked_loss import masked_loss_reference
@@ -51,7 +60,8 @@ class _BytesOfOperations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        read = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        copies = func is torch.ops.aten.copy_.default  # which does not read what it overwrites
+        read = {id(t): t for t in tree_leaves((args[copies:], kwargs)) if isinstance(t, Tensor)}
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         storages = {t.untyped_storage()._cdata for t in read.values()}
         is_view = all(t.untyped_storage()._cdata in storages for t in written)
@@ -68,12 +78,18 @@ def size(t: Tensor) -> int:
     return values * t.element_size()
 
 
-def ours(call: Callable[[], Any]) -> int:
-    """Return the bytes that a launcher moves: its kernels' arguments, and the sums that finish what they left."""
+def ours(call: Callable[[], Any], reached: Sequence[Tensor] = ()) -> int:
+    """Return the bytes that a launcher moves: its kernels' arguments, and the sums that finish what they left.
+
+    Args:
+        call: the launcher's.
+        reached: what a kernel reads or writes by the addresses in a table, rather than as an argument.
+    """
     with _BytesOfOperations() as operations:
         launches = recorded(call)
     arguments = [value for launch in launches for value in launch.arguments.values() if isinstance(value, Tensor)]
-    return operations.total + sum(size(t) for t in arguments)
+    counted = [t for t in arguments if not any(t is other for other in reached)]
+    return operations.total + sum(size(t) for t in (*counted, *reached))
 
 
 def eager(op: Callable[..., Any], inputs: list[Tensor], others: list[Tensor]) -> tuple[int, int]:
@@ -92,17 +108,24 @@ def compiled(op: Callable[..., Any], inputs: list[Tensor], others: list[Tensor])
     """Return the bytes of Inductor's kernels, forward and backward, counted on as many zeros."""
     real = [torch.zeros(t.shape, dtype=t.dtype, requires_grad=True) for t in inputs]
     real += [torch.zeros(t.shape, dtype=t.dtype) for t in others]
-    # Inductor counts for this log alone.
-    logging.getLogger("torch._inductor.compile_fx.__inductor_metrics").setLevel(logging.INFO)
-    torch._dynamo.reset()
-    metrics.reset()
-    with inductor_config.patch(force_disable_caches=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _inductor():
         out = torch.compile(op)(*real)
         forward = metrics.num_bytes_accessed
         outs = [out] if isinstance(out, Tensor) else list(out)
         torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
     return int(forward), int(metrics.num_bytes_accessed - forward)
+
+
+@contextlib.contextmanager
+def _inductor() -> Iterator[None]:
+    """Let Inductor count from zero, and compile what it has compiled before too."""
+    # It counts for this log alone.
+    logging.getLogger("torch._inductor.compile_fx.__inductor_metrics").setLevel(logging.INFO)
+    torch._dynamo.reset()
+    metrics.reset()
+    with inductor_config.patch(force_disable_caches=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class Op(NamedTuple):
@@ -222,6 +245,35 @@ def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
     )
 
 
+def update(preset: str) -> tuple[int, int, int, int]:
+    """Return the four counts of `adamw_ema` with one average, of the parameters of one of an MLP's Linears."""
+    width = preset_config(preset, PRESETS).width
+    shapes = ((4 * width, width), (4 * width,))
+    betas, eps, weight_decay = (0.9, 0.999), 1e-8, 0.01
+
+    def tensors(make: Callable[..., Tensor]) -> tuple[list[list[Tensor]], list[Tensor], Tensor, Tensor]:
+        return [[make(*s) for s in shapes] for _ in range(5)], [make(1), make(1)], make(1), make(1)
+
+    def reference(lists: list[list[Tensor]], steps: list[Tensor], lr: Tensor, rates: Tensor) -> None:
+        options = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
+        adamw_ema_reference(*lists[:4], steps, lr=lr, averages=lists[4:], rates=rates, **options)
+
+    arguments = lists, steps, lr, rates = tensors(empty)
+    written = [lists[i] for i in (0, 2, 3, 4)]
+    reached = [t for tensors in (*lists, *written) for t in tensors]
+    scalars = (lr, rates, None, None, *betas, eps, weight_decay)
+    with _BytesOfOperations() as operations:
+        reference(*arguments)
+    with _inductor():
+        torch.compile(reference)(*tensors(torch.ones))
+    return (
+        sum(map(size, (*reached, *steps, lr, rates))),
+        ours(lambda: adamw_ema.launch(*lists[:4], lists[4], [], steps, *scalars), reached),
+        int(metrics.num_bytes_accessed),
+        operations.total,
+    )
+
+
 def table(preset: str) -> Iterator[list[str]]:
     """Yield the rows of the table: op, dtypes, direction and the four counts."""
     for name, low in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -233,8 +285,12 @@ def table(preset: str) -> Iterator[list[str]]:
                 eager(op.reference, op.inputs, op.read),
             )
             for direction, of in zip(("forward", "backward"), zip(*counts, strict=True), strict=True):
-                cells = [f"{count / 1e6:.1f}" for count in of] + [f"{of[1] / of[0]:.3f}"]
-                yield [op.name, name, direction, *cells]
+                yield [op.name, name, direction, *_cells(of)]
+    yield ["adamw_ema", "fp32", "step", *_cells(update(preset))]
+
+
+def _cells(counts: tuple[int, ...]) -> list[str]:
+    return [f"{count / 1e6:.1f}" for count in counts] + [f"{counts[1] / counts[0]:.3f}"]
 
 
 def main() -> None:

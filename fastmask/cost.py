@@ -97,7 +97,7 @@ class Work(NamedTuple):
         product_weight_bytes: that products read and write of weights and their gradients, per micro-batch.
         cast_bytes: moved to cast weights and gradients between fp32 and 16 bits, per micro-batch.
         accumulate_bytes: moved to add gradients up, per micro-batch after a step's first.
-        update_bytes: moved by AdamW and the EMA, per step.
+        update_bytes: moved by `adamw_ema` with one average, per step.
         launches: operations per micro-batch, each taken as one launch; kernels can be more.
     """
 
@@ -112,16 +112,22 @@ class Work(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes by part: the first five whatever the batch, the last two per image of a micro-batch.
+    """Bytes by part: the first five whatever the batch, the others per image of a micro-batch.
+
+    Gradients are counted whole beside all activations: so they lie while a step has further micro-batches, in DDP's
+    buckets and in a CUDA graph. A lone micro-batch without those takes less, its gradients coming while its activations
+    go; more than two take no more than two. No form of AdamW takes more than its state: each is one fused pass.
 
     Attributes:
         weights: fp32.
         gradients: fp32.
         moments: AdamW's two, fp32.
-        ema: fp32.
-        copy: the weights in 16 bits, which autocast makes and backward reads.
+        ema: all averages of the weights, fp32.
+        copy: the weights in 16 bits, which autocast makes and backward reads; where blocks are computed again, those
+            that autocast holds until forward ends.
         activations: kept for backward.
         working: held for a moment in backward, at the widest place.
+        recomputed: what the largest block keeps while backward goes through it, where blocks are computed again.
     """
 
     weights: int
@@ -131,6 +137,7 @@ class Memory(NamedTuple):
     copy: int
     activations: int
     working: int
+    recomputed: int = 0
 
     @property
     def fixed(self) -> int:
@@ -140,7 +147,11 @@ class Memory(NamedTuple):
     @property
     def per_image(self) -> int:
         """Bytes of each image of a micro-batch."""
-        return self.activations + self.working
+        return self.activations + self.working + self.recomputed
+
+    def high_water(self, images: int) -> int:
+        """Return the most bytes that a step takes at once, with micro-batches of some images."""
+        return self.fixed + images * self.per_image
 
     def largest_batch(self, size: float) -> int:
         """Return how many images fit at a time into a memory of ``size`` bytes; 0 is none."""
@@ -184,25 +195,41 @@ def work_of(model: MaskDiT, ratio: float, precision: str) -> Work:
         product_weight_bytes=3 * low * parameters,
         cast_bytes=12 * parameters if low == 2 else 0,  # 4 + 2 each way
         accumulate_bytes=12 * parameters,
-        update_bytes=(28 + 12) * parameters,  # p, g, m, v read and p, m, v written; average and p read, average written
+        update_bytes=(20 + 16) * parameters,  # p, g, m, v and the average read; all but g written, in one pass
         launches=launches[0] * blocks + launches[1] + (launches[2] if len(stacks) > 1 else 0),
     )
 
 
-def memory_of(model: MaskDiT, ratio: float, precision: str) -> Memory:
-    """Return the bytes that training takes at a mask ratio; arguments as in `work_of`."""
+def memory_of(
+    model: MaskDiT, ratio: float, precision: str, *, averages: int = 1, checkpoint_blocks: bool = False
+) -> Memory:
+    """Return the bytes that training takes at a mask ratio.
+
+    Args:
+        model: the network; its tensors may be on the meta device.
+        ratio: the mask ratio; the lowest of a run takes most.
+        precision: "bf16", "fp16", "tf32" or "fp32".
+        averages: how many averages of the weights are kept.
+        checkpoint_blocks: whether backward computes the blocks again, as `MaskDiT.checkpoint_blocks` says.
+    """
     low, parameters = _bytes_of(precision), trainable_parameters(model)
     stacks = _stacks(model, ratio)
-    kept = 0
+    kept, copied, recomputed = 0, parameters, 0
     for tokens, width, heads, depth in stacks:
         # Attention's qkv and result, two branches and the MLP's hidden values; two fp32 residuals.
         per_token = width * (10 * low + 2 * 4) + 4 * heads + 16  # and softmax's and the norms' statistics
-        modulation = (6 * width + stacks[0].width) * low
-        kept += depth * (tokens * per_token + modulation) + 4 * tokens * width  # and the residual that enters
+        block = tokens * per_token + (6 * width + stacks[0].width) * low  # and its modulation
+        if checkpoint_blocks:
+            recomputed = max(recomputed, block)
+            # The branch that enters, and the modulation that its gate is a part of; the residual, fp32.
+            block = tokens * width * (low + 4) + 6 * width * low
+            copied -= depth * 11 * width**2  # qkv, fc1 and fc2 are cast by the ops that multiply with them
+        kept += depth * block + 4 * tokens * width  # and the residual that enters the first, or leaves the last
     # In the MLP's backward: its hidden values, their gradient and that of its input, and what the norms hand over.
     working = max(16 * low * tokens * width for tokens, width, _, _ in stacks)
-    copy = 2 * parameters if low == 2 else 0
-    return Memory(4 * parameters, 4 * parameters, 8 * parameters, 4 * parameters, copy, kept, working)
+    copy = 2 * copied if low == 2 else 0
+    fixed = (4 * parameters, 4 * parameters, 8 * parameters, 4 * averages * parameters)
+    return Memory(*fixed, copy, kept, working, recomputed)
 
 
 def step_seconds(

@@ -18,7 +18,11 @@ class AdamWEMA(torch.optim.AdamW):
     """`torch.optim.AdamW` whose step also moves averages of the parameters, in the same pass over memory.
 
     Its state is that of `torch.optim.AdamW`, and either loads the other's `state_dict`. The averages are the caller's
-    tensors and no part of it. A step never waits for the device, whether a GradScaler drives it or not.
+    tensors and no part of it. A step never waits for the device, whether a GradScaler drives it or not. A CUDA graph
+    can hold it: a later `set_decays`, or a new value in ``lr`` where that is a tensor, reaches its replays.
+
+    Of parameters that are sharded (DTensor, as by `fully_shard`) each process updates its part; they have sharded
+    moments, and averages sharded alike.
 
     Args:
         params: parameters or groups of them, contiguous and all on one device.
@@ -46,13 +50,22 @@ class AdamWEMA(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.impl = impl
         self.grad_factor: Tensor | None = None
-        self.decays = [decay for decay, _ in averages]
         mine = [list(tensors) for _, tensors in averages]
         parameters = [p for group in self.param_groups for p in group["params"]]
+        # On the device: a CUDA graph that holds a step reads them at each replay.
+        self.rates = torch.zeros(len(mine), dtype=torch.float32, device=parameters[0].device)
+        self.set_decays([decay for decay, _ in averages])
         for k, tensors in enumerate(mine):
             if [t.shape for t in tensors] != [p.shape for p in parameters]:
                 raise ValueError(f"averages[{k}] must have a tensor of the shape of each parameter")
         self._averages = {p: [tensors[i] for tensors in mine] for i, p in enumerate(parameters)}
+
+    def set_decays(self, decays: Sequence[float]) -> None:
+        """Set what share of each average stays at a step, for the steps to come."""
+        if len(decays) != len(self.rates):
+            raise ValueError(f"decays must have one value per average, {len(self.rates)}, not {len(decays)}")
+        rates = torch.tensor([1 - decay for decay in decays], dtype=torch.float32, pin_memory=self.rates.is_cuda)
+        self.rates.copy_(rates, non_blocking=True)
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Let the next step multiply gradients with a tensor of one value, to clip their norm without another pass."""
@@ -88,17 +101,17 @@ class AdamWEMA(torch.optim.AdamW):
         if not isinstance(lr, Tensor):
             lr = torch.full((), lr, dtype=torch.float32, device=params[0].device)
         adamw_ema(
-            params,
-            [cast(Tensor, p.grad) for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [_local(p) for p in params],
+            [_local(cast(Tensor, p.grad)) for p in params],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
             steps,
             lr=lr,
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            averages=[[self._averages[p][k] for p in params] for k in range(len(self.decays))],
-            decays=self.decays,
+            averages=[[_local(self._averages[p][k]) for p in params] for k in range(len(self.rates))],
+            rates=self.rates,
             factor=factor,
             found_inf=found_inf,
             impl=self.impl,
@@ -113,9 +126,9 @@ class AdamWEMA(torch.optim.AdamW):
         return state
 
     def _average(self, p: Tensor, found_inf: Tensor | None) -> None:
-        for k, decay in enumerate(self.decays):
-            weight = 1 - decay if found_inf is None else (1 - decay) * (found_inf == 0).float()
-            self._averages[p][k].lerp_(p, weight)
+        rates = self.rates if found_inf is None else self.rates * (found_inf == 0)
+        for average, rate in zip(self._averages[p], rates, strict=True):
+            _local(average).lerp_(_local(p), rate)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class, or of `torch.optim.AdamW` in any of its forms but amsgrad and maximize."""
@@ -159,13 +172,16 @@ def make_optimizer(net: nn.Module, config: TrainConfig, emas: Sequence[EMA] = ()
 
 
 def begin_step(optimizer: torch.optim.Optimizer, emas: Sequence[EMA], lr: float, step: int) -> None:
-    """Set the learning rate and the averages' decays of a step, counted from 0."""
+    """Set the learning rate and the averages' decays of a step, counted from 0, in place where they are tensors."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
     for ema in emas:
         ema.begin_step(step + 1)
     if isinstance(optimizer, AdamWEMA):
-        optimizer.decays = [ema.decay for ema in emas]
+        optimizer.set_decays([ema.decay for ema in emas])
 
 
 def resolve_optimizer(name: str, device: torch.device) -> Literal["adamw_ema", "torch", "apex"]:
@@ -194,7 +210,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     if not isinstance(optimizer, AdamWEMA):
         nn.utils.clip_grad_norm_(parameters, max_norm)
         return
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = _whole(nn.utils.get_total_norm([p.grad for p in parameters]))
     optimizer.scale_gradients((max_norm / (norm + 1e-6)).clamp(max=1))
 
 
@@ -203,6 +219,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if step >= config.masked_steps:
         return config.unmask_lr
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor: its part of a DTensor, all of any other."""
+    return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that every process holds: a DTensor is put together from all of them."""
+    return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
 def _fused_adam() -> Any:

@@ -70,6 +70,11 @@ def test_memory_by_part():
     assert half.activations < memory.activations
 
 
+def test_the_update_reads_five_arrays_and_writes_four():
+    config, model = preset("xl2-in256")
+    assert work_of(model, config.mask_ratio, "bf16").update_bytes == 36 * trainable_parameters(model)
+
+
 @pytest.mark.parametrize(
     ("name", "at_half", "goal"),
     [("xl2-in256", 1259, 1219), ("dit-xl2-in256", 695, 673), ("xl2-in512", 294, 285), ("dit-xl2-in512", 157, 152)],

@@ -73,7 +73,7 @@ def test_least_bytes_and_operations_by_hand(everything):
     assert least["modulate_norm", "forward", shape] == forward
     parameters = 18 * 96**2 + 15 * 96  # of a block, its modulation included
     update = least["adamw_ema", "forward", f"N={parameters}, one block of D=96"]
-    assert update == 36 * parameters + 8  # and the rate and the count
+    assert update == 36 * parameters + 12  # and the rate, the count and the average's rate
     # And grad_h, x, scale; grad_x, grad_shift, grad_scale.
     assert least["modulate_norm", "forward_backward", shape] == forward + 3 * tokens + 3 * modulation
     assert least["sample_mask", "forward", "B=2 L=16 K=8"] == 2 * (8 + 16) * 4 + 8

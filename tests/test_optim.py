@@ -8,9 +8,16 @@ import torch
 from torch import nn
 
 from fastmask.config import TrainConfig
-from fastmask.ema import EMA
+from fastmask.ema import EMA, PowerEMA
 from fastmask.kernels._dispatch import Backend
-from fastmask.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer, resolve_optimizer
+from fastmask.optim import (
+    AdamWEMA,
+    begin_step,
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    resolve_optimizer,
+)
 
 CPU = torch.device("cpu")
 HYPER = {"lr": 0.03, "betas": (0.8, 0.9), "weight_decay": 0.1}
@@ -90,6 +97,44 @@ def test_groups_and_a_rate_on_the_device():
         backward(net, 0)
         stepped.step()
     assert_close(values(mine, optimizer), values(theirs, adamw))
+
+
+def with_a_profile(net):
+    ema = PowerEMA(net, 0.1)
+    averages = [(ema.decay, ema.weights.values())]
+    return AdamWEMA(net.parameters(), lr=torch.tensor(1.0, device=net.never.device), averages=averages), [ema]
+
+
+def test_what_changes_from_step_to_step_changes_in_place():
+    optimizer, emas = with_a_profile(Net())
+    lr, rates = optimizer.param_groups[0]["lr"], optimizer.rates
+    begin_step(optimizer, emas, 0.25, step=3)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr == 0.25
+    assert optimizer.rates is rates
+    assert rates.tolist() == pytest.approx([1 - emas[0].decay], rel=1e-7)
+    with pytest.raises(ValueError, match="decays must have one value per average, 1, not 2"):
+        optimizer.set_decays([0.9, 0.99])
+
+
+@pytest.mark.gpu
+def test_a_graph_takes_the_rates_of_each_replay():
+    nets = [Net().cuda() for _ in range(2)]
+    made = [with_a_profile(net) for net in nets]
+    for net, (optimizer, emas) in zip(nets, made, strict=True):
+        for p in net.used:
+            p.grad = p.detach().sin()
+        begin_step(optimizer, emas, 0.5, step=0)
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made[0][0].step()
+    for step in (1, 2):
+        for (optimizer, emas), run in zip(made, (graph.replay, made[1][0].step), strict=True):
+            begin_step(optimizer, emas, 0.5 / step, step)
+            run()
+    captured, eager = (values(net, *both) for net, both in zip(nets, made, strict=True))
+    assert_same(captured, eager)
 
 
 def test_the_closure_is_called_with_gradients():

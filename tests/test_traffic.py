@@ -13,7 +13,7 @@ def test_the_ops_move_within_a_tenth_of_the_least_possible():
     command = [sys.executable, "-m", "bench.traffic"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()[2:]]
-    assert len({row[0] for row in rows}) == 5
+    assert len({row[0] for row in rows}) == 6
     for op, dtypes, direction, *counts in rows:
         _, ours, compiled, eager, ratio = map(float, counts)
         assert 1 <= ratio <= 1.1, (op, dtypes, direction)

@@ -26,22 +26,22 @@ def op(shapes: Shapes) -> Op:
     count = sum(sizes)
 
     def listed(function: Callable[..., Any], **options: Any) -> Callable[..., tuple[Tensor, ...]]:
-        def call(lr: Tensor, step: Tensor, **flat: Tensor) -> tuple[Tensor, ...]:
+        def call(lr: Tensor, step: Tensor, rates: Tensor, **flat: Tensor) -> tuple[Tensor, ...]:
             lists = {name: list(t.split(sizes)) for name, t in flat.items()}
             average = lists.pop("average")
             steps = [step] * len(sizes)
-            function(**lists, steps=steps, lr=lr, betas=BETAS, eps=EPS, averages=[average], decays=[DECAY], **options)
+            function(**lists, steps=steps, lr=lr, betas=BETAS, eps=EPS, averages=[average], rates=rates, **options)
             return tuple(flat[name] for name in ("params", "exp_avgs", "exp_avg_sqs", "average"))
 
         return call
 
-    def by_torch(steps: list[Tensor], betas: tuple[float, float], averages: Any, decays: Any, **rest: Any) -> None:
+    def by_torch(steps: list[Tensor], betas: tuple[float, float], averages: Any, rates: Any, **rest: Any) -> None:
         before = [step - 1 for step in steps]  # it counts them up
         lists = (rest.pop(name) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"))
         params, *others = lists
         options = {"beta1": betas[0], "beta2": betas[1], "weight_decay": 0.0, "amsgrad": False, "maximize": False}
         adamw(params, *others, [], before, fused=True, **options, **rest)
-        torch._foreach_lerp_(averages[0], params, 1 - decays[0])
+        torch._foreach_lerp_(averages[0], params, 1 - DECAY)
 
     names = ("params", "grads", "exp_avgs", "average")
     return Op(
@@ -52,6 +52,7 @@ def op(shapes: Shapes) -> Op:
             "exp_avg_sqs": shapes.normal(count, dtype=torch.float32).square(),
             "lr": torch.tensor(1e-4, device=shapes.device),
             "step": torch.tensor(100.0, device=shapes.device),
+            "rates": torch.tensor([1 - DECAY], device=shapes.device),
         },
         leaves=(),
         again=(),

@@ -41,8 +41,8 @@ FASTMASK_SIMD void adamw_piece(float* __restrict p, const float* __restrict grad
   }
 }
 
-FASTMASK_SIMD void average_piece(float* __restrict average, const float* __restrict p, int64_t n, float weight) {
-  for (int64_t i = 0; i < n; ++i) average[i] += weight * (p[i] - average[i]);
+FASTMASK_SIMD void average_piece(float* __restrict average, const float* __restrict p, int64_t n, float rate) {
+  for (int64_t i = 0; i < n; ++i) average[i] += rate * (p[i] - average[i]);
 }
 
 // bfloat16 is the upper half of an fp32 number, here rounded to the nearest, ties to even; NaN stays NaN.
@@ -69,11 +69,11 @@ struct Arrays {
   Step step;
 };
 
-void update_piece(const Arrays& a, int64_t start, const std::vector<float>& weights, bool bfloat16) {
+void update_piece(const Arrays& a, int64_t start, const float* rates, bool bfloat16) {
   const int64_t n = std::min(kPiece, a.size - start);
   float* p = a.p + start;
   adamw_piece(p, a.grad + start, a.m + start, a.v + start, n, a.step);
-  for (size_t k = 0; k < weights.size(); ++k) average_piece(a.averages[k] + start, p, n, weights[k]);
+  for (size_t k = 0; k < a.averages.size(); ++k) average_piece(a.averages[k] + start, p, n, rates[k]);
   if (a.copy == nullptr) return;
   if (bfloat16) {
     bfloat16_piece(static_cast<std::uint16_t*>(a.copy) + start, p, n);
@@ -88,13 +88,12 @@ float value(const Tensor& tensor) { return *static_cast<const float*>(tensor.con
 void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
                const std::vector<Tensor>& averages, const std::vector<Tensor>& copies,
-               const std::vector<Tensor>& steps, const Tensor& lr, const std::optional<Tensor>& factor,
-               const std::optional<Tensor>& found_inf, double beta1, double beta2, double eps, double weight_decay,
-               const std::vector<double>& decays) {
+               const std::vector<Tensor>& steps, const Tensor& lr, const Tensor& rates,
+               const std::optional<Tensor>& factor, const std::optional<Tensor>& found_inf, double beta1, double beta2,
+               double eps, double weight_decay) {
   if (found_inf && value(*found_inf) != 0.0f) return;
-  const size_t count = params.size();
-  std::vector<float> weights;
-  for (const double decay : decays) weights.push_back(static_cast<float>(1.0 - decay));
+  const size_t count = params.size(), num_averages = rates.numel();
+  const float* rate = static_cast<const float*>(rates.const_data_ptr());
 
   std::vector<Arrays> tensors;
   int64_t pieces = 0;
@@ -103,15 +102,15 @@ void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
     if (size == 0) continue;
     pieces += (size + kPiece - 1) / kPiece;
     std::vector<float*> means;
-    for (size_t k = 0; k < decays.size(); ++k) means.push_back(floats(averages[k * count + i]));
-    const double t = value(steps[i]), rate = value(lr);
+    for (size_t k = 0; k < num_averages; ++k) means.push_back(floats(averages[k * count + i]));
+    const double t = value(steps[i]), step_lr = value(lr);
     const Step step{factor ? value(*factor) : 1.0f,
                     static_cast<float>(beta1),
                     static_cast<float>(beta2),
                     static_cast<float>(1.0 - beta1),
                     static_cast<float>(1.0 - beta2),
-                    static_cast<float>(rate * weight_decay),
-                    static_cast<float>(rate / (1.0 - std::pow(beta1, t))),
+                    static_cast<float>(step_lr * weight_decay),
+                    static_cast<float>(step_lr / (1.0 - std::pow(beta1, t))),
                     static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t))),
                     static_cast<float>(eps)};
     tensors.push_back({floats(params[i]), floats(exp_avgs[i]), floats(exp_avg_sqs[i]),
@@ -126,7 +125,7 @@ void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
     for (int64_t piece = begin; piece < end; ++piece) {
       if (piece == a->end) ++a;
       const int64_t first = a->end - (a->size + kPiece - 1) / kPiece;
-      update_piece(*a, (piece - first) * kPiece, weights, bfloat16);
+      update_piece(*a, (piece - first) * kPiece, rate, bfloat16);
     }
   });
 }

@@ -11,7 +11,7 @@ from fastmask.kernels import adamw_ema
 from fastmask.kernels.adamw_ema import _adamw_ema
 
 SHAPES = [(1,), (7,), (1023,), (3, 1025), (64, 160), (0,), ()]
-DECAYS = [0.9, 0.99]
+RATES = [0.1, 0.01]
 HYPER = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 IMPLS = pytest.mark.parametrize("impl", ["fused", "reference"])
 
@@ -39,16 +39,16 @@ def concatenated(lists):
 FEW = [(1,), (7,), (), (64,), (1023,)]  # a hundred interpreted steps take their time
 
 
-def trained(dtype, impl, num_steps=100, decays=DECAYS):
+def trained(dtype, impl, num_steps=100):
     """Return parameters, moments and averages after steps of a noisy quadratic."""
     generator = torch.Generator().manual_seed(1)
     p, m, v = ([torch.zeros(shape, dtype=dtype) for shape in FEW] for _ in range(3))
-    averages = [[torch.zeros_like(t) for t in p] for _ in decays]
+    averages = [[torch.zeros_like(t) for t in p] for _ in RATES]
     for step in range(1, num_steps + 1):
         noise = [torch.randn(shape, generator=generator) for shape in FEW]
         grads = [t - 1 + n.to(dtype) for t, n in zip(p, noise, strict=True)]
         steps = [scalar(float(step))] * len(p)
-        options = {**HYPER, "averages": averages, "decays": decays, "impl": impl}
+        options = {**HYPER, "averages": averages, "rates": RATES, "impl": impl}
         adamw_ema(p, grads, m, v, steps, lr=scalar(0.01), **options)
     return concatenated([p, m, v, *averages])
 
@@ -60,16 +60,16 @@ def by_torch():
     def run(dtype):
         generator = torch.Generator().manual_seed(1)
         p = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in FEW]
-        averages = [[torch.zeros_like(t) for t in p] for _ in DECAYS]
+        averages = [[torch.zeros_like(t) for t in p] for _ in RATES]
         # As fp32 holds it, which is how the op gets it.
         optimizer = torch.optim.AdamW(p, lr=float(scalar(0.01)), **HYPER)
         for _ in range(100):
             for t in p:
                 t.grad = t.detach() - 1 + torch.randn(t.shape, generator=generator).to(dtype)
             optimizer.step()
-            for average, decay in zip(averages, DECAYS, strict=True):
+            for average, rate in zip(averages, RATES, strict=True):
                 for a, t in zip(average, p, strict=True):
-                    a.lerp_(t.detach(), 1 - decay)
+                    a.lerp_(t.detach(), rate)
         moments = ([optimizer.state[t][name] for t in p] for name in ("exp_avg", "exp_avg_sq"))
         return concatenated([[t.detach() for t in p], *moments, *averages])
 
@@ -97,7 +97,7 @@ def test_one_step_with_all_options(averages, dtype):
         lists, means = [[[t.to(to) for t in inner] for inner in cloned(nested)] for nested in (state, others)]
         copies = [torch.zeros(t.shape, dtype=dtype) for t in lists[0]] if dtype else []
         steps = [t.float() for t in lists.pop()]
-        options = {**HYPER, "averages": means, "decays": DECAYS[:averages], "copies": copies, "impl": impl}
+        options = {**HYPER, "averages": means, "rates": RATES[:averages], "copies": copies, "impl": impl}
         adamw_ema(*lists, steps, lr=scalar(0.25), factor=scalar(0.5), found_inf=scalar(0.0), **options)
         return concatenated([lists[0], *lists[2:], *means]), copies, lists[0]
 
@@ -116,10 +116,34 @@ def test_a_step_that_found_inf_changes_nothing(impl):
     state[1][3][0, 0] = torch.inf
     copies = [torch.full(shape, 7.0, dtype=torch.bfloat16) for shape in SHAPES]
     before = cloned([*state, *averages, copies])
-    options = {**HYPER, "averages": averages, "decays": DECAYS, "copies": copies, "impl": impl}
+    options = {**HYPER, "averages": averages, "rates": RATES, "copies": copies, "impl": impl}
     adamw_ema(*state, lr=scalar(0.25), found_inf=scalar(1.0), **options)
     for inner, same in zip([*state, *averages, copies], before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(inner, same, strict=True))
+
+
+@IMPLS
+def test_rates_on_the_device(impl):
+    """Give what numbers do, and are read anew at each call."""
+    state, averages = tensors()
+    expected, means = cloned(state), cloned(averages)
+    on_device = torch.zeros(4)[::2]
+    for rates in (RATES, [0.5, 1e-4]):
+        on_device.copy_(torch.tensor(rates))
+        adamw_ema(*state, lr=scalar(0.25), averages=averages, rates=on_device, impl=impl)
+        adamw_ema(*expected, lr=scalar(0.25), averages=means, rates=rates, impl=impl)
+    for inner, same in zip([*state, *averages], [*expected, *means], strict=True):
+        for a, b in zip(inner, same, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@IMPLS
+def test_a_slow_average_keeps_its_digits(impl):
+    """1 - 0.9999 in fp32 would be off by 5e-4."""
+    state, _ = tensors([(64, 16)], averages=0)
+    average = torch.zeros(64, 16)
+    adamw_ema(*state, lr=scalar(0.25), averages=[[average]], rates=torch.tensor([1 - 0.9999]), impl=impl)
+    torch.testing.assert_close(average.double(), (1 - 0.9999) * state[0][0].double(), rtol=1e-6, atol=0)
 
 
 def test_views_that_start_between_vectors():
@@ -129,7 +153,7 @@ def test_views_that_start_between_vectors():
     buffers = [torch.cat([torch.zeros(1), *inner]) for inner in lists]
     views = [list(buffer[1:].split([5, 8, 1024])) for buffer in buffers]
     for moved, means in ((lists[:4], lists[4:]), (views[:4], views[4:])):
-        adamw_ema(*moved, state[4], lr=scalar(0.25), **HYPER, averages=means, decays=DECAYS, impl="fused")
+        adamw_ema(*moved, state[4], lr=scalar(0.25), **HYPER, averages=means, rates=RATES, impl="fused")
     for buffer, inner in zip(buffers, lists, strict=True):
         assert buffer[0] == 0
         torch.testing.assert_close(buffer[1:], torch.cat(inner))
@@ -166,7 +190,7 @@ def test_compiles_without_a_break(dynamic):
     expected, means = cloned(state), cloned(averages)
 
     def step(lists, averages, lr):
-        adamw_ema(*lists, lr=lr, averages=averages, decays=DECAYS, impl="fused")
+        adamw_ema(*lists, lr=lr, averages=averages, rates=RATES, impl="fused")
 
     torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")(state, averages, scalar(0.25))
     step(expected, means, scalar(0.25))
@@ -180,8 +204,8 @@ def test_opcheck(options):
     flat = [t for average in averages for t in average] if options else []
     copies = [torch.empty(t.shape, dtype=torch.bfloat16) for t in state[0]] if options else []
     given = (scalar(0.5), scalar(0.0)) if options else (None, None)
-    arguments = (*state[:4], flat, copies, state[4], scalar(0.25), *given, 0.9, 0.99, 1e-8, 0.1)
-    opcheck(_adamw_ema, (*arguments, DECAYS if options else []))
+    arguments = (*state[:4], flat, copies, state[4], scalar(0.25), torch.tensor(RATES if options else []))
+    opcheck(_adamw_ema, (*arguments, *given, 0.9, 0.99, 1e-8, 0.1))
 
 
 def test_nothing_to_update():
@@ -206,7 +230,7 @@ def test_tensors_that_do_not_fit(name, changed, message, impl):
     lists[name][1] = changed(lists[name][1])
     if name == "params" and "shape (4, 3), not" in message:
         name, message = "grads", "must have shape (3, 3), not (4, 3)"
-    options = {"averages": [lists.pop("averages[0]")], "decays": [0.9], "lr": scalar(0.25), "impl": impl}
+    options = {"averages": [lists.pop("averages[0]")], "rates": [0.1], "lr": scalar(0.25), "impl": impl}
     with pytest.raises(ValueError, match=f"^{re.escape(f'{name}[1] {message}')}$"):
         adamw_ema(**lists, **options)
     assert all(torch.equal(a, b) for a, b in zip(lists["exp_avgs"][:1], before[2][:1], strict=True))
@@ -220,8 +244,10 @@ def test_counts_that_do_not_fit(impl):
         adamw_ema(state[0], state[1][:1], *state[2:], lr=lr, impl=impl)
     with pytest.raises(ValueError, match="steps must have one tensor per parameter, 2, not 1"):
         adamw_ema(*state[:4], state[4][:1], lr=lr, impl=impl)
-    with pytest.raises(ValueError, match="decays must have one value per average, 2, not 1"):
-        adamw_ema(*state, lr=lr, averages=averages, decays=[0.9], impl=impl)
+    with pytest.raises(ValueError, match="rates must have one value per average, 2, not 1"):
+        adamw_ema(*state, lr=lr, averages=averages, rates=[0.1], impl=impl)
+    with pytest.raises(ValueError, match=r"rates must have one dimension, not shape \(\)"):
+        adamw_ema(*state, lr=lr, averages=averages, rates=scalar(0.1), impl=impl)
     with pytest.raises(ValueError, match="lr must hold one value, not 2"):
         adamw_ema(*state, lr=torch.zeros(2), impl=impl)
 

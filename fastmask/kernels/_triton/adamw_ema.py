@@ -30,6 +30,7 @@ def _adamw_ema_kernel(
     table_ptr,  # (6 + averages, T), or one row more with copies: ends, sizes, and distances in units
     scalars_ptr,  # (T, 2): lr / (1 - beta1^t) and sqrt(1 - beta2^t)
     lr_ptr,
+    rates_ptr,  # (AVERAGES,)
     factor_ptr,
     found_inf_ptr,
     num_tensors,
@@ -39,7 +40,7 @@ def _adamw_ema_kernel(
     rest2,
     eps,
     weight_decay,
-    WEIGHTS: tl.constexpr,  # 1 - decay of each average
+    AVERAGES: tl.constexpr,
     UNIT: tl.constexpr,  # in fp32 values
     LANES: tl.constexpr,  # at least num_tensors
     CHUNK: tl.constexpr,
@@ -79,12 +80,12 @@ def _adamw_ema_kernel(
         tl.store(param_ptr + o_x, b_param, mask=m_x)
         tl.store(exp_avg_ptr + o_x, b_m, mask=m_x)
         tl.store(exp_avg_sq_ptr + o_x, b_v, mask=m_x)
-        for j in tl.static_range(len(WEIGHTS)):
+        for j in tl.static_range(AVERAGES):
             average_ptr = _array(base_ptr, table_ptr, 6 + j, num_tensors, i_tensor, start, UNIT)
             b_average = tl.load(average_ptr + o_x, mask=m_x, other=0.0)
-            tl.store(average_ptr + o_x, b_average + WEIGHTS[j] * (b_param - b_average), mask=m_x)
+            tl.store(average_ptr + o_x, b_average + tl.load(rates_ptr + j) * (b_param - b_average), mask=m_x)
         if copy_base_ptr is not None:
-            i_row = 6 + len(WEIGHTS)
+            i_row = 6 + AVERAGES
             copy_ptr = _array(copy_base_ptr, table_ptr, i_row, num_tensors, i_tensor, start, UNIT)
             tl.store(copy_ptr + o_x, b_param.to(copy_base_ptr.dtype.element_ty), mask=m_x)
 
@@ -98,18 +99,18 @@ def launch(
     copies,
     steps,
     lr,
+    rates,
     factor,
     found_inf,
     beta1,
     beta2,
     eps,
     weight_decay,
-    decays,
 ):
     """Update tensors in place; ``averages`` holds all tensors of the first average, then those of the next."""
     count = len(params)
     arrays = [params, grads, exp_avgs, exp_avg_sqs]
-    arrays += [averages[k * count : (k + 1) * count] for k in range(len(decays))]
+    arrays += [averages[k * count : (k + 1) * count] for k in range(len(rates))]
     if copies:
         arrays.append(copies)
     # In float64, as 1 - beta2^t is a small difference, and on the device, where the counts are.
@@ -134,6 +135,7 @@ def launch(
             table,
             mine,
             lr,
+            rates,
             factor,
             found_inf,
             len(index),
@@ -143,7 +145,7 @@ def launch(
             1 - beta2,
             eps,
             weight_decay,
-            WEIGHTS=tuple(1 - decay for decay in decays),
+            AVERAGES=len(rates),
             UNIT=unit,
             LANES=triton.next_power_of_2(len(index)),
             CHUNK=_CHUNK,
@@ -162,5 +164,8 @@ def _by_alignment(sizes, addresses):
 
 
 def _on_device(values, device):
-    """Return integers on a device without waiting for it, also while a CUDA graph is captured."""
+    """Return integers on a device without waiting for it, also while a CUDA graph is captured.
+
+    Then the graph copies them at each replay: torch keeps pinned memory that a capture used (its pull request 167507).
+    """
     return torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
