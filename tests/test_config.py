@@ -6,6 +6,7 @@ import json
 import pytest
 
 from fastmask.config import TrainConfig, check_config, check_resumable
+from fastmask.masking import ratio_stages
 
 GOOD = TrainConfig()
 
@@ -24,6 +25,21 @@ GOOD = TrainConfig()
         ({"decoder_num_heads": 7}, "decoder_width 64 does not divide into decoder_num_heads 7"),
         ({"depth": 0}, "depth must be at least 1"),
         ({"decoder_depth": 0}, "a network without a decoder .* trains unmasked"),
+        ({"mask_levels": 0}, "mask_levels must be at least 1, not 0"),
+        ({"mask_ratio_per_sample": "normal"}, "mask_ratio_per_sample must be constant, sigma, .*, not 'normal'"),
+        (
+            {"mask_ratio_per_sample": "uniform(0.3,0.6)"},
+            "has a mean of 0.45, and mask_ratio is 0.5: give the same to both",
+        ),
+        (
+            {"mask_ratio_per_sample": "sigma", "mask_schedule": "linear"},
+            "mask_ratio_per_sample sigma goes with mask_schedule constant, not linear",
+        ),
+        (
+            {"mask_ratio_per_sample": "sigma", "micro_batch_size": 4},
+            "groups of 8 samples: the images computed at a time .*, 4, must be a multiple",
+        ),
+        ({"mask_ratio_per_sample": "sigma", "mask_ratio": 0.0}, "mask_ratio, which must be above 0"),
         ({"max_steps": 0}, "max_steps must be at least 1, not 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"micro_batch_size": 5}, "batch_size 128 does not divide into parts of micro_batch_size 5"),
@@ -58,6 +74,41 @@ def test_unmasked_from_the_first_step():
     config = dataclasses.replace(GOOD, max_steps=10, unmask_steps=10)
     check_config(config, 8)
     assert config.ratio_at(0) == 0.0
+    assert config.stages(16) == ((0, 16),)
+    assert config.kept_at(0, 16) == 16
+
+
+def test_stages_of_a_run():
+    config = dataclasses.replace(GOOD, max_steps=100, unmask_steps=20)
+    assert config.stages(16) == ((0, 8), (80, 16))
+    assert [config.kept_at(step, 16) for step in (0, 79, 80, 99)] == [8, 8, 16, 16]
+    assert dataclasses.replace(config, unmask_steps=0).stages(16) == ((0, 8),)
+    falling = dataclasses.replace(config, mask_schedule="linear", mask_ratio_end=0.1, mask_levels=4)
+    assert falling.stages(256) == (*ratio_stages("linear", 80, 0.5, 0.1, 256, 4), (80, 256))
+    kept = [falling.kept_at(step, 256) for step in range(100)]
+    assert kept == sorted(kept)
+    assert len(set(kept)) == 5
+    assert sum(kept[:80]) / 80 == pytest.approx(256 * (1 - sum(map(falling.ratio_at, range(80))) / 80), rel=0.01)
+
+
+def test_a_schedule_that_ends_unmasked_has_no_stage_after():
+    config = dataclasses.replace(GOOD, max_steps=1000, unmask_steps=100, mask_schedule="exp")
+    stages = config.stages(16)
+    assert stages == ratio_stages("exp", 900, 0.5, 0.0, 16, 8)
+    assert stages[-1].keep == 16
+    assert stages[-1].first_step < 900
+    assert config.kept_at(950, 16) == 16
+
+
+def test_ratios_per_sample():
+    assert GOOD.per_sample is None
+    config = dataclasses.replace(GOOD, mask_ratio_per_sample="uniform(0.2,0.8)", micro_batch_size=64)
+    check_config(config, 8)
+    assert config.per_sample == ("uniform", 0.2, 0.8)
+    config = dataclasses.replace(GOOD, mask_ratio_per_sample="sigma", mask_ratio=0.25, batch_size=8)
+    check_config(config, 8)
+    assert config.per_sample == ("sigma", 0.125, 0.375)
+    assert config.kept_at(0, 16) == 12
 
 
 def test_micro_batch_is_never_larger_than_the_batch():
