@@ -20,6 +20,8 @@ from fastmask.model import MaskDiT
 # Encoder heads of the published sizes S, B, L, XL and H, by width.
 _PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}
 _MAX_NAMES_SHOWN = 6
+# What reading a file that is damaged or of something else ends in.
+_UNREADABLE = (SafetensorError, pickle.UnpicklingError, struct.error, LookupError, RuntimeError, EOFError, OSError)
 
 
 def load_maskdit(
@@ -120,7 +122,7 @@ def read_weights(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str]]:
             if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
                 raise ValueError(f"{path} holds no mapping of names to tensors")
             return content, {}
-    except (SafetensorError, pickle.UnpicklingError, struct.error, LookupError, RuntimeError, EOFError, OSError) as error:
+    except _UNREADABLE as error:
         reason = (str(error).splitlines() or ["it ends too early"])[0]
         raise ValueError(f"{path} cannot be read as weights: {reason}") from error
     raise ValueError(f"{path}: weights are read from .pt and .safetensors files")
@@ -153,6 +155,7 @@ def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:
         "num_classes": num_classes,
         "decoder_width": decoder_width,
         "decoder_depth": _count_blocks(weights, "decoder_blocks."),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
     }
 
 

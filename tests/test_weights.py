@@ -41,14 +41,20 @@ def test_names_with_and_without_prefixes(prefix):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"decoder_depth": 0}, {"num_classes": 0}, {"patch_size": 4, "depth": 1, "decoder_depth": 3}, {"input_size": 6}],
+    [
+        {"decoder_depth": 0},
+        {"num_classes": 0},
+        {"patch_size": 4, "depth": 1, "decoder_depth": 3},
+        {"input_size": 6},
+        {"qk_norm": True},
+    ],
     ids=str,
 )
 def test_sizes_are_read_from_the_shapes(sizes):
     net = small_net(**sizes)
     loaded = load_maskdit(net.state_dict(), **HEADS)
     assert_same_network(loaded, net)
-    for name in ("input_size", "patch_size", "in_channels", "length", "num_classes", "num_heads"):
+    for name in ("input_size", "patch_size", "in_channels", "length", "num_classes", "num_heads", "qk_norm"):
         assert getattr(loaded.model, name) == getattr(net.model, name), name
 
 
@@ -214,8 +220,8 @@ def test_a_network_without_a_mask_token_misses_it():
 
 
 def test_names_of_another_network_are_listed():
-    weights = {**small_net().state_dict(), "model.blocks.0.attn.q_norm.weight": torch.ones(8)}
-    with pytest.raises(ValueError, match=r"model\.blocks\.0\.attn\.q_norm\.weight is not part of the network"):
+    weights = {**small_net().state_dict(), "model.blocks.0.attn.rope.weight": torch.ones(8)}
+    with pytest.raises(ValueError, match=r"model\.blocks\.0\.attn\.rope\.weight is not part of the network"):
         load_maskdit(weights, **HEADS)
 
 
