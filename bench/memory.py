@@ -1,18 +1,24 @@
 """`python -m bench.memory`: bytes that a network keeps for backward, per image, by part; exact, with no data or GPU.
 
-The forward pass runs on fake tensors, whose ops give shapes alone. What autograd saves is counted once per storage,
-without the parameters and what is made of them, as the difference between a batch of eight images and one of four.
+The passes run on fake tensors, whose ops give shapes alone. What autograd saves is counted once per storage, without
+the parameters and what is made of them, as the difference between a batch of eight images and one of four. The most
+bytes that forward and backward hold at once are counted from when each storage is made and freed.
 """
 
 import argparse
 import collections
+import contextlib
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastmask.config import build_model, preset_config
 from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective
@@ -24,22 +30,25 @@ from fastmask.presets import PRESETS
 PUBLISHED = {"bf16": 256.4, "fp32": 423.3}
 
 
-def saved_tensors(preset: str, impl: Impl, precision: str, batch: int) -> list[Tensor]:
-    """Return what one training forward pass saves, one (fake) tensor per storage, in the order of saving.
+@contextlib.contextmanager
+def fake_forward(
+    preset: str, impl: Impl, precision: str, batch: int, checkpoint_blocks: bool
+) -> Iterator[tuple[TrainingObjective, Callable[[], Tensor]]]:
+    """Yield, on fake tensors, a network with its loss and a call that does its forward pass.
 
     Args:
         preset: a row of the preset table.
         impl: form of the ops.
         precision: "fp32", or "bf16" for autocast.
         batch: images.
+        checkpoint_blocks: whether backward computes the blocks again.
     """
     config = preset_config(preset, PRESETS)
     size = config.image_size // 8
     with FakeTensorMode():
         model = build_model(config, 4, size)
-        model.impl = impl
+        model.impl, model.checkpoint_blocks = impl, checkpoint_blocks
         objective = TrainingObjective(EDMPrecond(model, config.sigma_data), EDMLoss(config.sigma_data))
-        own = {t.untyped_storage()._cdata for t in (*objective.parameters(), *objective.buffers())}
         keep = kept_count(model.length, config.mask_ratio)
         mask = None
         if keep < model.length:
@@ -47,23 +56,38 @@ def saved_tensors(preset: str, impl: Impl, precision: str, batch: int) -> list[T
             mask = Mask(ids_keep, torch.zeros(batch, model.length, dtype=torch.int32))
         images, sigma = torch.randn(batch, 4, size, size), torch.rand(batch)
         labels = torch.zeros(batch, dtype=torch.int64)
-        kept: dict[int, Tensor] = {}
 
-        def keep_one(t: Tensor) -> Tensor:
-            kept.setdefault(t.untyped_storage()._cdata, t)
-            return t
+        def forward() -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                loss: Tensor = objective(images, labels, mask, sigma, torch.randn_like(images)).total.mean()
+            return loss
 
-        with (
-            saved_tensors_hooks(keep_one, lambda t: t),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
-        ):
-            objective(images, labels, mask, sigma, torch.randn_like(images))
-        return [t for key, t in kept.items() if key not in own]
+        yield objective, forward
 
 
-def per_image(preset: str, impl: Impl, precision: str) -> dict[str, int]:
+def saved_tensors(preset: str, impl: Impl, precision: str, batch: int, checkpoint_blocks: bool = False) -> list[Tensor]:
+    """Return what one training forward pass saves, one (fake) tensor per storage, in the order of saving."""
+    kept: dict[int, Tensor] = {}
+
+    def keep_one(t: Tensor) -> Tensor:
+        kept.setdefault(t.untyped_storage()._cdata, t)
+        return t
+
+    with fake_forward(preset, impl, precision, batch, checkpoint_blocks) as (objective, forward):
+        if checkpoint_blocks:  # which holds the arguments of each block where no hook of autograd's sees them
+            for block in (*objective.net.model.blocks, *objective.net.model.decoder_blocks):
+                block.register_forward_pre_hook(
+                    lambda _, args: [keep_one(t) for t in tree_leaves(args) if isinstance(t, Tensor)] and None
+                )
+        with saved_tensors_hooks(keep_one, lambda t: t):
+            forward()
+        own = {t.untyped_storage()._cdata for t in (*objective.parameters(), *objective.buffers())}
+    return [t for key, t in kept.items() if key not in own]
+
+
+def per_image(preset: str, impl: Impl, precision: str, checkpoint_blocks: bool = False) -> dict[str, int]:
     """Return the bytes saved per image, by kind: what grows from a batch of four images to one of eight."""
-    four, eight = (saved_tensors(preset, impl, precision, batch) for batch in (4, 8))
+    four, eight = (saved_tensors(preset, impl, precision, batch, checkpoint_blocks) for batch in (4, 8))
     kinds: collections.Counter[str] = collections.Counter()
     for small, large in zip(four, eight, strict=True):
         grown = (large.untyped_storage().nbytes() - small.untyped_storage().nbytes()) // 4
@@ -71,25 +95,81 @@ def per_image(preset: str, impl: Impl, precision: str) -> dict[str, int]:
     return {kind: size for kind, size in kinds.most_common() if size}
 
 
-def table(preset: str) -> Iterator[str]:
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that ops have made and nobody has freed.
+
+    Args:
+        known: tensors whose storages are not counted.
+
+    Attributes:
+        now: bytes at present.
+        most: bytes at most.
+    """
+
+    def __init__(self, known: Iterator[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = {t.untyped_storage()._cdata for t in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def high_water(preset: str, precision: str, batch: int, checkpoint_blocks: bool = False) -> tuple[int, int]:
+    """Return what two micro-batches hold at most, and the second between its passes; beside weights and their state.
+
+    Args:
+        preset: a row of the preset table; the ops are fused.
+        precision: "fp32", or "bf16" for autocast.
+        batch: images of a micro-batch.
+        checkpoint_blocks: whether backward computes the blocks again.
+    """
+    with (
+        fake_forward(preset, "fused", precision, batch, checkpoint_blocks) as (objective, forward),
+        Live(iter((*objective.parameters(), *objective.buffers()))) as live,
+    ):
+        for _ in range(2):
+            loss = forward()
+            between = live.now
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+    return live.most, between
+
+
+def table(preset: str, checkpoint_blocks: bool) -> Iterator[str]:
     """Yield the lines of a report on a preset."""
     yield f"{preset}: bytes kept for backward, MB (10^6) per image"
     for precision in ("bf16", "fp32"):
-        forms: tuple[Impl, ...] = ("reference", "fused")
+        forms: tuple[Impl, ...] = ("fused",) if checkpoint_blocks else ("reference", "fused")
         for impl in forms:
-            kinds = per_image(preset, impl, precision)
+            kinds = per_image(preset, impl, precision, checkpoint_blocks)
             yield f"{precision} {impl:<9} {sum(kinds.values()) / 1e6:8.1f}"
             if impl == "fused":
                 yield from (f"    {size / 1e6:8.2f}  as {kind}" for kind, size in kinds.items())
-        if preset == "xl2-in256":
+        if preset == "xl2-in256" and not checkpoint_blocks:
             yield f"{precision} published {PUBLISHED[precision]:8.1f}"
+        most, _ = high_water(preset, precision, 32, checkpoint_blocks)
+        yield f"{precision} at most in two micro-batches of 32, beside weights and their state: {most / 1e9:.2f} GB"
 
 
 def main() -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="xl2-in256", choices=PRESETS)
-    sys.stdout.write("\n".join(table(parser.parse_args().preset)) + "\n")
+    parser.add_argument("--checkpoint-blocks", action="store_true", help="with blocks that backward computes again")
+    options = parser.parse_args()
+    sys.stdout.write("\n".join(table(options.preset, options.checkpoint_blocks)) + "\n")
 
 
 if __name__ == "__main__":

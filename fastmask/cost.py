@@ -91,7 +91,7 @@ class Work(NamedTuple):
     """What a training step does.
 
     Attributes:
-        flops: of matrix products and attention, per image.
+        flops: of matrix products and attention, per image, those of blocks computed again included.
         product_bytes: that the matrix products read and write, per image.
         other_bytes: that attention and all else reads and writes, per image.
         product_weight_bytes: that products read and write of weights and their gradients, per micro-batch.
@@ -167,36 +167,39 @@ class _Stack(NamedTuple):
     depth: int
 
 
-def work_of(model: MaskDiT, ratio: float, precision: str) -> Work:
+def work_of(model: MaskDiT, ratio: float, precision: str, *, checkpoint_blocks: bool = False) -> Work:
     """Return what a training step does at a mask ratio.
 
     Args:
         model: the network; its tensors may be on the meta device.
         ratio: the mask ratio.
         precision: "bf16", "fp16", "tf32" or "fp32".
+        checkpoint_blocks: whether backward computes the blocks again, as `MaskDiT.checkpoint_blocks` says.
     """
     low = _bytes_of(precision)
     stacks = _stacks(model, ratio)
     wide = sum(stack.depth * stack.tokens * stack.width for stack in stacks)  # values of a token-wide tensor per block
     blocks = sum(stack.depth for stack in stacks)
     parameters = trainable_parameters(model)
+    again = int(checkpoint_blocks)  # forward passes of the blocks beside the first
     # Per block, in token widths. Products: qkv 1 + 3, proj 1 + 1, fc1 1 + 4, fc2 4 + 1; forward and two in backward.
-    products = 3 * 16 * low
+    products = (3 + again) * 16 * low
     # fp32 residuals: two norms read and write them; backward reads them and their gradient and writes a gradient.
-    residuals = 2 * 2 * 4 + 2 * 3 * 4
-    # Norms 2 (2) and back 2 (4), GELU 8 and back 16, attention 4 and back 8, gradient of qkv 6, bias sums 9.
-    rest = (4 + 8 + 8 + 16 + 4 + 8 + 6 + 9) * low
+    residuals = (1 + again) * 2 * 2 * 4 + 2 * 3 * 4
+    # Norms 2 (2), GELU 8, attention 4; back 2 (4), 16 and 8, gradient of qkv 6, bias sums 9.
+    rest = ((1 + again) * (4 + 8 + 4) + 8 + 16 + 8 + 6 + 9) * low
     ends = sum(stack.tokens * stack.width for stack in stacks) * (20 + 3 * low)  # a stack's input and its first norm
-    launches = (55, 78, 29) if low == 2 else (33, 58, 19)  # per block, around them, and around a decoder
+    # Per block, for one that is computed again, around them, and around a decoder.
+    launches = (55, 21, 78, 29) if low == 2 else (33, 10, 58, 19)
     return Work(
-        flops=6 * forward_macs(model, stacks[0].tokens),
+        flops=6 * forward_macs(model, stacks[0].tokens) + 2 * again * sum(map(_products_of, stacks)),
         product_bytes=products * wide,
         other_bytes=(residuals + rest) * wide + ends,
-        product_weight_bytes=3 * low * parameters,
-        cast_bytes=12 * parameters if low == 2 else 0,  # 4 + 2 each way
+        product_weight_bytes=(3 + again) * low * parameters,
+        cast_bytes=(12 + 6 * again) * parameters if low == 2 else 0,  # 4 + 2 each way
         accumulate_bytes=12 * parameters,
         update_bytes=(20 + 16) * parameters,  # p, g, m, v and the average read; all but g written, in one pass
-        launches=launches[0] * blocks + launches[1] + (launches[2] if len(stacks) > 1 else 0),
+        launches=(launches[0] + again * launches[1]) * blocks + launches[2] + (launches[3] if len(stacks) > 1 else 0),
     )
 
 
@@ -302,7 +305,9 @@ def predict_run(
     if gpus < 1 or config.batch_size % gpus:
         raise ValueError(f"a batch of {config.batch_size} does not divide among {gpus} GPUs")
     ratios = [config.ratio_at(int((i + 0.5) / points * config.max_steps)) for i in range(points)]
-    memory = memory_of(model, min(ratios), precision)
+    again = config.activation_checkpointing == "block"
+    averages = 1 + len(config.ema_widths)
+    memory = memory_of(model, min(ratios), precision, averages=averages, checkpoint_blocks=again)
     largest = memory.largest_batch(gpu.memory)
     if not largest:
         raise ValueError(
@@ -312,10 +317,8 @@ def predict_run(
     batch = config.batch_size // gpus
     parts = -(-batch // min(config.micro_batch, batch, largest))
     micro = -(-batch // parts)
-    seconds = {
-        ratio: step_seconds(work_of(model, ratio, precision), gpu, precision, batch, micro, assumed)
-        for ratio in set(ratios)
-    }
+    works = {ratio: work_of(model, ratio, precision, checkpoint_blocks=again) for ratio in set(ratios)}
+    seconds = {ratio: step_seconds(work, gpu, precision, batch, micro, assumed) for ratio, work in works.items()}
     mean = sum(seconds[ratio] for ratio in ratios) / points
     hours = config.max_steps * mean / 3600
     return Run(micro, config.batch_size / mean, hours, hours * gpus)
@@ -323,6 +326,11 @@ def predict_run(
 
 def _bytes_of(precision: str) -> int:
     return 2 if precision in ("bf16", "fp16") else 4
+
+
+def _products_of(stack: _Stack) -> int:
+    """Return the MACs of a stack's blocks, without those of their modulations."""
+    return stack.depth * stack.tokens * stack.width * (12 * stack.width + 2 * stack.tokens)
 
 
 def _stacks(model: MaskDiT, ratio: float) -> list[_Stack]:
