@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastmask.checkpoint import checkpoints
 from fastmask.config import TrainConfig
-from fastmask.cost import ASSUMED, GPUS, RESERVE, Memory, memory_of, predict_run
+from fastmask.cost import ASSUMED, GPUS, RESERVE, memory_of, predict_run
 from fastmask.counts import forward_macs, trainable_parameters
 from fastmask.diffusion import LossParts
 from fastmask.files import whole_file
@@ -243,23 +243,40 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
     counts.add_row("forward, unmasked", f"{full / 1e9:.2f} GMAC per image")
     counts.add_row("training, 6 FLOP per forward MAC", f"{6 * masked / 1e9:.1f} GFLOP per image")
     precision = "bf16" if config.precision == "fp32" and config.device == "cpu" else config.precision
-    _add_memory(counts, memory_of(model, config.mask_ratio, precision), precision)
+    _add_memory(counts, config, model, precision)
     images = config.max_steps * config.batch_size
     counts.add_row(f"images seen, {config.max_steps:,} steps x {config.batch_size}", f"{images:,}")
     counts.add_row("training in all", f"{_mean_macs(config, model) * 6 * images:.3g} FLOP")
     _add_prediction(counts, config, model, precision)
     console.print(counts)
+    say(
+        "More micro-batches per step take no more memory, nor does the choice of optimizer; estimates, for one process."
+    )
     say(f"The prediction was not measured; {ASSUMED}.")
 
 
-def _add_memory(counts: Table, memory: Memory, precision: str) -> None:
-    counts.add_row("weights / gradients / EMA, fp32", f"{memory.weights / 1e9:.2f} GB each")
+def _add_memory(counts: Table, config: TrainConfig, model: MaskDiT, precision: str) -> None:
+    """Add what is in memory at most, by part, at the run's lowest mask ratio, and the batches that fit."""
+    ratio = min(config.ratio_at(step) for step in (0, config.max_steps - 1))  # it rises or falls all the way
+    again, averages = config.activation_checkpointing == "block", 1 + len(config.ema_widths)
+    memory = memory_of(model, ratio, precision, averages=averages, checkpoint_blocks=again)
+    counts.add_row("weights / gradients, fp32", f"{memory.weights / 1e9:.2f} GB each")
     counts.add_row("AdamW's two moments, fp32", f"{memory.moments / 1e9:.2f} GB")
+    counts.add_row("EMA, fp32" if averages == 1 else f"{averages} EMAs, fp32", f"{memory.ema / 1e9:.2f} GB")
     if memory.copy:
         counts.add_row(f"copy of the weights, {precision}", f"{memory.copy / 1e9:.2f} GB")
     counts.add_row(f"kept for backward, {precision}", f"{memory.activations / 1e6:.1f} MB per image")
-    largest = memory.largest_batch(80e9)
-    counts.add_row(f"largest batch in 80 GB, {RESERVE:.0%} free", f"{largest}" if largest else "none")
+    if memory.recomputed:
+        counts.add_row("one block computed again, at most", f"{memory.recomputed / 1e6:.1f} MB per image")
+    counts.add_row("held for a moment in backward", f"{memory.working / 1e6:.1f} MB per image")
+    micro = config.micro_batch
+    counts.add_row(f"at once, micro-batches of {micro}", f"{memory.high_water(micro) / 1e9:.2f} GB")
+    device = torch.device(config.device)
+    here = [torch.cuda.get_device_properties(device).total_memory / 1e9] if device.type == "cuda" else []
+    for size in here or (24, 40, 80, 141):
+        largest = memory.largest_batch(size * 1e9)
+        shown = f"{largest}" if largest else "none"
+        counts.add_row(f"largest batch in {size:.0f} GB, {RESERVE:.0%} free", shown)
 
 
 def _add_prediction(counts: Table, config: TrainConfig, model: MaskDiT, precision: str) -> None:
