@@ -1,14 +1,19 @@
-"""Writing and reading the checkpoints of a run.
+"""Writing and reading the checkpoints and snapshots of a run.
 
-A checkpoint is a folder `step-00001000` with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and
-`state.json`. It is written under a temporary name and renamed when complete, so every folder of that name is whole.
+A checkpoint is a folder `step-00001000` with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors`,
+`profiles.safetensors` where the run has such averages, `state.json`, and `SHA256SUMS` as `sha256sum -c` reads it. It is
+written under a temporary name and renamed when it is on the disk, so every folder of that name is whole.
 """
 
+import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -21,6 +26,167 @@ from fastmask.ema import PowerEMA
 from fastmask.files import whole_file
 from fastmask.weights import bare_name, check_same_shapes, read_weights, save_weights
 
+_PARTS = ("model", "ema", "optimizer")
+_FILES = (*(f"{part}.safetensors" for part in (*_PARTS, "profiles")), "state.json")
+_SUMS = "SHA256SUMS"
+_FORMAT = 2  # 1, which `state.json` did not state, had no checksums
+
+
+class Checkpointer:
+    """Writes the checkpoints and snapshots of a run while the run goes on. A context manager.
+
+    A call copies the tensors to the host and returns; a thread writes them. What the thread runs into is raised by the
+    next call, or at the end of the block, on the rank that writes.
+
+    Under torch.distributed every rank makes the same calls, and rank 0 writes. It gathers sharded tensors (DTensor) one
+    by one, so the files are the same for any number of ranks: nothing is left to consolidate, and a run may go on with
+    another number of them.
+
+    Args:
+        run_dir: the run's folder.
+        keep: how many checkpoints stay.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.run_dir, self.keep = run_dir, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except OSError as failed:
+            if not isinstance(error, Exception):
+                raise
+            raise OSError(f"{failed}; before that: {error}") from error  # a user sees one line, and both matter
+        finally:
+            self._thread.shutdown()
+
+    def save(
+        self,
+        step: int,
+        net: EDMPrecond,
+        ema: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any],
+        profiles: Sequence[PowerEMA] = (),
+        *,
+        snapshot: bool = False,
+    ) -> None:
+        """Begin to write the checkpoint of a step, of values as they are now.
+
+        Once it is on the disk all but the newest ``keep`` are deleted, and what there is of later steps: the run went
+        on from before them because they are damaged.
+
+        Args:
+            step: optimizer steps done.
+            net: the denoiser.
+            ema: averaged weights, by the names of ``net``'s parameters.
+            optimizer: its state tensors are stored by parameter name.
+            state: JSON values, stored beside ``step``.
+            profiles: averages that snapshots are taken of.
+            snapshot: write snapshots of ``profiles`` too, before the checkpoint.
+
+        Raises:
+            OSError: what was begun before could not be written; checkpoints on the disk are untouched.
+        """
+        self.wait()
+        weights = net.state_dict()
+        parts = {"model": weights, "ema": {**weights, **ema}, "optimizer": _optimizer_tensors(net, optimizer)}
+        if profiles:
+            parts["profiles"] = _averages(profiles)
+        host = {part: _to_host(tensors) for part, tensors in parts.items()}
+        text = json.dumps({"step": step, "format": _FORMAT, **state}, indent=2) + "\n"
+        widths = [profile.width for profile in profiles]
+
+        def write() -> None:
+            if snapshot:
+                self._write_snapshots(step, net, host["model"], host.get("profiles", {}), widths)
+            self._write_checkpoint(step, net, host, text)
+
+        self._begin(net, write)
+
+    def save_snapshots(self, step: int, net: EDMPrecond, profiles: Sequence[PowerEMA]) -> None:
+        """Begin to write `snapshots/step-00001000-0.05.safetensors`, in fp16, the position tables in fp32.
+
+        Raises:
+            OSError: what was begun before could not be written.
+        """
+        self.wait()
+        parameters = dict(net.named_parameters())
+        tables = _to_host({name: t for name, t in net.state_dict().items() if name not in parameters})
+        averages, widths = _to_host(_averages(profiles)), [profile.width for profile in profiles]
+        self._begin(net, lambda: self._write_snapshots(step, net, tables, averages, widths))
+
+    def wait(self) -> None:
+        """Return when what was begun is on the disk; ranks that do not write return at once.
+
+        Raises:
+            OSError: it could not be written; checkpoints on the disk are untouched.
+        """
+        if self._writing is not None:
+            wait([self._writing])
+            written, self._writing = self._writing, None
+            written.result()
+
+    def _begin(self, net: EDMPrecond, write: Callable[[], None]) -> None:
+        device = next(net.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        if _rank() == 0:
+            self._writing = self._thread.submit(_as_os_error, write)
+
+    def _write_checkpoint(
+        self, step: int, net: EDMPrecond, parts: Mapping[str, Mapping[str, Tensor]], state: str
+    ) -> None:
+        root = self.run_dir / "checkpoints"
+        root.mkdir(parents=True, exist_ok=True)
+        final, partial = root / f"step-{step:08d}", root / f".partial-{step:08d}"
+        for left in root.glob(".partial-*"):  # by a run that was killed
+            shutil.rmtree(left)
+        partial.mkdir()
+        try:
+            for part, tensors in parts.items():
+                file = partial / f"{part}.safetensors"
+                if part in ("model", "ema"):
+                    save_weights(file, net, tensors)
+                else:
+                    safetensors.torch.save_file(dict(tensors), file)
+            (partial / "state.json").write_text(state)
+            (partial / _SUMS).write_text("".join(_sums(partial).values()))
+            for path in (*partial.iterdir(), partial):
+                _flush(path)
+            if final.exists():
+                _remove(final)
+            partial.rename(final)
+            _flush(root)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = [folder for folder in checkpoints(self.run_dir) if step_of(folder) <= step][-self.keep :]
+        for folder in checkpoints(self.run_dir):
+            if folder not in kept:
+                _remove(folder)
+
+    def _write_snapshots(
+        self,
+        step: int,
+        net: EDMPrecond,
+        tables: Mapping[str, Tensor],
+        averages: Mapping[str, Tensor],
+        widths: Sequence[float],
+    ) -> None:
+        for width in widths:
+            prefix = f"{width:g}/"
+            halves = {key.removeprefix(prefix): t.half() for key, t in averages.items() if key.startswith(prefix)}
+            with whole_file(self.run_dir / "snapshots" / f"step-{step:08d}-{width:g}.safetensors") as partial:
+                save_weights(partial, net, {**tables, **halves})
+                _flush(partial)
+
 
 def save_checkpoint(
     run_dir: Path,
@@ -31,48 +197,54 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
     profiles: Sequence[PowerEMA] = (),
-) -> Path:
-    """Write the checkpoint of a step and delete all but the newest ``keep``.
+) -> None:
+    """Write the checkpoint of a step, and return when it is on the disk; arguments as in `Checkpointer`."""
+    with Checkpointer(run_dir, keep) as checkpointer:
+        checkpointer.save(step, net, ema, optimizer, state, profiles)
+
+
+def save_snapshots(run_dir: Path, step: int, net: EDMPrecond, profiles: Sequence[PowerEMA]) -> None:
+    """Write snapshots, and return when they are on the disk; arguments as in `Checkpointer`."""
+    with Checkpointer(run_dir, 1) as checkpointer:
+        checkpointer.save_snapshots(step, net, profiles)
+
+
+def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint of a run whose files are as they were written, or None if there is no checkpoint.
+
+    Under torch.distributed rank 0 reads and warns, and every rank returns what it found.
 
     Args:
         run_dir: the run's folder.
-        step: optimizer steps done.
-        net: the denoiser.
-        ema: averaged weights, by the names of ``net``'s parameters.
-        optimizer: its state tensors are stored by parameter name.
-        state: JSON values, stored beside ``step``.
-        keep: how many checkpoints stay.
-        profiles: averages that snapshots are taken of.
-
-    Returns:
-        The folder written.
+        warn: is given a line for each damaged checkpoint that is newer.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+        ValueError: all are damaged.
     """
-    root = run_dir / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    final, partial = root / f"step-{step:08d}", root / f".partial-{step:08d}"
-    for left in root.glob(".partial-*"):  # by a run that was killed
-        shutil.rmtree(left)
-    partial.mkdir()
-    try:
-        save_weights(partial / "model.safetensors", net)
-        save_weights(partial / "ema.safetensors", net, {**net.state_dict(), **ema})
-        safetensors.torch.save_file(_optimizer_tensors(net, optimizer), partial / "optimizer.safetensors")
-        if profiles:
-            averages = {f"{p.width:g}/{name}": t.cpu() for p in profiles for name, t in p.weights.items()}
-            safetensors.torch.save_file(averages, partial / "profiles.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except SafetensorError as error:  # how safetensors reports a failed write
-        raise OSError(str(error)) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
-    return final
+    found: list[Any] = [None]
+    if _rank() == 0:
+        faults: list[tuple[Path, str]] = []
+        good = None
+        for folder in reversed(checkpoints(run_dir)):
+            fault = _fault(folder)
+            if not fault:
+                good = folder
+                break
+            faults.append((folder, fault))
+        if good is not None:
+            for folder, fault in faults:
+                warn(f"{folder} is damaged ({fault}): going on from {good}")
+        found = [(good, [f"{folder.name} ({fault})" for folder, fault in faults])]
+    if _is_distributed():
+        torch.distributed.broadcast_object_list(found)
+    newest: Path | None
+    newest, damaged = found[0]
+    if newest is None and damaged:
+        raise ValueError(
+            f"no checkpoint in {run_dir / 'checkpoints'} is whole: {', '.join(damaged)}; bring one back from a copy, "
+            "or delete them to begin anew"
+        )
+    return newest
 
 
 def load_checkpoint(
@@ -84,32 +256,37 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Copy a checkpoint into a network, its averages and its optimizer, and return what ``state.json`` holds.
 
+    Sharded targets (DTensor) take their part; every rank reads.
+
+    Args:
+        folder: a checkpoint that `newest_good` has found.
+        net: the denoiser.
+        ema: averaged weights, by the names of ``net``'s parameters.
+        optimizer: of ``net``'s parameters.
+        profiles: averages that snapshots are taken of.
+
     Raises:
-        ValueError: a damaged checkpoint, or one of another network (lists the differing names); nothing was copied.
+        ValueError: an unreadable file, or a checkpoint of another network (lists the differing names); nothing was
+            copied.
     """
     state = read_state(folder)
-    try:
-        names = ("model", "ema", "optimizer")
-        weights, averaged, stored = (read_weights(folder / f"{name}.safetensors")[0] for name in names)
-        kept = read_weights(folder / "profiles.safetensors")[0] if profiles else {}
-    except ValueError as error:
-        raise _damaged(folder, str(error)) from error
+    weights, averaged, stored = (read_weights(folder / f"{part}.safetensors")[0] for part in _PARTS)
+    kept = read_weights(folder / "profiles.safetensors")[0] if profiles else {}
     for tensors in (weights, averaged):
         check_same_shapes(net.state_dict(), tensors, str(folder))
-    own = {f"{p.width:g}/{name}": tensor for p in profiles for name, tensor in p.weights.items()}
-    check_same_shapes(own, kept, f"{folder / 'profiles.safetensors'}")
-    net.load_state_dict(weights)
-    for name, tensor in ema.items():
-        tensor.copy_(averaged[name])
-    for name, tensor in own.items():
-        tensor.copy_(kept[name])
-    device = next(net.parameters()).device
+    check_same_shapes(_averages(profiles), kept, f"{folder / 'profiles.safetensors'}")
+    _copy(net.state_dict(), weights)
+    _copy(ema, averaged)
+    _copy(_averages(profiles), kept)
     for name, parameter in net.named_parameters():
         prefix = f"{name}/"
         mine = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
         if mine:
             # torch's AdamW keeps the step count of its fused form beside the parameter.
-            optimizer.state[parameter] = {key: value.to(device) for key, value in mine.items()}
+            optimizer.state[parameter] = {
+                key: _part_for(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
+                for key, value in mine.items()
+            }
     return state
 
 
@@ -119,14 +296,6 @@ class Snapshot(NamedTuple):
     step: int
     width: float
     path: Path
-
-
-def save_snapshots(run_dir: Path, step: int, net: EDMPrecond, profiles: Sequence[PowerEMA]) -> None:
-    """Write averages to `snapshots/step-00001000-0.05.safetensors`, in fp16, the position tables in fp32."""
-    for profile in profiles:
-        with whole_file(run_dir / "snapshots" / f"step-{step:08d}-{profile.width:g}.safetensors") as partial:
-            halves = {name: tensor.half() for name, tensor in profile.weights.items()}
-            save_weights(partial, net, {**net.state_dict(), **halves})
 
 
 def snapshots(run_dir: Path) -> list[Snapshot]:
@@ -142,14 +311,16 @@ def snapshots(run_dir: Path) -> list[Snapshot]:
 def read_state(folder: Path) -> dict[str, Any]:
     """Return what the ``state.json`` of a checkpoint holds; a ValueError if it cannot be read."""
     try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise _damaged(folder, f"state.json: {error}") from error
+        raise ValueError(f"{folder / 'state.json'} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{folder / 'state.json'} holds no mapping")
     return state
 
 
 def load_initial(init: str, net: EDMPrecond, ema: Mapping[str, Tensor]) -> None:
-    """Copy weights from elsewhere into a network and its EMA.
+    """Copy weights from elsewhere into a network and its EMA, of which sharded tensors (DTensor) take their part.
 
     Args:
         init: a run folder, whose newest weights and EMA both go on, or a `.pt` or `.safetensors` file for both.
@@ -171,9 +342,8 @@ def load_initial(init: str, net: EDMPrecond, ema: Mapping[str, Tensor]) -> None:
         for file in (weights_file, average_file)
     )
     check_same_shapes(net.state_dict(), weights, f"--init {weights_file}")
-    net.load_state_dict(weights)
-    for name, tensor in ema.items():
-        tensor.copy_(average[name])
+    _copy(net.state_dict(), weights)
+    _copy(ema, average)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -188,13 +358,111 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _damaged(folder: Path, why: str) -> ValueError:
-    return ValueError(f"{folder} is damaged ({why}): delete it to go on from the checkpoint before it")
+def _rank() -> int:
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _as_os_error(write: Callable[[], None]) -> None:
+    try:
+        write()
+    except SafetensorError as error:  # how safetensors reports a failed write
+        raise OSError(str(error)) from error
 
 
 def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
+        f"{name}/{key}": value
         for name, parameter in net.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _averages(profiles: Sequence[PowerEMA]) -> dict[str, Tensor]:
+    return {f"{p.width:g}/{name}": tensor for p in profiles for name, tensor in p.weights.items()}
+
+
+def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies on the host, whole; nothing on other ranks than 0, which gather with it what is sharded.
+
+    Copies from a device may still be under way.
+    """
+    host, rank = {}, _rank()
+    for name, tensor in tensors.items():
+        full = tensor.detach()
+        gather = getattr(full, "full_tensor", None)  # a DTensor's, whose module takes a second to import
+        if gather is not None:
+            full = gather()
+        if rank == 0:
+            copy = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
+            host[name] = copy.copy_(full, non_blocking=True)
+    return host
+
+
+@torch.no_grad()
+def _copy(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(_part_for(target, values[name]))
+
+
+def _part_for(target: Tensor, value: Tensor) -> Tensor:
+    """Return a copy of a whole tensor on a target's device, sharded as the target is."""
+    if not hasattr(target, "device_mesh"):
+        return value.to(target.device, copy=True)
+    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415  (slow to import)
+
+    assert isinstance(target, DTensor)
+    # Every rank has read the whole and takes its part without asking another.
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def _fault(folder: Path) -> str:
+    """Return why a checkpoint cannot be trusted; an empty string if it can."""
+    try:
+        sums = folder / _SUMS
+        if not sums.exists() and "format" not in read_state(folder):  # of the first format
+            for part in _PARTS:
+                read_weights(folder / f"{part}.safetensors")
+            return ""
+        stored, lines = sums.read_bytes().decode(errors="replace"), _sums(folder)
+        missing = [name for name in _FILES if name in stored and name not in lines]
+        differing = [name for name, line in lines.items() if line not in stored]
+    except (OSError, ValueError) as error:
+        return str(error).replace(f"{folder}{os.sep}", "")
+    if missing:
+        return f"{', '.join(missing)} is missing"
+    if differing:
+        return f"{', '.join(differing)} differs from its checksum in {_SUMS}"
+    return "" if stored == "".join(lines.values()) else f"{_SUMS} is not as it was written"
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Return the lines of checksums for the files of a checkpoint, by name."""
+    lines = {}
+    for name in sorted(_FILES):
+        if (folder / name).exists():
+            digest = hashlib.sha256()
+            with (folder / name).open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            lines[name] = f"{digest.hexdigest()}  {name}\n"
+    return lines
+
+
+def _flush(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that half of one never bears it."""
+    dying = folder.with_name(f".partial-{folder.name}")
+    folder.rename(dying)
+    shutil.rmtree(dying)

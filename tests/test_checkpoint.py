@@ -1,7 +1,10 @@
-"""The checkpoints of a run; reading weights has a test file of its own."""
+"""The checkpoints of a run in one process; damaged ones have a test file of their own."""
 
 import json
 import shutil
+import subprocess
+import threading
+import time
 
 import pytest
 import safetensors.torch
@@ -9,21 +12,23 @@ import torch
 from safetensors.torch import load_file
 from util import small_net
 
-from fastmask.checkpoint import checkpoints, load_checkpoint, load_initial, save_checkpoint
+from fastmask.checkpoint import Checkpointer, checkpoints, load_checkpoint, load_initial, snapshots
 from fastmask.config import TrainConfig
 from fastmask.diffusion import EDMLoss
-from fastmask.ema import EMA
+from fastmask.ema import EMA, PowerEMA
 from fastmask.optim import make_optimizer
+from fastmask.weights import load_maskdit
 
 SHALLOW = {"depth": 1, "decoder_depth": 1}
+FILES = [f"{part}.safetensors" for part in ("model", "ema", "optimizer", "profiles")] + ["state.json", "SHA256SUMS"]
 
 
 class Trained:
-    """A network after a few steps, with its average and optimizer."""
+    """A network after a few steps, with its averages and optimizer."""
 
     def __init__(self, steps=2, seed=0, **sizes):
         self.net = small_net(seed=seed, **{**SHALLOW, **sizes})
-        self.ema = EMA(self.net, 0.9)
+        self.ema, self.profiles = EMA(self.net, 0.9), [PowerEMA(self.net, width) for width in (0.05, 0.1)]
         self.optimizer = make_optimizer(self.net, TrainConfig(lr=1e-2))
         for _ in range(steps):
             self.step()
@@ -35,17 +40,28 @@ class Trained:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.net)
+        for decay, profile in zip((0.5, 0.6), self.profiles, strict=True):
+            profile.decay = decay
+            profile.update(self.net)
+
+    def begin(self, checkpointer, step=1, **more):
+        checkpointer.save(step, self.net, self.ema.weights, self.optimizer, {}, self.profiles, **more)
 
     def save(self, run_dir, step=1, keep=9, **state):
-        return save_checkpoint(run_dir, step, self.net, self.ema.weights, self.optimizer, state, keep)
+        """Write a checkpoint, wait for it and return its folder."""
+        with Checkpointer(run_dir, keep) as checkpointer:
+            checkpointer.save(step, self.net, self.ema.weights, self.optimizer, state, self.profiles)
+        return run_dir / "checkpoints" / f"step-{step:08d}"
 
     def load(self, folder):
-        return load_checkpoint(folder, self.net, self.ema.weights, self.optimizer)
+        return load_checkpoint(folder, self.net, self.ema.weights, self.optimizer, self.profiles)
 
     def tensors(self):
         """Return copies of all there is to go on with, by name."""
         found = {f"net/{name}": tensor for name, tensor in self.net.state_dict().items()}
         found |= {f"ema/{name}": tensor for name, tensor in self.ema.weights.items()}
+        for profile in self.profiles:
+            found |= {f"{profile.width}/{name}": tensor for name, tensor in profile.weights.items()}
         for name, parameter in self.net.named_parameters():
             found |= {f"{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
         return {name: tensor.detach().clone() for name, tensor in found.items()}
@@ -73,7 +89,7 @@ def test_round_trip_is_bit_for_bit(tmp_path, sizes):
     source, other = Trained(**sizes), Trained(steps=0, seed=1, **sizes)
     assert len(source.tensors()) > 90
     state = other.load(source.save(tmp_path, 7, note=[1, "a"]))
-    assert state == {"step": 7, "note": [1, "a"]}
+    assert state == {"step": 7, "format": 2, "note": [1, "a"]}
     assert_same(other.tensors(), source.tensors())
     for one in (source, other):
         one.step()
@@ -151,42 +167,123 @@ def test_a_failed_write_leaves_the_earlier_ones(tmp_path, trained, monkeypatch, 
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
+class Held:
+    """Lets the thread that writes go on when a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.go_on = threading.Event()
+        save_file = safetensors.torch.save_file
+
+        def held(*args):
+            assert self.go_on.wait(60)
+            save_file(*args)
+
+        monkeypatch.setattr(safetensors.torch, "save_file", held)
+
+
+def test_values_are_those_of_the_call(tmp_path, monkeypatch):
+    source, other, held = Trained(), Trained(steps=0, seed=1), Held(monkeypatch)
+    before, state = source.tensors(), {"note": [1]}
+    with Checkpointer(tmp_path, 9) as checkpointer:
+        checkpointer.save(1, source.net, source.ema.weights, source.optimizer, state, source.profiles, snapshot=True)
+        assert checkpoints(tmp_path) == []
+        source.step()
+        state["note"].append(2)
+        held.go_on.set()
+        checkpointer.wait()
+        assert other.load(checkpoints(tmp_path)[0])["note"] == [1]
+    assert_same(other.tensors(), before)
+    for snapshot in snapshots(tmp_path):
+        for name, tensor in load_file(snapshot.path).items():
+            expected = before.get(f"{snapshot.width}/{name}", before[f"net/{name}"])
+            assert torch.equal(tensor, expected.half() if f"{snapshot.width}/{name}" in before else expected)
+
+
+def test_a_second_call_waits_for_the_first(tmp_path, trained, monkeypatch):
+    held = Held(monkeypatch)
+    with Checkpointer(tmp_path, 9) as checkpointer:
+        trained.begin(checkpointer, 1)
+        timer = threading.Timer(0.3, held.go_on.set)
+        timer.start()
+        started = time.perf_counter()
+        trained.begin(checkpointer, 2)
+        assert time.perf_counter() - started > 0.2
+        assert "step-00000001" in names(tmp_path)
+        checkpointer.wait()
+        assert names(tmp_path) == ["step-00000001", "step-00000002"]
+        checkpointer.wait()
+
+
+def test_snapshots_are_there_before_the_checkpoint(tmp_path, trained, monkeypatch):
+    """A run that is killed between them goes on from before them, and writes them then."""
+    rename = type(tmp_path).rename
+    monkeypatch.setattr(type(tmp_path), "rename", lambda *args: [seen.extend(snapshots(tmp_path)), rename(*args)])
+    seen = []
+    with Checkpointer(tmp_path, 9) as checkpointer:
+        trained.begin(checkpointer, 4, snapshot=True)
+    assert [(snapshot.step, snapshot.width) for snapshot in seen] == [(4, 0.05), (4, 0.1)]
+
+
+def test_snapshots_alone(tmp_path, trained):
+    with Checkpointer(tmp_path, 9) as checkpointer:
+        checkpointer.save_snapshots(3, trained.net, trained.profiles)
+    assert [(snapshot.step, snapshot.width) for snapshot in snapshots(tmp_path)] == [(3, 0.05), (3, 0.1)]
+    assert checkpoints(tmp_path) == []
+    loaded = load_maskdit(snapshots(tmp_path)[1].path)
+    for name, tensor in trained.profiles[1].weights.items():
+        assert torch.equal(loaded.get_parameter(name), tensor.half().float())
+    assert torch.equal(loaded.model.pos_embed, trained.net.model.pos_embed)
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshots"]
+
+
+def begin_on_a_full_disk(run_dir, trained, monkeypatch, then):
+    def full(*args):
+        raise safetensors.SafetensorError("I/O error: No space left")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with Checkpointer(run_dir, 9) as checkpointer:
+        trained.begin(checkpointer, 1)
+        then(checkpointer)
+
+
+def another_error(_):
+    raise ValueError("the loss")
+
+
+@pytest.mark.parametrize("surfaces", ["wait", "save", "save_snapshots", "end", "end after another"])
+def test_an_error_of_the_thread_is_raised_by_what_comes_next(tmp_path, trained, monkeypatch, surfaces):
+    reached = []
+    then = {
+        "wait": lambda c: [c.wait(), reached.append(1)],
+        "save": lambda c: [trained.begin(c, 2), reached.append(1)],
+        "save_snapshots": lambda c: [c.save_snapshots(2, trained.net, trained.profiles), reached.append(1)],
+        "end": lambda c: None,
+        "end after another": another_error,
+    }[surfaces]
+    with pytest.raises(OSError, match="No space left") as error:
+        begin_on_a_full_disk(tmp_path, trained, monkeypatch, then)
+    assert not reached
+    assert ("; before that: the loss" in str(error.value)) == (surfaces == "end after another")
+    assert names(tmp_path) == []
+
+
+def test_a_call_after_an_error_was_raised_writes(tmp_path, trained, monkeypatch):
+    with Checkpointer(tmp_path, 9) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+            trained.begin(checkpointer, 1)
+            with pytest.raises(OSError, match="Input/output error"):
+                checkpointer.wait()
+        trained.begin(checkpointer, 2)
+    assert names(tmp_path) == ["step-00000002"]
+
+
 def test_what_a_killed_run_left_is_removed(tmp_path, trained):
     (tmp_path / "checkpoints" / ".partial-00000009").mkdir(parents=True)
     (tmp_path / "checkpoints" / ".partial-00000009" / "model.safetensors").write_bytes(b"half")
     assert checkpoints(tmp_path) == []
     trained.save(tmp_path, 10)
     assert names(tmp_path) == ["step-00000010"]
-
-
-@pytest.mark.parametrize("part", ["model", "ema", "optimizer"])
-@pytest.mark.parametrize("damage", ["gone", "empty", "cut off", "overwritten"])
-def test_a_damaged_part_is_one_line_and_nothing_is_loaded(tmp_path, trained, part, damage):
-    folder = trained.save(tmp_path)
-    file = folder / f"{part}.safetensors"
-    content = file.read_bytes()
-    file.write_bytes({"cut off": content[:-1], "overwritten": b"\0" * len(content)}.get(damage, b""))
-    if damage == "gone":
-        file.unlink()
-    other = Trained(steps=0, seed=1)
-    before = other.tensors()
-    with pytest.raises(
-        ValueError, match=rf"step-00000001 is damaged \(.*{part}\.safetensors .*\): delete it to"
-    ) as error:
-        other.load(folder)
-    assert "\n" not in str(error.value)
-    assert_same(other.tensors(), before)
-
-
-@pytest.mark.parametrize("content", [None, "", '{"step": 1'])
-def test_a_damaged_state_is_one_line(tmp_path, trained, content):
-    folder = trained.save(tmp_path)
-    (folder / "state.json").unlink()
-    if content is not None:
-        (folder / "state.json").write_text(content)
-    with pytest.raises(ValueError, match=r"step-00000001 is damaged \(state\.json: .*\): delete it to go on") as error:
-        Trained(steps=0).load(folder)
-    assert "\n" not in str(error.value)
 
 
 def test_another_shape_lists_the_names(tmp_path, trained):
@@ -210,14 +307,10 @@ def test_an_average_of_another_shape_is_refused(tmp_path, trained):
 
 def test_files_are_plain(tmp_path, trained):
     folder = trained.save(tmp_path, 3, config={"lr": 0.1})
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "ema.safetensors",
-        "model.safetensors",
-        "optimizer.safetensors",
-        "state.json",
-    ]
-    assert json.loads((folder / "state.json").read_text()) == {"step": 3, "config": {"lr": 0.1}}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert json.loads((folder / "state.json").read_text()) == {"step": 3, "format": 2, "config": {"lr": 0.1}}
     assert load_file(folder / "ema.safetensors").keys() == trained.net.state_dict().keys()
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
 
 
 def test_starting_from_a_run(tmp_path, trained):
@@ -225,8 +318,8 @@ def test_starting_from_a_run(tmp_path, trained):
     trained.save(tmp_path, 2)
     other = Trained(steps=0, seed=2)
     load_initial(str(tmp_path), other.net, other.ema.weights)
-    expected = {name: tensor for name, tensor in trained.tensors().items() if name.startswith(("net/", "ema/"))}
-    assert_same(other.tensors(), expected)
+    ours, theirs = ({k: t for k, t in x.tensors().items() if k.startswith(("net/", "ema/"))} for x in (other, trained))
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])

@@ -12,7 +12,7 @@ from PIL import Image
 from util import small_net
 
 from fastmask import evaluate
-from fastmask.checkpoint import checkpoints, save_checkpoint
+from fastmask.checkpoint import Checkpointer, checkpoints
 from fastmask.data.digits import load_digits
 from fastmask.evaluate import frechet_distance, judge, main
 from fastmask.train import main as train
@@ -154,7 +154,8 @@ def test_figures_after_the_checkpoint_do_not_count(trained, tmp_path):
 @pytest.mark.parametrize("sizes", [{}, {"num_classes": 0}, {"in_channels": 3}, {"input_size": 16}], ids=str)
 def test_a_run_on_other_data_is_refused(tmp_path, sizes):
     net = small_net(**{"in_channels": 1, "num_classes": 5 if not sizes else 10, **sizes})
-    save_checkpoint(tmp_path, 1, net, {}, torch.optim.AdamW(net.parameters()), {}, 1)
+    with Checkpointer(tmp_path, 1) as checkpointer:
+        checkpointer.save(1, net, {}, torch.optim.AdamW(net.parameters()), {})
     with pytest.raises(ValueError, match="was not trained on the digits and their labels"):
         main([str(tmp_path)])
     assert not (tmp_path / "summary.json").exists()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from util import small_net
 
-from fastmask.checkpoint import save_checkpoint
+from fastmask.checkpoint import Checkpointer
 from fastmask.diffusion import draw_samples
 from fastmask.report import save_grid
 from fastmask.sample import load_net, main
@@ -86,8 +86,9 @@ def test_a_network_without_classes(tmp_path):
 def test_a_run_gives_its_newest_average(tmp_path):
     net, ema = small_net(), small_net(seed=1)
     optimizer = torch.optim.AdamW(net.parameters())
-    save_checkpoint(tmp_path, 1, net, dict(net.named_parameters()), optimizer, {}, 9)
-    save_checkpoint(tmp_path, 2, net, dict(ema.named_parameters()), optimizer, {}, 9)
+    with Checkpointer(tmp_path, 9) as checkpointer:
+        checkpointer.save(1, net, dict(net.named_parameters()), optimizer, {})
+        checkpointer.save(2, net, dict(ema.named_parameters()), optimizer, {})
     loaded = load_net(str(tmp_path))
     assert not loaded.training
     for name, tensor in ema.state_dict().items():
