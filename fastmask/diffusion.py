@@ -165,9 +165,9 @@ class EDMLoss:
             The total, denoising and reconstruction losses, each of the shape of ``labels``.
 
         Raises:
-            ValueError: lists of different lengths, or shapes that do not fit the network.
+            ValueError: lists that are empty or of different lengths, or shapes that do not fit the network.
         """
-        if not len(images) == len(noise) == len(masks):
+        if not images or not len(images) == len(noise) == len(masks):
             raise ValueError(
                 f"a list of images needs lists of as much noise and as many masks, not {len(images)}, {len(noise)} and "
                 f"{len(masks)}"
