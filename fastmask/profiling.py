@@ -1,0 +1,245 @@
+"""Where the time of training steps goes: the profiler's events, each instant of which is counted once.
+
+On a GPU the kernels' time is counted, on a CPU that of the operators, without that of those they call. Where several
+run at once, an instant belongs to the one that began last, and to copies of data or an exchange between processes only
+if nothing else runs. What remains of a step's time is the host's: Python, launching, or waiting.
+"""
+
+import collections
+import heapq
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from fastmask.files import whole_file
+from fastmask.report import console, say
+
+PRODUCTS, ATTENTION, OPTIMIZER, DATA = "matrix products", "attention", "optimizer", "data"
+COMMUNICATION, OTHER, GAPS = "communication", "all else", "host gaps"
+_OURS = "fastmask"
+
+# Kinds by the names of operators and kernels; the first that is found in a name counts.
+_KINDS = [
+    (kind, re.compile(pattern))
+    for kind, pattern in [
+        (DATA, r"enumerate\(DataLoader\)|Memcpy HtoD"),
+        (COMMUNICATION, r"nccl|gloo|c10d::|_c10d_functional::"),
+        (OPTIMIZER, r"adamw_ema|multi_tensor_apply|FusedAdam|^Optimizer\."),
+        (_OURS, r"^fastmask::|^_\w+_kernel"),
+        (ATTENTION, r"scaled_dot_product|flash|fmha|sdpa|efficient_attention|cudnn_attention"),
+        (PRODUCTS, r"aten::(b?mm|addb?mm|baddbmm|_addmm_activation|\w*convolution\w*)$"),
+        (PRODUCTS, r"gemm|gemv|cutlass|nvjet|xmma|splitK|triton_tem_"),
+    ]
+]
+_WARMUP = 4  # steps before the trace: graphs are captured in the second, and the last is timed
+_AVOIDABLE = 0.1  # share of a step from which a wait is named although something else takes longer
+_WINDOW = "fastmask: profiled steps"
+
+
+class Profile(NamedTuple):
+    """Where the time of a step went, on average.
+
+    Attributes:
+        step_s: seconds of a step under the profiler.
+        unprofiled_s: seconds of a step before it.
+        parts: seconds by name: the kinds of this module, and each op of this library by its own; they make up the step.
+        flops_per_step: of matrix products and attention.
+        peak_flops: FLOP/s that the device can do, where that is known.
+    """
+
+    step_s: float
+    unprofiled_s: float
+    parts: dict[str, float]
+    flops_per_step: float
+    peak_flops: float | None = None
+
+    def share(self, *names: str) -> float:
+        """Return the share of a step that some parts take."""
+        return sum(self.parts.get(name, 0.0) for name in names) / self.step_s
+
+
+class _Interval(NamedTuple):
+    start: float
+    end: float
+    name: str
+
+
+def profile_steps(
+    run_step: Callable[[], None],
+    count: int,
+    run_dir: Path,
+    device: torch.device,
+    *,
+    data_wait_s: Callable[[], float],
+    flops_per_step: float,
+    peak_flops: float | None = None,
+    rank: int = 0,
+) -> Profile:
+    """Do some steps under PyTorch's profiler, print where their time went, and store the trace.
+
+    The trace is `profile/trace.json.gz` in the run folder, for chrome://tracing or Perfetto.
+
+    Args:
+        run_step: does a training step.
+        count: steps to profile; a few more are done before.
+        run_dir: the run's folder.
+        device: where the steps run.
+        data_wait_s: tells how many seconds the host has waited for data so far.
+        flops_per_step: of matrix products and attention on this device.
+        peak_flops: FLOP/s that the device can do, if known.
+        rank: number of this process; only that of 0 stores and prints.
+
+    Raises:
+        ValueError: no step to profile.
+    """
+    if count < 1:
+        raise ValueError(f"there must be at least 1 step to profile, not {count}")
+    for _ in range(_WARMUP):
+        _synchronize(device)
+        began = time.perf_counter()
+        run_step()
+    _synchronize(device)
+    unprofiled_s = time.perf_counter() - began
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        run_step()  # the profiler's own first step is slow
+        _synchronize(device)
+        waited = data_wait_s()
+        with record_function(_WINDOW):
+            for _ in range(count):
+                run_step()
+            _synchronize(device)
+        waited = data_wait_s() - waited
+    step_s, parts = _parts_of(profiler.events(), device, waited, count)
+    found = Profile(step_s, unprofiled_s, parts, flops_per_step, peak_flops)
+    if rank == 0:
+        path = run_dir / "profile" / "trace.json.gz"
+        with whole_file(path) as partial:
+            profiler.export_chrome_trace(str(partial))
+        _print(found, count, device)
+        say(f"trace of {count + 1} steps: {path}")
+        say(bound_of(found, device))
+    return found
+
+
+def bound_of(found: Profile, device: torch.device) -> str:
+    """Return one line that says what bounds a run, and what else it waits for that need not be."""
+    advice = {
+        DATA: ("waits for data {}", "--num-workers"),
+        COMMUNICATION: ("waits for other processes {}", "a larger --batch-size, or --micro-batch-size"),
+        GAPS: ("the host launches slower than the device works, which idles {}", "--cuda-graphs on, or --compile block")
+        if device.type == "cuda"
+        else ("Python and what starts operators take {}", "a larger --micro-batch-size, or --compile block"),
+    }
+    shares = {name: found.share(name) for name in (*advice, OPTIMIZER)}
+    shares[PRODUCTS] = found.share(PRODUCTS, ATTENTION)
+    shares[OTHER] = 1 - sum(shares.values())
+    largest = max(shares, key=shares.__getitem__)
+    avoidable = [name for name in advice if name == largest or shares[name] >= _AVOIDABLE]
+    said = [": ".join(advice[name]).format(f"{shares[name]:.0%}") for name in avoidable]
+    if largest not in advice:
+        said.insert(0, _busy(found, largest, shares[largest]))
+    return "; ".join(said)
+
+
+def _busy(found: Profile, largest: str, share: float) -> str:
+    if largest == OPTIMIZER:
+        return (
+            f"the optimizer takes {share:.0%}: the run is bound by it, and takes less of it with a larger --batch-size"
+        )
+    if largest == OTHER:
+        return (
+            f"what is neither product nor attention takes {share:.0%}: the run is bound by memory, or small operators"
+        )
+    rate = found.flops_per_step / (found.parts.get(PRODUCTS, 0.0) + found.parts.get(ATTENTION, 0.0))
+    unit, name = (1e12, "TFLOP/s") if rate >= 1e12 else (1e9, "GFLOP/s")
+    peak = f" of {found.peak_flops / unit:,.0f}" if found.peak_flops else ""
+    return (
+        f"matrix products and attention take {share:.0%}: the run is bound by them, at {rate / unit:,.1f}{peak} {name}"
+    )
+
+
+def _print(found: Profile, count: int, device: torch.device) -> None:
+    how = "device time" if device.type == "cuda" else "time of operators"
+    table = Table(title=f"where a step goes, mean of {count}: {how}")
+    table.add_column("what")
+    table.add_column("ms", justify="right")
+    table.add_column("%", justify="right")
+    kinds = (PRODUCTS, ATTENTION)
+    last = (OTHER, OPTIMIZER, DATA, COMMUNICATION, GAPS)
+    ours = sorted(found.parts.keys() - {*kinds, *last}, key=lambda name: -found.parts[name])
+    for name in (*kinds, *ours, *last):
+        seconds = found.parts.get(name, 0.0)
+        table.add_row(name, f"{seconds * 1e3:.2f}", f"{seconds / found.step_s:.1%}")
+    table.add_section()
+    table.add_row("a step", f"{found.step_s * 1e3:.2f}", "100.0%")
+    table.add_row("a step without the profiler", f"{found.unprofiled_s * 1e3:.2f}", "")
+    console.print(table)
+
+
+def _parts_of(events: Any, device: torch.device, waited: float, count: int) -> tuple[float, dict[str, float]]:
+    """Return the seconds of a step, and of its parts, from the events of ``count`` steps and the wait for data."""
+    window = next(event.time_range for event in events if event.name == _WINDOW and event.device_type == DeviceType.CPU)
+    parts = _swept(sorted(_intervals(events, device)), window.start, window.end)
+    wall = (window.end - window.start) * 1e-6
+    gaps = max(0.0, wall - sum(parts.values()))
+    if device.type != "cuda":
+        waited -= parts.get(DATA, 0.0)  # operators of the loader are part of the wait
+    waited = min(max(0.0, waited), gaps)  # a wait while the device works costs nothing
+    parts[DATA] = parts.get(DATA, 0.0) + waited
+    parts[GAPS] = gaps - waited
+    return wall / count, {name: seconds / count for name, seconds in parts.items()}
+
+
+def _intervals(events: Any, device: torch.device) -> Iterator[_Interval]:
+    """Yield kernels on a GPU, else operators, with the name of the part that they belong to."""
+    wanted = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    for event in events:
+        if event.device_type != wanted or event.name == _WINDOW:
+            continue
+        name = _part_of(event)
+        if event.is_user_annotation and (name == OTHER or wanted == DeviceType.CUDA):
+            continue  # a stretch of the program, not work
+        yield _Interval(event.time_range.start, event.time_range.end, name)
+
+
+def _part_of(event: Any) -> str:
+    """Return the part of an event: that of its own name, or of the nearest that it runs inside of."""
+    while event is not None:
+        for kind, pattern in _KINDS:
+            if pattern.search(event.name):
+                return str(event.name) if kind == _OURS else kind
+        event = event.cpu_parent
+    return OTHER
+
+
+def _swept(intervals: list[_Interval], begin: float, end: float) -> dict[str, float]:
+    """Return the seconds by name of intervals in microseconds, sorted by start; each instant has one owner."""
+    seconds: dict[str, float] = collections.defaultdict(float)
+    edges = sorted({edge for interval in intervals for edge in interval[:2] if begin < edge < end} | {begin, end})
+    running: list[tuple[bool, float, float, str]] = []
+    following = 0
+    for now, until in itertools.pairwise(edges):
+        while following < len(intervals) and intervals[following].start <= now:
+            start, stop, name = intervals[following]
+            # The owner is what began last, and of those that began together what ends first: the innermost.
+            heapq.heappush(running, (name in (COMMUNICATION, DATA), -start, stop, name))
+            following += 1
+        while running and running[0][2] <= now:
+            heapq.heappop(running)
+        if running:
+            seconds[running[0][3]] += (until - now) * 1e-6
+    return dict(seconds)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
