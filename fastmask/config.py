@@ -52,6 +52,13 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Of matrix products; weights stay fp32. auto: bf16 on a GPU that has it, else fp32."""
 
+    compile: Literal["auto", "none", "block", "whole"] = "auto"
+    """What torch.compile builds: blocks, which starts sooner, or the whole network. auto: block on a GPU, else none."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as CUDA graphs, on one GPU. auto: where that can be done."""
+    parallel: Literal["ddp", "fsdp2", "fsdp2-grad-op"] = "ddp"
+    """Under torchrun: every rank has all weights, or a part of them, gathered for each pass or (grad-op) for both."""
+
     data: str = "digits"
     """digits, synthetic, an image folder (class = sub-folder), or an .npz of images or VAE moments with labels."""
     image_size: int = 8
@@ -77,6 +84,8 @@ class TrainConfig:
     """Blocks of the decoder; 0 is a plain DiT, which trains unmasked."""
     decoder_num_heads: int = 2
     """Attention heads of the decoder."""
+    qk_norm: bool = False
+    """Normalise queries and keys of each head, which keeps attention from growing without bound."""
 
     mask_ratio: float = 0.5
     """Share of the patches that the encoder does not see, in [0, 1)."""
@@ -104,7 +113,7 @@ class TrainConfig:
     batch_size: int = 128
     """Images per step."""
     micro_batch_size: int = 0
-    """Images computed at a time; the gradients of a larger batch are accumulated. 0: the whole batch."""
+    """Images that a process computes at a time, the gradients of its share accumulated. 0: its whole share."""
     activation_checkpointing: Literal["none", "block"] = "none"
     """What is kept for backward: everything, or of each block its input, computed again there."""
     lr: float = 1e-4
@@ -131,6 +140,11 @@ class TrainConfig:
     """Steps between snapshots of those averages, all of which stay on the disk; 0: with every checkpoint."""
     init: str = ""
     """Weights to start from: a run folder, or a .pt or .safetensors file in the published names."""
+
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """If the loss is not finite or leaps up: stop, or go back to the last checkpoint and on with other samples."""
+    divergence_factor: float = 5.0
+    """What a leap is: a mean loss so many times the median of the ten before; 0: only what is not finite counts."""
 
     report_every: int = 100
     """Steps between lines of stats.jsonl."""
@@ -223,6 +237,7 @@ def check_config(config: TrainConfig, input_size: int) -> None:
         ("weight_decay", 0),
         ("grad_clip", 0),
         ("p_std", 0),
+        ("divergence_factor", 0),
     ]:
         value = getattr(config, name)
         if not lowest <= value < float("inf"):
@@ -301,6 +316,7 @@ def build_model(config: TrainConfig, channels: int, size: int) -> MaskDiT:
         decoder_width=config.decoder_width,
         decoder_depth=config.decoder_depth,
         decoder_num_heads=config.decoder_num_heads,
+        qk_norm=config.qk_norm,
     )
 
 

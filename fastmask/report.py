@@ -17,11 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from fastmask.checkpoint import checkpoints
 from fastmask.config import TrainConfig
 from fastmask.cost import ASSUMED, GPUS, RESERVE, memory_of, predict_run
 from fastmask.counts import forward_macs, trainable_parameters
-from fastmask.diffusion import LossParts
 from fastmask.files import whole_file
 from fastmask.masking import kept_count
 from fastmask.model import MaskDiT
@@ -41,21 +39,22 @@ class Report:
         run_dir: the run's folder.
         first_step: steps done so far; figures of later steps, from a run that was killed, are dropped.
         max_steps: steps of the whole run.
+        speaks: whether this process is the one of several that writes and shows; the others do nothing here.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, max_steps: int) -> None:
-        self._path = run_dir / "stats.jsonl"
-        kept = read_stats(run_dir, first_step)
+    def __init__(self, run_dir: Path, first_step: int, max_steps: int, speaks: bool = True) -> None:
+        self._path, self._speaks = run_dir / "stats.jsonl", speaks
+        kept = read_stats(run_dir, first_step) if speaks else []
         self._train_s = kept[-1]["train_s"] if kept else 0.0
-        if self._path.exists():
+        if speaks and self._path.exists():
             with whole_file(self._path) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._tensorboard: Any = None
-        if importlib.util.find_spec("tensorboard"):
+        if speaks and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (optional, and slow to import)
 
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        else:
+        elif speaks:
             say("no TensorBoard events: tensorboard is not installed (pip install 'fastmask[demo]')")
         self._progress = Progress(
             TextColumn("{task.fields[stage]}"),
@@ -64,7 +63,7 @@ class Report:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (speaks and console.is_terminal),
         )
         self._task = self._progress.add_task("", total=max_steps, completed=first_step, stage="training", figures="")
         self._max_steps = max_steps
@@ -93,6 +92,8 @@ class Report:
             images: how many were trained on since the last call.
             since: when that began, in `time.perf_counter`'s seconds.
         """
+        if not self._speaks:
+            return
         seconds = time.perf_counter() - since
         self._train_s += seconds
         figures = {**figures, "images_per_s": images / seconds, "train_s": self._train_s}
@@ -110,6 +111,8 @@ class Report:
 
     def picture(self, step: int, path: Path, images: Tensor, columns: int) -> None:
         """Draw a grid of images as a PNG and show it in TensorBoard."""
+        if not self._speaks:
+            return
         grid = save_grid(path, images, columns)
         if self._tensorboard:
             self._tensorboard.add_image("samples", grid, step, dataformats="HWC")
@@ -126,47 +129,6 @@ def read_stats(run_dir: Path, last_step: int) -> list[dict[str, float]]:
         return [line for line in map(json.loads, lines) if line["step"] <= last_step]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and the run starts a new one") from error
-
-
-class Tally:
-    """Sums up losses on the device, so that a step need not wait for it.
-
-    Args:
-        device: where the losses are.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(3, device=device)  # total, denoising, reconstruction
-        self._count = 0
-        self._first_bad = torch.full((3,), -1.0, dtype=torch.float64, device=device)  # step, lowest and highest sigma
-
-    def add(self, step: int, parts: LossParts, sigma: Tensor) -> None:
-        """Add the losses of a batch, and note step and noise levels of the first that is not finite."""
-        sums = torch.stack([part.detach().float().sum() for part in parts])
-        self._sums += sums
-        self._count += len(sigma)
-        found = torch.stack([torch.full_like(sigma[0], step), sigma.min(), sigma.max()]).double()
-        first = ~sums[0].isfinite() & (self._first_bad[0] < 0)
-        self._first_bad = torch.where(first, found, self._first_bad)
-
-    def check_finite(self, run_dir: Path) -> None:
-        """Raise a ValueError that names the first step whose loss was not finite, if there was one."""
-        step, lowest, highest = self._first_bad.tolist()
-        if step >= 0:
-            good = checkpoints(run_dir)
-            raise ValueError(
-                f"the loss of step {step:.0f} is not finite (its sigma: {lowest:.3g} to {highest:.3g}); last good "
-                f"checkpoint: {good[-1] if good else 'none'}; a lower --lr, --grad-clip or --precision fp32 may help"
-            )
-
-    def take(self, run_dir: Path) -> dict[str, float]:
-        """Return the mean losses per image since the last call, all finite, and start anew."""
-        self.check_finite(run_dir)
-        names = ("loss", "denoising", "reconstruction")
-        means = dict(zip(names, (self._sums / self._count).tolist(), strict=True))
-        self._sums.zero_()
-        self._count = 0
-        return means
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
@@ -249,9 +211,7 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
     counts.add_row("training in all", f"{_mean_macs(config, model) * 6 * images:.3g} FLOP")
     _add_prediction(counts, config, model, precision)
     console.print(counts)
-    say(
-        "More micro-batches per step take no more memory, nor does the choice of optimizer; estimates, for one process."
-    )
+    say("Memory is an estimate for one process; more micro-batches per step or another optimizer take no more.")
     say(f"The prediction was not measured; {ASSUMED}.")
 
 

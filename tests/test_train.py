@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastmask.checkpoint import checkpoints
+from fastmask.diffusion import training_draws
 from fastmask.train import main
 
 SMALL = ["--width", "16", "--depth", "1", "--num-heads", "2", "--decoder-width", "16", "--decoder-depth", "1"]
@@ -31,6 +32,9 @@ SMALL += [
 ]
 
 
+SPEED = ("images_per_s", "train_s", "data_wait", "memory_gb")
+
+
 def run(run_dir: Path, *flags: str, steps: int = 6, unmask: int = 2) -> None:
     stage = ["--max-steps", str(steps), "--unmask-steps", str(unmask)]
     main(["--run-dir", str(run_dir), *SMALL, *stage, *flags])
@@ -46,7 +50,7 @@ def stats(run_dir: Path) -> list[dict[str, float]]:
 
 def learned(line: dict[str, float]) -> dict[str, float]:
     """Return what a run's figures say of learning, without how fast it was."""
-    return {name: value for name, value in line.items() if name not in ("images_per_s", "train_s")}
+    return {name: value for name, value in line.items() if name not in SPEED}
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -113,8 +117,9 @@ def test_a_run_of_a_version_without_the_field_goes_on(tmp_path):
     run(tmp_path, steps=2, unmask=0)
     state = checkpoints(tmp_path)[-1] / "state.json"
     stored = json.loads(state.read_text())
-    del stored["config"]["optimizer"]
+    del stored["config"]["optimizer"], stored["format"]
     state.write_text(json.dumps(stored))
+    (state.parent / "SHA256SUMS").unlink()  # which it had not either
     run(tmp_path, steps=3, unmask=0)
     assert stats(tmp_path)[-1]["step"] == 3
 
@@ -136,15 +141,16 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert_same_run(whole, killed)
 
 
-def test_a_stop_signal_leaves_a_checkpoint(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+def test_a_stop_signal_leaves_a_checkpoint(tmp_path, number, code):
     command = [sys.executable, "-m", "fastmask.train", "--run-dir", str(tmp_path), *SMALL, "--max-steps", "100000"]
     process = subprocess.Popen([*command, "--report-every", "1"], stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "stats.jsonl").exists() or not stats(tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == code
     step = int(checkpoints(tmp_path)[-1].name.removeprefix("step-"))
     assert f"stopped after step {step}: the same command goes on from there" in out
     assert stats(tmp_path)[-1]["step"] == step
@@ -203,7 +209,7 @@ def test_synthetic_latents_and_no_classes(tmp_path):
 def test_non_finite_loss_stops_the_run(tmp_path):
     flags = ["--lr", "1e30", "--checkpoint-every", "1", "--report-every", "50"]
     with pytest.raises(
-        ValueError, match=r"loss of step \d+ is not finite \(its sigma: .* to .*\); last good checkpoint"
+        ValueError, match=r"batch from sample \d+ on is not finite \(its sigma: .* to .*\); last good checkpoint"
     ):
         run(tmp_path, *flags, steps=40, unmask=0)
     for tensor in weights(tmp_path).values():
@@ -290,7 +296,41 @@ def test_dry_run_counts_without_allocating(tmp_path, capsys):
     assert "118.62 GMAC" in out
 
 
-def test_torchrun_is_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process"):
-        main([])
+def test_a_leap_of_the_loss_stops_the_run(tmp_path):
+    flags = ["--lr", "3", "--report-every", "1", "--checkpoint-every", "1", "--divergence-factor", "1.5"]
+    with pytest.raises(
+        ValueError, match=r"the loss rose to .*, more than 1.5 times the .* before; last good checkpoint"
+    ):
+        run(tmp_path, *flags, steps=40, unmask=0)
+
+
+def test_rolling_back_goes_on_with_other_samples(tmp_path, capsys, monkeypatch):
+    """One batch is bad: the run goes back to the checkpoint before it, and past it."""
+    real, bad_sample = training_draws, 5 * 16
+
+    def draws(images, labels, *, offset, **settings):
+        drawn = real(images, labels, offset=offset, **settings)
+        return drawn._replace(noise=torch.where(offset == bad_sample, torch.nan, drawn.noise))
+
+    monkeypatch.setattr("fastmask.step.training_draws", draws)
+    flags = ["--on-divergence", "rollback", "--checkpoint-every", "2", "--report-every", "1"]
+    run(tmp_path, *flags, steps=8, unmask=0)
+    out = capsys.readouterr().out
+    assert f"going back from step 6 to {tmp_path / 'checkpoints' / 'step-00000004'}" in out
+    assert [line["step"] for line in stats(tmp_path)] == list(range(1, 9))
+    state = json.loads((checkpoints(tmp_path)[-1] / "state.json").read_text())
+    assert state["skipped"] == 2 * 16
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_rolling_back_again_and_again_stops(tmp_path, monkeypatch):
+    real = training_draws
+
+    def draws(images, labels, *, offset, **settings):
+        drawn = real(images, labels, offset=offset, **settings)
+        return drawn._replace(noise=torch.where(offset >= 5 * 16, torch.nan, drawn.noise))
+
+    monkeypatch.setattr("fastmask.step.training_draws", draws)
+    flags = ["--on-divergence", "rollback", "--checkpoint-every", "2", "--report-every", "1"]
+    with pytest.raises(ValueError, match=r"is not finite .*; last good checkpoint"):
+        run(tmp_path, *flags, steps=8, unmask=0)

@@ -1,0 +1,125 @@
+"""Training in several processes, started by torchrun: who is who, and how the network is shared among them."""
+
+import contextlib
+import dataclasses
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fastmask.model import MaskDiT
+
+Parallel = Literal["ddp", "fsdp2", "fsdp2-grad-op"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """Which of the processes this one is.
+
+    Attributes:
+        rank: its number.
+        count: how many there are.
+        local: its number on its machine, and that of its GPU.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Return what torchrun says in the environment, a single process without it."""
+        try:
+            rank, count, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        except ValueError as error:
+            raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, as torchrun sets: {error}") from None
+        return cls(rank, count, local) if count > 1 else cls()
+
+
+@contextlib.contextmanager
+def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Connect the processes inside the block: NCCL between GPUs, gloo between CPUs and for what the hosts agree on."""
+    if ranks.count == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: MaskDiT, parallel: Parallel, dtype: torch.dtype | None, device: torch.device, ranks: Ranks) -> None:
+    """Split the parameters of a network among the ranks, block by block (FSDP2); nothing to do with DDP or one rank.
+
+    Args:
+        model: the network, the same on every rank.
+        parallel: "fsdp2" gathers a block's weights anew in backward, "fsdp2-grad-op" keeps them from the forward pass.
+        dtype: in which weights are gathered, autocast's; None is their own. Gradients are added up in fp32.
+        device: of the network.
+        ranks: the processes.
+    """
+    if ranks.count == 1 or parallel == "ddp":
+        return
+    # The inputs keep their dtype: noise levels lose too much in 16 bits.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (ranks.count,))
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": parallel == "fsdp2"}
+    for block in (*model.blocks, *model.decoder_blocks):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def replicate(objective: nn.Module, parallel: Parallel, device: torch.device, ranks: Ranks) -> nn.Module:
+    """Return a module whose backward averages the gradients over the ranks (DDP); itself with FSDP2 or one rank.
+
+    All parameters that ask for a gradient must get one.
+    """
+    if ranks.count == 1 or parallel != "ddp":
+        return objective
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def gradients_stay(module: nn.Module, model: nn.Module, stay: bool) -> Iterator[None]:
+    """Let backward inside the block add up gradients on this rank alone, if ``stay``: more follow in the same step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not stay)
+        yield
+    elif stay and isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def all_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """Return the sum of a tensor over the ranks."""
+    if ranks.count > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_max(number: int, ranks: Ranks) -> int:
+    """Return the largest of a number over the ranks; the host waits for theirs, not for the device."""
+    if ranks.count == 1:
+        return number
+    shared = torch.tensor(number)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be split among the ranks as one that is not; all ranks must call."""
+    return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,272 @@
+"""A training run between its checkpoints: what it consists of, how it goes on, and what it says of itself."""
+
+import contextlib
+import dataclasses
+import json
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastmask.checkpoint import Checkpointer, load_checkpoint, load_initial, newest_good, read_state, step_of
+from fastmask.config import TrainConfig, build_model, check_resumable
+from fastmask.cost import Gpu, gpu_named
+from fastmask.counts import forward_macs
+from fastmask.data import DataSet, batches
+from fastmask.data.loader import Batch
+from fastmask.diffusion import EDMPrecond, draw_samples
+from fastmask.distributed import Ranks, all_max, shard
+from fastmask.ema import EMA, PowerEMA
+from fastmask.files import whole_file
+from fastmask.optim import learning_rate, make_optimizer
+
+# PROF from fastmask.profiling import profile_steps
+from fastmask.profiling import profile_steps
+from fastmask.report import Report, say, versions
+from fastmask.step import DTYPES, TrainingStep, eager
+from fastmask.watch import DivergedError, check_spike
+
+_ROLLBACKS = 3  # from one checkpoint; then other samples do not help
+_RECENT = 10  # mean losses that the next is compared with
+
+
+class Run:
+    """A run between its checkpoints: the network, what moves it, and how far it is.
+
+    Args:
+        config: the resolved configuration.
+        dataset: what to train on.
+        ranks: the processes that train together.
+        anew: do not look for checkpoints, and write nothing.
+
+    Attributes:
+        step: optimizer steps done.
+        skipped: samples that were left out after the loss had diverged.
+        recent: mean losses of the last reports.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: DataSet, ranks: Ranks, anew: bool = False) -> None:
+        self.config, self.dataset, self.ranks = config, dataset, ranks
+        self.run_dir, device = Path(config.run_dir), torch.device(config.device)
+        newest = None if anew else newest_good(self.run_dir, say)
+        if not anew:
+            open_run(config, newest, ranks)
+        channels, size, _ = dataset.shape
+        self.net = EDMPrecond(build_model(config, channels, size), config.sigma_data).to(device)
+        shard(self.net.model, config.parallel, DTYPES.get(config.precision), device, ranks)
+        self.ema = EMA(self.net, config.ema_decay)
+        self.profiles = [PowerEMA(self.net, width) for width in config.ema_widths]
+        averages = [self.ema, *self.profiles]
+        self.optimizer = make_optimizer(self.net, config, averages)
+        self.training = TrainingStep(self.net, dataset, config, self.optimizer, averages, ranks)
+        self.stages = config.stages(self.net.model.length)
+        self.step, self.skipped = 0, 0
+        self.recent: list[float] = []
+        self._rollbacks, self._rolled_back_to = 0, -1
+        if newest:
+            self._load(newest)
+            say(f"going on from {newest}")
+        elif config.init:
+            load_initial(config.init, self.net, self.ema.weights)
+        if self.step >= config.max_steps:
+            say(f"{self.run_dir}: all {self.step} steps are done")
+
+    def go_on(self, checkpointer: Checkpointer, stopped: Callable[[], int]) -> None:
+        """Train to the last step, or until told to stop."""
+        config, data, keep = self.config, self._batches(), 0
+        with Report(self.run_dir, self.step, config.max_steps, self.ranks.rank == 0) as report:
+            watch = Watch(self, report)
+            while self.step < config.max_steps:
+                keep = self._enter_stage(keep)
+                self._do_step(data, keep)
+                report.advance(self.step)
+
+                signaled = all_max(stopped(), self.ranks)
+                last = self.step == config.max_steps or signaled > 0
+                if last or self.step % config.report_every == 0:
+                    watch.write(keep)
+                self.training.finish()
+                with watch.paused():
+                    self._store(checkpointer, last)
+                    self._draw_samples(report)
+                if signaled:
+                    checkpointer.wait()
+                    say(f"stopped after step {self.step}: the same command goes on from there")
+                    raise SystemExit(128 + signaled if signaled == signal.SIGINT else 0)
+
+    def roll_back(self, error: DivergedError) -> None:
+        """Go back to the last checkpoint, and on with samples that the run has not seen; or stop, as configured."""
+        newest = newest_good(self.run_dir, say)
+        again = newest is not None and step_of(newest) <= self._rolled_back_to
+        if self.config.on_divergence == "stop" or newest is None or (again and self._rollbacks == _ROLLBACKS):
+            raise ValueError(
+                f"{error}; last good checkpoint: {newest or 'none'}; a lower --lr, --grad-clip, --precision fp32 or "
+                "--on-divergence rollback may help"
+            ) from error
+        bad_step, skipped = self.step, self.skipped
+        if not again:
+            self._rollbacks, self._rolled_back_to = 0, step_of(newest)
+        self._rollbacks += 1
+        self._load(newest)
+        self.skipped = skipped + (bad_step - self.step) * self.config.batch_size
+        say(f"{error}: going back from step {bad_step} to {newest}, and past the samples of these steps")
+
+    def profile(self, count: int) -> None:
+        """Do some steps under the profiler, and say where their time went."""
+        config, data, keep = self.config, self._batches(), self._enter_stage(0)
+        gpu = gpu_of(config)
+
+        def run_step() -> None:
+            self._do_step(data, keep)
+            self.training.finish()
+
+        profile_steps(
+            run_step,
+            count,
+            self.run_dir,
+            torch.device(config.device),
+            data_wait_s=lambda: self.training.data_wait_s,
+            flops_per_step=6 * forward_macs(self.net.model, keep) * config.batch_size / self.ranks.count,
+            peak_flops=gpu.peak(config.precision) if gpu else None,
+            rank=self.ranks.rank,
+        )
+
+    def _do_step(self, data: Iterator[Batch], keep: int) -> None:
+        first_sample = self.step * self.config.batch_size + self.skipped
+        self.training(data, first_sample, keep, learning_rate(self.config, self.step), self.step)
+        self.step += 1
+
+    def _batches(self) -> Iterator[Batch]:
+        config = self.config
+        return batches(
+            self.dataset,
+            batch_size=config.micro_batch,
+            seed=config.seed,
+            start=self.step * config.batch_size + self.skipped,
+            stop=config.max_steps * config.batch_size + self.skipped,
+            num_workers=config.num_workers,
+            device=torch.device(config.device),
+            step_size=config.batch_size,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+        )
+
+    def _enter_stage(self, before: int) -> int:
+        """Return how many patches the next step keeps, and say so where that is new."""
+        keep = next(stage.keep for stage in reversed(self.stages) if stage.first_step <= self.step)
+        if keep != before and len(self.stages) > 1:
+            say(f"from step {self.step + 1} on {keep} of {self.net.model.length} patches are kept")
+        return keep
+
+    def _store(self, checkpointer: Checkpointer, last: bool) -> None:
+        config, step = self.config, self.step
+        snapshot = bool(self.profiles) and (last or step % (config.snapshot_every or config.checkpoint_every) == 0)
+        if last or step % config.checkpoint_every == 0:
+            self.training.tally.check_finite(self.ranks)
+            state = {
+                "config": dataclasses.asdict(config),
+                "scaler": self.training.scaler.state_dict(),
+                "skipped": self.skipped,
+                "recent": self.recent,
+            }
+            weights = self.ema.weights
+            checkpointer.save(step, self.net, weights, self.optimizer, state, self.profiles, snapshot=snapshot)
+        elif snapshot:
+            checkpointer.save_snapshots(step, self.net, self.profiles)
+
+    def _load(self, folder: Path) -> None:
+        state = load_checkpoint(folder, self.net, self.ema.weights, self.optimizer, self.profiles)
+        # Runs of earlier versions skipped nothing, and compared nothing.
+        self.step, self.skipped = int(state["step"]), int(state.get("skipped", 0))
+        self.recent = list(state.get("recent", []))
+        self.training.scaler.load_state_dict(state["scaler"])
+        self.training.begin_anew()
+
+    def _draw_samples(self, report: Report) -> None:
+        config = self.config
+        if not config.sample_every or (self.step % config.sample_every and self.step != config.max_steps):
+            return
+        if self.ranks.rank and config.parallel == "ddp":
+            return  # with FSDP every rank holds a part of the network
+        with self.ema.applied(self.net), eager():
+            samples, columns = sample_grid(self.net, config)
+        report.picture(self.step, self.run_dir / "samples" / f"step-{self.step:08d}.png", samples, columns)
+
+
+class Watch:
+    """What goes into the report: the time since the last one without that for checkpoints, and the figures."""
+
+    def __init__(self, run: Run, report: Report) -> None:
+        self._run, self._report = run, report
+        self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s
+
+    def write(self, keep: int) -> None:
+        """Report the steps since the last time; a `DivergedError` if they went wrong."""
+        run, config = self._run, self._run.config
+        figures = {
+            **run.training.tally.take(run.ranks),
+            **run.training.norms(),
+            "lr": learning_rate(config, run.step - 1),
+            "mask_ratio": 1 - keep / run.net.model.length,
+            "memory_gb": memory_used(torch.device(config.device)) / 1e9,
+        }
+        check_spike(figures["loss"], run.recent, config.divergence_factor)
+        run.recent = [*run.recent, figures["loss"]][-_RECENT:]
+        images, seconds = (run.step - self._step) * config.batch_size, time.perf_counter() - self._since
+        figures["data_wait"] = (run.training.data_wait_s - self._waited) / seconds
+        gpu = gpu_of(config)
+        if gpu:
+            flops = 6 * forward_macs(run.net.model, keep) * images / seconds
+            figures["mfu"] = flops / (gpu.peak(config.precision) * run.ranks.count)
+        self._report.write(run.step, figures, images=images, since=self._since)
+        self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside the block out."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+
+def gpu_of(config: TrainConfig) -> Gpu | None:
+    """Return the peaks of the GPU that a run is on, None where they are not known, or on a CPU."""
+    return gpu_named(torch.cuda.get_device_name(config.device)) if config.device.startswith("cuda") else None
+
+
+def memory_used(device: torch.device) -> int:
+    """Return the most bytes that this process has had so far: on a GPU of tensors, else of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def sample_grid(net: EDMPrecond, config: TrainConfig) -> tuple[Tensor, int]:
+    """Return samples (N, C, H, W), from the same noise at every call, and how many to draw in a row.
+
+    With at most 16 classes each column is a class; with more, the classes are spread evenly.
+    """
+    num_classes = net.model.num_classes
+    columns = num_classes if 1 < num_classes <= 16 else 8
+    index = torch.arange(8 * columns)
+    labels = index % columns if columns == num_classes else index * num_classes // len(index)
+    scale = config.cfg_scale if num_classes else None
+    samples = draw_samples(net, labels, seed=config.seed, num_steps=config.sample_steps, cfg_scale=scale)
+    return samples, columns
+
+
+def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks) -> None:
+    """Make the run folder and write what the run is to `run.json`; a run that is there must be the same one."""
+    run_dir = Path(config.run_dir)
+    if newest:
+        check_resumable(read_state(newest)["config"], config, config.run_dir)
+    if ranks.rank:
+        return
+    with whole_file(run_dir / "run.json") as partial:
+        said = {"config": dataclasses.asdict(config), "versions": versions(), "command": sys.argv}
+        partial.write_text(json.dumps(said, indent=2) + "\n")
