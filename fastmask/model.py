@@ -109,17 +109,23 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.qkv = _linear(width, 3 * width)
         self.proj = _linear(width, width)
-        self.q_norm, self.k_norm = (
-            (nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()) for _ in range(2)
-        )
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(width // num_heads, eps=1e-6) for _ in range(2))
 
     def forward(self, qkv: Tensor, packing: Packing) -> Tensor:
         """Return attention among the tokens of each sample, (B, K, D) or (N, D), from their three projections."""
         q, k, v = qkv.view(*qkv.shape[:-1], 3, self.num_heads, -1).unbind(-3)  # (B, K, H, D/H) or (N, H, D/H)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if self.qk_norm:
+            q, k = _rms_norm(q, self.q_norm), _rms_norm(k, self.k_norm)
         attended = attention(q, k, v, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen)
         out: Tensor = self.proj(attended.flatten(-2))
         return out
+
+
+def _rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Return a norm in the dtype of ``x``, to which the scale is rounded: PyTorch fuses it for one dtype alone."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
 
 
 class MLP(nn.Module):

@@ -5,6 +5,7 @@ The row is a function of the seed alone, so any part of it can be read at any ti
 """
 
 import functools
+import signal
 import traceback
 from collections.abc import Iterator
 
@@ -79,6 +80,7 @@ def batches(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
+        worker_init_fn=_ignore_signals,
     )
     try:
         yield from loader
@@ -87,6 +89,12 @@ def batches(
         traceback.clear_frames(error.__traceback__)
         # From a worker the message arrives below the worker's traceback.
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave it to the trainer to stop: a signal to the process group reaches the workers too."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Rows(Dataset[Batch]):

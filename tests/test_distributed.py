@@ -1,0 +1,139 @@
+"""Training in two processes on gloo: the same as in one, up to the order of summation, however it is split."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import SMALL, SPEED, assert_same_run, stats, weights
+
+from fastmask.checkpoint import checkpoints
+from fastmask.distributed import Ranks
+from fastmask.train import main
+
+FLAGS = [*SMALL, "--report-every", "1", "--checkpoint-every", "2", "--keep-checkpoints", "9", "--grad-clip", "1"]
+FLAGS += ["--lr", "1e-2", "--max-steps", "6", "--unmask-steps", "2"]
+
+
+def torchrun(run_dir: Path, *flags: str, ranks: int = 2) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "fastmask.train", "--run-dir", str(run_dir), *FLAGS, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def train_on_two(run_dir: Path, *flags: str) -> str:
+    process = torchrun(run_dir, *flags)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def assert_alike(a: Path, b: Path) -> None:
+    """Two runs learned the same but for the order of summation."""
+    for ours, theirs in zip(stats(a), stats(b), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            if name not in SPEED:
+                assert value == pytest.approx(theirs[name], rel=2e-4, abs=1e-6), f"step {ours['step']}: {name}"
+    for name in ("model", "ema"):
+        for key, tensor in weights(a, name).items():
+            torch.testing.assert_close(tensor, weights(b, name)[key], rtol=1e-3, atol=2e-4, msg=lambda m, k=key: k + m)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run in one process that the others are compared with."""
+    folder = tmp_path_factory.mktemp("alone")
+    main(["--run-dir", str(folder), *FLAGS])
+    return folder
+
+
+def test_ddp_with_accumulation_equals_one_process(alone, tmp_path):
+    out = train_on_two(tmp_path, "--micro-batch-size", "4")
+    assert out.count("step       6/6") == 1, "one rank speaks"
+    assert_alike(tmp_path, alone)
+
+
+@pytest.mark.parametrize("parallel", ["fsdp2", "fsdp2-grad-op"])
+def test_sharded_training_equals_one_process(alone, tmp_path, parallel):
+    train_on_two(tmp_path, "--parallel", parallel, "--sample-every", "6", "--sample-steps", "2", "--ema-widths", "0.1")
+    assert_alike(tmp_path, alone)
+    assert (tmp_path / "samples" / "step-00000006.png").exists()
+    assert len(list((tmp_path / "snapshots").iterdir())) == 3
+
+
+def test_accumulation_equals_the_whole_batch(alone, tmp_path):
+    main(["--run-dir", str(tmp_path), *FLAGS, "--micro-batch-size", "2"])
+    assert_alike(tmp_path, alone)
+
+
+def test_ranks_draw_the_same_ratios_per_sample(tmp_path):
+    flags = ["--mask-ratio-per-sample", "uniform(0.25,0.75)", "--unmask-steps", "0"]
+    main(["--run-dir", str(tmp_path / "alone"), *FLAGS, *flags])
+    train_on_two(tmp_path / "two", *flags)
+    assert_alike(tmp_path / "two", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_ranks_killed_go_on_in_the_same_bits_and_one_rank_alike(tmp_path, alone, parallel):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train_on_two(whole, "--parallel", parallel)
+    process = torchrun(killed, "--parallel", parallel)
+    while len(checkpoints(killed)) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)  # torchrun, whose death ends its workers
+    process.wait()
+    time.sleep(1)
+    for later in checkpoints(killed)[1:]:
+        for file in later.iterdir():
+            file.unlink()
+        later.rmdir()
+    train_on_two(killed, "--parallel", parallel)
+    assert_same_run(whole, killed)
+    # The same run goes on with another number of ranks.
+    for later in checkpoints(killed)[1:]:
+        for file in later.iterdir():
+            file.unlink()
+        later.rmdir()
+    main(["--run-dir", str(killed), *FLAGS])
+    assert_alike(killed, alone)
+
+
+def test_a_stop_signal_reaches_all_ranks(tmp_path):
+    process = torchrun(tmp_path, "--max-steps", "100000", "--unmask-steps", "0", "--checkpoint-every", "100000")
+    while not (tmp_path / "stats.jsonl").exists() or len(stats(tmp_path)) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert "the same command goes on from there" in out
+    step = int(checkpoints(tmp_path)[-1].name.removeprefix("step-"))
+    assert json.loads((checkpoints(tmp_path)[-1] / "state.json").read_text())["step"] == step
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "15"], "batch_size 15 does not divide among 2 processes"),
+        (["--micro-batch-size", "3"], "a process's share of 8 images does not divide into parts of micro_batch_size 3"),
+        (["--parallel", "fsdp2", "--compile", "whole"], "give --compile block"),
+        (["--cuda-graphs", "on"], "--cuda-graphs on works on one GPU"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=message):
+        main(["--run-dir", str(tmp_path), *FLAGS, *flags])
+
+
+def test_ranks_of_a_broken_environment(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="must be numbers"):
+        Ranks.from_environment()
