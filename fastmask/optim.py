@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.config import TrainConfig
+from fastmask.distributed import whole
 from fastmask.ema import EMA
 from fastmask.kernels import BackendUnavailableError, Impl, adamw_ema, backends
 
@@ -158,6 +159,7 @@ def make_optimizer(net: nn.Module, config: TrainConfig, emas: Sequence[EMA] = ()
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if name == "adamw_ema":
         averages = [(ema.decay, ema.weights.values()) for ema in emas]
+        options["lr"] = torch.full((), config.lr, device=device)  # a CUDA graph that holds a step reads it there
         return AdamWEMA(net.parameters(), **options, averages=averages, impl="fused")
     optimizer: torch.optim.Optimizer
     if name == "apex":
@@ -210,7 +212,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     if not isinstance(optimizer, AdamWEMA):
         nn.utils.clip_grad_norm_(parameters, max_norm)
         return
-    norm = _whole(nn.utils.get_total_norm([p.grad for p in parameters]))
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters]))
     optimizer.scale_gradients((max_norm / (norm + 1e-6)).clamp(max=1))
 
 
@@ -224,11 +226,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def _local(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor: its part of a DTensor, all of any other."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that every process holds: a DTensor is put together from all of them."""
-    return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor
 
 
 def _fused_adam() -> Any:

@@ -231,8 +231,8 @@ def _add_memory(counts: Table, config: TrainConfig, model: MaskDiT, precision: s
     counts.add_row("held for a moment in backward", f"{memory.working / 1e6:.1f} MB per image")
     micro = config.micro_batch
     counts.add_row(f"at once, micro-batches of {micro}", f"{memory.high_water(micro) / 1e9:.2f} GB")
-    device = torch.device(config.device)
-    here = [torch.cuda.get_device_properties(device).total_memory / 1e9] if device.type == "cuda" else []
+    on_gpu = config.device.startswith("cuda")
+    here = [torch.cuda.get_device_properties(config.device).total_memory / 1e9] if on_gpu else []
     for size in here or (24, 40, 80, 141):
         largest = memory.largest_batch(size * 1e9)
         shown = f"{largest}" if largest else "none"
@@ -251,7 +251,9 @@ def _add_prediction(counts: Table, config: TrainConfig, model: MaskDiT, precisio
     counts.add_row(f"prediction, one {gpu.name}, {precision}", shown)
 
 
-def _mean_macs(config: TrainConfig, model: MaskDiT, points: int = 1000) -> float:
-    """Return the forward MACs per image, averaged over the run at evenly spaced steps."""
-    steps = [int((i + 0.5) / points * config.max_steps) for i in range(points)]
-    return sum(forward_macs(model, kept_count(model.length, config.ratio_at(step))) for step in steps) / points
+def _mean_macs(config: TrainConfig, model: MaskDiT) -> float:
+    """Return the forward MACs per image, averaged over the run."""
+    stages = config.stages(model.length)
+    ends = [*(stage.first_step for stage in stages[1:]), config.max_steps]
+    steps = [end - stage.first_step for stage, end in zip(stages, ends, strict=True)]
+    return sum(n * forward_macs(model, stage.keep) for n, stage in zip(steps, stages, strict=True)) / config.max_steps

@@ -78,7 +78,7 @@ class Run:
 
     def go_on(self, checkpointer: Checkpointer, stopped: Callable[[], int]) -> None:
         """Train to the last step, or until told to stop."""
-        config, data, keep = self.config, self._batches(), 0
+        config, data, keep = self.config, self._batches(self.config.max_steps), 0
         with Report(self.run_dir, self.step, config.max_steps, self.ranks.rank == 0) as report:
             watch = Watch(self, report)
             while self.step < config.max_steps:
@@ -118,7 +118,8 @@ class Run:
 
     def profile(self, count: int) -> None:
         """Do some steps under the profiler, and say where their time went."""
-        config, data, keep = self.config, self._batches(), self._enter_stage(0)
+        config, keep = self.config, self._enter_stage(0)
+        data = self._batches(steps=sys.maxsize // config.batch_size)  # however short the run is
         gpu = gpu_of(config)
 
         def run_step() -> None:
@@ -141,14 +142,14 @@ class Run:
         self.training(data, first_sample, keep, learning_rate(self.config, self.step), self.step)
         self.step += 1
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, steps: int) -> Iterator[Batch]:
         config = self.config
         return batches(
             self.dataset,
             batch_size=config.micro_batch,
             seed=config.seed,
             start=self.step * config.batch_size + self.skipped,
-            stop=config.max_steps * config.batch_size + self.skipped,
+            stop=steps * config.batch_size + self.skipped,
             num_workers=config.num_workers,
             device=torch.device(config.device),
             step_size=config.batch_size,

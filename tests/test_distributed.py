@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,9 @@ def torchrun(run_dir: Path, *flags: str, ranks: int = 2) -> "subprocess.Popen[st
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "fastmask.train", "--run-dir", str(run_dir), *FLAGS, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def train_on_two(run_dir: Path, *flags: str) -> str:
@@ -88,20 +91,15 @@ def test_two_ranks_killed_go_on_in_the_same_bits_and_one_rank_alike(tmp_path, al
     while len(checkpoints(killed)) < 2:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)  # torchrun, whose death ends its workers
+    os.killpg(process.pid, signal.SIGKILL)  # torchrun and its workers
     process.wait()
-    time.sleep(1)
     for later in checkpoints(killed)[1:]:
-        for file in later.iterdir():
-            file.unlink()
-        later.rmdir()
+        shutil.rmtree(later)
     train_on_two(killed, "--parallel", parallel)
     assert_same_run(whole, killed)
     # The same run goes on with another number of ranks.
     for later in checkpoints(killed)[1:]:
-        for file in later.iterdir():
-            file.unlink()
-        later.rmdir()
+        shutil.rmtree(later)
     main(["--run-dir", str(killed), *FLAGS])
     assert_alike(killed, alone)
 

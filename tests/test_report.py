@@ -10,8 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from util import small_net
 
 from fastmask.config import TrainConfig
-from fastmask.diffusion import LossParts
-from fastmask.report import Report, Tally, print_plan, read_stats, save_grid, say, versions
+from fastmask.report import Report, print_plan, read_stats, save_grid, say, versions
 
 FIGURES = {"loss": 0.5, "denoising": 0.4, "reconstruction": 1.0, "lr": 1e-3, "mask_ratio": 0.5}
 
@@ -108,44 +107,6 @@ def test_lines_are_said_as_they_are(capsys):
     line = "runs/[bold]3.5[/] " + "wide " * 60 + "."
     say(line)
     assert capsys.readouterr().out == line + "\n"
-
-
-def tally_of(*batches):
-    tally = Tally(torch.device("cpu"))
-    for step, total in enumerate(batches, 1):
-        total = torch.tensor(total)
-        tally.add(step, LossParts(total, total / 2, total / 4), torch.arange(1.0, len(total) + 1))
-    return tally
-
-
-def test_means_are_per_image(tmp_path):
-    tally = tally_of([1.0, 2.0, 3.0], [10.0])
-    assert tally.take(tmp_path) == {"loss": 4.0, "denoising": 2.0, "reconstruction": 1.0}
-    tally.add(3, LossParts(*torch.tensor([[6.0], [5.0], [4.0]])), torch.ones(1))
-    assert tally.take(tmp_path) == {"loss": 6.0, "denoising": 5.0, "reconstruction": 4.0}
-
-
-def test_low_precision_losses_are_summed_in_fp32(tmp_path):
-    tally = Tally(torch.device("cpu"))
-    parts = LossParts(*(torch.full((1000,), 300.0, dtype=torch.float16) for _ in range(3)))
-    tally.add(1, parts, torch.ones(1000))
-    assert tally.take(tmp_path)["loss"] == 300
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_the_first_step_that_is_not_finite_is_named(tmp_path, bad):
-    tally = tally_of([1.0, 2.0], [1.0, bad, 3.0], [1.0], [bad] * 9)
-    message = r"loss of step 2 is not finite \(its sigma: 1 to 3\); last good checkpoint: none; a lower --lr"
-    for _ in range(2):  # it is not forgotten
-        with pytest.raises(ValueError, match=message):
-            tally.take(tmp_path)
-    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"last good checkpoint: .*step-00000001; "):
-        tally.check_finite(tmp_path)
-
-
-def test_finite_losses_pass(tmp_path):
-    tally_of([1e30], [0.0]).check_finite(tmp_path)
 
 
 def drawn(tmp_path, images, columns):

@@ -1,0 +1,213 @@
+"""The training step: no graph breaks, no recompiles, no waits, and tensors that stay where they are."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from fastmask.config import TrainConfig, build_model
+from fastmask.data import batches, open_data
+from fastmask.data.loader import Batch
+from fastmask.diffusion import EDMPrecond
+from fastmask.distributed import Ranks
+from fastmask.ema import EMA, PowerEMA
+from fastmask.optim import make_optimizer
+from fastmask.step import TrainingStep
+
+SMALL = TrainConfig(
+    data="synthetic",
+    image_size=64,
+    num_classes=5,
+    width=16,
+    depth=3,
+    num_heads=2,
+    decoder_width=16,
+    decoder_depth=2,
+    decoder_num_heads=2,
+    batch_size=16,
+    max_steps=100,
+    device="cpu",
+    precision="fp32",
+    compile="none",
+    cuda_graphs="off",
+    lr=1e-2,
+    grad_clip=1.0,
+    ema_widths=(0.1,),
+)
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+class Training:
+    """A step, and what it moves."""
+
+    def __init__(self, **changed):
+        self.config = config = dataclasses.replace(SMALL, **changed)
+        device = torch.device(config.device)
+        dataset = open_data("synthetic", image_size=config.image_size, num_classes=config.num_classes, mirror=False)
+        torch.manual_seed(0)
+        self.net = EDMPrecond(build_model(config, *dataset.shape[:2])).to(device)
+        self.emas = [EMA(self.net, config.ema_decay), PowerEMA(self.net, 0.1)]
+        self.optimizer = make_optimizer(self.net, config, self.emas)
+        self.step = TrainingStep(self.net, dataset, config, self.optimizer, self.emas, Ranks())
+        self.data: Iterator[Batch] = batches(
+            dataset, batch_size=config.micro_batch, seed=0, start=0, stop=10**6, num_workers=0, device=device
+        )
+        self.done = 0
+
+    def __call__(self, keep: int = 8) -> None:
+        self.step(self.data, self.done * self.config.batch_size, keep, 1e-2, self.done)
+        self.step.finish()
+        self.done += 1
+
+    def values(self) -> list[Tensor]:
+        return [p.detach().cpu() for p in self.net.parameters()] + [t.cpu() for t in self.emas[1].weights.values()]
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile with Dynamo and autograd's tracing, but without a code generator, which takes minutes."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("what", "graphs", "more"), [("whole", 1, 1), ("block", 4, 2)])
+def test_a_stage_is_traced_once_and_whole(traced, what, graphs, more):
+    """Blocks of one width share a graph, but for the first, before which no branch is left to add.
+
+    Another number of kept patches makes new ones, another step none.
+    """
+    training = Training(compile=what, micro_batch_size=8)
+    for _ in range(3):
+        training()
+    assert counters["stats"]["unique_graphs"] == graphs
+    for _ in range(2):
+        training(keep=4)
+    # The decoder sees all patches in either stage.
+    assert counters["stats"]["unique_graphs"] == graphs + more
+    for keep in (8, 4, 8):
+        training(keep)
+    assert counters["stats"]["unique_graphs"] == graphs + more
+    assert not counters["graph_break"]
+
+
+def test_a_graph_break_is_an_error(traced, monkeypatch):
+    def look(q, k, v, **_):
+        return q if q.sum().item() < 0 else v  # the host waits for a value
+
+    monkeypatch.setattr("fastmask.model.attention", look)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        Training(compile="whole")()
+
+
+@pytest.mark.parametrize("what", ["whole", "block"])
+def test_compiled_steps_learn_the_same(traced, what):
+    eager, compiled = Training(), Training(compile=what)
+    for keep in (8, 8, 4, 16):
+        eager(keep)
+        compiled(keep)
+    for a, b in zip(eager.values(), compiled.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_computed_again_learn_the_same():
+    plain, again = Training(), Training(activation_checkpointing="block")
+    for keep in (8, 16):
+        plain(keep)
+        again(keep)
+    for a, b in zip(plain.values(), again.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_a_graph_reads_and_writes_stays_where_it_is(monkeypatch):
+    """Replayed graphs know addresses alone: batches, sample numbers, gradients, rates and sums must keep theirs."""
+    training = Training(micro_batch_size=8)
+    monkeypatch.setattr(training.step, "_captures", True)
+    monkeypatch.setattr(training.step, "_run", lambda key, call: call())
+
+    def places():
+        step, optimizer = training.step, training.optimizer
+        tensors = [*step._buffers, step._offset, optimizer.rates, optimizer.param_groups[0]["lr"]]
+        tensors += [t for p in training.net.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+        tensors += [t for ema in training.emas for t in ema.weights.values()]
+        tensors += [t for t in vars(step.tally).values() if isinstance(t, Tensor)]
+        return [t.data_ptr() for t in tensors]
+
+    training()
+    first = places()
+    for _ in range(3):
+        training()
+    assert places() == first
+
+
+def test_the_mask_token_rests_in_unmasked_steps():
+    training = Training()
+    training(keep=8)
+    token = training.net.model.mask_token
+    before = token.detach().clone()
+    training(keep=16)
+    assert torch.equal(token, before)
+    training(keep=8)
+    assert not torch.equal(token, before)
+
+
+def test_a_few_bf16_steps_stay_near_float64():
+    """bf16 autocast over fp32 weights: losses follow those of float64 within the rounding of the products."""
+    low, high = Training(precision="bf16"), Training()
+    for training in (low, high):
+        training.losses = []
+        for _ in range(4):
+            training()
+            training.losses.append(training.step.tally.take(Ranks())["loss"])
+    assert low.losses == pytest.approx(high.losses, rel=0.01)
+    assert all(p.dtype == torch.float32 for p in low.net.parameters())
+
+
+def test_waiting_for_data_is_counted():
+    training = Training()
+    read = training.data
+
+    def slowly():
+        for batch in read:
+            time.sleep(0.05)
+            yield batch
+
+    training.data = slowly()
+    training()
+    training()
+    assert 0.1 <= training.step.data_wait_s < 1
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("micro", [0, 8])
+def test_graphs_learn_the_same_bits(micro):
+    eager, replayed = (Training(device="cuda", micro_batch_size=micro, cuda_graphs=on) for on in ("off", "on"))
+    for keep in (8, 8, 8, 4, 4, 4, 16, 16, 16, 8):
+        eager(keep)
+        replayed(keep)
+    for a, b in zip(eager.values(), replayed.values(), strict=True):
+        assert torch.equal(a, b)
+    assert eager.step.tally.take(Ranks()) == replayed.step.tally.take(Ranks())
+
+
+@gpu
+@needs_gpu
+def test_no_step_waits_for_the_gpu():
+    training = Training(device="cuda", cuda_graphs="on")
+    for _ in range(3):
+        training()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            training()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
