@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench import rows
 from fastmask.data import DataSet, batches, open_data
+from fastmask.data.order import shuffled
 
 SEED = 0
 BATCH = 32
@@ -137,7 +138,7 @@ def training_batches(
 
 def check(source: Source, size: int, stored: Tensor, labels: Tensor, images: Tensor) -> None:
     """Hold the first batch of a run over ``size`` samples to its source; an AssertionError says what differs."""
-    ids = np.random.default_rng([SEED, 0]).permutation(size)[:BATCH]
+    ids = shuffled(SEED, 0, np.arange(BATCH), size)
     for name, actual, expected in zip(("stored values", "labels"), (stored, labels), source.read(ids), strict=True):
         expected = torch.as_tensor(expected)
         same = actual.dtype == expected.dtype and torch.equal(actual.cpu(), expected)

@@ -1,10 +1,9 @@
 """The order of samples, and batches of them.
 
-A run is one endless row of samples: number n belongs to epoch n // N and is entry n % N of that epoch's permutation.
+A run is one endless row of samples: number n belongs to epoch n // N and comes at position n % N of that epoch's order.
 The row is a function of the seed alone, so any part of it can be read at any time: that is all there is to resuming.
 """
 
-import functools
 import signal
 import traceback
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastmask.data.dataset import DataSet
+from fastmask.data.order import shuffled
 
 Batch = tuple[Tensor, Tensor]
 
@@ -27,13 +27,8 @@ def sample_ids(seed: int, offset: int, count: int, size: int) -> NDArray[np.int6
     ids = np.empty(count, np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        ids[here] = _permutation(seed, int(epoch), size)[positions[here]]
+        ids[here] = shuffled(seed, int(epoch), positions[here], size)
     return ids
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 def batches(

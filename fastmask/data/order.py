@@ -1,0 +1,79 @@
+"""The order of an epoch: a keyed bijection of 0 .. N - 1, so that the ids of large data sets are never listed.
+
+It is a generalised Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). With
+radices a, b of about sqrt(N) and a b >= N an index is x = b l + r, and the rounds are
+
+    l <- (l + h(k + g r)) mod a,    r <- (r + h(k' + g l)) mod b
+
+where h is the finaliser of SplitMix64 and g its increment (Steele, Lea and Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014), and the keys come from (seed, epoch). What falls outside N goes through the rounds again
+until it is inside, which is a bijection still; fewer than one index in sqrt(N) does. Up to `LISTED` ids are shuffled
+outright: that is faster, and of so few every order is possible.
+"""
+
+import functools
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+LISTED = 2**16
+
+_ROUNDS = 8
+_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_SHIFTS = np.uint64(30), np.uint64(27)
+_HALF = np.uint64(32)
+
+
+def shuffled(seed: int, epoch: int, positions: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Return the ids at some positions of an epoch's order.
+
+    Args:
+        seed: of the order, at least 0.
+        epoch: which order, at least 0.
+        positions: int64, values in [0, size).
+        size: N, from 1 to 2**62.
+
+    Returns:
+        int64 of the same shape, values in [0, size); all positions together give every id once.
+    """
+    if size <= LISTED:
+        return _permutation(seed, epoch, size)[positions]
+    keys = _keys(seed, epoch)
+    rows = math.isqrt(size - 1) + 1  # a
+    columns = -(-size // rows)  # b
+    ids = positions.astype(np.uint64)
+    outside = np.ones(ids.shape, bool)
+    while outside.any():
+        ids[outside] = _rounds(ids[outside], keys, np.uint64(rows), np.uint64(columns))
+        outside = ids >= size
+    return ids.astype(np.int64)
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+@functools.lru_cache(maxsize=2)
+def _keys(seed: int, epoch: int) -> NDArray[np.uint64]:
+    return np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
+
+
+def _rounds(x: NDArray[np.uint64], keys: NDArray[np.uint64], rows: np.uint64, columns: np.uint64) -> NDArray[np.uint64]:
+    left, right = x // columns, x % columns
+    for row_key, column_key in zip(keys[::2], keys[1::2], strict=True):
+        left = left + _below(rows, right, row_key)
+        left = np.minimum(left, left - rows)  # modulo the radix: below zero it wraps to what is larger
+        right = right + _below(columns, left, column_key)
+        right = np.minimum(right, right - columns)
+    return left * columns + right
+
+
+def _below(radix: np.uint64, x: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
+    """Return hashes of x in [0, radix), of which the radix is below 2**32."""
+    z = x * _INCREMENT + key  # modulo 2**64, as all of it
+    z = (z ^ (z >> _SHIFTS[0])) * _MULTIPLIERS[0]
+    z = (z ^ (z >> _SHIFTS[1])) * _MULTIPLIERS[1]
+    return ((z >> _HALF) * radix) >> _HALF
