@@ -3,19 +3,21 @@
 # make kernels   compile every Triton kernel for three generations of GPUs, with none of them here, and count bytes
 # make bench     measure here; make report writes the README's table, docs/measured.md and the plots from committed rows
 # make sanitize  build the native kernels with checks of addresses and undefined behaviour, and run their tests
+# make abi TORCH=2.10.0  load the native kernels, as built for CI's torch, in another one, and run their tests there
 # make venv      only the environment both of them use
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO := runs/digits-demo
-# Once with Triton's kernels, interpreted, and what runs natively on a CPU once more so.
+# The trainer is tested with the native kernels; all else with Triton's, interpreted, and the ops and the network with both.
+TRAINER_TESTS := $(addprefix tests/test_,train.py run.py step.py distributed.py crash.py)
 NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py modulate_norm.py add_gated_norm.py norms.py \
 	norm_linear.py native.py adamw_ema.py sample_mask.py masked_loss.py embed_kept_patches.py embed_natively.py \
 	restore_tokens.py) \
-	$(addprefix tests/test_,model.py golden.py optim.py train.py)
+	$(addprefix tests/test_,model.py golden.py packed.py optim.py) $(TRAINER_TESTS)
 
-.PHONY: demo test venv lint bench report kernels sanitize clean
+.PHONY: demo test venv lint bench report kernels sanitize abi clean
 .DELETE_ON_ERROR:
 
 venv: .venv/.done
@@ -32,7 +34,7 @@ demo: venv
 	$(BIN)/python -m fastmask.evaluate $(DEMO)
 
 test: venv lint
-	$(BIN)/python -m pytest -n 2 -p no:benchmark
+	$(BIN)/python -m pytest -n 2 -p no:benchmark $(addprefix --ignore=,$(TRAINER_TESTS))
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -p no:benchmark $(NATIVE_TESTS)
 
 lint: venv
@@ -58,6 +60,13 @@ sanitize: venv
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		FASTMASK_NATIVE=$(CURDIR)/build/sanitize/_native.so TRITON_INTERPRET=0 \
 		$(BIN)/python -m pytest -q -p no:benchmark $(filter tests/kernels/%,$(NATIVE_TESTS))
+
+# Another torch than CI's is a CUDA build of some gigabytes.
+abi: venv
+	$(PYTHON) -m venv build/torch-$(TORCH)
+	build/torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy safetensors tyro rich pytest pytest-xdist
+	FASTMASK_NATIVE=$(CURDIR)/fastmask/kernels/_native.so TRITON_INTERPRET=0 \
+		build/torch-$(TORCH)/bin/python -m pytest -q -n 2 $(filter tests/kernels/%,$(NATIVE_TESTS))
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
