@@ -188,27 +188,6 @@ class Checkpointer:
                 _flush(partial)
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    net: EDMPrecond,
-    ema: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    state: Mapping[str, Any],
-    keep: int,
-    profiles: Sequence[PowerEMA] = (),
-) -> None:
-    """Write the checkpoint of a step, and return when it is on the disk; arguments as in `Checkpointer`."""
-    with Checkpointer(run_dir, keep) as checkpointer:
-        checkpointer.save(step, net, ema, optimizer, state, profiles)
-
-
-def save_snapshots(run_dir: Path, step: int, net: EDMPrecond, profiles: Sequence[PowerEMA]) -> None:
-    """Write snapshots, and return when they are on the disk; arguments as in `Checkpointer`."""
-    with Checkpointer(run_dir, 1) as checkpointer:
-        checkpointer.save_snapshots(step, net, profiles)
-
-
 def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     """Return the newest checkpoint of a run whose files are as they were written, or None if there is no checkpoint.
 
