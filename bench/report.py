@@ -23,6 +23,7 @@ SIZES = ("s2", "b2", "l2", "xl2", "h2")
 FORMS = ("dense", "masked-0.5", "masked-0.75")
 PLAIN = ("plain eager", "plain compiled")
 STACKS = (*PLAIN, "ours", "ours compiled")
+MORE_STACKS = ("ours packed", "ours graphs")  # shown where they were measured
 README_MARKS = ("<!-- measured: python -m bench.report --readme README.md -->", "<!-- end of measured -->")
 
 # Others' figures, for context. Never in one table with measured ones.
@@ -134,7 +135,7 @@ def size_of(row: Row) -> str:
 
 def steps(rows: Rows) -> Iterator[str]:
     """Yield the tables of training steps, one per machine."""
-    found = [row for row in rows.of("step") if row["variant"] in STACKS]
+    found = [row for row in rows.of("step") if row["variant"] in (*STACKS, *MORE_STACKS)]
     found.sort(key=_order)
     for machine in dict.fromkeys(map(machine_of, found)):
         mine = [row for row in found if machine_of(row) == machine]
@@ -162,20 +163,27 @@ def summary(rows: Rows) -> Iterator[str]:
     found = [row for row in rows.of("step") if row["variant"] == "ours" and row.get("optimizer", True)]
     found.sort(key=_order)
     for machine in dict.fromkeys(map(machine_of, found)):
-        mine = [row for row in found if machine_of(row) == machine]
+        mine = [row for row in found if machine_of(row) == machine and not _is_beside_packed_alone(rows, row)]
         batches = ", ".join(sorted({f"batch {row['case']['batch']}, {row['case']['precision']}" for row in mine}))
         yield from ("", f"Images/s of whole training steps on {machine} ({batches}; {_sources(mine)}):", "")
-        columns = ["network", "form", *STACKS, "ours / plain eager", "ours / plain compiled"]
+        shown = [*STACKS, *(s for s in MORE_STACKS if any(rows.beside(row, s) for row in mine))]
+        columns = ["network", "form", *shown, "ours / plain eager", "ours / plain compiled"]
         yield from header([*columns, "ours masked / dense", "FLOP bound", "share of it", "products alone / ours"])
         for row in mine:
-            stacks = {stack: rows.beside(row, stack) for stack in STACKS}
+            stacks = {stack: rows.beside(row, stack) for stack in shown}
             best = max((r for s, r in stacks.items() if s not in PLAIN and r is not None), key=rate)
             cells = [f"{size_of(row)}, {row['case']['image_size']}", row["case"]["form"]]
-            cells += [cell("{}", lambda r: three_digits(rate(r)), stacks[stack]) for stack in STACKS]
+            cells += [cell("{}", lambda r: three_digits(rate(r)), stacks[stack]) for stack in shown]
             cells += [cell("{:.2f}x", faster, best, stacks[plain]) for plain in PLAIN]
             yield line([*cells, *against_dense(rows, row), products_alone(rows, row, "{:.0%}")])
     if not found:
         yield from ("", f"Training steps: {NOT_MEASURED}")
+
+
+def _is_beside_packed_alone(rows: Rows, row: Row) -> bool:
+    """Return whether a step was measured only to compare packed samples with it."""
+    others = (*PLAIN, "ours compiled", "products")
+    return rows.beside(row, "ours packed") is not None and not any(rows.beside(row, other) for other in others)
 
 
 def write_readme(path: Path, rows: Rows) -> None:
@@ -319,7 +327,15 @@ def _order(row: Row) -> tuple[Any, ...]:
     form = FORMS.index(case["form"]) if case["form"] in FORMS else len(FORMS)
     place = SIZES.index(size_of(row)) if size_of(row) in SIZES else len(SIZES)
     optimizer = not row.get("optimizer", True)
-    return machine_of(row), place, case["image_size"], case["batch"], optimizer, form, STACKS.index(row["variant"])
+    return (
+        machine_of(row),
+        place,
+        case["image_size"],
+        case["batch"],
+        optimizer,
+        form,
+        (*STACKS, *MORE_STACKS).index(row["variant"]),
+    )
 
 
 def _step_named(row: Row) -> str:

@@ -71,27 +71,32 @@ class TrainingStep:
         self._module = replicate(self._objective, config.parallel, device, ranks)
 
     def __call__(self, batches: Iterator[Batch], first_sample: int, keep: int, lr: float, step: int) -> None:
-        """Do a step.
+        """Do a step: `gradients` and `update`, after which the gradients are there until `finish` is called."""
+        begin_step(self._optimizer, self._emas, lr, step)
+        self.gradients(batches, first_sample, keep)
+        self.update(keep)
+
+    def gradients(self, batches: Iterator[Batch], first_sample: int, keep: int) -> None:
+        """Draw noise, labels to drop and masks, and do the forward and backward passes of a step.
 
         Args:
             batches: this rank's micro-batches.
             first_sample: global index of the step's first sample; chance is a function of it and the seed.
             keep: K, how many patches the encoder sees; all of them is training without a mask.
-            lr: learning rate.
-            step: number of the step, counted from 0.
         """
         config, share = self._config, self._config.batch_size // self._ranks.count
-        masked = keep < self._net.model.length
-        self._ask_for_the_mask_token(masked)
-        begin_step(self._optimizer, self._emas, lr, step)
+        self._ask_for_the_mask_token(keep < self._net.model.length)
         for part in range(0, share, config.micro_batch):
             self._load(batches)
             self._offset.fill_(first_sample + self._ranks.rank * share + part)
             last = part + config.micro_batch == share
             self._run(("gradients", keep), lambda last=last: self._add_gradients(keep, last))  # type: ignore[misc]
+
+    def update(self, keep: int) -> None:
+        """Clip the gradients, and move the weights and their averages."""
         # Another optimizer's step, and a scaled one, is not made to be captured.
         capturable = isinstance(self._optimizer, AdamWEMA) and not self.scaler.is_enabled()
-        self._run(("update", masked) if capturable else None, self._update)
+        self._run(("update", keep < self._net.model.length) if capturable else None, self._update)
 
     def finish(self) -> None:
         """Drop the gradients, which the next step starts without."""

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import rows
 from bench.campaign.gate import network_is_right
 from bench.campaign.state import Campaign, peak_tflops, release
-from bench.train.steps import STACKS, Steps, config_of, steps
+from bench.train.steps import Steps, config_of, stacks_of, steps
 from fastmask.config import build_model
 from fastmask.counts import trainable_parameters
 
@@ -64,7 +64,7 @@ def measure(campaign: Campaign, size: str, image_size: int, form: str, compiled:
     batch = earlier[-1]["case"]["batch"] if earlier else batch  # that of the eager steps, to compare with
 
     def at(batch: int) -> tuple[Steps, dict[str, dict[str, Any]]]:
-        stacks = [stack for stack in STACKS if stack.endswith("compiled") == compiled]
+        stacks = [s for s in stacks_of(campaign.device, form, batch) if s.endswith(("compiled", "graphs")) == compiled]
         case = steps(size, image_size, form, batch, campaign.device, stacks=stacks, bf16=not campaign.miniature)
         return case, timed(campaign, case, size, image_size, form, batch)
 

@@ -10,7 +10,8 @@ import torch
 from test_baselines import check_golden
 
 from bench import rows
-from bench.train.steps import FORMS, STACKS, Step, freed, steps
+from bench.train.steps import FORMS, Step, freed, stacks_of, steps
+from fastmask.masking import GROUP
 
 ROUNDS = {"s2": 7, "b2": 5, "xl2": 3}
 BATCH = 4
@@ -29,8 +30,9 @@ def bench_step(benchmark, run_id, request, size, form):
         pytest.skip(f"{size} takes minutes a case on a CPU: give --full")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with freed():
-        all_stacks = device.type == "cuda" or form == "masked-0.5"
-        stacks = STACKS if all_stacks else [stack for stack in STACKS if not stack.endswith("compiled")]
+        stacks = stacks_of(device, form, BATCH)
+        if device.type == "cpu" and form != "masked-0.5":
+            stacks = [stack for stack in stacks if not stack.endswith("compiled")]
         case = steps(size, 256, form, BATCH, device, stacks=stacks, bf16=device.type == "cuda")
         calls = {}
         for name, step in case.variants.items():
@@ -44,12 +46,23 @@ def bench_step(benchmark, run_id, request, size, form):
         record(benchmark, request, case, name, phases[:1], device, optimizer=False, run=run_id)
 
 
+def bench_packed(benchmark, run_id, request):
+    """Samples that keep unequal numbers of patches against the same number each: the same sum, packed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with freed():
+        case = steps("s2", 256, "masked-0.5", GROUP, device, stacks=["ours", "ours packed"], bf16=device.type == "cuda")
+        times = {"rounds": ROUNDS["s2"], "warmup": 1}
+        taken = benchmark.pedantic(rows.take, (case.variants, device), times, rounds=1)
+    for name in case.variants:
+        record(benchmark, request, case, name, [taken[name]], device, optimizer=True, run=run_id)
+
+
 def record(benchmark, request, case, name, phases, device, **what):
     """Note and store the figures of a stack, of the sum of some of its phases in each round."""
     timing = rows.timing([sum(parts) for parts in zip(*phases, strict=True)])
     figures = {
         **timing._asdict(),
-        "images_per_s": round(BATCH / timing.median_ms * 1e3, 3),
+        "images_per_s": round(case.case["batch"] / timing.median_ms * 1e3, 3),
         "forward_gmac": round(case.forward_gmac, 3),
         **what,
     }

@@ -1,9 +1,10 @@
 """Whole training steps to compare: ours and the plain baseline's, on the same network, batch and precision."""
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,18 +14,21 @@ from torch.utils._pytree import tree_map_only
 from bench.baselines.plain import PlainDiT, PlainLoss, PlainTrainer
 from fastmask.config import TrainConfig, build_model, preset_config
 from fastmask.counts import forward_macs
-from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
+from fastmask.diffusion import EDMPrecond
+from fastmask.distributed import Ranks
 from fastmask.ema import EMA
-from fastmask.masking import kept_count
+from fastmask.masking import GROUP, kept_count
 from fastmask.model import MaskDiT
 from fastmask.optim import make_optimizer
 from fastmask.presets import PRESETS
+from fastmask.step import TrainingStep
 
 FORMS = {"dense": None, "masked-0.5": 0.5, "masked-0.75": 0.75}
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product")
 
 
-STACKS = ("plain eager", "plain compiled", "ours", "ours compiled")
+STACKS = ("plain eager", "plain compiled", "ours", "ours compiled", "ours packed", "ours graphs")
+PACKED = "uniform(0.25,0.75)"  # the mask ratio of each sample of "ours packed"
 
 
 class Step(NamedTuple):
@@ -38,11 +42,10 @@ class Step(NamedTuple):
     gradients: Callable[[], Any]
     update: Callable[[], None]
 
-    def __call__(self) -> Any:
-        """Do the whole step, and return the loss."""
-        loss = self.gradients()
+    def __call__(self) -> None:
+        """Do the whole step."""
+        self.gradients()
         self.update()
-        return loss
 
 
 class Steps(NamedTuple):
@@ -81,8 +84,8 @@ def steps(
 ) -> Steps:
     """Return the training steps of a case.
 
-    Ours and the plain baseline share weights, moments and average, so that both fit where one does. Each stack draws
-    its own noise and masks.
+    Ours and the plain baseline share weights, moments and average, so that both fit where one does; but for graphs,
+    which hold addresses of gradients that the others free. Each stack draws its own noise and masks.
 
     Args:
         size: "s2", "b2", "l2", "xl2".
@@ -94,56 +97,39 @@ def steps(
         bf16: autocast to bfloat16; fp32 otherwise.
     """
     config = config_of(size, image_size, form)
+    precision: Literal["bf16", "fp32"] = "bf16" if bf16 else "fp32"
+    config = dataclasses.replace(config, device=str(device), precision=precision, batch_size=batch, micro_batch_size=0)
     side = image_size // 8
     torch.manual_seed(0)
     images = torch.randn(batch, 4, side, side, device=device) * config.sigma_data
     labels = torch.randint(config.num_classes, (batch,), device=device)
-    with device:
-        model = build_model(config, 4, side)
-    for parameter in model.parameters():  # zero-initialised layers would make part of the step trivial
-        torch.nn.init.normal_(parameter, std=0.02)
-    keep = kept_count(model.length, config.mask_ratio)
-    net = EDMPrecond(model, config.sigma_data)
-    ema = EMA(net, config.ema_decay)
-    optimizer = make_optimizer(net, config, [ema])
-    objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
-    trainer = _plain_trainer(model, config, bf16)
-    _share_state(model, optimizer, ema, trainer)
-    offset = itertools.count(0, batch)
+    trained = _Trained(config, device)
+    trainer = _plain_trainer(trained.net.model, config, bf16)
+    _share_state(trained, trainer)
+    length = trained.net.model.length
+    keep = kept_count(length, config.mask_ratio)
 
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
+    def ours(trained: _Trained, **how: Any) -> Step:
+        changed = dataclasses.replace(config, **{"compile": "none", "cuda_graphs": "off", **how})
+        step = TrainingStep(trained.net, _Held(), changed, trained.optimizer, [trained.ema], Ranks())
+        data, offset = itertools.repeat((images, labels)), itertools.count(0, batch)
 
-    def ours(run: Callable[..., Any]) -> Step:
-        def gradients() -> Tensor:
-            draws = training_draws(
-                images,
-                labels,
-                seed=0,
-                offset=next(offset),
-                num_classes=config.num_classes,
-                label_drop=config.label_drop,
-                length=model.length,
-                keep=keep,
-                p_mean=config.p_mean,
-                p_std=config.p_std,
-            )
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                loss: Tensor = run(images, *draws).total.mean()
-            loss.backward()
-            return loss.detach()
+        def update() -> None:
+            step.update(keep)
+            step.finish()
 
-        return Step(gradients, update)
+        return Step(lambda: step.gradients(data, next(offset), keep), update)
 
     def plain(trainer: PlainTrainer) -> Step:
-        return Step(lambda: trainer.gradients(images, labels, keep if keep < model.length else None), trainer.update)
+        return Step(lambda: trainer.gradients(images, labels, keep if keep < length else None), trainer.update)
 
     makers = {
         "plain eager": lambda: plain(trainer),
         "plain compiled": lambda: plain(trainer.compiled()),
-        "ours": lambda: ours(objective),
-        "ours compiled": lambda: ours(torch.compile(objective)),
+        "ours": lambda: ours(trained),
+        "ours compiled": lambda: ours(trained, compile="whole"),
+        "ours packed": lambda: ours(trained, mask_ratio_per_sample=PACKED),
+        "ours graphs": lambda: ours(_Trained(config, device), compile="block", cuda_graphs="on"),
     }
     variants: dict[str, Callable[[], Any]] = {name: make() for name, make in makers.items() if name in stacks}
     if "ours" in stacks:
@@ -153,9 +139,38 @@ def steps(
         "image_size": image_size,
         "form": form,
         "batch": batch,
-        "precision": "bf16" if bf16 else "fp32",
+        "precision": precision,
     }
-    return Steps(case, variants, forward_macs(model, keep) / 1e9)
+    return Steps(case, variants, forward_macs(trained.net.model, keep) / 1e9)
+
+
+def stacks_of(device: torch.device, form: str, batch: int) -> list[str]:
+    """Return the stacks that there are on a device, in a form and for a batch.
+
+    Packed samples keep half of their patches in the mean, in groups; graphs need a GPU.
+    """
+    there = {"ours packed": form == "masked-0.5" and batch % GROUP == 0, "ours graphs": device.type == "cuda"}
+    return [stack for stack in STACKS if there.get(stack, True)]
+
+
+class _Trained:
+    """A network of a configuration, and what moves it."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        with device:
+            model = build_model(config, 4, config.image_size // 8)
+        for parameter in model.parameters():  # zero-initialised layers would make part of the step trivial
+            torch.nn.init.normal_(parameter, std=0.02)
+        self.net = EDMPrecond(model, config.sigma_data)
+        self.ema = EMA(self.net, config.ema_decay)
+        self.optimizer = make_optimizer(self.net, config, [self.ema])
+
+
+class _Held:
+    """A data set whose batches are images already; `TrainingStep` asks no more of it."""
+
+    def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
+        return stored
 
 
 def _plain_trainer(model: MaskDiT, config: TrainConfig, bf16: bool) -> PlainTrainer:
@@ -177,9 +192,10 @@ def _plain_trainer(model: MaskDiT, config: TrainConfig, bf16: bool) -> PlainTrai
     return PlainTrainer(PlainLoss(plain, config.mae_coef, config.sigma_data), autocast=bf16)
 
 
-def _share_state(model: MaskDiT, optimizer: torch.optim.Optimizer, ema: EMA, trainer: PlainTrainer) -> None:
+def _share_state(trained: _Trained, trainer: PlainTrainer) -> None:
     """Let the plain baseline move the moments and the average of ours."""
-    mine, averages = dict(model.named_parameters()), dict(trainer.ema.named_parameters())
+    optimizer, ema = trained.optimizer, trained.ema
+    mine, averages = dict(trained.net.model.named_parameters()), dict(trainer.ema.named_parameters())
     for name, parameter in trainer.loss.model.named_parameters():
         averages[name].data = ema.weights[f"model.{name}"]
         state = {"step": torch.zeros((), device=parameter.device)}
