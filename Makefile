@@ -4,6 +4,8 @@
 # make bench     measure here; make report writes the README's table, docs/measured.md and the plots from committed rows
 # make sanitize  build the native kernels with checks of addresses and undefined behaviour, and run their tests
 # make abi TORCH=2.10.0  load the native kernels, as built for CI's torch, in another one, and run their tests there
+# make cuda      compile the CUDA C++ kernels with nvcc, with no GPU: registers and shared memory, and no spills
+# make emulated  test the same kernels on the CPU, where the threads of a block take turns
 # make venv      only the environment both of them use
 
 PYTHON ?= python3
@@ -17,7 +19,7 @@ NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py modulate_norm.py 
 	restore_tokens.py) \
 	$(addprefix tests/test_,model.py golden.py packed.py optim.py) $(TRAINER_TESTS)
 
-.PHONY: demo test venv lint bench report kernels sanitize abi clean
+.PHONY: demo test venv lint bench report kernels sanitize abi cuda emulated clean
 .DELETE_ON_ERROR:
 
 venv: .venv/.done
@@ -64,9 +66,23 @@ sanitize: venv
 # Another torch than CI's is a CUDA build of some gigabytes.
 abi: venv
 	$(PYTHON) -m venv build/torch-$(TORCH)
-	build/torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy safetensors tyro rich pytest pytest-xdist
+	build/torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy safetensors tyro rich scipy pytest pytest-xdist
 	FASTMASK_NATIVE=$(CURDIR)/fastmask/kernels/_native.so TRITON_INTERPRET=0 \
 		build/torch-$(TORCH)/bin/python -m pytest -q -n 2 $(filter tests/kernels/%,$(NATIVE_TESTS))
+
+CANDIDATES = cmake -S . -B $(CURDIR)/build/$@ -DFASTMASK_OUT=$(CURDIR)/build/$@ -DFASTMASK_CUDA=$(1) \
+		-DTORCH_ROOT=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') && \
+	cmake --build build/$@ --parallel --target fastmask_native_cuda
+
+cuda: venv
+	$(call CANDIDATES,ON)
+	$(BIN)/python -m bench.resources build/cuda/_native_cuda.so --out bench/results/cuda.md
+	@echo FASTMASK_NATIVE_CUDA=$(CURDIR)/build/cuda/_native_cuda.so
+
+emulated: venv
+	$(call CANDIDATES,EMULATED)
+	FASTMASK_NATIVE_CUDA=$(CURDIR)/build/emulated/_native_cuda.so \
+		$(BIN)/python -m pytest -q -p no:benchmark tests/kernels/test_cuda_candidates.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
