@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmask.model import MaskDiT
@@ -70,6 +69,8 @@ def shard(model: MaskDiT, parallel: Parallel, dtype: torch.dtype | None, device:
     """
     if ranks.count == 1 or parallel == "ddp":
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: PLC0415  (slow to import)
+
     # The inputs keep their dtype: noise levels lose too much in 16 bits.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = dist.device_mesh.init_device_mesh(device.type, (ranks.count,))
@@ -93,8 +94,8 @@ def replicate(objective: nn.Module, parallel: Parallel, device: torch.device, ra
 @contextlib.contextmanager
 def gradients_stay(module: nn.Module, model: nn.Module, stay: bool) -> Iterator[None]:
     """Let backward inside the block add up gradients on this rank alone, if ``stay``: more follow in the same step."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(not stay)
+    if hasattr(model, "set_requires_gradient_sync"):  # which `fully_shard` gives it
+        cast(Any, model).set_requires_gradient_sync(not stay)
         yield
     elif stay and isinstance(module, DistributedDataParallel):
         with module.no_sync():

@@ -152,7 +152,7 @@ def train(config: TrainConfig, dataset: DataSet, ranks: Ranks = Ranks(), *, prof
     set_numerics(config)
     torch.manual_seed(config.seed)
     channels, size, _ = dataset.shape
-    check_memory(config, channels, size)
+    check_memory(config, channels, size, ranks)
     run = Run(config, dataset, ranks, profile > 0)
     if profile:
         run.profile(profile)
@@ -175,18 +175,20 @@ def set_numerics(config: TrainConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over memory
 
 
-def check_memory(config: TrainConfig, channels: int, size: int) -> None:
-    """Raise a ValueError if not even weights, gradients, moments and EMA fit the device's memory."""
+def check_memory(config: TrainConfig, channels: int, size: int, ranks: Ranks) -> None:
+    """Raise a ValueError if not even weights, gradients, moments and averages fit the memory of the devices."""
     with torch.device("meta"):
-        needed = trainable_parameters(build_model(config, channels, size)) * 4 * 5
+        needed = trainable_parameters(build_model(config, channels, size)) * 4 * (5 + len(config.ema_widths))
+    if config.parallel != "ddp":
+        needed //= ranks.count
     if torch.device(config.device).type == "cuda":
         there = torch.cuda.mem_get_info(config.device)[1]
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise ValueError(
-            f"weights, gradients, AdamW's moments and EMA take {needed / 2**30:.1f} GiB, {config.device} has "
-            f"{there / 2**30:.1f} GiB: choose a smaller network"
+            f"weights, gradients, AdamW's moments and averages take {needed / 2**30:.1f} GiB, {config.device} has "
+            f"{there / 2**30:.1f} GiB: choose a smaller network, or --parallel fsdp2 on more devices"
         )
 
 
