@@ -2,5 +2,6 @@
 
 from fastmask.data.dataset import DataSet, open_data
 from fastmask.data.loader import batches, sample_ids
+from fastmask.data.store import LatentStore
 
-__all__ = ["DataSet", "batches", "open_data", "sample_ids"]
+__all__ = ["DataSet", "LatentStore", "batches", "open_data", "sample_ids"]

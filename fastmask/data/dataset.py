@@ -10,7 +10,9 @@ from torch import Tensor
 from fastmask.data.digits import Digits
 from fastmask.data.images import ImageArray, ImageFolder
 from fastmask.data.latents import Moments, Synthetic
+from fastmask.data.manifest import MANIFEST, UNFINISHED
 from fastmask.data.npz import read_npz
+from fastmask.data.store import LatentStore
 
 
 class DataSet(Protocol):
@@ -50,8 +52,8 @@ def open_data(data: str, *, image_size: int, num_classes: int | None, mirror: bo
     """Return the data set that a name means.
 
     Args:
-        data: "digits", "synthetic" (random latents), an image folder (class = sub-folder), or an `.npz` with `images`
-            (pixels) or `moments` (of the VAE's latents) and perhaps `labels`.
+        data: "digits", "synthetic" (random latents), a store (docs/store.md), an image folder (class = sub-folder),
+            or an `.npz` with `images` (pixels) or `moments` (of the VAE's latents) and perhaps `labels`.
         image_size: side of the images in pixels; latents have an eighth of it.
         num_classes: labels must be below it; None takes it from the data, 0 leaves the labels out.
         mirror: mirror each image with probability one half.
@@ -68,6 +70,8 @@ def open_data(data: str, *, image_size: int, num_classes: int | None, mirror: bo
         return Digits(image_size, num_classes, mirror)
     if data == "synthetic":
         return Synthetic(image_size, num_classes or 0)
+    if (path / MANIFEST).exists() or (path / UNFINISHED).exists():
+        return LatentStore(path, image_size, num_classes, mirror)
     if path.is_dir():
         return ImageFolder(path, image_size, num_classes, mirror)
     if path.suffix == ".npz" and path.is_file():

@@ -45,6 +45,18 @@ def to_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
+def images_of(stored: Tensor, seed: int, sample: Tensor, mirror: bool) -> Tensor:
+    """Return pixels, uint8 (B, C, H, W), as floats in [-1, 1]; with ``mirror`` about half of them mirrored.
+
+    Which ones is a function of the seed and of ``sample``, the global index of each, int64 (B,).
+    """
+    images = stored.float() / 127.5 - 1
+    if not mirror:
+        return images
+    flip = random_uniform(seed, sample, 1, _MIRROR_STREAM)[:, 0] < 0.5
+    return torch.where(flip[:, None, None, None], images.flip(3), images)
+
+
 class ImageArray:
     """An `.npz` of images, uint8, shape (N, H, W, C) with C of 1 or 3 or (N, H, W), kept in memory, as a `DataSet`.
 
@@ -79,7 +91,7 @@ class ImageArray:
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return the images in [-1, 1], some of them mirrored."""
-        return _to_float(stored, seed, sample, self._mirror)
+        return images_of(stored, seed, sample, self._mirror)
 
 
 class ImageFolder:
@@ -121,7 +133,7 @@ class ImageFolder:
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return the images in [-1, 1], some of them mirrored."""
-        return _to_float(stored, seed, sample, self._mirror)
+        return images_of(stored, seed, sample, self._mirror)
 
     def _decode(self, file: Path) -> Pixels:
         pillow = _pillow()
@@ -143,14 +155,6 @@ def _resize_all(images: Pixels, size: int) -> Pixels:
     plain = images[..., 0] if images.shape[3] == 1 else images
     resized = [np.asarray(resize_and_crop(pillow.fromarray(image), size)) for image in plain]
     return np.stack(resized).reshape(len(images), size, size, images.shape[3])
-
-
-def _to_float(stored: Tensor, seed: int, sample: Tensor, mirror: bool) -> Tensor:
-    images = stored.float() / 127.5 - 1
-    if not mirror:
-        return images
-    flip = random_uniform(seed, sample, 1, _MIRROR_STREAM)[:, 0] < 0.5
-    return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
 def _pillow() -> Any:

@@ -12,9 +12,20 @@ from fastmask.kernels import random_normal, random_uniform
 
 _CHANNELS = 4
 _DOWNSAMPLING = 8
-_SCALE = 0.18215  # brings the latents to a standard deviation of about 1
+SCALE = 0.18215  # brings the latents to a standard deviation of about 1
 _POSTERIOR_STREAM = 4
 _SYNTHETIC_SAMPLES = 1_000_000
+
+
+def latents_of(stored: Tensor, seed: int, sample: Tensor, *, scale: float, shift: float = 0.0) -> Tensor:
+    """Return latents (B, C, h, w) drawn from moments (B, 2C, h, w), as (latent - shift) * scale, in float32.
+
+    The noise is a function of the seed and of ``sample``, the global index of each, int64 (B,).
+    """
+    mean, log_variance = stored.float().chunk(2, dim=1)
+    noise = random_normal(seed, sample, mean[0].numel(), _POSTERIOR_STREAM).view(mean.shape)
+    latents = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
+    return (latents - shift if shift else latents) * scale
 
 
 class Moments:
@@ -45,9 +56,7 @@ class Moments:
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return latents (B, 4, h, w) drawn from the moments, anew at each visit."""
-        mean, log_variance = stored.float().chunk(2, dim=1)
-        noise = random_normal(seed, sample, mean[0].numel(), _POSTERIOR_STREAM).view(mean.shape)
-        return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * _SCALE
+        return latents_of(stored, seed, sample, scale=SCALE)
 
 
 class Synthetic:

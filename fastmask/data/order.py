@@ -58,7 +58,7 @@ def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
 
 @functools.lru_cache(maxsize=2)
 def _keys(seed: int, epoch: int) -> NDArray[np.uint64]:
-    return np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
+    return np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64).astype(np.uint64)
 
 
 def _rounds(x: NDArray[np.uint64], keys: NDArray[np.uint64], rows: np.uint64, columns: np.uint64) -> NDArray[np.uint64]:
@@ -73,7 +73,8 @@ def _rounds(x: NDArray[np.uint64], keys: NDArray[np.uint64], rows: np.uint64, co
 
 def _below(radix: np.uint64, x: NDArray[np.uint64], key: np.uint64) -> NDArray[np.uint64]:
     """Return hashes of x in [0, radix), of which the radix is below 2**32."""
-    z = x * _INCREMENT + key  # modulo 2**64, as all of it
+    z: NDArray[np.uint64] = x * _INCREMENT + key  # modulo 2**64, as all of it
     z = (z ^ (z >> _SHIFTS[0])) * _MULTIPLIERS[0]
     z = (z ^ (z >> _SHIFTS[1])) * _MULTIPLIERS[1]
-    return ((z >> _HALF) * radix) >> _HALF
+    z = ((z >> _HALF) * radix) >> _HALF
+    return z

@@ -1,0 +1,156 @@
+"""The manifest of a store: what its shards hold. docs/store.md describes the format."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+FORMAT = "fastmask-store"
+VERSION = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+DATA_OFFSET = 128  # of the values in a shard's files, behind the header of an .npy
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredFile:
+    """A file of a shard: name, length and SHA-256 of all of it."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """So many records and their labels, and the names of the source's items that could not be read."""
+
+    count: int
+    records: StoredFile
+    labels: StoredFile
+    skipped: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store holds.
+
+    Attributes:
+        kind: "pixels" (uint8), or "moments" of a VAE's latents (means, then log-variances).
+        dtype: of the values: "uint8" or "float16".
+        shape: of a record: (copies, channels, height, width); the second copy is of the mirrored image.
+        image_size: side of the images in pixels.
+        crop: how they were cropped.
+        num_classes: labels are below it; 0: there are none.
+        class_names: one per class.
+        class_counts: records per class.
+        vae: name or folder of the VAE, "" for pixels.
+        vae_sha256: of its weights.
+        scale: latents are trained on as (latent - shift) * scale.
+        shift: see scale.
+        source: what the store was made of.
+        shards: in the order of the records' ids.
+    """
+
+    kind: Literal["pixels", "moments"]
+    dtype: str
+    shape: tuple[int, int, int, int]
+    image_size: int
+    crop: str
+    num_classes: int
+    class_names: list[str]
+    class_counts: list[int]
+    vae: str = ""
+    vae_sha256: str = ""
+    scale: float = 1.0
+    shift: float = 0.0
+    source: dict[str, Any]
+    shards: list[Shard]
+
+    @property
+    def count(self) -> int:
+        """Records of all shards."""
+        return sum(shard.count for shard in self.shards)
+
+    @property
+    def record_bytes(self) -> int:
+        """Length of a record."""
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    def to_json(self) -> str:
+        """Return the manifest as a file holds it."""
+        fields = {"format": FORMAT, "version": VERSION, "count": self.count, **dataclasses.asdict(self)}
+        return json.dumps(fields, indent=1) + "\n"
+
+
+def read_manifest(store: Path) -> Manifest:
+    """Return the manifest of a store whose files are all there and as long as it says.
+
+    Raises:
+        ValueError: no store, one that is not finished, of a newer version, damaged, or with files cut off.
+    """
+    path = store / MANIFEST
+    if not path.exists() and (store / UNFINISHED).exists():
+        raise ValueError(f"{store} is a store that is not finished: the command that began it goes on with it")
+    if not path.exists():
+        raise ValueError(f"{store} is not a store: it holds no {MANIFEST}")
+    try:
+        fields = json.loads(path.read_text())
+        if fields.get("format") != FORMAT:
+            raise ValueError(f"{path} is not the manifest of a fastmask store")
+        if fields["version"] > VERSION:
+            raise ValueError(
+                f"{path} is of version {fields['version']} of the format, newer than this fastmask reads ({VERSION}): "
+                f"update fastmask"
+            )
+        manifest = _from_fields(fields)
+    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    for shard in manifest.shards:
+        check_length(store, shard, manifest)
+    if fields["count"] != manifest.count or sum(manifest.class_counts) not in (0, manifest.count):
+        raise ValueError(f"{path} is damaged: its counts do not add up")
+    return manifest
+
+
+def check_length(store: Path, shard: Shard, manifest: Manifest) -> None:
+    """Raise a ValueError if a file of a shard is missing, or not as long as its records."""
+    for file, record_bytes in ((shard.records, manifest.record_bytes), (shard.labels, 4)):
+        path = store / file.name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing from the store")
+        there = path.stat().st_size
+        if there != file.bytes or there != DATA_OFFSET + shard.count * record_bytes:
+            raise ValueError(
+                f"{path} has {there:,} bytes instead of {DATA_OFFSET + shard.count * record_bytes:,}: it is cut off or "
+                f"of another store; copy it again, or prepare the store anew"
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, as `sha256sum` does."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def shard_from_fields(fields: dict[str, Any]) -> Shard:
+    """Return a shard as JSON describes it."""
+    records, labels = (StoredFile(**fields[name]) for name in ("records", "labels"))
+    return Shard(fields["count"], records, labels, fields["skipped"])
+
+
+def _from_fields(fields: dict[str, Any]) -> Manifest:
+    known = {field.name: fields[field.name] for field in dataclasses.fields(Manifest)}
+    known["shape"] = tuple(known["shape"])
+    known["shards"] = [shard_from_fields(shard) for shard in fields["shards"]]
+    manifest = Manifest(**known)
+    fits = {"pixels": "uint8", "moments": "float16"}.get(manifest.kind) == manifest.dtype
+    if not fits or len(manifest.shape) != 4 or len(manifest.class_names) != manifest.num_classes:
+        raise TypeError(f"{manifest.kind} in {manifest.dtype} of shape {manifest.shape}")
+    return manifest

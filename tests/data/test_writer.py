@@ -1,0 +1,180 @@
+import errno
+import multiprocessing
+import os
+import time
+
+import numpy as np
+import pytest
+from stores import manifest, records_of, write
+
+from fastmask.data import writer
+from fastmask.data.manifest import DATA_OFFSET, read_manifest
+from fastmask.data.writer import StoreWriter
+
+FORK = multiprocessing.get_context("fork")
+
+
+def content(store):
+    return {path.name: path.read_bytes() for path in store.iterdir() if path.name != ".lock"}
+
+
+def begin(path):
+    """Start a process that writes a store of nine shards slowly."""
+    process = FORK.Process(target=write_slowly, args=(path,))
+    process.start()
+    return process
+
+
+def write_slowly(path):
+    add = writer.ShardWriter.add
+
+    def slow(self, records, labels):
+        time.sleep(0.002)
+        add(self, records, labels)
+
+    writer.ShardWriter.add = slow
+    write(path, count=60, shard_size=7, skip=(5, 20))
+
+
+def test_files_are_plain_npy(tmp_path):
+    about = write(tmp_path / "store")
+    records, labels = records_of(about, 10)
+    found = [np.load(tmp_path / "store" / f"0000{i}.npy") for i in range(3)]
+    assert [len(part) for part in found] == [4, 4, 2]
+    assert np.array_equal(np.concatenate(found), records)
+    found = [np.load(tmp_path / "store" / f"0000{i}.labels.npy") for i in range(3)]
+    assert np.concatenate(found).dtype == np.int32
+    assert np.array_equal(np.concatenate(found), labels)
+    assert set(content(tmp_path / "store")) == {
+        "manifest.json",
+        *(f"0000{i}{suffix}" for i in range(3) for suffix in (".npy", ".labels.npy")),
+    }
+
+
+def test_stopped_and_gone_on(tmp_path):
+    write(tmp_path / "whole", skip=(6,))
+    about = manifest()
+    records, labels = records_of(about, 10)
+    with pytest.raises(RuntimeError), StoreWriter(tmp_path / "store", about, 10, 4) as store:  # noqa: PT012
+        with store.shard(0) as shard:
+            shard.add(records[:4], labels[:4])
+        with store.shard(1) as shard:
+            shard.add(records[4:6], labels[4:6])
+            raise RuntimeError
+    assert {"00000.npy", "00000.labels.npy", "00000.json", "unfinished.json"} == set(content(tmp_path / "store"))
+    before = (tmp_path / "store" / "00000.npy").stat().st_mtime_ns
+    write(tmp_path / "store", skip=(6,))
+    assert (tmp_path / "store" / "00000.npy").stat().st_mtime_ns == before
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def test_killed_at_any_moment(tmp_path):
+    whole = write(tmp_path / "whole", count=60, shard_size=7, skip=(5, 20))
+    kept = set()
+    for i, wait in enumerate(np.random.default_rng(0).uniform(0, 0.4, 20)):
+        store = tmp_path / str(i)
+        process = begin(store)
+        time.sleep(wait)
+        process.kill()
+        process.join()
+        kept.add(len(list(store.glob("0000?.json"))))
+        if (store / "manifest.json").exists():
+            assert read_manifest(store) == whole
+            with pytest.raises(ValueError, match="is a finished store"):
+                write(store, count=60, shard_size=7, skip=(5, 20))
+        else:
+            write(store, count=60, shard_size=7, skip=(5, 20))
+        assert content(store) == content(tmp_path / "whole")
+    assert len(kept) > 2, "killed at the same moment each time"
+
+
+def test_a_shard_that_was_damaged_while_unfinished_is_done_again(tmp_path):
+    about = manifest()
+    records, labels = records_of(about, 10)
+    with StoreWriter(tmp_path / "store", about, 10, 4) as store:
+        for number in (0, 1, 2):
+            with store.shard(number) as shard:
+                shard.add(records[store.items_of(number)], labels[store.items_of(number)])
+        with (tmp_path / "store" / "00001.npy").open("r+b") as file:
+            file.truncate(200)
+        (tmp_path / "store" / "00002.json").write_text("{")
+        assert [bool(store.finished(number)) for number in (0, 1, 2)] == [True, False, False]
+        with pytest.raises(ValueError, match="shard 1 is not finished"):
+            store.finish([])
+    write(tmp_path / "store")
+    write(tmp_path / "whole")
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def test_two_writers(tmp_path):
+    process = begin(tmp_path / "store")
+    while not (tmp_path / "store" / "unfinished.json").exists():
+        time.sleep(0.01)
+    with pytest.raises(
+        ValueError, match=rf"is being written by another process \(process {process.pid}\): wait for it"
+    ):
+        write(tmp_path / "store")
+    process.join()
+    assert process.exitcode == 0
+    assert read_manifest(tmp_path / "store").count == 58
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    about = manifest()
+    records, labels = records_of(about, 10)
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with StoreWriter(tmp_path / "store", about, 10, 4) as store:
+        with store.shard(0) as shard:
+            shard.add(records[:4], labels[:4])
+        monkeypatch.setattr("fastmask.data.writer._sync", full)
+        with (
+            pytest.raises(
+                ValueError, match=r"00001\.npy cannot be written: No space left on device; finished shards are"
+            ),
+            store.shard(1) as shard,
+        ):
+            shard.add(records[4:8], labels[4:8])
+    monkeypatch.undo()
+    assert {"00000.npy", "00000.labels.npy", "00000.json", "unfinished.json"} == set(content(tmp_path / "store"))
+    write(tmp_path / "store")
+    assert read_manifest(tmp_path / "store").count == 10
+
+
+def test_what_cannot_be_gone_on_with(tmp_path):
+    write(tmp_path / "finished")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    with StoreWriter(tmp_path / "store", manifest(), 10, 4):
+        pass
+    for store, arguments, message in [
+        ("finished", (manifest(), 10, 4), "is a finished store: give another folder, or delete it first"),
+        ("other", (manifest(), 10, 4), r"is not empty \(thesis\.txt\): a store wants a folder of its own"),
+        ("store", (manifest(), 11, 4), r"unfinished store of something else \(items 10 -> 11\)"),
+        (
+            "store",
+            (manifest(scale=2.0), 10, 5),
+            r"\(shard_size 4 -> 5, scale 0\.5 -> 2\.0\): give what it was begun with",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message), StoreWriter(tmp_path / store, *arguments):
+            pass
+    (tmp_path / "store" / "unfinished.json").write_text("{")
+    with pytest.raises(ValueError, match=r"unfinished\.json is damaged .*: delete .* and begin anew"):
+        write(tmp_path / "store")
+
+
+def test_records_of_another_shape(tmp_path):
+    with (
+        StoreWriter(tmp_path / "store", manifest(), 4, 4) as store,
+        pytest.raises(ValueError, match=r"records of float16 \(2, 2, 8, 4, 5\) are not those of the store"),
+        store.shard(0) as shard,
+    ):
+        shard.add(np.zeros((2, 2, 8, 4, 5), np.float16), np.zeros(2))
+
+
+def test_a_header_always_fits():
+    header = writer._header(np.dtype("<f2"), (2**40, 2, 2**10, 2**12, 2**12))
+    assert len(header) == DATA_OFFSET
