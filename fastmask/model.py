@@ -5,7 +5,7 @@ Parameters carry the published names, so published checkpoints load as they are.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from fastmask.kernels import (
     gelu_linear,
     modulated_linear,
     restore_tokens,
+    silu_linear,
 )
 
 
@@ -175,7 +176,9 @@ class Block(nn.Module):
 
     def forward(self, stream: Stream, condition: Tensor, packing: Packing, impl: Impl | None) -> Stream:
         """Return the stream after this block; ``condition`` is c, of shape (B, condition width)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = _modulated(self.adaLN_modulation, condition, impl).chunk(
+            6, dim=1
+        )
         x, qkv = stream.enter(shift1, scale1, self.attn.qkv, packing, impl)
         x, hidden = Stream(x, self.attn(qkv, packing), gate1).enter(shift2, scale2, self.mlp.fc1, packing, impl)
         return Stream(x, self.mlp(hidden, impl), gate2)
@@ -193,7 +196,7 @@ class ModulatedLinear(nn.Module):
 
     def forward(self, stream: Stream, condition: Tensor, packing: Packing, impl: Impl | None) -> Tensor:
         """Return the Linear of the norm of a stream, shape (..., out width)."""
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        shift, scale = _modulated(self.adaLN_modulation, condition, impl).chunk(2, dim=1)
         return stream.enter(shift, scale, self.linear, packing, impl)[1]
 
 
@@ -456,3 +459,9 @@ def _modulation(condition_width: int, out_width: int) -> nn.Sequential:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.SiLU(), linear)
+
+
+def _modulated(modulation: nn.Sequential, condition: Tensor, impl: Impl | None) -> Tensor:
+    """Return SiLU and the Linear of a condition, the shifts, scales and gates: (B, out width)."""
+    linear = cast(nn.Linear, modulation[1])
+    return silu_linear(condition, linear.weight, linear.bias, impl=impl)

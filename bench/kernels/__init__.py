@@ -23,6 +23,7 @@ OPS = (
     "add_gated_norm",
     "norm_linear",
     "gelu_linear",
+    "silu_linear",
     "sample_mask",
     "embed_kept_patches",
     "restore_tokens",

@@ -24,7 +24,8 @@ from fastmask.presets import PRESETS
 from fastmask.step import TrainingStep
 
 FORMS = {"dense": None, "masked-0.5": 0.5, "masked-0.75": 0.75}
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product")
+_PRODUCTS = ("fastmask::silu_linear_fwd", "fastmask::silu_linear_bwd")
+_PRODUCTS += ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product")
 
 
 STACKS = ("plain eager", "plain compiled", "ours", "ours compiled", "ours packed", "ours graphs")

@@ -26,6 +26,7 @@ from fastmask.kernels.patches import patchify, unpatchify
 from fastmask.kernels.philox import random_normal, random_uniform
 from fastmask.kernels.restore_tokens import gather_tokens, restore_tokens
 from fastmask.kernels.sample_mask import Mask, sample_mask
+from fastmask.kernels.silu_linear import silu_linear
 
 __all__ = [
     "BackendUnavailableError",
@@ -51,5 +52,6 @@ __all__ = [
     "require",
     "restore_tokens",
     "sample_mask",
+    "silu_linear",
     "unpatchify",
 ]

@@ -64,6 +64,16 @@ def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
     return getattr(torch.ops.fastmask, name).default
 
 
+def define_native_op(schema: str, *, fake: Callable[..., Any]) -> Any:
+    """Define an op that has a native CPU kernel, where that was built, and no other, and return its overload."""
+    name, arguments = schema.split("(", 1)
+    torch.library.define(f"fastmask::{name}", f"({arguments}")
+    if _NATIVE_LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmask::{name}", "CPU"):
+        _NATIVE_OPS.add(name)
+    torch.library.register_fake(f"fastmask::{name}", fake)
+    return getattr(torch.ops.fastmask, name).default
+
+
 def default_impl(device: torch.device | str) -> Impl:
     """Return the form that ops take on a device when none is named: "fused" on a GPU, "reference" elsewhere.
 

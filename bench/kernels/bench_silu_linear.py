@@ -1,0 +1,37 @@
+"""silu_linear, the Linear of a block's shifts, scales and gates: a row per image, and the largest weight of a block."""
+
+import functools
+
+from bench.kernels._cases import Op, Shapes
+from fastmask.kernels import silu_linear
+from fastmask.kernels.silu_linear import silu_linear_reference
+
+
+def op(shapes: Shapes) -> Op:
+    width, out = shapes.width, 6 * shapes.width
+    flops = 2 * shapes.batch * out * width
+    return Op(
+        name="silu_linear",
+        shape=f"B={shapes.batch} D={width} E={out}",
+        inputs={
+            "x": shapes.normal(shapes.batch, width),
+            "weight": shapes.normal(out, width) * width**-0.5,
+            "bias": shapes.normal(out),
+        },
+        leaves=("x", "weight", "bias"),
+        again=("x", "weight"),
+        reference=silu_linear_reference,
+        fused=functools.partial(silu_linear, impl="fused"),
+        kernel="",  # on a GPU none but PyTorch's
+        flops=flops,
+        backward_flops=2 * flops,
+        compile_on_cpu=True,
+    )
+
+
+FORMS = {"modulation": op}
+
+
+def bench_silu_linear(kernel_case, timed):
+    kernel_case.check()
+    timed(kernel_case)

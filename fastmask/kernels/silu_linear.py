@@ -1,0 +1,80 @@
+"""The Linear that makes shifts, scales and gates of a condition.
+
+    y = silu(x) W^T + b,  silu(x) = x / (1 + e^-x)
+
+x has a row per sample, and W is large: for a small batch the time is that of reading W, in backward that of reading it
+once more and of writing its gradient. Libraries of matrix products lay W out for many rows first; on a CPU the native
+kernel does not, and reads it once. Everywhere else their products are the better ones and run here as well. Backward
+keeps x alone, of which silu(x) is computed again.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmask.kernels._dispatch import Impl, define_native_op, native_takes, resolve_impl
+from fastmask.kernels._product import check_linear, product_dtype
+
+MAX_ROWS = 16  # of more, products of matrices are as fast
+
+
+def silu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return what `silu_linear` does, in plain PyTorch; arguments as there."""
+    return F.linear(F.silu(x), weight, bias)
+
+
+silu_linear_fwd = define_native_op(
+    "silu_linear_fwd(Tensor x, Tensor weight, Tensor bias) -> Tensor",
+    fake=lambda x, weight, bias: x.new_empty((x.shape[0], weight.shape[0])),
+)
+silu_linear_bwd = define_native_op(
+    "silu_linear_bwd(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
+    fake=lambda grad, x, weight: (torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])),
+)
+
+
+class _SiluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        y: Tensor = silu_linear_fwd(x, weight, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grads: tuple[Tensor, Tensor, Tensor] = silu_linear_bwd(grad.contiguous(), *ctx.saved_tensors)
+        return grads
+
+
+def silu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = None) -> Tensor:
+    """Return ``F.linear(F.silu(x), weight, bias)``.
+
+    Differentiable in x, weight and bias. The native kernel computes in fp32.
+
+    Args:
+        x: a condition per sample, shape (B, D).
+        weight: shape (E, D).
+        bias: shape (E,).
+        impl: "reference", or "fused" or None for the native kernel where it is the faster one: on a CPU, for up to 16
+            samples in float32 without autocast. Elsewhere these are PyTorch's products too.
+
+    Returns:
+        Shape (B, E), in the product's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape (B, D), not {tuple(x.shape)}")
+    check_linear(x, weight, bias)
+    tensors = x, weight, bias
+    few = 0 < x.shape[0] <= MAX_ROWS and product_dtype(x.device, weight) == torch.float32
+    native = few and native_takes("silu_linear_fwd", *tensors) and all(t.dtype == torch.float32 for t in tensors)
+    if not native or resolve_impl(impl, x.device, True) == "reference":
+        return silu_linear_reference(x, weight, bias)
+    y: Tensor = _SiluLinear.apply(*(t.contiguous() for t in tensors))  # type: ignore[no-untyped-call]
+    return y
