@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from fastmask.kernels import backends
+from fastmask.kernels import (
+    Mask,
+    backends,
+    embed_kept_patches,
+    gather_tokens,
+    masked_loss,
+    restore_tokens,
+    sample_mask,
+)
 from fastmask.kernels.add_gated_norm import add_gated_norm_bwd, add_gated_norm_fwd
 from fastmask.kernels.gelu_linear import gelu_bwd, gelu_fwd
 from fastmask.kernels.modulate_norm import modulate_norm_bwd, modulate_norm_fwd
@@ -27,6 +35,28 @@ def everything(place, dtype=torch.float32, batch=3, tokens=35, width=88):
     return [*found, gelu_fwd(x), *gelu_bwd(grad, x)]
 
 
+def everything_masked(place, batch=3, side=6, channels=4, width=24):
+    """Return the results of the ops that know masks: of 3 x 3 patches some samples keep more than others."""
+    torch.manual_seed(0)
+    length, values = (side // 2) ** 2, 4 * channels
+    keep = torch.arange(batch) % 4 + 2
+    mask = sample_mask(batch, length, keep, total=int(keep.sum()), seed=3, device="cpu", impl="fused")
+    mask = Mask(*(place(t) for t in mask))
+    images, noised = (place(torch.randn(batch, channels, side, side)) for _ in range(2))
+    weight, bias = place(torch.randn(width, channels, 2, 2)), place(torch.randn(width))
+    position, token = place(torch.randn(length, width)), place(torch.randn(width))
+    raw, sigma = place(torch.randn(batch, length, values)), place(torch.rand(batch) + 0.5)
+    leaves = [t.requires_grad_() for t in (weight, bias, token, raw)]
+    tokens = embed_kept_patches(
+        images, weight, bias, position, mask.ids_keep, cu_seqlens=mask.cu_seqlens, patch_size=2, impl="fused"
+    )
+    restored = restore_tokens(tokens, token, position, mask.ids_restore, cu_seqlens=mask.cu_seqlens, impl="fused")
+    gathered = gather_tokens(restored, mask.ids_keep, cu_seqlens=mask.cu_seqlens, impl="fused")
+    losses = masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5, impl="fused")
+    total = gathered.square().sum() + restored.sin().sum() + losses[0].sum() + losses[1].sum()
+    return [*mask, tokens, restored, gathered, *losses, *torch.autograd.grad(total, leaves)]
+
+
 def assert_same(a, b):
     assert len(a) == len(b)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -46,7 +76,7 @@ def test_the_number_of_threads_changes_no_bit(dtype, batch):
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(everything(lambda t: t, dtype, batch))
+        found.append([*everything(lambda t: t, dtype, batch), *everything_masked(lambda t: t, batch)])
     assert_same(found[0], found[1])
     assert_same(found[0], found[2])
 
@@ -55,12 +85,14 @@ def unaligned(t):
     """Return a copy of a tensor that begins one value behind a vector's address."""
     moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
     assert moved.data_ptr() % 16
+    assert moved.is_contiguous()
     return moved.copy_(t)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_addresses_need_no_alignment(dtype):
     assert_same(everything(unaligned, dtype), everything(lambda t: t, dtype))
+    assert_same(everything_masked(unaligned), everything_masked(lambda t: t))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 16, 17])
