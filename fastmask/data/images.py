@@ -45,6 +45,31 @@ def to_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
+def decode(content: bytes, size: int, name: str, *, still: bool = False) -> Pixels:
+    """Return the pixels (size, size, 3) of an image file's content, resized and cropped as `resize_and_crop` does.
+
+    Args:
+        content: of the file, of any format that Pillow tells by its first bytes.
+        size: side.
+        name: of the file, for messages.
+        still: refuse an image of several frames, of which the first is taken otherwise.
+
+    Raises:
+        ValueError: it is damaged, or no image.
+    """
+    pillow = _pillow()
+    try:
+        with pillow.open(io.BytesIO(content)) as image:
+            frames = getattr(image, "n_frames", 1)
+            if still and frames > 1:
+                raise ValueError(f"it has {frames} frames: keep one of them as an image of its own")
+            return np.asarray(resize_and_crop(to_rgb(image), size))
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
+        unknown = isinstance(error, pillow.UnidentifiedImageError)
+        reason = "it is empty, damaged or of another format" if unknown else error
+        raise ValueError(f"{name} cannot be read as an image: {reason}") from error
+
+
 def images_of(stored: Tensor, seed: int, sample: Tensor, mirror: bool) -> Tensor:
     """Return pixels, uint8 (B, C, H, W), as floats in [-1, 1]; with ``mirror`` about half of them mirrored.
 
@@ -73,7 +98,7 @@ class ImageArray:
                 f"{arrays['images'].dtype} of shape {tuple(arrays['images'].shape)}"
             )
         if images.shape[1:3] != (image_size, image_size):
-            images = _resize_all(images, image_size)
+            images = resize_all(images, image_size)
         self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         self._labels = torch.from_numpy(arrays.get("labels", np.zeros(len(images), np.int64)))
         self._mirror = mirror
@@ -136,21 +161,19 @@ class ImageFolder:
         return images_of(stored, seed, sample, self._mirror)
 
     def _decode(self, file: Path) -> Pixels:
-        pillow = _pillow()
         try:
-            with pillow.open(io.BytesIO(file.read_bytes())) as image:
-                return np.asarray(resize_and_crop(to_rgb(image), self._size))
-        except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
-            unknown = isinstance(error, pillow.UnidentifiedImageError)
-            reason = "it is empty, damaged or of another format" if unknown else error
-            raise ValueError(f"{file} cannot be read as an image: {reason}") from error
+            content = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read as an image: {error}") from error
+        return decode(content, self._size, str(file))
 
 
 def _images_below(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
-def _resize_all(images: Pixels, size: int) -> Pixels:
+def resize_all(images: Pixels, size: int) -> Pixels:
+    """Return images (N, H, W, C), C of 1 or 3, at another side, resized and cropped as `resize_and_crop` does."""
     pillow = _pillow()
     plain = images[..., 0] if images.shape[3] == 1 else images
     resized = [np.asarray(resize_and_crop(pillow.fromarray(image), size)) for image in plain]

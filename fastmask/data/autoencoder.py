@@ -1,0 +1,84 @@
+"""Encodes images with diffusers' `AutoencoderKL` into the moments of their latents."""
+
+import hashlib
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+class Autoencoder:
+    """A VAE that encodes.
+
+    Args:
+        name: a folder in diffusers' format, of the VAE or of a pipeline that has one in `vae`, or a model's name.
+        device: where to encode; in bfloat16 on a GPU, in float32 on a CPU.
+
+    Attributes:
+        channels: C of the latents.
+        downsampling: pixels per side of a latent pixel.
+        scale: latents are trained on as (latent - shift) * scale.
+        shift: see scale.
+        sha256: of the weights: of their names in order, each followed by its values in float32.
+
+    Raises:
+        ValueError: diffusers is not installed, or there is no such VAE.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        try:
+            diffusers = importlib.import_module("diffusers")
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "encoding latents needs diffusers: pip install diffusers, or give --space pixel to store pixels"
+            ) from error
+        folder = "vae" if (Path(name) / "vae" / "config.json").exists() else None
+        try:
+            # A class that is another one's, or weights that do not fit, are a ValueError or RuntimeError.
+            self._vae: Any = diffusers.AutoencoderKL.from_pretrained(name, subfolder=folder, low_cpu_mem_usage=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"--vae {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        self.sha256 = _sha256(self._vae)
+        self._device = device
+        self._vae.to(device).eval()
+        if device.type == "cuda":
+            self._vae.to(torch.bfloat16)
+        settings = self._vae.config
+        self.channels = int(settings.latent_channels)
+        self.downsampling = int(2 ** (len(settings.block_out_channels) - 1))
+        self.scale = float(settings.scaling_factor)
+        self.shift = float(getattr(settings, "shift_factor", None) or 0.0)
+
+    def moments(self, pixels: NDArray[np.uint8], mirror: bool) -> NDArray[np.float16]:
+        """Return the moments of images and, as a second copy, of the mirrored ones.
+
+        Args:
+            pixels: uint8 (n, 3 or 1, H, W).
+            mirror: whether to encode mirrored images too.
+
+        Returns:
+            float16 (n, 1 or 2, 2C, h, w), means before log-variances.
+
+        Raises:
+            ValueError: a moment that float16 cannot hold.
+        """
+        images = torch.from_numpy(pixels).to(self._device).float().div(127.5).sub(1).expand(-1, 3, -1, -1)
+        with torch.inference_mode():
+            copies = [images, images.flip(3)] if mirror else [images]
+            encoded = [self._vae.encode(copy.to(self._vae.dtype)).latent_dist.parameters for copy in copies]
+            moments = torch.stack(encoded, 1).to(torch.float16)
+        if not moments.isfinite().all():
+            raise ValueError("the VAE gives moments that are not finite in float16: is it meant for these images?")
+        result: NDArray[np.float16] = moments.cpu().numpy()
+        return result
+
+
+def _sha256(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,252 @@
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from vaes import small_vae
+
+from fastmask.data import LatentStore, open_data
+from fastmask.data.images import ImageFolder
+from fastmask.data.manifest import read_manifest
+from fastmask.prepare import main
+
+SMALL = ("--space", "pixel", "--image-size", "16", "--num-workers", "0", "--shard-size", "5", "--batch-size", "2")
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def prepare(source, store, *flags):
+    main([str(source), str(store), *SMALL, *flags])
+    return read_manifest(store)
+
+
+def content(store):
+    skipped = (".lock", "manifest.json")
+    return {path.name: path.read_bytes() for path in store.iterdir() if path.name not in skipped}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve images of two classes."""
+    for i in range(12):
+        path = tmp_path / "images" / ("cat", "dog")[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(20 + i, 30, 3, seed=i)).save(path)
+    return tmp_path / "images"
+
+
+def test_a_store_holds_what_the_folder_does(folder, tmp_path, capsys):
+    manifest = prepare(folder, tmp_path / "store")
+    assert (manifest.count, manifest.class_names, manifest.class_counts) == (12, ["cat", "dog"], [6, 6])
+    assert [shard.count for shard in manifest.shards] == [5, 5, 2]
+    store, images = LatentStore(tmp_path / "store", 16, None, False), ImageFolder(folder, 16, None, False)
+    for ours, theirs in zip(store.read(np.arange(12)), images.read(np.arange(12)), strict=True):
+        assert torch.equal(ours, theirs)
+    said = capsys.readouterr().out
+    assert "folder, 12 images, 2 classes" in said
+    assert "12/12 images" in said
+    assert said.endswith("store: 12 records, 2 classes, 0 images left out\n")
+
+
+def test_workers_and_batches_change_nothing(folder, tmp_path):
+    prepare(folder, tmp_path / "a")
+    prepare(folder, tmp_path / "b", "--num-workers", "2", "--batch-size", "7")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_other_sources(folder, tmp_path):
+    prepare(folder, tmp_path / "a")
+    files = sorted(folder.rglob("*.png"))
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        for i, file in enumerate(files):
+            for name, data in (
+                (f"{i:03}.png", file.read_bytes()),
+                (f"{i:03}.cls", b"%d" % (file.parent.name == "dog")),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    np.savez(tmp_path / "grey.npz", images=noise(6, 16, 16), labels=np.arange(6))
+    prepare(tmp_path / "data.tar", tmp_path / "b")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert prepare(tmp_path / "grey.npz", tmp_path / "c").shape == (1, 1, 16, 16)
+    data = open_data(str(tmp_path / "c"), image_size=16, num_classes=None, mirror=False)
+    assert np.array_equal(data.read(np.arange(6))[0][:, 0].numpy(), noise(6, 16, 16))
+
+
+def broken(folder):
+    """Add images that cannot be read, and return their names with what is said of them."""
+    photo = io.BytesIO()
+    Image.fromarray(noise(64, 64, 3)).save(photo, "JPEG")
+    (folder / "cat" / "cut.jpg").write_bytes(photo.getvalue()[:900])
+    (folder / "cat" / "empty.png").write_bytes(b"")
+    (folder / "cat" / "page.jpg").write_bytes(b"<html>")
+    (folder / "dog" / "loop.png").symlink_to("loop.png")
+    frames = [Image.fromarray(noise(16, 16, seed=i)) for i in range(3)]
+    frames[0].save(folder / "dog" / "moving.gif", save_all=True, append_images=frames[1:])
+    return {
+        "cat/cut.jpg": "cannot be read as an image: image file is truncated",
+        "cat/empty.png": "cannot be read as an image: it is empty, damaged or of another format",
+        "cat/page.jpg": "cannot be read as an image: it is empty, damaged or of another format",
+        "dog/loop.png": "Too many levels of symbolic links",
+        "dog/moving.gif": "cannot be read as an image: it has 3 frames: keep one of them as an image of its own",
+    }
+
+
+def test_damaged_images_are_left_out_and_told(folder, tmp_path, capsys):
+    prepare(folder, tmp_path / "good", "--shard-size", "99")
+    faults = broken(folder)
+    manifest = prepare(folder, tmp_path / "store", "--on-bad", "skip", "--shard-size", "99")
+    assert manifest.shards[0].skipped == [str(folder / name) for name in faults]
+    assert content(tmp_path / "store") == content(tmp_path / "good")
+    said = capsys.readouterr().out
+    for name, fault in faults.items():
+        (line,) = [line for line in said.splitlines() if name in line]
+        assert line.startswith("left out: ")
+        assert fault in line
+    assert "12 records, 2 classes, 5 images left out" in said
+
+
+def test_a_damaged_image_stops_and_the_same_command_goes_on(folder, tmp_path):
+    prepare(folder, tmp_path / "good")
+    whole = (folder / "dog" / "05.png").read_bytes()
+    (folder / "dog" / "05.png").write_bytes(whole[:200])
+    with pytest.raises(ValueError, match=r"dog/05\.png cannot be read as an image: .* \(--on-bad skip leaves such"):
+        prepare(folder, tmp_path / "store")
+    with pytest.raises(ValueError, match="is a store that is not finished"):
+        open_data(str(tmp_path / "store"), image_size=16, num_classes=None, mirror=False)
+    (folder / "dog" / "05.png").write_bytes(whole)
+    prepare(folder, tmp_path / "store")
+    assert content(tmp_path / "store") == content(tmp_path / "good")
+
+
+def test_odd_images_are_read_as_they_are_meant(tmp_path):
+    path = tmp_path / "images"
+    path.mkdir()
+    Image.new("CMYK", (16, 16), (0, 255, 0, 0)).save(path / "a.jpg", quality=100)
+    deep = np.linspace(0, 65535, 256).round().reshape(16, 16).astype(np.uint16)
+    Image.fromarray(deep).save(path / "b.png")
+    Image.fromarray(noise(16, 16, 3)).save(path / "c.jpg", "PNG")  # a wrong name, told by its content
+    prepare(path, tmp_path / "store")
+    pixels = LatentStore(tmp_path / "store", 16, None, False).read(np.arange(3))[0].permute(0, 2, 3, 1).numpy()
+    assert np.abs(pixels[0].astype(int) - [255, 0, 255]).max() <= 2
+    assert np.array_equal(pixels[1, ..., 1], np.arange(256).reshape(16, 16))
+    assert np.array_equal(pixels[2], noise(16, 16, 3))
+
+
+def test_killed_at_any_moment(folder, tmp_path):
+    command = [sys.executable, "-m", "fastmask.prepare", str(folder), *SMALL, "--shard-size", "1", "--batch-size", "1"]
+    prepare(folder, tmp_path / "good", "--shard-size", "1")
+    for i in range(3):
+        store = tmp_path / str(i)
+        process = subprocess.Popen([*command[:4], str(store), *command[4:]], stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(store.glob("0*.json"))) < 3 * i:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if not (store / "manifest.json").exists():
+            prepare(folder, store, "--shard-size", "1")
+        assert content(store) == content(tmp_path / "good")
+
+
+def test_another_source_is_not_gone_on_with(folder, tmp_path):
+    (folder / "dog" / "11.png").rename(folder / "dog" / "gone.txt")
+    (folder / "dog" / "99.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"99\.png"):
+        prepare(folder, tmp_path / "store")
+    (folder / "dog" / "gone.txt").rename(folder / "dog" / "98.png")
+    (folder / "dog" / "99.png").unlink()
+    with pytest.raises(ValueError, match=r"holds an unfinished store of something else \(source .*sha256"):
+        prepare(folder, tmp_path / "store")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
+def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
+    """The records go to /dev/full, which takes nothing."""
+    (tmp_path / "store").mkdir()
+    real = Path.open
+
+    def opened(path, mode="r", *rest, **options):
+        return real(Path("/dev/full") if path.name == ".partial-00001.npy" else path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(ValueError, match=r"00001\.npy cannot be written: No space left on device; finished shards are"):
+        prepare(folder, tmp_path / "store")
+    monkeypatch.undo()
+    assert prepare(folder, tmp_path / "store").count == 12
+
+
+def test_check(folder, tmp_path, capsys):
+    prepare(folder, tmp_path / "store")
+    capsys.readouterr()
+    main(["--check", str(tmp_path / "store")])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "12 records of pixels, uint8 (1, 3, 16, 16), image_size 16, 3 shards"
+    assert said[-1] == f"{tmp_path / 'store'} is whole"
+    with Image.open(tmp_path / "store" / "sheet.png") as sheet:
+        assert sheet.size == (8 * 32, 2 * 32)
+    path = tmp_path / "store" / "00001.npy"
+    values = bytearray(path.read_bytes())
+    values[500] ^= 1
+    path.write_bytes(values)
+    with pytest.raises(ValueError, match="store is damaged: 1 of its files; copy it again, or prepare it anew"):
+        main(["--check", str(tmp_path / "store")])
+    assert "00001.npy is damaged: its SHA-256 is not that of the manifest" in capsys.readouterr().out
+
+
+def test_latents(folder, tmp_path):
+    small_vae().save_pretrained(tmp_path / "vae")
+    flags = ("--space", "latent", "--vae", str(tmp_path / "vae"), "--device", "cpu")
+    manifest = prepare(folder, tmp_path / "store", *flags)
+    assert (manifest.kind, manifest.shape, manifest.scale) == ("moments", (2, 8, 2, 2), 0.18215)
+    data = open_data(str(tmp_path / "store"), image_size=16, num_classes=None, mirror=True)
+    assert (len(data), data.shape) == (24, (4, 2, 2))
+    pixels, _ = ImageFolder(folder, 16, None, False).read(np.arange(12))
+    images = pixels.float() / 127.5 - 1
+    with torch.no_grad():
+        exact = small_vae().eval().encode(torch.cat([images, images.flip(3)])).latent_dist.parameters
+    torch.testing.assert_close(data.read(np.arange(24))[0].float(), exact, rtol=2e-3, atol=2e-3)
+    assert prepare(folder, tmp_path / "one", *flags, "--no-mirror").shape == (1, 8, 2, 2)
+    main(["--check", str(tmp_path / "store")])
+    with pytest.raises(ValueError, match="image_size must be a multiple of 8 for this VAE, not 20"):
+        prepare(folder, tmp_path / "other", *flags, "--image-size", "20")
+
+
+def test_the_manifest_names_the_source(folder, tmp_path):
+    about = prepare(folder, tmp_path / "store").source
+    names = "".join(f"/{file.relative_to(folder)}\n" for file in sorted(folder.rglob("*.png")))
+    digest = hashlib.sha256(names.encode()).hexdigest()
+    assert about == {"kind": "folder", "path": str(folder), "items": 12, "sha256": digest}
+    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["crop"] == "adm"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a source and the store to make of it, or --check STORE"),
+        (["x"], "name a source and the store to make of it, or --check STORE"),
+        (["x", "--check", "y"], r"--check y takes no source \(x\)"),
+        (["--check", "y"], r"y is not a store: it holds no manifest\.json"),
+        (["x", "y", "--batch-size", "0"], "batch_size must be at least 1, not 0"),
+        (["x", "y", "--num-workers", "-1"], "num_workers must be at least 0, not -1"),
+        (["x", "y"], "x does not exist: name a folder"),
+        (["x", "y", "--onbad", "skip"], "did you mean --on-bad"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        main(arguments)
+    assert not list(tmp_path.iterdir())
