@@ -96,8 +96,8 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        code = _cuobjdump("--dump-sass", file.name)
+        usage = cuobjdump("--dump-resource-usage", file.name)
+        code = cuobjdump("--dump-sass", file.name)
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     loads: collections.Counter[int] = collections.Counter()
     for modifiers in re.findall(r"\bLDG\.E(\S*)", code):
@@ -175,7 +175,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _cuobjdump(option: str, file: str) -> str:
+def cuobjdump(option: str, file: str) -> str:
+    """Return what NVIDIA's cuobjdump, which is in triton's package, prints of a file."""
     return subprocess.run([_CUOBJDUMP, option, file], capture_output=True, text=True, check=True).stdout
 
 

@@ -173,7 +173,6 @@ LAUNCHES = [
         },
     ),
     Spec(_loss_cases, {}),
-    Spec(
-        _adamw_cases, {"_adamw_ema_kernel": (True, 16)}
-    ),  # the table's, the corrections', the rates', and three of the step
+    # The scalars are the table's, the corrections', the rates', and three of the step.
+    Spec(_adamw_cases, {"_adamw_ema_kernel": (True, 16)}),
 ]

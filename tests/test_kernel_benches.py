@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import rows
-from bench.kernels import OPS, all_cases, cases, figures
+from bench.kernels import OPS, _cuda, all_cases, cases, figures
 from bench.kernels._cases import Op, case_of, shapes_of
 from bench.kernels._graph import Graphed
 from fastmask.kernels.modulate_norm import modulate_norm_reference
@@ -62,6 +62,20 @@ def test_without_interpreted_kernels_ours_is_missing_on_a_cpu(monkeypatch):
     for case in cases("masked_loss", "digits", CPU):
         assert "ours" not in case.variants
         assert "no native kernel" in case.missing["ours"]
+
+
+def test_a_candidate_is_there_on_a_gpu_alone_and_says_how_to_build_it(monkeypatch):
+    monkeypatch.delenv("FASTMASK_NATIVE_CUDA", raising=False)
+    _cuda.load.cache_clear()
+    assert _cuda.candidate(_cuda.adamw_ema, CPU) == {}
+    assert _cuda.candidate(_cuda.adamw_ema, torch.device("cuda")) == {"cuda": _cuda.MISSING}
+    assert "make cuda" in _cuda.MISSING
+
+
+def test_what_has_only_a_backward_is_not_timed_forward():
+    op = op_of(modulate_norm_reference, others={"another": modulate_norm_reference}, backward_only=("another",))
+    for direction, there in (("forward", False), ("forward_backward", True)):
+        assert ("another" in case_of(op, direction, shapes_of("digits", CPU)).variants) is there
 
 
 def test_least_bytes_and_operations_by_hand(everything):

@@ -66,6 +66,7 @@ class Op(NamedTuple):
         kernel: how the names of its kernels begin; empty if it has none of its own.
         options: other arguments.
         others: the ecosystem's own: a call like `reference`, or why there is none.
+        backward_only: variants whose forward is another's, and is not timed alone.
         part: share of an input that is needed at all, where that is not the whole.
         flops: of the products, forward.
         backward_flops: and backward.
@@ -84,6 +85,7 @@ class Op(NamedTuple):
     kernel: str
     options: Mapping[str, Any] = {}
     others: Mapping[str, Call | str] = {}
+    backward_only: tuple[str, ...] = ()
     part: Mapping[str, float] = {}
     flops: int = 0
     backward_flops: int = 0
@@ -183,7 +185,7 @@ def case_of(op: Op, direction: str, shapes: Shapes) -> Case:
     kernels = [row for row in backends() if row.device == shapes.device.type and row.op.startswith(op.kernel)]
     gaps = [row.reason for row in kernels if row.kernel == "none" and op.kernel]
     functions["ours"] = gaps[0] if gaps else op.fused
-    functions |= op.others
+    functions |= {name: other for name, other in op.others.items() if both or name not in op.backward_only}
 
     variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     checked: dict[str, Callable[[], tuple[Tensor, ...]]] = {}

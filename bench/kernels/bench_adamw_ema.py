@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from bench.kernels import _cuda
 from bench.kernels._cases import Op, Shapes
 from fastmask.kernels import adamw_ema
 from fastmask.kernels.adamw_ema import adamw_ema_reference
@@ -43,7 +44,7 @@ def op(shapes: Shapes) -> Op:
         adamw(params, *others, [], before, fused=True, **options, **rest)
         torch._foreach_lerp_(averages[0], params, 1 - DECAY)
 
-    names = ("params", "grads", "exp_avgs", "average")
+    names, still = ("params", "grads", "exp_avgs", "average"), {"weight_decay": 0.0}
     return Op(
         name="adamw_ema",
         shape=f"N={count}, one block of D={width}",
@@ -56,10 +57,10 @@ def op(shapes: Shapes) -> Op:
         },
         leaves=(),
         again=(),
-        reference=listed(lambda **options: adamw_ema_reference(**options, weight_decay=0.0)),
+        reference=listed(adamw_ema_reference, **still),
         fused=listed(adamw_ema, impl="fused"),
         kernel="adamw_ema",
-        others={"torch fused": listed(by_torch)},
+        others={"torch fused": listed(by_torch), **_cuda.candidate(listed(_cuda.adamw_ema, **still), shapes.device)},
         in_place=True,
     )
 

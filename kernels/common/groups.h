@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "parts.h"
 #include "rows.h"
 
 namespace fastmask {
@@ -21,8 +22,7 @@ struct Groups {
 
   int64_t begin(int64_t group) const { return cu_seqlens ? cu_seqlens[group] : rows / count * group; }
 
-  // Calls f(group, first row, end row, part) for parts of groups, on all threads. How groups are divided follows from
-  // the shapes alone, so that sums over a part do not depend on the number of threads.
+  // Calls f(group, first row, end row, part) for parts of groups, on all threads, of which no sum over a part depends.
   template <typename F>
   void for_parts(const F& f) const {
     const int64_t parts = parts_per_group(), grain = std::max<int64_t>(1, kRowsPerPart * count / std::max<int64_t>(1, rows));
@@ -30,15 +30,13 @@ struct Groups {
       f([&](const auto& task) {
         for (int64_t i = from; i < to; ++i) {
           const int64_t group = i / parts, part = i % parts, start = begin(group), length = begin(group + 1) - start;
-          task(group, start + part * length / parts, start + (part + 1) * length / parts, i);
+          task(group, part_begin(start, length, part, parts), part_begin(start, length, part + 1, parts), i);
         }
       });
     });
   }
 
-  int64_t parts_per_group() const {
-    return std::max<int64_t>(1, (rows + count * kRowsPerPart - 1) / std::max<int64_t>(1, count * kRowsPerPart));
-  }
+  int64_t parts_per_group() const { return fastmask::parts_per_group(rows, count, kRowsPerPart); }
 
  private:
   static constexpr int64_t kRowsPerPart = 16;

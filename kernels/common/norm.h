@@ -12,6 +12,14 @@ struct Statistics {
   float mean, rstd;
 };
 
+// One value. Backward, with g the gradient of xhat: of x it is rstd (g - mean(g) - xhat mean(g xhat)).
+FASTMASK_INLINE float normalized(float x, Statistics s) { return (x - s.mean) * s.rstd; }
+FASTMASK_INLINE float modulated(float xhat, float shift, float scale) { return xhat * (1.0f + scale) + shift; }
+FASTMASK_INLINE float xhat_gradient(float grad_h, float scale) { return grad_h * (1.0f + scale); }
+FASTMASK_INLINE float x_gradient(float g, float xhat, float rstd, float mean_g, float mean_gx) {
+  return rstd * (g - mean_g - xhat * mean_gx);
+}
+
 // A row is added up in pieces of this many values, whose sums are added up: rounding errors grow with the longer of both.
 constexpr std::int64_t kSumPiece = 256;
 
@@ -39,7 +47,7 @@ FASTMASK_INLINE Statistics row_statistics(const float* __restrict x, std::int64_
 
 FASTMASK_INLINE void modulate_row(const float* __restrict x, Statistics s, const float* __restrict shift,
                                   const float* __restrict scale, float* __restrict h, std::int64_t width) {
-  for (std::int64_t d = 0; d < width; ++d) h[d] = (x[d] - s.mean) * s.rstd * (1.0f + scale[d]) + shift[d];
+  for (std::int64_t d = 0; d < width; ++d) h[d] = modulated(normalized(x[d], s), shift[d], scale[d]);
 }
 
 // Both of them; not every file that includes this needs it.
@@ -59,7 +67,7 @@ FASTMASK_INLINE void gradient_means(const float* __restrict grad_h, const float*
     float piece_g = 0.0f, piece_gx = 0.0f;
 #pragma omp simd reduction(+ : piece_g, piece_gx)
     for (std::int64_t d = begin; d < piece_end(begin, width); ++d) {
-      const float xhat = (x[d] - s.mean) * s.rstd, g = grad_h[d] * (1.0f + scale[d]);
+      const float xhat = normalized(x[d], s), g = xhat_gradient(grad_h[d], scale[d]);
       grad_shift[d] += grad_h[d];
       grad_scale[d] += grad_h[d] * xhat;
       piece_g += g;

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(FASTMASK_SANITIZE)
+#if defined(__x86_64__) && defined(__linux__) && !defined(FASTMASK_SANITIZE) && !defined(__CUDACC__)
 #define FASTMASK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
 #else
 #define FASTMASK_SIMD __attribute__((noinline))

@@ -7,12 +7,11 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <vector>
 
-#include "../common/simd.h"
+#include "../common/adamw.h"
 
 namespace fastmask {
 namespace {
@@ -23,26 +22,14 @@ using torch::stable::Tensor;
 constexpr int64_t kPiece = 1024;  // values at a time: the new weights stay in the first cache for averages and copies
 constexpr int64_t kGrain = 32;    // pieces that are worth a thread
 
-// What is the same for all values of a tensor.
-struct Step {
-  float factor, beta1, beta2, rest1, rest2, shrink, step_size, correction, eps;
-};
-
 FASTMASK_SIMD void adamw_piece(float* __restrict p, const float* __restrict grad, float* __restrict m,
-                               float* __restrict v, int64_t n, const Step& step) {
-  const Step s = step;
-  for (int64_t i = 0; i < n; ++i) {
-    const float g = grad[i] * s.factor;
-    const float new_m = s.beta1 * m[i] + s.rest1 * g;
-    const float new_v = s.beta2 * v[i] + s.rest2 * g * g;
-    m[i] = new_m;
-    v[i] = new_v;
-    p[i] -= s.shrink * p[i] + s.step_size * (new_m / (std::sqrt(new_v) * s.correction + s.eps));
-  }
+                               float* __restrict v, int64_t n, const AdamwStep& step) {
+  const AdamwStep s = step;
+  for (int64_t i = 0; i < n; ++i) adamw(p[i], grad[i], m[i], v[i], s);
 }
 
 FASTMASK_SIMD void average_piece(float* __restrict average, const float* __restrict p, int64_t n, float rate) {
-  for (int64_t i = 0; i < n; ++i) average[i] += rate * (p[i] - average[i]);
+  for (int64_t i = 0; i < n; ++i) average[i] = moved(average[i], p[i], rate);
 }
 
 // bfloat16 is the upper half of an fp32 number, here rounded to the nearest, ties to even; NaN stays NaN.
@@ -66,7 +53,7 @@ struct Arrays {
   std::vector<float*> averages;
   void* copy;
   int64_t size, end;
-  Step step;
+  AdamwStep step;
 };
 
 void update_piece(const Arrays& a, int64_t start, const float* rates, bool bfloat16) {
@@ -103,16 +90,8 @@ void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
     pieces += (size + kPiece - 1) / kPiece;
     std::vector<float*> means;
     for (size_t k = 0; k < num_averages; ++k) means.push_back(floats(averages[k * count + i]));
-    const double t = value(steps[i]), step_lr = value(lr);
-    const Step step{factor ? value(*factor) : 1.0f,
-                    static_cast<float>(beta1),
-                    static_cast<float>(beta2),
-                    static_cast<float>(1.0 - beta1),
-                    static_cast<float>(1.0 - beta2),
-                    static_cast<float>(step_lr * weight_decay),
-                    static_cast<float>(step_lr / (1.0 - std::pow(beta1, t))),
-                    static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, t))),
-                    static_cast<float>(eps)};
+    const AdamwStep step = adamw_step(value(steps[i]), value(lr), factor ? value(*factor) : 1.0f,
+                                      {beta1, beta2, eps, weight_decay});
     tensors.push_back({floats(params[i]), floats(exp_avgs[i]), floats(exp_avg_sqs[i]),
                        static_cast<const float*>(grads[i].const_data_ptr()), means,
                        copies.empty() ? nullptr : copies[i].mutable_data_ptr(), size, pieces, step});

@@ -28,8 +28,8 @@ FASTMASK_SIMD void backward_row(const float* __restrict grad_new, const float* _
   gradient_means(grad_h, x, s, scale, sums + width, sums + 2 * width, width, mean_g, mean_gx);
   if (rms) mean_g = 0.0f;
   const auto gradient = [&](int64_t d, float residual) __attribute__((always_inline)) {
-    const float xhat = (x[d] - s.mean) * s.rstd;
-    const float g = residual + s.rstd * (grad_h[d] * (1.0f + scale[d]) - mean_g - xhat * mean_gx);
+    const float xhat = normalized(x[d], s);
+    const float g = residual + x_gradient(xhat_gradient(grad_h[d], scale[d]), xhat, s.rstd, mean_g, mean_gx);
     grad_gate[d] += g * branch[d];
     grad_branch[d] = g * gate[d];
     grad_x[d] = g;

@@ -18,8 +18,8 @@ FASTMASK_SIMD void backward_row(const float* __restrict grad_h, const float* __r
   gradient_means(grad_h, x, s, scale, grad_shift, grad_scale, width, mean_g, mean_gx);
   if (rms) mean_g = 0.0f;
   for (int64_t d = 0; d < width; ++d) {
-    const float xhat = (x[d] - s.mean) * s.rstd;
-    grad_x[d] = s.rstd * (grad_h[d] * (1.0f + scale[d]) - mean_g - xhat * mean_gx);
+    const float xhat = normalized(x[d], s);
+    grad_x[d] = x_gradient(xhat_gradient(grad_h[d], scale[d]), xhat, s.rstd, mean_g, mean_gx);
   }
 }
 

@@ -28,7 +28,7 @@ def results(op: Op, inputs: Sequence[Tensor], dtype: torch.dtype | None = None, 
 
 def weights_like(t: Tensor) -> Tensor:
     """Return numbers that differ from place to place, of which none is small."""
-    return (torch.arange(t.numel(), dtype=torch.float64) * 0.7).sin().add(1.5).view(t.shape)
+    return (torch.arange(t.numel(), dtype=torch.float64, device=t.device) * 0.7).sin().add(1.5).view(t.shape)
 
 
 def check_accuracy(op: Op, inputs: Sequence[Tensor], **options) -> None:
