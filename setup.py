@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent.resolve()
@@ -67,4 +68,15 @@ class CMakeBuild(build_ext):
         return []
 
 
-setup(ext_modules=[Extension("fastmask.kernels._native", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class Wheel(bdist_wheel):
+    """A wheel for every Python: the library knows nothing of it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return Python, its ABI, and the platform that the library is for."""
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("fastmask.kernels._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)
