@@ -1,7 +1,7 @@
 """A step of training: noise and mask, forward, backward, clipping, AdamW and the averages.
 
-Nothing in it waits for the device. What changes from step to step - samples, seeds, learning rate, decays, sums of the
-losses - lives in tensors that stay where they are, so that on a GPU the step is replayed as CUDA graphs.
+Nothing in it waits for the device. What changes from step to step - samples and their numbers, learning rate, decays, sums
+of the losses - lives in tensors that stay where they are, so that on a GPU the step is replayed as CUDA graphs.
 """
 
 import contextlib
@@ -21,8 +21,7 @@ from fastmask.ema import EMA
 from fastmask.optim import AdamWEMA, begin_step, clip_gradients
 from fastmask.watch import Tally, gradient_norm, update_ratio
 
-# One compile per kept count, and as many again for both sides of a block's recomputation.
-_COMPILES = 64
+_COMPILES = 64  # of one function: a few for each kept count; Dynamo stops with an error beyond
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast, by precision
 
 
@@ -193,6 +192,7 @@ class TrainingStep:
             return
         token.requires_grad_(masked)
         token.grad = None
+        self._graphs.clear()  # some wrote a gradient where none is now
         self._module = replicate(self._objective, self._config.parallel, self._device, self._ranks)
 
     def _compile(self, what: str) -> None:
