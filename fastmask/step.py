@@ -1,7 +1,7 @@
 """A step of training: noise and mask, forward, backward, clipping, AdamW and the averages.
 
-Nothing in it waits for the device. What changes from step to step - samples and their numbers, learning rate, decays, sums
-of the losses - lives in tensors that stay where they are, so that on a GPU the step is replayed as CUDA graphs.
+Nothing in it waits for the device. What changes from step to step - samples and their numbers, learning rate, decays,
+sums of the losses - lives in tensors that stay where they are, so that on a GPU the step is replayed as CUDA graphs.
 """
 
 import contextlib
