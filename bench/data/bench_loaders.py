@@ -1,8 +1,9 @@
 """The loaders of `fastmask.data` on the path of training: `open_data`, `batches`, and `to_images` on each batch.
 
 Every kind of data at 256x256, the digits at their 8x8; read by the process that trains, or ahead of it by a worker.
-The first batch is held to what is stored before any is timed. The files are in the page cache: a figure is the loader's
-own, and a disk comes on top. `--rows` stores the rows.
+Reading the store alone is timed too, against a file per image and a plain copy. The first batch is held to what is
+stored before any is timed. The files are in the page cache: a figure is the loader's own, and a disk comes on top.
+`--rows` stores the rows.
 """
 
 import collections
@@ -19,15 +20,20 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from bench import rows
-from fastmask.data import DataSet, batches, open_data
+from fastmask.data import DataSet, batches, open_data, sample_ids
+from fastmask.data.manifest import Manifest
 from fastmask.data.order import shuffled
+from fastmask.data.writer import StoreWriter
 
 SEED = 0
 BATCH = 32
 BATCHES = 2  # per timed call
 TIMES = {"rounds": 5, "warmup": 2}  # calls; a worker is ahead by two batches, which the first ones find ready
+RECORDS = 2048  # of moments
+READ, READS = 256, 16  # images of a batch, and batches per timed call, where reading alone is timed
 SCALE = 0.18215  # of the latents of Stable Diffusion
 
 
@@ -52,19 +58,36 @@ class Source(NamedTuple):
 
 
 def moments(folder: Path) -> Source:
-    random = np.random.default_rng(1)
-    means = random.normal(0, 5, (2048, 4, 32, 32))
-    log_variances = random.uniform(-6, 0, means.shape)
-    stored = np.concatenate([means, log_variances], axis=1).astype(np.float16)
-    labels = random.integers(1000, size=len(stored))
+    stored, labels = _moments()
     np.savez(folder / "latents.npz", moments=stored, labels=labels)
-
-    def images(stored: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = stored[:, :4].float(), stored[:, 4:].float()
-        return SCALE * mean, SCALE * (log_variance / 2).exp()
-
     read = functools.partial(_rows_of, stored, labels)
-    return Source(str(folder / "latents.npz"), "npz of 2048 moments 8x32x32 fp16", 256, 1000, read, images)
+    return Source(str(folder / "latents.npz"), "npz of 2048 moments 8x32x32 fp16", 256, 1000, read, _posterior)
+
+
+def store(folder: Path) -> Source:
+    """The same moments, a mirror image's beside each, in eight shards."""
+    stored, labels = _moments()
+    about = Manifest(
+        kind="moments",
+        dtype="float16",
+        shape=(2, 8, 32, 32),
+        image_size=256,
+        crop="adm",
+        num_classes=0,
+        class_names=[],
+        class_counts=[],
+        scale=SCALE,
+        source={"kind": "bench"},
+        shards=[],
+    )
+    with StoreWriter(folder / "store", about, len(stored), 256) as writer:
+        for number in writer.numbers():
+            items = writer.items_of(number)
+            with writer.shard(number) as shard:
+                shard.add(np.stack([stored[items], stored[items, ..., ::-1]], 1), labels[items])
+        writer.finish([str(label) for label in range(1000)])
+    read = functools.partial(_rows_of, stored, labels)
+    return Source(str(folder / "store"), "store of 2048 moments 8x32x32 fp16", 256, 1000, read, _posterior)
 
 
 def image_array(folder: Path) -> Source:
@@ -116,6 +139,7 @@ def synthetic(folder: Path) -> Source:
 
 
 SOURCES = {
+    "store": store,
     "moments": moments,
     "npz": image_array,
     "jpg": functools.partial(image_folder, suffix="jpg"),
@@ -186,6 +210,75 @@ def bench_loader(benchmark, source, num_workers, run_id, loaded, request):
     loaded.append((case, variant, figures))
     if request.config.getoption("rows"):
         rows.append({"bench": "loader", "case": case, "variant": variant, **figures}, device)
+
+
+class _Files(Dataset[tuple[NDArray[Any], int]]):
+    """An .npy of moments per image, as extraction scripts leave them."""
+
+    def __init__(self, folder: Path, stored: NDArray[Any], labels: NDArray[Any]) -> None:
+        self._folder, self._labels = folder, labels
+        for i, record in enumerate(stored):
+            np.save(folder / f"{i}.npy", record)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, i: int) -> tuple[NDArray[Any], int]:
+        return np.load(self._folder / f"{i}.npy"), int(self._labels[i])
+
+
+class _Order:
+    """The ids of every batch of a run."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (sample_ids(SEED, READ * i, READ, RECORDS).tolist() for i in itertools.count())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 8])
+def bench_reading(benchmark, num_workers, tmp_path, run_id, loaded, request):
+    """The store against a DataLoader over a file per image, and against a copy of the same bytes in memory."""
+    device, (stored, labels) = torch.device("cpu"), _moments()
+    (tmp_path / "files").mkdir()
+    files = _Files(tmp_path / "files", stored, labels)
+    dataset = open_data(store(tmp_path).data, image_size=256, num_classes=1000, mirror=False)
+    settings = {"batch_size": READ, "seed": SEED, "start": 0, "stop": 2**40, "num_workers": num_workers}
+    ours = batches(dataset, **settings, device=device)
+    theirs = iter(DataLoader(files, batch_sampler=_Order(), num_workers=num_workers))
+    with contextlib.closing(ours):
+        for actual, expected in zip(next(ours), next(theirs), strict=True):
+            assert torch.equal(actual, expected), "the store's records are not the source's"
+        source, target = stored[:READ], stored[-READ:].copy()
+        off = benchmark.disabled
+        times = {"rounds": 1, "warmup": 0} if off else TIMES
+        variants = {
+            "LatentStore": lambda: collections.deque(itertools.islice(ours, READS), maxlen=0),
+            "DataLoader over .npy": lambda: collections.deque(itertools.islice(theirs, READS), maxlen=0),
+            "copy": lambda: [np.copyto(target, source) for _ in range(READS)],
+        }
+        timings = benchmark.pedantic(rows.measure, (variants, device), times, rounds=1)
+    if off:
+        return
+    case = {"data": "2048 moments 8x32x32 fp16, read", "image_size": 256, "shape": "8x32x32"}
+    case |= {"batch": READ, "batches": READS, "num_workers": num_workers}
+    for variant, timing in timings.items():
+        figures = {**timing._asdict(), "images_per_s": round(READ * READS / timing.median_ms * 1e3, 1), "run": run_id}
+        benchmark.extra_info[variant] = figures
+        loaded.append((case, variant, figures))
+        if request.config.getoption("rows"):
+            rows.append({"bench": "loader", "case": case, "variant": variant, **figures}, device)
+
+
+def _moments() -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+    random = np.random.default_rng(1)
+    means = random.normal(0, 5, (RECORDS, 4, 32, 32))
+    log_variances = random.uniform(-6, 0, means.shape)
+    stored = np.concatenate([means, log_variances], axis=1).astype(np.float16)
+    return stored, random.integers(1000, size=len(stored))
+
+
+def _posterior(stored: Tensor) -> tuple[Tensor, Tensor]:
+    mean, log_variance = stored[:, :4].float(), stored[:, 4:].float()
+    return SCALE * mean, SCALE * (log_variance / 2).exp()
 
 
 def _rows_of(stored: NDArray[Any], labels: NDArray[Any], ids: NDArray[np.int64]) -> tuple[Any, Any]:

@@ -27,6 +27,8 @@ class Table:
             (number, group, rows) for number, file in enumerate(self._files) for group, rows in enumerate(_rows(file))
         ]
         self._starts = np.cumsum([0] + [rows for _, _, rows in self._groups])
+        starts = zip(self._groups, self._starts[:-1], strict=True)
+        self._firsts = {number: first for (number, group, _), first in starts if group == 0}  # row of a file
         if not self._starts[-1]:
             raise ValueError(f"{self._files[0]} holds no rows")
         schema = _schema(self._files[0])
@@ -43,10 +45,8 @@ class Table:
 
     def name(self, item: int) -> str:
         """Return the file, and which of its rows it is."""
-        group, _ = self._place(item)
-        number = self._groups[group][0]
-        first = next(g for g, (file, _, _) in enumerate(self._groups) if file == number)
-        return f"{self._files[number]}, row {item - int(self._starts[first])}"
+        number = self._groups[self._place(item)[0]][0]
+        return f"{self._files[number]}, row {item - int(self._firsts[number])}"
 
     def read(self, item: int) -> tuple[bytes, int]:
         """Return the content of an image and its label."""
