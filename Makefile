@@ -43,6 +43,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(wildcard kernels/*/*.cpp kernels/*/*.cu kernels/*/*.h)
 
 bench: venv
 	$(BIN)/python -m pytest bench/ --benchmark-only

@@ -25,7 +25,8 @@ struct Groups {
   // Calls f(group, first row, end row, part) for parts of groups, on all threads, of which no sum over a part depends.
   template <typename F>
   void for_parts(const F& f) const {
-    const int64_t parts = parts_per_group(), grain = std::max<int64_t>(1, kRowsPerPart * count / std::max<int64_t>(1, rows));
+    const int64_t parts = parts_per_group(),
+                  grain = std::max<int64_t>(1, kRowsPerPart * count / std::max<int64_t>(1, rows));
     torch::stable::parallel_for(0, count * parts, grain, [&](int64_t from, int64_t to) {
       f([&](const auto& task) {
         for (int64_t i = from; i < to; ++i) {

@@ -1,5 +1,5 @@
-// One row of an adaptive norm, h = norm(x) * (1 + scale) + shift, forward and backward. Rows fit the first cache, so each
-// step walks over them anew.
+// One row of an adaptive norm, h = norm(x) * (1 + scale) + shift, forward and backward. Rows fit the first cache, so
+// each step walks over them anew.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,8 @@ FASTMASK_INLINE float x_gradient(float g, float xhat, float rstd, float mean_g, 
   return rstd * (g - mean_g - xhat * mean_gx);
 }
 
-// A row is added up in pieces of this many values, whose sums are added up: rounding errors grow with the longer of both.
+// A row is added up in pieces of this many values, whose sums are added up: rounding errors grow with the longer of
+// both.
 constexpr std::int64_t kSumPiece = 256;
 
 FASTMASK_INLINE std::int64_t piece_end(std::int64_t begin, std::int64_t width) {

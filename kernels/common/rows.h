@@ -46,7 +46,8 @@ class RowReader {
   std::vector<float> scratch_;
 };
 
-// Writes rows of a contiguous tensor: `row` says where to put the fp32 values, `done` rounds them to the tensor's dtype.
+// Writes rows of a contiguous tensor: `row` says where to put the fp32 values, `done` rounds them to the tensor's
+// dtype.
 class RowWriter {
  public:
   RowWriter(const Tensor& tensor, int64_t width)

@@ -72,12 +72,11 @@ void update_piece(const Arrays& a, int64_t start, const float* rates, bool bfloa
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 float value(const Tensor& tensor) { return *static_cast<const float*>(tensor.const_data_ptr()); }
 
-void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-               const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
-               const std::vector<Tensor>& averages, const std::vector<Tensor>& copies,
-               const std::vector<Tensor>& steps, const Tensor& lr, const Tensor& rates,
-               const std::optional<Tensor>& factor, const std::optional<Tensor>& found_inf, double beta1, double beta2,
-               double eps, double weight_decay) {
+void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
+               const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& averages,
+               const std::vector<Tensor>& copies, const std::vector<Tensor>& steps, const Tensor& lr,
+               const Tensor& rates, const std::optional<Tensor>& factor, const std::optional<Tensor>& found_inf,
+               double beta1, double beta2, double eps, double weight_decay) {
   if (found_inf && value(*found_inf) != 0.0f) return;
   const size_t count = params.size(), num_averages = rates.numel();
   const float* rate = static_cast<const float*>(rates.const_data_ptr());
@@ -90,8 +89,8 @@ void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& gra
     pieces += (size + kPiece - 1) / kPiece;
     std::vector<float*> means;
     for (size_t k = 0; k < num_averages; ++k) means.push_back(floats(averages[k * count + i]));
-    const AdamwStep step = adamw_step(value(steps[i]), value(lr), factor ? value(*factor) : 1.0f,
-                                      {beta1, beta2, eps, weight_decay});
+    const AdamwStep step =
+        adamw_step(value(steps[i]), value(lr), factor ? value(*factor) : 1.0f, {beta1, beta2, eps, weight_decay});
     tensors.push_back({floats(params[i]), floats(exp_avgs[i]), floats(exp_avg_sqs[i]),
                        static_cast<const float*>(grads[i].const_data_ptr()), means,
                        copies.empty() ? nullptr : copies[i].mutable_data_ptr(), size, pieces, step});

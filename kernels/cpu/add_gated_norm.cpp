@@ -20,9 +20,8 @@ FASTMASK_SIMD void add_row(const float* __restrict x, const float* __restrict br
 FASTMASK_SIMD void backward_row(const float* __restrict grad_new, const float* __restrict grad_h,
                                 const float* __restrict x, Statistics s, const float* __restrict branch,
                                 const float* __restrict gate, const float* __restrict shift,
-                                const float* __restrict scale, float* __restrict grad_x,
-                                float* __restrict grad_branch, float* __restrict h_again, float* __restrict sums,
-                                int64_t width, bool rms) {
+                                const float* __restrict scale, float* __restrict grad_x, float* __restrict grad_branch,
+                                float* __restrict h_again, float* __restrict sums, int64_t width, bool rms) {
   float mean_g, mean_gx;
   float* __restrict grad_gate = sums;
   gradient_means(grad_h, x, s, scale, sums + width, sums + 2 * width, width, mean_g, mean_gx);
@@ -96,9 +95,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_gated_norm_bwd(
       const float *b_gate = read_gate(group), *b_shift = read_shift(group), *b_scale = read_scale(group);
       float* sum = partial.data() + part * 3 * width;
       for (int64_t i = begin; i < end; ++i) {
-        backward_row(grad_new.has_value() ? read_new(i) : nullptr, read_grad(i), read_x(i),
-                     {stat[i], stat[rows + i]}, read_branch(i), b_gate, b_shift, b_scale, write_x.row(i),
-                     write_branch.row(i), recompute ? write_h.row(i) : nullptr, sum, width, rms);
+        backward_row(grad_new.has_value() ? read_new(i) : nullptr, read_grad(i), read_x(i), {stat[i], stat[rows + i]},
+                     read_branch(i), b_gate, b_shift, b_scale, write_x.row(i), write_branch.row(i),
+                     recompute ? write_h.row(i) : nullptr, sum, width, rms);
         write_x.done(i);
         write_branch.done(i);
         if (recompute) write_h.done(i);

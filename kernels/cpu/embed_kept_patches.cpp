@@ -193,11 +193,13 @@ Tensor weight_tiles(const Tensor& weight, int64_t values, ScalarType dtype) {
   return tiles;
 }
 
-std::tuple<Tensor, Tensor, Tensor> embed_kept_patches_fwd(
-    const Tensor& images, const Tensor& weight, const Tensor& bias, const Tensor& position,
-    std::optional<Tensor> ids_keep, std::optional<Tensor> image_scale, std::optional<Tensor> cu_seqlens,
-    ScalarType dtype, ScalarType out_dtype, std::optional<Tensor> shift, std::optional<Tensor> scale, bool rms,
-    double eps) {
+std::tuple<Tensor, Tensor, Tensor> embed_kept_patches_fwd(const Tensor& images, const Tensor& weight,
+                                                          const Tensor& bias, const Tensor& position,
+                                                          std::optional<Tensor> ids_keep,
+                                                          std::optional<Tensor> image_scale,
+                                                          std::optional<Tensor> cu_seqlens, ScalarType dtype,
+                                                          ScalarType out_dtype, std::optional<Tensor> shift,
+                                                          std::optional<Tensor> scale, bool rms, double eps) {
   const KeptPatches kept(images, weight, ids_keep, image_scale, cu_seqlens, dtype);
   const int64_t rows = kept.rows, values = kept.values, width = weight.size(0);
   const Tensor tiles = weight_tiles(weight, values, dtype);

@@ -19,8 +19,8 @@ FASTMASK_SIMD void gelu_piece(const float* __restrict x, float* __restrict y, in
   for (int64_t i = 0; i < n; ++i) y[i] = gelu(x[i]);
 }
 
-FASTMASK_SIMD void gelu_gradient_piece(const float* __restrict grad, const float* __restrict x, float* __restrict grad_x,
-                                       float* __restrict y, int64_t n) {
+FASTMASK_SIMD void gelu_gradient_piece(const float* __restrict grad, const float* __restrict x,
+                                       float* __restrict grad_x, float* __restrict y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     float value, slope;
     gelu_with_slope(x[i], value, slope);

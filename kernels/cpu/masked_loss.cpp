@@ -23,8 +23,14 @@ struct Sizes {
   int64_t batch, channels, height, width, patch, bands, columns, values;
 
   Sizes(const Tensor& images, int64_t patch_size)
-      : batch(images.size(0)), channels(images.size(1)), height(images.size(2)), width(images.size(3)),
-        patch(patch_size), bands(height / patch), columns(width / patch), values(patch * patch * channels) {}
+      : batch(images.size(0)),
+        channels(images.size(1)),
+        height(images.size(2)),
+        width(images.size(3)),
+        patch(patch_size),
+        bands(height / patch),
+        columns(width / patch),
+        values(patch * patch * channels) {}
   int64_t band_values() const { return columns * values; }
 };
 
@@ -126,8 +132,14 @@ FASTMASK_SIMD void scale_errors(const float* __restrict raw, const float* __rest
 class BandReader {
  public:
   explicit BandReader(const Inputs& in)
-      : in_(in), s_(in.sizes), read_raw_(in.raw, s_.band_values()), read_images_(in.images, s_.width),
-        read_noised_(in.noised, s_.width), noised_(s_.band_values()), target_(s_.band_values()), kept_(s_.columns, 1) {}
+      : in_(in),
+        s_(in.sizes),
+        read_raw_(in.raw, s_.band_values()),
+        read_images_(in.images, s_.width),
+        read_noised_(in.noised, s_.width),
+        noised_(s_.band_values()),
+        target_(s_.band_values()),
+        kept_(s_.columns, 1) {}
 
   void read(int64_t band, const Sample& sample) {
     raw_ = read_raw_(band);
@@ -173,8 +185,15 @@ std::tuple<Tensor, Tensor> masked_loss_fwd(const Tensor& raw, const Tensor& imag
                                            const Tensor& sigma, std::optional<Tensor> ids_restore,
                                            std::optional<Tensor> cu_seqlens, int64_t num_kept, int64_t patch_size,
                                            double sigma_data) {
-  const Inputs in{raw,      images,     noised, sigma, OptionalIndices(ids_restore), OptionalIndices(cu_seqlens),
-                  num_kept, sigma_data, Sizes(images, patch_size)};
+  const Inputs in{raw,
+                  images,
+                  noised,
+                  sigma,
+                  OptionalIndices(ids_restore),
+                  OptionalIndices(cu_seqlens),
+                  num_kept,
+                  sigma_data,
+                  Sizes(images, patch_size)};
   const Sizes& s = in.sizes;
   std::vector<double> sums(s.batch * s.bands * 2);
   for_bands(s, [&](int64_t begin, int64_t end) {
@@ -205,8 +224,15 @@ Tensor masked_loss_bwd(const Tensor& grad_denoising, const Tensor& grad_reconstr
                        const Tensor& images, const Tensor& noised, const Tensor& sigma,
                        std::optional<Tensor> ids_restore, std::optional<Tensor> cu_seqlens, int64_t num_kept,
                        int64_t patch_size, double sigma_data) {
-  const Inputs in{raw,      images,     noised, sigma, OptionalIndices(ids_restore), OptionalIndices(cu_seqlens),
-                  num_kept, sigma_data, Sizes(images, patch_size)};
+  const Inputs in{raw,
+                  images,
+                  noised,
+                  sigma,
+                  OptionalIndices(ids_restore),
+                  OptionalIndices(cu_seqlens),
+                  num_kept,
+                  sigma_data,
+                  Sizes(images, patch_size)};
   const Sizes& s = in.sizes;
   const float* grad_kept = static_cast<const float*>(grad_denoising.const_data_ptr());
   const float* grad_dropped = static_cast<const float*>(grad_reconstruction.const_data_ptr());

@@ -42,8 +42,7 @@ std::tuple<Tensor, Tensor> modulate_norm_fwd(const Tensor& x, const Tensor& shif
     each([&](int64_t group, int64_t begin, int64_t end, int64_t) {
       const float *b_shift = read_shift(group), *b_scale = read_scale(group);
       for (int64_t i = begin; i < end; ++i) {
-        const Statistics s =
-            norm_row(read_x(i), b_shift, b_scale, write_h.row(i), width, rms, static_cast<float>(eps));
+        const Statistics s = norm_row(read_x(i), b_shift, b_scale, write_h.row(i), width, rms, static_cast<float>(eps));
         write_h.done(i);
         stat[i] = s.mean;
         stat[rows + i] = s.rstd;

@@ -22,8 +22,8 @@ constexpr int64_t kRowsPerPart = 256;  // of the weight, whose products with the
 
 // y[r * stride] = bias + <h[r], w> for R rows.
 template <int R>
-FASTMASK_INLINE void dot_rows(const float* __restrict h, const float* __restrict w, float bias, float* y, int64_t stride,
-                              int64_t width) {
+FASTMASK_INLINE void dot_rows(const float* __restrict h, const float* __restrict w, float bias, float* y,
+                              int64_t stride, int64_t width) {
   float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
   for (int64_t d = 0; d < width; ++d) {

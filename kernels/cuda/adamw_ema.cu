@@ -129,12 +129,11 @@ void launch(const Launcher& launcher, const Update& a, int averages) {
   if (a.tensors > 0) launcher(kKernels[averages], a.table[(a.tensors - 1) * a.words + kEnd], kThreads, a);
 }
 
-void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-               const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
-               const std::vector<Tensor>& averages, const std::vector<Tensor>& copies,
-               const std::vector<Tensor>& steps, const Tensor& lr, const Tensor& rates,
-               const std::optional<Tensor>& factor, const std::optional<Tensor>& found_inf, double beta1, double beta2,
-               double eps, double weight_decay) {
+void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
+               const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& averages,
+               const std::vector<Tensor>& copies, const std::vector<Tensor>& steps, const Tensor& lr,
+               const Tensor& rates, const std::optional<Tensor>& factor, const std::optional<Tensor>& found_inf,
+               double beta1, double beta2, double eps, double weight_decay) {
   const std::size_t count = params.size(), num_averages = rates.numel();
   STD_TORCH_CHECK(num_averages <= kMaxAverages, "up to ", kMaxAverages, " averages, not ", num_averages);
   const auto pointer = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };

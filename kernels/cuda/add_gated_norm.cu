@@ -189,9 +189,9 @@ __global__ void __launch_bounds__(kFinishThreads) finish_sums_kernel(const __gri
 }
 
 template <typename X, typename L>
-constexpr void (*kKernels[])(Backward<X, L>) = {
-    add_gated_norm_bwd_kernel<X, L, 1>, add_gated_norm_bwd_kernel<X, L, 2>, add_gated_norm_bwd_kernel<X, L, 3>,
-    add_gated_norm_bwd_kernel<X, L, 4>, add_gated_norm_bwd_kernel<X, L, kMaxVectors>};
+constexpr void (*kKernels[])(Backward<X, L>) = {add_gated_norm_bwd_kernel<X, L, 1>, add_gated_norm_bwd_kernel<X, L, 2>,
+                                                add_gated_norm_bwd_kernel<X, L, 3>, add_gated_norm_bwd_kernel<X, L, 4>,
+                                                add_gated_norm_bwd_kernel<X, L, kMaxVectors>};
 
 template <typename T>
 T* pointer(const Tensor& tensor) {
@@ -213,33 +213,22 @@ Results backward(const std::optional<Tensor>& grad_new, const Tensor& grad_h, co
   const bool whole = parts == 1;
   Tensor partial = torch::stable::new_empty(stats, {whole ? 0 : groups * parts, kSums, width}, ScalarType::Float);
   L* const results[kSums] = {pointer<L>(sums[0]), pointer<L>(sums[1]), pointer<L>(sums[2])};
-  launch(kKernels<X, L>[(width + 255) / 256 - 1], groups * parts, kWarps * kLanes,
-         Backward<X, L>{grad_new ? static_cast<const X*>(grad_new->const_data_ptr()) : nullptr,
-                        static_cast<const X*>(x_new.const_data_ptr()),
-                        static_cast<const L*>(grad_h.const_data_ptr()),
-                        static_cast<const L*>(branch.const_data_ptr()),
-                        static_cast<const L*>(gate.const_data_ptr()),
-                        static_cast<const L*>(shift.const_data_ptr()),
-                        static_cast<const L*>(scale.const_data_ptr()),
-                        static_cast<const float*>(stats.const_data_ptr()),
-                        cu_seqlens ? static_cast<const int*>(cu_seqlens->const_data_ptr()) : nullptr,
-                        pointer<X>(grad_x),
-                        pointer<L>(grad_branch),
-                        recompute ? pointer<L>(h) : nullptr,
-                        {results[0], results[1], results[2]},
-                        whole ? nullptr : pointer<float>(partial),
-                        rows,
-                        groups,
-                        parts,
-                        gate.stride(0),
-                        shift.stride(0),
-                        scale.stride(0),
-                        static_cast<int>(width),
-                        rms});
+  launch(
+      kKernels<X, L>[(width + 255) / 256 - 1], groups * parts, kWarps * kLanes, Backward<X, L> {
+        grad_new ? static_cast<const X*>(grad_new->const_data_ptr()) : nullptr,
+            static_cast<const X*>(x_new.const_data_ptr()), static_cast<const L*>(grad_h.const_data_ptr()),
+            static_cast<const L*>(branch.const_data_ptr()), static_cast<const L*>(gate.const_data_ptr()),
+            static_cast<const L*>(shift.const_data_ptr()), static_cast<const L*>(scale.const_data_ptr()),
+            static_cast<const float*>(stats.const_data_ptr()),
+            cu_seqlens ? static_cast<const int*>(cu_seqlens->const_data_ptr()) : nullptr, pointer<X>(grad_x),
+            pointer<L>(grad_branch), recompute ? pointer<L>(h) : nullptr, {results[0], results[1], results[2]},
+            whole ? nullptr : pointer<float>(partial), rows, groups, parts, gate.stride(0), shift.stride(0),
+            scale.stride(0), static_cast<int>(width), rms
+      });
   if (!whole) {
     launch(finish_sums_kernel<L>, (groups * kSums * width + kFinishThreads - 1) / kFinishThreads, kFinishThreads,
-           Finish<L>{pointer<float>(partial), {results[0], results[1], results[2]}, groups, parts,
-                     static_cast<int>(width)});
+           Finish<L>{
+               pointer<float>(partial), {results[0], results[1], results[2]}, groups, parts, static_cast<int>(width)});
   }
   return {grad_x, grad_branch, sums[0], sums[1], sums[2], h};
 }
