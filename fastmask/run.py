@@ -73,8 +73,6 @@ class Run:
             say(f"going on from {newest}")
         elif config.init:
             load_initial(config.init, self.net, self.ema.weights)
-        if self.step >= config.max_steps:
-            say(f"{self.run_dir}: all {self.step} steps are done")
 
     def go_on(self, checkpointer: Checkpointer, stopped: Callable[[], int]) -> None:
         """Train to the last step, or until told to stop."""

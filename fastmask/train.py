@@ -157,6 +157,9 @@ def train(config: TrainConfig, dataset: DataSet, ranks: Ranks = Ranks(), *, prof
     if profile:
         run.profile(profile)
         return
+    if run.step >= config.max_steps:
+        say(f"{config.run_dir}: all {run.step} steps are done")
+        return
     with Checkpointer(Path(config.run_dir), config.keep_checkpoints) as checkpointer, stop_signals() as stopped:
         while run.step < config.max_steps:
             try:

@@ -243,7 +243,9 @@ def test_changed_configuration_is_refused(tmp_path):
 def test_finished_run_is_left_alone(tmp_path, capsys):
     run(tmp_path)
     run(tmp_path)
-    assert "all 6 steps are done" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "all 6 steps are done" in out
+    assert out.count("trained 6 steps") == 1
 
 
 def test_init_of_another_shape_lists_names(tmp_path):
