@@ -2,25 +2,31 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import tyro
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.data.autoencoder import Autoencoder
 from fastmask.data.check import check_store
-from fastmask.data.decoding import decoded
+from fastmask.data.decoding import Decoded, decoded, read_ahead
+from fastmask.data.importers import Latents, open_latents
+from fastmask.data.latents import DOWNSAMPLING
 from fastmask.data.manifest import Manifest
 from fastmask.data.sources import Source, open_source
 from fastmask.data.writer import StoreWriter
 from fastmask.report import console, save_grid, say
 
 _SHOWN = 64  # images of the contact sheet
+_UNCOUNTED: dict[str, Any] = {"num_classes": 0, "class_names": [], "class_counts": [], "shards": []}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,8 @@ class PrepareConfig:
     """What to make of what."""
 
     source: tyro.conf.Positional[str] = ""
-    """A folder of images (class = sub-folder, or labels.json), WebDataset or ImageNet tars, parquet, IDX or .npz."""
+    """A folder of images (class = sub-folder, or labels.json), WebDataset or ImageNet tars, parquet, IDX or .npz.
+    Latents of MaskDiT (LMDB or tars), fast-DiT (.npy) and EDM2 (zip or folder) are taken over."""
     store: tyro.conf.Positional[str] = ""
     """Folder of the store; the same command goes on where it stopped."""
     check: str = ""
@@ -68,42 +75,56 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
     if config.num_workers < 0:
         raise ValueError(f"num_workers must be at least 0, not {config.num_workers}")
-    source = open_source(Path(config.source))
-    encoder = Autoencoder(config.vae, pick_device(config.device)) if config.space == "latent" else None
-    manifest = plan(config, source, encoder)
-    say(f"{config.source}: {source.kind}, {len(source):,} images, {len(source.class_names) or 'no known'} classes")
-    if source.ignored:
-        say(f"{len(source.ignored):,} files are no images by their names and left out: {source.ignored[0]}, ...")
-    with StoreWriter(Path(config.store), manifest, len(source), config.shard_size) as writer:
-        fill(writer, config, source, encoder)
-        manifest = writer.finish(source.class_names)
+    latents = open_latents(Path(config.source))
+    job = _encode(config, open_source(Path(config.source))) if latents is None else _take_over(config, latents)
+    with StoreWriter(Path(config.store), job.manifest, job.items, config.shard_size) as writer:
+        fill(writer, config, job)
+        manifest = writer.finish(job.class_names)
     skipped = sum(len(shard.skipped) for shard in manifest.shards)
     say(f"{config.store}: {manifest.count:,} records, {manifest.num_classes} classes, {skipped} images left out")
 
 
-def plan(config: PrepareConfig, source: Source, encoder: Autoencoder | None) -> Manifest:
-    """Return the manifest of the store to be, with no shards and counts yet."""
-    names = hashlib.sha256()
-    for item in range(len(source)):
-        names.update(source.name(item).removeprefix(config.source).encode(errors="surrogateescape") + b"\n")
+class Job(NamedTuple):
+    """What a store is filled with.
+
+    Attributes:
+        manifest: what it will hold, with no shards and counts yet.
+        items: how many the source has.
+        class_names: as far as they are known.
+        read: yields what is read of each part of the source, in order.
+        record: returns the records, (n, copies, channels, height, width), of values that were read.
+    """
+
+    manifest: Manifest
+    items: int
+    class_names: list[str]
+    read: Callable[[list[range]], Generator[Decoded]]
+    record: Callable[[NDArray[Any]], NDArray[Any]]
+
+
+def _encode(config: PrepareConfig, source: Source) -> Job:
+    """Return the job of storing a source's images as pixels, or as moments of a VAE."""
+    say(f"{config.source}: {source.kind}, {len(source):,} images, {len(source.class_names) or 'no known'} classes")
+    if source.ignored:
+        say(f"{len(source.ignored):,} files are no images by their names and left out: {source.ignored[0]}, ...")
     about: dict[str, Any] = {
         "image_size": config.image_size,
         "crop": "adm",
-        "num_classes": 0,
-        "class_names": [],
-        "class_counts": [],
-        "source": {"kind": source.kind, "path": config.source, "items": len(source), "sha256": names.hexdigest()},
-        "shards": [],
+        **_UNCOUNTED,
+        "source": _origin(config, source.kind, len(source), source.name),
     }
-    if encoder is None:
+    read = functools.partial(decoded, source, config.image_size, num_workers=config.num_workers)
+    if config.space == "pixel":
         shape = (1, source.channels, config.image_size, config.image_size)
-        return Manifest(kind="pixels", dtype="uint8", shape=shape, **about)
+        manifest = Manifest(kind="pixels", dtype="uint8", shape=shape, **about)
+        return Job(manifest, len(source), source.class_names, read, lambda pixels: pixels[:, None])
+    encoder = Autoencoder(config.vae, pick_device(config.device))
     side, rest = divmod(config.image_size, encoder.downsampling)
     if rest:
         raise ValueError(
             f"image_size must be a multiple of {encoder.downsampling} for this VAE, not {config.image_size}"
         )
-    return Manifest(
+    manifest = Manifest(
         kind="moments",
         dtype="float16",
         shape=(1 + config.mirror, 2 * encoder.channels, side, side),
@@ -113,37 +134,83 @@ def plan(config: PrepareConfig, source: Source, encoder: Autoencoder | None) -> 
         shift=encoder.shift,
         **about,
     )
+    record = functools.partial(encoder.moments, mirror=config.mirror)
+    return Job(manifest, len(source), source.class_names, read, record)
 
 
-def fill(writer: StoreWriter, config: PrepareConfig, source: Source, encoder: Autoencoder | None) -> None:
+def _take_over(config: PrepareConfig, latents: Latents) -> Job:
+    """Return the job of storing latents that were extracted before."""
+    if not len(latents):
+        raise ValueError(f"{config.source} holds no latents")
+    shape = latents.read(0)[0].shape
+    copies, channels, side, width = shape
+    mirrored = "with" if copies == 2 else "without"
+    say(f"{config.source}: {latents.kind}, {len(latents):,} {latents.holds} {shape[1:]} {mirrored} mirror images")
+    if side != width or (latents.holds == "moments" and channels % 2):
+        raise ValueError(f"{config.source}: {latents.holds} of shape {shape[1:]} are not those of square images")
+    image_size = side * DOWNSAMPLING
+    if config.image_size != image_size:
+        raise ValueError(
+            f"{config.source} holds latents of images of side {image_size}: give --image-size {image_size}"
+        )
+    manifest = Manifest(
+        kind=latents.holds,
+        dtype="float16",
+        shape=(copies, channels, side, side),
+        image_size=image_size,
+        crop="imported",
+        **_UNCOUNTED,
+        vae=latents.vae,
+        scale=latents.scale,
+        shift=latents.shift,
+        source=_origin(config, latents.kind, len(latents), latents.name),
+    )
+    read = functools.partial(read_ahead, latents.read, latents.name, num_workers=config.num_workers)
+    return Job(manifest, len(latents), [], read, _as_float16)
+
+
+def _origin(config: PrepareConfig, kind: str, count: int, name: Callable[[int], str]) -> dict[str, Any]:
+    names = hashlib.sha256()
+    for item in range(count):
+        names.update(name(item).removeprefix(config.source).encode(errors="surrogateescape") + b"\n")
+    return {"kind": kind, "path": config.source, "items": count, "sha256": names.hexdigest()}
+
+
+def _as_float16(values: NDArray[Any]) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        records = values.astype(np.float16)
+    if not np.isfinite(records).all():
+        raise ValueError("some latents are not finite in float16: are they what their layout says?")
+    return records
+
+
+def fill(writer: StoreWriter, config: PrepareConfig, job: Job) -> None:
     """Write the shards that are not finished yet."""
     todo = [number for number in writer.numbers() if not writer.finished(number)]
     left = sum(len(writer.items_of(number)) for number in todo)
-    if left < len(source):
-        say(f"{len(source) - left:,} of {len(source):,} images were done before")
+    if left < job.items:
+        say(f"{job.items - left:,} of {job.items:,} images were done before")
     parts = {number: _split(writer.items_of(number), config.batch_size) for number in todo}
-    images = decoded(source, config.image_size, [part for some in parts.values() for part in some], config.num_workers)
-    with contextlib.closing(images), _progress() as progress:
-        task = progress.add_task("", total=len(source), completed=len(source) - left, rate=0.0)
+    batches = job.read([part for some in parts.values() for part in some])
+    with contextlib.closing(batches), _progress() as progress:
+        task = progress.add_task("", total=job.items, completed=job.items - left, rate=0.0)
         for number in todo:
             with writer.shard(number) as shard:
-                for part, batch in zip(parts[number], itertools.islice(images, len(parts[number])), strict=True):
+                for part, batch in zip(parts[number], itertools.islice(batches, len(parts[number])), strict=True):
                     for name, line in batch.bad:
                         if config.on_bad == "stop":
                             raise ValueError(f"{line} (--on-bad skip leaves such images out)")
                         say(f"left out: {line}")
                         shard.skipped.append(name)
                     if len(batch.labels):
-                        pixels = batch.pixels
-                        records = encoder.moments(pixels, config.mirror) if encoder else pixels[:, None]
-                        shard.add(records, batch.labels)
+                        shard.add(job.record(batch.values), batch.labels)
                     progress.advance(task, len(part))
                     progress.update(task, rate=progress.tasks[0].speed or 0.0)
             if not console.is_terminal:
                 speed = progress.tasks[0].speed or 0.0
                 done = int(progress.tasks[0].completed)
-                left_s = (len(source) - done) / speed if speed else 0.0
-                say(f"{done:>9,}/{len(source):,} images  {speed:,.0f} images/s  {left_s:.0f} s left")
+                left_s = (job.items - done) / speed if speed else 0.0
+                say(f"{done:>9,}/{job.items:,} images  {speed:,.0f} images/s  {left_s:.0f} s left")
 
 
 def check(store: Path) -> None:

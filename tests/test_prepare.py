@@ -224,6 +224,46 @@ def test_latents(folder, tmp_path):
         prepare(folder, tmp_path / "other", *flags, "--image-size", "20")
 
 
+def edm2(folder, values):
+    """Write latents in EDM2's layout."""
+    (folder / "0").mkdir(parents=True)
+    for i, value in enumerate(values):
+        np.save(folder / "0" / f"{i}.npy", value)
+    labels = [[f"0/{i}.npy", i % 2] for i in range(len(values))]
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return folder
+
+
+def test_latents_are_taken_over(tmp_path, capsys):
+    mean = np.random.default_rng(0).normal(0, 4, (7, 4, 2, 2)).astype(np.float32)
+    source = edm2(tmp_path / "edm2", np.concatenate([mean, np.full_like(mean, 1e-6)], 1))
+    manifest = prepare(source, tmp_path / "store")
+    assert (manifest.kind, manifest.shape, manifest.class_counts) == ("moments", (1, 8, 2, 2), [4, 3])
+    assert manifest.source["kind"] == "edm2"
+    data = open_data(str(tmp_path / "store"), image_size=16, num_classes=None, mirror=False)
+    images = data.to_images(data.read(np.arange(7))[0], 0, torch.arange(7)).numpy()
+    scale = 0.5 / np.array([4.17, 4.62, 3.71, 3.28])[:, None, None]
+    shift = np.array([5.81, 3.25, 0.12, -2.15])[:, None, None]
+    np.testing.assert_allclose(images, (mean - shift) * scale, rtol=1e-3, atol=2e-3)
+    main(["--check", str(tmp_path / "store")])
+    assert "edm2, 7 moments (8, 2, 2) without mirror images" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds latents of images of side 16: give --image-size 16"):
+        prepare(source, tmp_path / "other", "--image-size", "256")
+
+
+def test_latents_that_cannot_be_taken_over(tmp_path):
+    values = np.ones((4, 8, 2, 2), np.float32)
+    values[2] = np.inf
+    with pytest.raises(ValueError, match="not finite in float16"):
+        prepare(edm2(tmp_path / "a", values), tmp_path / "store")
+    with pytest.raises(ValueError, match=r"moments of shape \(8, 2, 3\) are not those of square images"):
+        prepare(edm2(tmp_path / "b", np.ones((1, 8, 2, 3), np.float32)), tmp_path / "other")
+    source = edm2(tmp_path / "c", values)
+    (source / "dataset.json").write_text('{"labels": []}')
+    with pytest.raises(ValueError, match="holds no latents"):
+        prepare(source, tmp_path / "other")
+
+
 def test_the_manifest_names_the_source(folder, tmp_path):
     about = prepare(folder, tmp_path / "store").source
     names = "".join(f"/{file.relative_to(folder)}\n" for file in sorted(folder.rglob("*.png")))

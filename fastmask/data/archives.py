@@ -1,5 +1,6 @@
 """Images in tar files: WebDataset's shards, and ImageNet as it is distributed. Indexed once, then read at any place."""
 
+import itertools
 import json
 import os
 import re
@@ -28,7 +29,7 @@ class WebDataset:
     kind = "webdataset"
     channels = 3
 
-    def __init__(self, tars: Sequence[Path]) -> None:
+    def __init__(self, tars: Sequence[Path], suffixes: frozenset[str] = SUFFIXES) -> None:
         self._tars = list(tars)
         self.class_names: list[str] = []
         self.ignored: list[str] = []
@@ -41,7 +42,7 @@ class WebDataset:
                 stem, _, suffix = file.partition(".")
                 samples.setdefault(f"{folder}/{stem}", {})[suffix.lower()] = member
             for sample in samples.values():
-                images = [member for suffix, member in sample.items() if f".{suffix}" in SUFFIXES]
+                images = [member for suffix, member in sample.items() if f".{suffix}" in suffixes]
                 if not images:
                     self.ignored += [member.name for member in sample.values()]
                     continue
@@ -50,6 +51,15 @@ class WebDataset:
         if not self._images:
             raise ValueError(f"{self._tars[0]} holds no images: expected SAMPLE.jpg (or .png, ...) and SAMPLE.cls")
         self._labelled = any(self._labels)
+
+    @staticmethod
+    def first_suffixes(path: Path) -> set[str]:
+        """Return the suffixes of the first few members of a tar, none if it cannot be read."""
+        try:
+            with tarfile.open(path, "r:") as tar:
+                return {Path(entry.name).suffix for entry in itertools.islice(tar, 4)}
+        except (OSError, tarfile.TarError):
+            return set()
 
     def __len__(self) -> int:
         return len(self._images)

@@ -11,7 +11,7 @@ from fastmask.data.manifest import Manifest, read_manifest
 from fastmask.data.store import LatentStore, damaged_files
 
 _SAMPLED = 2048  # records that statistics are taken of, evenly spread
-_FITTING = 0.5, 2.0  # standard deviations that training expects, at most
+_FITTING = 0.4, 2.0  # standard deviations that training expects, at most
 
 
 class Found(NamedTuple):
@@ -44,14 +44,13 @@ def check_store(path: Path) -> Found:
         f"{manifest.image_size}, {len(manifest.shards)} shards",
         *_classes(manifest),
     ]
-    if manifest.kind == "moments":
+    if manifest.kind != "pixels":
         lines.append(
-            f"VAE {manifest.vae}, sha256 {manifest.vae_sha256[:12]}, scale {manifest.scale:g}, shift {manifest.shift:g}"
+            f"VAE {manifest.vae}, sha256 {manifest.vae_sha256[:12] or 'unknown'}, scale {_shown(manifest.scale)}, "
+            f"shift {_shown(manifest.shift)}"
         )
-    mean, std = images.mean((0, 2, 3)), images.std((0, 2, 3))
-    lines.append(
-        f"as trained on, of {count:,} records: mean {_shown(mean)}, standard deviation {_shown(std)} per channel"
-    )
+    mean, std = (_shown(values.tolist()) for values in (images.mean((0, 2, 3)), images.std((0, 2, 3))))
+    lines.append(f"as trained on, of {count:,} records: mean {mean}, standard deviation {std} per channel")
     skipped = [name for shard in manifest.shards for name in shard.skipped]
     if skipped:
         lines.append(f"{len(skipped)} images were left out: {', '.join(skipped[:3])}{', ...' if skipped[3:] else ''}")
@@ -67,11 +66,10 @@ def _warnings(manifest: Manifest, stored: Tensor, images: Tensor) -> list[str]:
         found.append("some stored values are not finite")
         return found
     std = float(images.std())
-    if manifest.kind == "moments" and not _FITTING[0] <= std <= _FITTING[1]:
-        fitting = manifest.scale / std if std else 0.0
+    if manifest.kind != "pixels" and not _FITTING[0] <= std <= _FITTING[1]:
         found.append(
-            f"the scale {manifest.scale:g} brings the latents to a standard deviation of {std:.3g}, not about 1: is it "
-            f"that of another VAE? {fitting:.4g} would"
+            f"the scale {_shown(manifest.scale)} brings the latents to a standard deviation of {std:.3g}, not near 1: "
+            f"is it that of another VAE?"
         )
     flat = (images.flatten(1).std(1) == 0).sum()
     if flat:
@@ -90,5 +88,5 @@ def _classes(manifest: Manifest) -> list[str]:
     ]
 
 
-def _shown(values: Tensor) -> str:
-    return " ".join(f"{value:.3f}" for value in values.tolist())
+def _shown(values: float | list[float]) -> str:
+    return " ".join(f"{value:.5g}" for value in (values if isinstance(values, list) else [values]))

@@ -1,7 +1,8 @@
 """Decodes a source's images ahead of what stores them."""
 
+import functools
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,15 +14,15 @@ from fastmask.data.sources import Source
 
 
 class Decoded(NamedTuple):
-    """Images that follow one another in a source.
+    """Items that follow one another in a source.
 
     Attributes:
-        pixels: of those that could be read, uint8 (n, C, size, size).
+        values: of those that could be read: pixels, uint8 (n, C, size, size), or records as they are.
         labels: of those, int64 (n,).
         bad: name of each other one, and a line that says what is wrong.
     """
 
-    pixels: NDArray[np.uint8]
+    values: NDArray[Any]
     labels: NDArray[np.int64]
     bad: list[tuple[str, str]]
 
@@ -35,8 +36,23 @@ def decoded(source: Source, image_size: int, parts: list[range], num_workers: in
         parts: which images, a batch at a time.
         num_workers: processes that decode; 0 decodes here.
     """
+    read = functools.partial(_image, source, image_size)
+    return read_ahead(read, source.name, parts, num_workers)
+
+
+def read_ahead(
+    read: Callable[[int], tuple[NDArray[Any], int]], name: Callable[[int], str], parts: list[range], num_workers: int
+) -> Generator[Decoded]:
+    """Yield what is read of each part, in order.
+
+    Args:
+        read: returns an item's value and its label; an OSError or ValueError if it is damaged.
+        name: returns an item's name.
+        parts: which items, a batch at a time.
+        num_workers: processes that read; 0 reads here.
+    """
     loader = DataLoader(
-        _Parts(source, image_size, parts),
+        _Parts(read, name, parts),
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
@@ -55,9 +71,20 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _image(source: Source, size: int, item: int) -> tuple[NDArray[np.uint8], int]:
+    content, label = source.read(item)
+    if isinstance(content, bytes):
+        content = decode(content, size, source.name(item), still=True)
+    elif content.shape[:2] != (size, size):
+        content = resize_all(content[None], size)[0]
+    return np.ascontiguousarray(content.transpose(2, 0, 1)), label
+
+
 class _Parts(Dataset[Decoded]):
-    def __init__(self, source: Source, image_size: int, parts: list[range]) -> None:
-        self._source, self._size, self._parts = source, image_size, parts
+    def __init__(
+        self, read: Callable[[int], tuple[NDArray[Any], int]], name: Callable[[int], str], parts: list[range]
+    ) -> None:
+        self._read, self._name, self._parts = read, name, parts
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -65,23 +92,13 @@ class _Parts(Dataset[Decoded]):
     def __getitem__(self, index: int) -> Decoded:
         if index >= len(self):
             raise IndexError(index)
-        pixels, labels, bad = [], [], []
+        values, labels, bad = [], [], []
         for item in self._parts[index]:
             try:
-                image, label = self._read(item)
+                value, label = self._read(item)
             except (OSError, ValueError) as error:
-                bad.append((self._source.name(item), " ".join(str(error).split())))
+                bad.append((self._name(item), " ".join(str(error).split())))
                 continue
-            pixels.append(image)
+            values.append(value)
             labels.append(label)
-        shape = (len(pixels), self._size, self._size, self._source.channels)
-        stacked = np.stack(pixels) if pixels else np.empty(shape, np.uint8)
-        return Decoded(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2)), np.array(labels, np.int64), bad)
-
-    def _read(self, item: int) -> tuple[NDArray[np.uint8], int]:
-        content, label = self._source.read(item)
-        if isinstance(content, bytes):
-            return decode(content, self._size, self._source.name(item), still=True), label
-        if content.shape[:2] != (self._size, self._size):
-            content = resize_all(content[None], self._size)[0]
-        return content, label
+        return Decoded(np.stack(values) if values else np.empty(0), np.array(labels, np.int64), bad)

@@ -11,21 +11,20 @@ from fastmask.data.npz import Arrays
 from fastmask.kernels import random_normal, random_uniform
 
 _CHANNELS = 4
-_DOWNSAMPLING = 8
+DOWNSAMPLING = 8
 SCALE = 0.18215  # brings the latents to a standard deviation of about 1
 _POSTERIOR_STREAM = 4
 _SYNTHETIC_SAMPLES = 1_000_000
 
 
-def latents_of(stored: Tensor, seed: int, sample: Tensor, *, scale: float, shift: float = 0.0) -> Tensor:
-    """Return latents (B, C, h, w) drawn from moments (B, 2C, h, w), as (latent - shift) * scale, in float32.
+def latents_of(stored: Tensor, seed: int, sample: Tensor) -> Tensor:
+    """Return latents (B, C, h, w) drawn from moments (B, 2C, h, w), in float32, not yet scaled.
 
     The noise is a function of the seed and of ``sample``, the global index of each, int64 (B,).
     """
     mean, log_variance = stored.float().chunk(2, dim=1)
     noise = random_normal(seed, sample, mean[0].numel(), _POSTERIOR_STREAM).view(mean.shape)
-    latents = mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
-    return (latents - shift if shift else latents) * scale
+    return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
 
 
 class Moments:
@@ -56,7 +55,7 @@ class Moments:
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return latents (B, 4, h, w) drawn from the moments, anew at each visit."""
-        return latents_of(stored, seed, sample, scale=SCALE)
+        return latents_of(stored, seed, sample) * SCALE
 
 
 class Synthetic:
@@ -84,6 +83,6 @@ class Synthetic:
 
 
 def _side(image_size: int) -> int:
-    if image_size % _DOWNSAMPLING:
-        raise ValueError(f"image_size must be a multiple of {_DOWNSAMPLING} for latents, not {image_size}")
-    return image_size // _DOWNSAMPLING
+    if image_size % DOWNSAMPLING:
+        raise ValueError(f"image_size must be a multiple of {DOWNSAMPLING} for latents, not {image_size}")
+    return image_size // DOWNSAMPLING

@@ -39,7 +39,7 @@ class Manifest:
     """What a store holds.
 
     Attributes:
-        kind: "pixels" (uint8), or "moments" of a VAE's latents (means, then log-variances).
+        kind: "pixels" (uint8), "moments" of a VAE's latents (means, then log-variances), or "latents" drawn from them.
         dtype: of the values: "uint8" or "float16".
         shape: of a record: (copies, channels, height, width); the second copy is of the mirrored image.
         image_size: side of the images in pixels.
@@ -49,13 +49,13 @@ class Manifest:
         class_counts: records per class.
         vae: name or folder of the VAE, "" for pixels.
         vae_sha256: of its weights.
-        scale: latents are trained on as (latent - shift) * scale.
+        scale: latents are trained on as (latent - shift) * scale, one number for all channels or one for each.
         shift: see scale.
         source: what the store was made of.
         shards: in the order of the records' ids.
     """
 
-    kind: Literal["pixels", "moments"]
+    kind: Literal["pixels", "moments", "latents"]
     dtype: str
     shape: tuple[int, int, int, int]
     image_size: int
@@ -65,8 +65,8 @@ class Manifest:
     class_counts: list[int]
     vae: str = ""
     vae_sha256: str = ""
-    scale: float = 1.0
-    shift: float = 0.0
+    scale: float | list[float] = 1.0
+    shift: float | list[float] = 0.0
     source: dict[str, Any]
     shards: list[Shard]
 
@@ -150,7 +150,7 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
     known["shape"] = tuple(known["shape"])
     known["shards"] = [shard_from_fields(shard) for shard in fields["shards"]]
     manifest = Manifest(**known)
-    fits = {"pixels": "uint8", "moments": "float16"}.get(manifest.kind) == manifest.dtype
+    fits = {"pixels": "uint8", "moments": "float16", "latents": "float16"}.get(manifest.kind) == manifest.dtype
     if not fits or len(manifest.shape) != 4 or len(manifest.class_names) != manifest.num_classes:
         raise TypeError(f"{manifest.kind} in {manifest.dtype} of shape {manifest.shape}")
     return manifest

@@ -43,8 +43,8 @@ class LatentStore:
             raise ValueError(f"{path} has {manifest.num_classes} classes, more than num_classes {num_classes}")
         if num_classes and not manifest.num_classes:
             raise ValueError(f"{path} has no labels, which num_classes {num_classes} asks for")
-        if mirror and manifest.kind == "moments" and manifest.shape[0] == 1:
-            raise ValueError(f"{path} holds no latents of mirrored images: prepare it without --no-mirror")
+        if mirror and manifest.kind != "pixels" and manifest.shape[0] == 1:
+            raise ValueError(f"{path} holds no latents of mirrored images: prepare it from images, without --no-mirror")
         if not manifest.count:
             raise ValueError(f"{path} holds no records")
         copies, channels, height, width = manifest.shape
@@ -53,6 +53,7 @@ class LatentStore:
         self._shards = [shard for shard in manifest.shards if shard.count]
         self._starts = np.cumsum([0] + [shard.count for shard in self._shards[:-1]])
         self._maps: dict[int, Maps] = {}
+        self._shift, self._scale = (torch.tensor(v).view(-1, 1, 1) for v in (manifest.shift, manifest.scale))
         self.shape = (channels // 2 if manifest.kind == "moments" else channels, height, width)
         self.num_classes = manifest.num_classes if num_classes is None else num_classes
         self.class_names = manifest.class_names[: self.num_classes]
@@ -65,7 +66,7 @@ class LatentStore:
         return {**self.__dict__, "_maps": {}}  # another process maps the files itself
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return the pixels, uint8 (B, C, H, W), or moments, float16 (B, 2C, h, w), and labels (B,) of these ids."""
+        """Return the pixels, uint8 (B, C, H, W), or moments or latents, float16, and labels (B,) of these ids."""
         copies, numbers = np.divmod(ids, self.manifest.count)
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         rows = numbers - self._starts[shards]
@@ -82,7 +83,9 @@ class LatentStore:
         """Return pixels in [-1, 1], some of them mirrored, or latents drawn from the moments, anew at each visit."""
         if self.manifest.kind == "pixels":
             return images_of(stored, seed, sample, self._mirror)
-        return latents_of(stored, seed, sample, scale=self.manifest.scale, shift=self.manifest.shift)
+        latents = latents_of(stored, seed, sample) if self.manifest.kind == "moments" else stored.float()
+        self._shift, self._scale = self._shift.to(stored.device), self._scale.to(stored.device)
+        return (latents - self._shift) * self._scale
 
     def _map(self, number: int) -> Maps:
         maps = self._maps.get(number)

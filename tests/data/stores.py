@@ -8,7 +8,7 @@ from fastmask.data.writer import StoreWriter
 
 def manifest(kind="moments", copies=2, **fields):
     """Return the manifest of a store to be, of latents 4x4 or of pixels 8x8."""
-    moments = kind == "moments"
+    moments = kind != "pixels"
     known = {
         "kind": kind,
         "dtype": "float16" if moments else "uint8",

@@ -47,8 +47,26 @@ def test_latents_are_drawn_with_the_stores_scale_and_shift(tmp_path):
     write(tmp_path / "store")
     data = opened(tmp_path / "store")
     stored, sample = data.read(np.arange(10))[0], torch.arange(50, 60)
-    unit = latents_of(stored, 3, sample, scale=1.0)
-    torch.testing.assert_close(data.to_images(stored, 3, sample), (unit - 0.25) * 0.5)
+    torch.testing.assert_close(data.to_images(stored, 3, sample), (latents_of(stored, 3, sample) - 0.25) * 0.5)
+
+
+def test_a_scale_and_shift_per_channel(tmp_path):
+    scale, shift = [1.0, 2.0, 3.0, 4.0], [0.5, 0.0, -1.0, 2.0]
+    write(tmp_path / "store", manifest(scale=scale, shift=shift))
+    data = opened(tmp_path / "store")
+    stored, sample = data.read(np.arange(10))[0], torch.arange(10)
+    drawn, latents = data.to_images(stored, 3, sample), latents_of(stored, 3, sample)
+    for channel in range(4):
+        exact = (latents[:, channel] - shift[channel]) * scale[channel]
+        torch.testing.assert_close(drawn[:, channel], exact)
+
+
+def test_latents_without_moments_are_trained_on_as_they_are(tmp_path):
+    about = write(tmp_path / "store", manifest(kind="latents", copies=1))
+    data = opened(tmp_path / "store")
+    stored, _ = data.read(np.arange(10))
+    assert data.shape == (8, 4, 4)
+    assert torch.equal(data.to_images(stored, 0, torch.arange(10)), (stored.float() - about.shift) * about.scale)
 
 
 def test_pixels(tmp_path):
@@ -109,7 +127,7 @@ def test_labels(tmp_path):
     [
         (manifest(), {"image_size": 64}, "holds images of side 32: image_size 64 is another"),
         (manifest(), {"num_classes": 2}, "has 3 classes, more than num_classes 2"),
-        (manifest(copies=1), {"mirror": True}, "no latents of mirrored images: prepare it without --no-mirror"),
+        (manifest(copies=1), {"mirror": True}, "no latents of mirrored images: prepare it from images"),
     ],
 )
 def test_what_a_store_is_not(tmp_path, about, arguments, message):
