@@ -182,7 +182,7 @@ def summary(rows: Rows) -> Iterator[str]:
 
 def _is_beside_packed_alone(rows: Rows, row: Row) -> bool:
     """Return whether a step was measured only to compare packed samples with it."""
-    others = (*PLAIN, "ours compiled", "products")
+    others = (*PLAIN, "ours compiled")
     return rows.beside(row, "ours packed") is not None and not any(rows.beside(row, other) for other in others)
 
 

@@ -99,10 +99,13 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit that is measured, marked where files differ from it, "unknown" outside a checkout."""
+    """Return the commit that is measured, "unknown" outside a checkout; marked where more than the rows differs."""
+    git = ["git", "-C", str(ROOT)]
+    changed = [*git, "diff", "--quiet", "HEAD", "--", ".", f":(exclude){RESULTS.relative_to(ROOT)}"]
     try:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        named = [*git, "rev-parse", "--short=12", "HEAD"]
+        name = subprocess.run(named, capture_output=True, text=True, check=True).stdout.strip()
+        return name + ("-dirty" if subprocess.run(changed, capture_output=True, check=False).returncode else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
