@@ -12,7 +12,20 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from bench.compare import machine_of
-from bench.report import FORMS, SIZES, STACKS, Row, Rows, bound, dense_of, faster, of_copy, rate, size_of
+from bench.report import (
+    FORMS,
+    SIZES,
+    STACKS,
+    Row,
+    Rows,
+    bound,
+    dense_of,
+    faster,
+    is_beside_packed_alone,
+    of_copy,
+    rate,
+    size_of,
+)
 from fastmask.files import whole_file
 
 COLOURS = dict(zip(STACKS, ("#bbbbbb", "#777777", "#8ecae6", "#1f6f9f"), strict=True))
@@ -21,6 +34,7 @@ COLOURS = dict(zip(STACKS, ("#bbbbbb", "#777777", "#8ecae6", "#1f6f9f"), strict=
 def draw(rows: Rows, folder: Path) -> list[str]:
     """Draw what there are rows for, and return a line for each plot."""
     steps = [r for r in rows.of("step") if r["variant"] in STACKS and r["case"]["form"] in FORMS]
+    steps = [row for row in steps if not is_beside_packed_alone(rows, row)]
     steps = [row for row in steps if row.get("optimizer", True)]
     notes = []
     for name, plot, shown in (

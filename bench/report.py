@@ -163,7 +163,7 @@ def summary(rows: Rows) -> Iterator[str]:
     found = [row for row in rows.of("step") if row["variant"] == "ours" and row.get("optimizer", True)]
     found.sort(key=_order)
     for machine in dict.fromkeys(map(machine_of, found)):
-        mine = [row for row in found if machine_of(row) == machine and not _is_beside_packed_alone(rows, row)]
+        mine = [row for row in found if machine_of(row) == machine and not is_beside_packed_alone(rows, row)]
         batches = ", ".join(sorted({f"batch {row['case']['batch']}, {row['case']['precision']}" for row in mine}))
         yield from ("", f"Images/s of whole training steps on {machine} ({batches}; {_sources(mine)}):", "")
         shown = [*STACKS, *(s for s in MORE_STACKS if any(rows.beside(row, s) for row in mine))]
@@ -180,7 +180,7 @@ def summary(rows: Rows) -> Iterator[str]:
         yield from ("", f"Training steps: {NOT_MEASURED}")
 
 
-def _is_beside_packed_alone(rows: Rows, row: Row) -> bool:
+def is_beside_packed_alone(rows: Rows, row: Row) -> bool:
     """Return whether a step was measured only to compare packed samples with it."""
     others = (*PLAIN, "ours compiled")
     return rows.beside(row, "ours packed") is not None and not any(rows.beside(row, other) for other in others)
