@@ -101,7 +101,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def commit() -> str:
     """Return the commit that is measured, "unknown" outside a checkout; marked where more than the rows differs."""
     git = ["git", "-C", str(ROOT)]
-    changed = [*git, "diff", "--quiet", "HEAD", "--", ".", f":(exclude){RESULTS.relative_to(ROOT)}"]
+    changed = [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results"]
     try:
         named = [*git, "rev-parse", "--short=12", "HEAD"]
         name = subprocess.run(named, capture_output=True, text=True, check=True).stdout.strip()
