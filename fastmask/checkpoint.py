@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastmask.diffusion import EDMPrecond
+from fastmask.distributed import whole
 from fastmask.ema import PowerEMA
 from fastmask.files import whole_file
 from fastmask.weights import bare_name, check_same_shapes, read_weights, save_weights
@@ -371,10 +372,7 @@ def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     host, rank = {}, _rank()
     for name, tensor in tensors.items():
-        full = tensor.detach()
-        gather = getattr(full, "full_tensor", None)  # a DTensor's, whose module takes a second to import
-        if gather is not None:
-            full = gather()
+        full = whole(tensor.detach())
         if rank == 0:
             copy = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
             host[name] = copy.copy_(full, non_blocking=True)

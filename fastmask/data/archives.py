@@ -23,17 +23,32 @@ class Member(NamedTuple):
     size: int
 
 
-class WebDataset:
+class _TarImages:
+    """Images in tars, by their number."""
+
+    channels = 3
+    _tars: list[Path]
+    _images: list[Member]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, item: int) -> str:
+        """Return the tar's path and the member's name."""
+        member = self._images[item]
+        return f"{self._tars[member.tar]}:{member.name}"
+
+
+class WebDataset(_TarImages):
     """Tars of samples: files of one name up to the first dot, an image and its label in `.cls` or in `.json`."""
 
     kind = "webdataset"
-    channels = 3
 
     def __init__(self, tars: Sequence[Path], suffixes: frozenset[str] = SUFFIXES) -> None:
         self._tars = list(tars)
         self.class_names: list[str] = []
         self.ignored: list[str] = []
-        self._images: list[Member] = []
+        self._images = []
         self._labels: list[Member | None] = []
         for number, tar in enumerate(self._tars):
             samples: dict[str, dict[str, Member]] = {}
@@ -61,14 +76,6 @@ class WebDataset:
         except (OSError, tarfile.TarError):
             return set()
 
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, item: int) -> str:
-        """Return the tar's path and the member's name."""
-        member = self._images[item]
-        return f"{self._tars[member.tar]}:{member.name}"
-
     def read(self, item: int) -> tuple[bytes, int]:
         """Return the content of an image and its label."""
         return _content(self._tars, self._images[item]), self._label(item) if self._labelled else 0
@@ -87,11 +94,10 @@ class WebDataset:
         return label
 
 
-class ImageNetTar:
+class ImageNetTar(_TarImages):
     """A tar of one tar per class, or those alone, named by the class: n01440764.tar and so on."""
 
     kind = "imagenet-tar"
-    channels = 3
 
     def __init__(self, tars: Sequence[Path]) -> None:
         self._tars = list(tars)
@@ -135,14 +141,6 @@ class ImageNetTar:
         except (OSError, tarfile.TarError) as error:
             raise ValueError(f"{path} cannot be read as a tar: {error}") from error
         return first is not None and _CLASS.fullmatch(Path(first.name).name) is not None
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def name(self, item: int) -> str:
-        """Return the tar's path and the member's name."""
-        member = self._images[item]
-        return f"{self._tars[member.tar]}:{member.name}"
 
     def read(self, item: int) -> tuple[bytes, int]:
         """Return the content of an image and its label."""
