@@ -6,6 +6,7 @@
 # make abi TORCH=2.10.0  load the native kernels, as built for CI's torch, in another one, and run their tests there
 # make cuda      compile the CUDA C++ kernels with nvcc, with no GPU: registers and shared memory, and no spills
 # make emulated  test the same kernels on the CPU, where the threads of a block take turns
+# make test-dali the tests of data by DALI's CPU operators, with every optional package, in an environment of their own
 # make venv      only the environment both of them use
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py silu_linear.py mo
 	restore_tokens.py) \
 	$(addprefix tests/test_,model.py golden.py packed.py optim.py) $(TRAINER_TESTS)
 
-.PHONY: demo test venv lint bench report kernels sanitize abi cuda emulated clean
+.PHONY: demo test test-dali venv lint bench report kernels sanitize abi cuda emulated clean
 .DELETE_ON_ERROR:
 
 venv: .venv/.done
@@ -38,6 +39,18 @@ demo: venv
 test: venv lint
 	$(BIN)/python -m pytest -n 2 -p no:benchmark $(addprefix --ignore=,$(TRAINER_TESTS))
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -p no:benchmark $(NATIVE_TESTS)
+
+# DALI lies over the environment of the other tests: torch is there once.
+.venv-dali/.done: .venv/.done
+	$(PYTHON) -m venv .venv-dali
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(.venv-dali/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	.venv-dali/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		nvidia-dali-cuda130 diffusers pyarrow lmdb
+	touch $@
+
+test-dali: .venv-dali/.done
+	.venv-dali/bin/python -m pytest -n 2 -p no:benchmark tests/data tests/test_prepare.py
 
 lint: venv
 	$(BIN)/ruff check .
@@ -86,4 +99,4 @@ emulated: venv
 		$(BIN)/python -m pytest -q -p no:benchmark tests/kernels/test_cuda_candidates.py
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-dali build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -32,6 +32,7 @@ FREE_FIELDS = frozenset(
         "on_divergence",
         "divergence_factor",
         "num_workers",
+        "decoder",
         "report_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -66,7 +67,14 @@ class TrainConfig:
     """Under torchrun: every rank has all weights, or a part of them, gathered for each pass or (grad-op) for both."""
 
     data: str = "digits"
-    """digits, synthetic, a store (fastmask.prepare), an image folder (class = sub-folder), or an .npz with labels."""
+    """digits, synthetic, a store (fastmask.prepare), an .npz, or what fastmask.prepare takes: an image folder (class =
+    sub-folder), tars, parquet."""
+    data_source: Literal["auto", "images"] = "auto"
+    """auto: train on --data as they are, images as pixels; images: encode images with --vae at each visit."""
+    vae: str = "stabilityai/sd-vae-ft-mse"
+    """Folder or name of the AutoencoderKL of diffusers that encodes images, with --data-source images."""
+    decoder: Literal["auto", "dali", "pil"] = "auto"
+    """Of JPEG files: DALI (on the GPU if training is), or Pillow. auto: DALI if it is installed."""
     image_size: int = 8
     """Side of the images. Own images are trained on as pixels, VAE moments as latents of a side of image_size / 8."""
     num_classes: int = 10
@@ -74,7 +82,7 @@ class TrainConfig:
     mirror: bool = False
     """Mirror each image left to right with probability one half."""
     num_workers: int = 0
-    """Processes that read and decode images; 0 reads in the training process."""
+    """Processes that read and decode images, and threads of DALI; 0 reads in the training process."""
 
     patch_size: int = 2
     """Side of a patch in pixels (of the latent, where latents are trained on)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 import tyro
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.data.autoencoder import Autoencoder
 from fastmask.data.check import check_store
+from fastmask.data.dali import JpegDecoder, pick_decoder
 from fastmask.data.decoding import Decoded, decoded, read_ahead
 from fastmask.data.importers import Latents, open_latents
 from fastmask.data.latents import DOWNSAMPLING
@@ -50,8 +52,10 @@ class PrepareConfig:
     """Store latents of mirrored images too."""
     batch_size: int = 32
     """Images decoded, and encoded, at a time."""
+    decoder: Literal["auto", "dali", "pil"] = "auto"
+    """Of JPEG files: DALI (on the GPU if --device is one), or Pillow. auto: DALI if it is installed."""
     num_workers: int = 2
-    """Processes that decode; 0 decodes in this one."""
+    """Processes that decode, or read for DALI, and threads of DALI; 0 does it in this one."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What a damaged image does: stop, or be left out and listed in the manifest."""
     shard_size: int = 16384
@@ -99,31 +103,33 @@ class Job(NamedTuple):
     items: int
     class_names: list[str]
     read: Callable[[list[range]], Generator[Decoded]]
-    record: Callable[[NDArray[Any]], NDArray[Any]]
+    record: Callable[[Any], NDArray[Any]]
 
 
 def _encode(config: PrepareConfig, source: Source) -> Job:
     """Return the job of storing a source's images as pixels, or as moments of a VAE."""
     say(f"{config.source}: {source.kind}, {len(source):,} images, {len(source.class_names) or 'no known'} classes")
+    device, decoder = pick_device(config.device), pick_decoder(config.decoder)
+    say(f"JPEG files are decoded by {'Pillow' if decoder == 'pil' else f'DALI on {device.type}'}, others by Pillow")
     if source.ignored:
         say(f"{len(source.ignored):,} files are no images by their names and left out: {source.ignored[0]}, ...")
     about: dict[str, Any] = {
         "image_size": config.image_size,
         "crop": "adm",
+        "decoder": "pillow" if decoder == "pil" else f"dali on {device.type}",
         **_UNCOUNTED,
         "source": _origin(config, source.kind, len(source), source.name),
     }
-    read = functools.partial(decoded, source, config.image_size, num_workers=config.num_workers)
+    dali = None
+    if decoder == "dali":
+        dali = JpegDecoder(config.image_size, config.batch_size, device, max(1, config.num_workers))
+    read = functools.partial(decoded, source, config.image_size, num_workers=config.num_workers, dali=dali)
     if config.space == "pixel":
         shape = (1, source.channels, config.image_size, config.image_size)
         manifest = Manifest(kind="pixels", dtype="uint8", shape=shape, **about)
-        return Job(manifest, len(source), source.class_names, read, lambda pixels: pixels[:, None])
-    encoder = Autoencoder(config.vae, pick_device(config.device))
-    side, rest = divmod(config.image_size, encoder.downsampling)
-    if rest:
-        raise ValueError(
-            f"image_size must be a multiple of {encoder.downsampling} for this VAE, not {config.image_size}"
-        )
+        return Job(manifest, len(source), source.class_names, read, _as_records)
+    encoder = Autoencoder(config.vae, device)
+    side = encoder.side(config.image_size)
     manifest = Manifest(
         kind="moments",
         dtype="float16",
@@ -174,6 +180,11 @@ def _origin(config: PrepareConfig, kind: str, count: int, name: Callable[[int], 
     for item in range(count):
         names.update(name(item).removeprefix(config.source).encode(errors="surrogateescape") + b"\n")
     return {"kind": kind, "path": config.source, "items": count, "sha256": names.hexdigest()}
+
+
+def _as_records(pixels: NDArray[Any] | torch.Tensor) -> NDArray[np.uint8]:
+    records: NDArray[np.uint8] = torch.as_tensor(pixels).cpu().numpy()[:, None]
+    return records
 
 
 def _as_float16(values: NDArray[Any]) -> NDArray[np.float16]:

@@ -24,8 +24,6 @@ from fastmask.distributed import Ranks, all_max, shard
 from fastmask.ema import EMA, PowerEMA
 from fastmask.files import whole_file
 from fastmask.optim import learning_rate, make_optimizer
-
-# PROF from fastmask.profiling import profile_steps
 from fastmask.profiling import profile_steps
 from fastmask.report import Report, say, versions
 from fastmask.step import DTYPES, TrainingStep, eager

@@ -156,16 +156,15 @@ class TrainingStep:
         self.scaler.update()
 
     def _load(self, batches: Iterator[Batch]) -> None:
-        """Bring the next micro-batch to the device: where graphs read it, always to the same place."""
+        """Take the next micro-batch, which is on the device; where graphs read it, always to the same place."""
         since = time.perf_counter()
         batch = next(batches)
         self.data_wait_s += time.perf_counter() - since
         if self._captures and self._buffers is not None:
             for buffer, tensor in zip(self._buffers, batch, strict=True):
-                buffer.copy_(tensor, non_blocking=True)
+                buffer.copy_(tensor)
         else:
-            stored, labels = (tensor.to(self._device, non_blocking=True) for tensor in batch)
-            self._buffers = stored, labels
+            self._buffers = batch
 
     def _run(self, key: Any, call: Callable[[], None]) -> None:
         """Do a call; where graphs are on and there is a key, the second time for it as a graph, and later by replay.
@@ -181,7 +180,8 @@ class TrainingStep:
             graph = self._graphs[key]
             if graph is None:
                 self._graphs[key] = graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self._pool):
+                # Threads of the loaders may allocate meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     call()
             graph.replay()
 

@@ -16,6 +16,7 @@ from fastmask.cli import parse, pick_device, run_command
 from fastmask.config import TrainConfig, build_model, check_config, preset_config
 from fastmask.counts import trainable_parameters
 from fastmask.data import DataSet, open_data
+from fastmask.data.imageset import ImageSet
 from fastmask.distributed import Ranks, process_group
 from fastmask.optim import resolve_optimizer
 from fastmask.presets import PRESETS
@@ -114,7 +115,13 @@ def resolve_data(config: TrainConfig, preset: TrainConfig) -> tuple[TrainConfig,
         image_size=config.image_size,
         num_classes=None if from_data else config.num_classes,
         mirror=config.mirror,
+        decoder=config.decoder,
+        vae=config.vae if config.data_source == "images" else "",
+        device=torch.device(config.device),
     )
+    if isinstance(dataset, ImageSet):
+        by = "DALI" if dataset.decoder == "dali" else "Pillow"
+        say(f"{config.data}: {len(dataset):,} images, JPEG files decoded by {by}")
     config = dataclasses.replace(config, num_classes=dataset.num_classes)
     check_config(config, dataset.shape[1])
     return config, dataset

@@ -16,8 +16,9 @@ from PIL import Image
 from vaes import small_vae
 
 from fastmask.data import LatentStore, open_data
-from fastmask.data.images import ImageFolder
+from fastmask.data.imageset import ImageSet
 from fastmask.data.manifest import read_manifest
+from fastmask.data.sources import open_source
 from fastmask.prepare import main
 
 SMALL = ("--space", "pixel", "--image-size", "16", "--num-workers", "0", "--shard-size", "5", "--batch-size", "2")
@@ -51,7 +52,7 @@ def test_a_store_holds_what_the_folder_does(folder, tmp_path, capsys):
     manifest = prepare(folder, tmp_path / "store")
     assert (manifest.count, manifest.class_names, manifest.class_counts) == (12, ["cat", "dog"], [6, 6])
     assert [shard.count for shard in manifest.shards] == [5, 5, 2]
-    store, images = LatentStore(tmp_path / "store", 16, None, False), ImageFolder(folder, 16, None, False)
+    store, images = LatentStore(tmp_path / "store", 16, None, False), ImageSet(open_source(folder), 16, None, False)
     for ours, theirs in zip(store.read(np.arange(12)), images.read(np.arange(12)), strict=True):
         assert torch.equal(ours, theirs)
     said = capsys.readouterr().out
@@ -213,7 +214,7 @@ def test_latents(folder, tmp_path):
     assert (manifest.kind, manifest.shape, manifest.scale) == ("moments", (2, 8, 2, 2), 0.18215)
     data = open_data(str(tmp_path / "store"), image_size=16, num_classes=None, mirror=True)
     assert (len(data), data.shape) == (24, (4, 2, 2))
-    pixels, _ = ImageFolder(folder, 16, None, False).read(np.arange(12))
+    pixels, _ = ImageSet(open_source(folder), 16, None, False).read(np.arange(12))
     images = pixels.float() / 127.5 - 1
     with torch.no_grad():
         exact = small_vae().eval().encode(torch.cat([images, images.flip(3)])).latent_dist.parameters

@@ -76,6 +76,10 @@ class WebDataset(_TarImages):
         except (OSError, tarfile.TarError):
             return set()
 
+    def count_classes(self) -> int:
+        """Return the number of classes, 0 without labels; reads every label."""
+        return 1 + max(map(self._label, range(len(self)))) if self._labelled else 0
+
     def read(self, item: int) -> tuple[bytes, int]:
         """Return the content of an image and its label."""
         return _content(self._tars, self._images[item]), self._label(item) if self._labelled else 0
@@ -141,6 +145,10 @@ class ImageNetTar(_TarImages):
         except (OSError, tarfile.TarError) as error:
             raise ValueError(f"{path} cannot be read as a tar: {error}") from error
         return first is not None and _CLASS.fullmatch(Path(first.name).name) is not None
+
+    def count_classes(self) -> int:
+        """Return the number of classes."""
+        return len(self.class_names)
 
     def read(self, item: int) -> tuple[bytes, int]:
         """Return the content of an image and its label."""

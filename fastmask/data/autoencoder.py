@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 class Autoencoder:
@@ -43,7 +44,7 @@ class Autoencoder:
             raise ValueError(f"--vae {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         self.sha256 = _sha256(self._vae)
         self._device = device
-        self._vae.to(device).eval()
+        self._vae.to(device).eval().requires_grad_(False)
         if device.type == "cuda":
             self._vae.to(torch.bfloat16)
         settings = self._vae.config
@@ -52,7 +53,21 @@ class Autoencoder:
         self.scale = float(settings.scaling_factor)
         self.shift = float(getattr(settings, "shift_factor", None) or 0.0)
 
-    def moments(self, pixels: NDArray[np.uint8], mirror: bool) -> NDArray[np.float16]:
+    def side(self, image_size: int) -> int:
+        """Return the side of the latents of images; a ValueError if it is not whole."""
+        side, rest = divmod(image_size, self.downsampling)
+        if rest:
+            raise ValueError(f"image_size must be a multiple of {self.downsampling} for this VAE, not {image_size}")
+        return side
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the moments (B, 2C, h, w), means before log-variances, of images (B, 3 or 1, H, W) in [-1, 1]."""
+        images = images.expand(-1, 3, -1, -1).to(self._vae.dtype)
+        moments: Tensor = self._vae.encode(images).latent_dist.parameters
+        return moments
+
+    def moments(self, pixels: Tensor | NDArray[np.uint8], mirror: bool) -> NDArray[np.float16]:
         """Return the moments of images and, as a second copy, of the mirrored ones.
 
         Args:
@@ -65,11 +80,9 @@ class Autoencoder:
         Raises:
             ValueError: a moment that float16 cannot hold.
         """
-        images = torch.from_numpy(pixels).to(self._device).float().div(127.5).sub(1).expand(-1, 3, -1, -1)
-        with torch.inference_mode():
-            copies = [images, images.flip(3)] if mirror else [images]
-            encoded = [self._vae.encode(copy.to(self._vae.dtype)).latent_dist.parameters for copy in copies]
-            moments = torch.stack(encoded, 1).to(torch.float16)
+        images = torch.as_tensor(pixels).to(self._device).float().div(127.5).sub(1)
+        copies = [images, images.flip(3)] if mirror else [images]
+        moments = torch.stack([self.encode(copy) for copy in copies], 1).to(torch.float16)
         if not moments.isfinite().all():
             raise ValueError("the VAE gives moments that are not finite in float16: is it meant for these images?")
         result: NDArray[np.float16] = moments.cpu().numpy()

@@ -1,18 +1,25 @@
 """What a data set is to training, and which one a name means."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmask.data.autoencoder import Autoencoder
+from fastmask.data.dali import DecoderName, pick_decoder
 from fastmask.data.digits import Digits
-from fastmask.data.images import ImageArray, ImageFolder
+from fastmask.data.images import ImageArray
+from fastmask.data.imageset import EncodedImageSet, ImageSet
 from fastmask.data.latents import Moments, Synthetic
 from fastmask.data.manifest import MANIFEST, UNFINISHED
 from fastmask.data.npz import read_npz
+from fastmask.data.sources import open_source
 from fastmask.data.store import LatentStore
+
+_CPU = torch.device("cpu")
 
 
 class DataSet(Protocol):
@@ -30,7 +37,7 @@ class DataSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def read(self, ids: NDArray[np.int64]) -> tuple[Any, Tensor]:
         """Return what is stored of the samples (B, ...), and their labels (B,) int64."""
         ...
 
@@ -48,15 +55,27 @@ class DataSet(Protocol):
         ...
 
 
-def open_data(data: str, *, image_size: int, num_classes: int | None, mirror: bool) -> DataSet:
+def open_data(
+    data: str,
+    *,
+    image_size: int,
+    num_classes: int | None,
+    mirror: bool,
+    decoder: DecoderName = "auto",
+    vae: str = "",
+    device: torch.device = _CPU,
+) -> DataSet:
     """Return the data set that a name means.
 
     Args:
-        data: "digits", "synthetic" (random latents), a store (docs/store.md), an image folder (class = sub-folder),
-            or an `.npz` with `images` (pixels) or `moments` (of the VAE's latents) and perhaps `labels`.
+        data: "digits", "synthetic" (random latents), a store (docs/store.md), an `.npz` with `images` (pixels) or
+            `moments` (of the VAE's latents) and perhaps `labels`, or images in any form that `fastmask.prepare` takes.
         image_size: side of the images in pixels; latents have an eighth of it.
         num_classes: labels must be below it; None takes it from the data, 0 leaves the labels out.
         mirror: mirror each image with probability one half.
+        decoder: of JPEG files; "auto" is DALI if it is installed.
+        vae: encode images into the latents of this VAE as they come.
+        device: where to encode them.
 
     Raises:
         ValueError: nothing there, or something that cannot be trained on; says what is wrong and where.
@@ -66,21 +85,25 @@ def open_data(data: str, *, image_size: int, num_classes: int | None, mirror: bo
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes must be at least 0, not {num_classes}")
     path = Path(data)
+    is_store = (path / MANIFEST).exists() or (path / UNFINISHED).exists()
+    if vae and (is_store or data in ("digits", "synthetic")):
+        raise ValueError(f"--data-source images encodes images as they come: --data {data} does not name their files")
     if data == "digits":
         return Digits(image_size, num_classes, mirror)
     if data == "synthetic":
         return Synthetic(image_size, num_classes or 0)
-    if (path / MANIFEST).exists() or (path / UNFINISHED).exists():
+    if is_store:
         return LatentStore(path, image_size, num_classes, mirror)
-    if path.is_dir():
-        return ImageFolder(path, image_size, num_classes, mirror)
-    if path.suffix == ".npz" and path.is_file():
+    if path.suffix == ".npz" and path.is_file() and not vae:
         arrays = read_npz(path, num_classes)
         if "moments" in arrays:
             return Moments(path, arrays, image_size, mirror)
         return ImageArray(path, arrays, image_size, mirror)
     if path.exists():
-        raise ValueError(f"--data {data} is neither a folder nor an .npz file")
+        source, chosen = open_source(path), pick_decoder(decoder)
+        if vae:
+            return EncodedImageSet(source, image_size, num_classes, mirror, chosen, Autoencoder(vae, device))
+        return ImageSet(source, image_size, num_classes, mirror, chosen)
     side = image_size // 8
     raise ValueError(
         f"--data {data} does not exist: name an image folder or an .npz of `images` to train on pixels, or an .npz of "

@@ -1,16 +1,35 @@
-"""Decodes a source's images ahead of what stores them."""
+"""Decodes a source's images ahead of what stores them, or trains on them."""
 
 import functools
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from fastmask.data.images import decode, resize_all
+from fastmask.data.dali import JpegDecoder, is_jpeg
+from fastmask.data.images import decode, load_pillow, resize_all
 from fastmask.data.sources import Source
+from fastmask.report import say
+
+
+class Part(NamedTuple):
+    """Items of a source that were read together.
+
+    Attributes:
+        items: their numbers, of those that could be read.
+        values: what was read of each: pixels, uint8 (C, size, size), or records as they are, or a JPEG file.
+        labels: of each, int64 (n,).
+        bad: number of each other item, and a line that says what is wrong.
+    """
+
+    items: list[int]
+    values: list[Any]
+    labels: NDArray[np.int64]
+    bad: list[tuple[int, str]]
 
 
 class Decoded(NamedTuple):
@@ -22,22 +41,29 @@ class Decoded(NamedTuple):
         bad: name of each other one, and a line that says what is wrong.
     """
 
-    values: NDArray[Any]
+    values: NDArray[Any] | torch.Tensor
     labels: NDArray[np.int64]
     bad: list[tuple[str, str]]
 
 
-def decoded(source: Source, image_size: int, parts: list[range], num_workers: int) -> Generator[Decoded]:
+def decoded(
+    source: Source, image_size: int, parts: list[range], num_workers: int, dali: JpegDecoder | None = None
+) -> Generator[Decoded]:
     """Yield the images of each part of a source, in order, centre-cropped as ADM does it.
 
     Args:
         source: where they are.
         image_size: side in pixels.
         parts: which images, a batch at a time.
-        num_workers: processes that decode; 0 decodes here.
+        num_workers: processes that decode, or read for DALI; 0 does it here.
+        dali: decodes JPEG files; without it Pillow does.
     """
-    read = functools.partial(_image, source, image_size)
-    return read_ahead(read, source.name, parts, num_workers)
+    read = ImageReader(source, image_size, keep_jpegs=dali is not None)
+    if dali is None:
+        yield from read_ahead(read, source.name, parts, num_workers)
+        return
+    for part, values in by_dali(_parts_ahead(read, parts, num_workers), read, dali):
+        yield Decoded(values, part.labels, [(source.name(item), line) for item, line in part.bad])
 
 
 def read_ahead(
@@ -51,8 +77,86 @@ def read_ahead(
         parts: which items, a batch at a time.
         num_workers: processes that read; 0 reads here.
     """
+    for part in _parts_ahead(read, parts, num_workers):
+        values = np.stack(part.values) if part.values else np.empty(0)
+        yield Decoded(values, part.labels, [(name(item), line) for item, line in part.bad])
+
+
+def by_dali(parts: Iterator[Part], read: "ImageReader", dali: JpegDecoder) -> Iterator[tuple[Part, torch.Tensor]]:
+    """Yield parts, without what turns out to be damaged, with their pixels, uint8 (n, C, size, size)."""
+    for part, pixels in dali.ahead(parts):
+        if pixels is not None:
+            yield part, pixels
+            continue
+        # No JPEG, or one that DALI refuses: Pillow tells which, and what is wrong with it.
+        again = read_part(functools.partial(_decode_again, part, read), range(len(part.items)))
+        bad = [(part.items[i], line) for i, line in again.bad]
+        if not bad and any(isinstance(value, bytes) for value in part.values):
+            say(f"DALI refused an image near {read.source.name(part.items[0])}, which Pillow decoded")
+        items = [part.items[i] for i in again.items]
+        pixels = torch.from_numpy(np.stack(again.values)) if items else torch.empty(0)
+        yield Part(items, again.values, again.labels, sorted(part.bad + bad)), pixels
+
+
+def _decode_again(part: Part, read: "ImageReader", index: int) -> tuple[NDArray[np.uint8], int]:
+    value = part.values[index]
+    if isinstance(value, bytes):
+        value = read.pixels_of(value, part.items[index])
+    return value, int(part.labels[index])
+
+
+def read_part(read: Callable[[int], tuple[Any, int]], items: range | list[int]) -> Part:
+    """Return what is read of some items; an OSError or ValueError tells that one is damaged."""
+    good, values, labels, bad = [], [], [], []
+    for item in items:
+        try:
+            value, label = read(item)
+        except (OSError, ValueError) as error:
+            bad.append((item, " ".join(str(error).split())))
+            continue
+        good.append(item)
+        values.append(value)
+        labels.append(label)
+    return Part(good, values, np.array(labels, np.int64), bad)
+
+
+class ImageReader:
+    """Reads images of a source as pixels, uint8 (C, size, size), centre-cropped as ADM does it.
+
+    Args:
+        source: where they are.
+        size: side in pixels.
+        keep_jpegs: leave JPEG files as they are.
+    """
+
+    def __init__(self, source: Source, size: int, *, keep_jpegs: bool = False) -> None:
+        load_pillow()  # without it no image could be read, and all would seem damaged
+        self.source, self._size, self._keep_jpegs = source, size, keep_jpegs
+
+    def __call__(self, item: int) -> tuple[Any, int]:
+        """Return an image and its label; a ValueError if it is damaged."""
+        try:
+            content, label = self.source.read(item)
+        except OSError as error:
+            raise ValueError(f"{self.source.name(item)} cannot be read as an image: {error}") from error
+        if isinstance(content, bytes) and self._keep_jpegs and is_jpeg(content):
+            return content, label
+        return self.pixels_of(content, item), label
+
+    def pixels_of(self, content: bytes | NDArray[np.uint8], item: int) -> NDArray[np.uint8]:
+        """Return the pixels of a file's content, or of other pixels (H, W, C)."""
+        if isinstance(content, bytes):
+            pixels = decode(content, self._size, self.source.name(item))
+        elif content.shape[:2] != (self._size, self._size):
+            pixels = resize_all(content[None], self._size)[0]
+        else:
+            pixels = content
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _parts_ahead(read: Callable[[int], tuple[Any, int]], parts: list[range], num_workers: int) -> Generator[Part]:
     loader = DataLoader(
-        _Parts(read, name, parts),
+        _Parts(read, parts),
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
@@ -71,34 +175,14 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _image(source: Source, size: int, item: int) -> tuple[NDArray[np.uint8], int]:
-    content, label = source.read(item)
-    if isinstance(content, bytes):
-        content = decode(content, size, source.name(item), still=True)
-    elif content.shape[:2] != (size, size):
-        content = resize_all(content[None], size)[0]
-    return np.ascontiguousarray(content.transpose(2, 0, 1)), label
-
-
-class _Parts(Dataset[Decoded]):
-    def __init__(
-        self, read: Callable[[int], tuple[NDArray[Any], int]], name: Callable[[int], str], parts: list[range]
-    ) -> None:
-        self._read, self._name, self._parts = read, name, parts
+class _Parts(Dataset[Part]):
+    def __init__(self, read: Callable[[int], tuple[Any, int]], parts: list[range]) -> None:
+        self._read, self._parts = read, parts
 
     def __len__(self) -> int:
         return len(self._parts)
 
-    def __getitem__(self, index: int) -> Decoded:
+    def __getitem__(self, index: int) -> Part:
         if index >= len(self):
             raise IndexError(index)
-        values, labels, bad = [], [], []
-        for item in self._parts[index]:
-            try:
-                value, label = self._read(item)
-            except (OSError, ValueError) as error:
-                bad.append((self._name(item), " ".join(str(error).split())))
-                continue
-            values.append(value)
-            labels.append(label)
-        return Decoded(np.stack(values) if values else np.empty(0), np.array(labels, np.int64), bad)
+        return read_part(self._read, self._parts[index])

@@ -4,9 +4,11 @@ A run is one endless row of samples: number n belongs to epoch n // N and comes 
 The row is a function of the seed alone, so any part of it can be read at any time: that is all there is to resuming.
 """
 
+import itertools
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastmask.data.dataset import DataSet
+from fastmask.data.imageset import ImageSet
 from fastmask.data.order import shuffled
 
 Batch = tuple[Tensor, Tensor]
@@ -44,7 +47,7 @@ def batches(
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[Batch]:
-    """Yield what is stored of samples ``start`` .. ``stop - 1`` of a run and their labels, in order, on the CPU.
+    """Yield what is stored of samples ``start`` .. ``stop - 1`` of a run and their labels, in order, on a device.
 
     With several ranks each gets its part of every step: the first one the first samples of the step, and so on.
 
@@ -55,7 +58,7 @@ def batches(
         start: number of the first sample.
         stop: number after the last one.
         num_workers: processes that read ahead; 0 reads here. The samples are the same.
-        device: where they will go: for a GPU they are put in pinned memory.
+        device: where they go: to a GPU by pinned memory and a stream of its own, while the batch before is computed on.
         step_size: samples of a step on all ranks, a multiple of ``ranks * batch_size``; None: that product.
         rank: whose part to read.
         ranks: how many share the samples.
@@ -67,23 +70,71 @@ def batches(
     if step_size % (ranks * batch_size):
         raise ValueError(f"a step of {step_size} samples does not divide into batches of {batch_size} on {ranks} ranks")
     steps, share = range(start, stop, step_size), step_size // ranks
-    rows = _Rows(dataset, batch_size, seed, steps, range(rank * share, (rank + 1) * share, batch_size), stop)
+    dali = dataset if isinstance(dataset, ImageSet) and dataset.decoder == "dali" else None
+    read = dali.read_for_dali if dali else dataset.read
+    shares = range(rank * share, (rank + 1) * share, batch_size)
+    rows = _Rows(read, len(dataset), batch_size, seed, steps, shares, stop)
     loader = DataLoader(
         rows,
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
+        collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
         worker_init_fn=_ignore_signals,
     )
+
+    source = _Source(iter(loader))
+    parts: Iterator[Batch] = source
+    if dali:
+        parts = dali.decoded(source, batch_size, device, max(1, num_workers))
     try:
-        yield from loader
+        yield from to_gpu(parts, device) if device.type == "cuda" else parts
     except ValueError as error:
-        # Its frames hold the workers: stopped now they stop at once, by the garbage collector after ten seconds.
-        traceback.clear_frames(error.__traceback__)
+        traceback.clear_frames(error.__traceback__)  # they hold the workers too
         # From a worker the message arrives below the worker's traceback.
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+    finally:
+        source.close()
+
+
+class _Source(Iterator[Any]):
+    """The only one to hold what reads, so that it can let its processes go: the garbage collector takes ten seconds."""
+
+    def __init__(self, parts: Iterator[Any]) -> None:
+        self._parts: Iterator[Any] | None = parts
+
+    def __next__(self) -> Any:
+        if self._parts is None:
+            raise StopIteration
+        return next(self._parts)
+
+    def close(self) -> None:
+        """Stop the processes."""
+        self._parts = None
+
+
+def to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield batches of pinned tensors on a GPU, where the next one is copied while one is computed on."""
+    copies, ahead = torch.cuda.Stream(device), None  # type: ignore[no-untyped-call]
+    for batch in itertools.chain(batches, [None]):
+        moved = None
+        if batch is not None:
+            with torch.cuda.stream(copies):
+                moved = tuple(tensor.to(device, non_blocking=True) for tensor in batch), copies.record_event()
+        if ahead is not None:
+            (stored, labels), copied = ahead
+            computing = torch.cuda.current_stream(device)
+            computing.wait_event(copied)
+            for tensor in (stored, labels):
+                tensor.record_stream(computing)  # its memory may go to another copy once that stream is done with it
+            yield stored, labels
+        ahead = moved
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _ignore_signals(worker: int) -> None:
@@ -92,11 +143,12 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Rows(Dataset[Batch]):
+class _Rows(Dataset[Any]):
     """A rank's batches by their number.
 
     Args:
-        dataset: where they are read.
+        read: returns a batch of ids.
+        size: of the data set.
         batch_size: samples at a time.
         seed: of the order.
         steps: first sample of each step.
@@ -104,8 +156,17 @@ class _Rows(Dataset[Batch]):
         stop: number after the last sample.
     """
 
-    def __init__(self, dataset: DataSet, batch_size: int, seed: int, steps: range, parts: range, stop: int) -> None:
-        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
+    def __init__(
+        self,
+        read: Callable[[NDArray[np.int64]], Any],
+        size: int,
+        batch_size: int,
+        seed: int,
+        steps: range,
+        parts: range,
+        stop: int,
+    ) -> None:
+        self._read, self._size, self._batch_size, self._seed = read, size, batch_size, seed
         self._steps, self._parts, self._stop = steps, parts, stop
 
     def __len__(self) -> int:
@@ -114,10 +175,10 @@ class _Rows(Dataset[Batch]):
         left = min(self._parts.stop, self._stop - self._steps[-1]) - self._parts.start  # the rank's of the last step
         return (len(self._steps) - 1) * len(self._parts) + max(0, -(-left // self._batch_size))
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Any:
         if index >= len(self):
             raise IndexError(index)
         step, part = divmod(index, len(self._parts))
         first = self._steps[step] + self._parts[part]
         count = min(self._batch_size, self._stop - first)
-        return self._dataset.read(sample_ids(self._seed, first, count, len(self._dataset)))
+        return self._read(sample_ids(self._seed, first, count, self._size))

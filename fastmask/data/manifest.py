@@ -44,6 +44,7 @@ class Manifest:
         shape: of a record: (copies, channels, height, width); the second copy is of the mirrored image.
         image_size: side of the images in pixels.
         crop: how they were cropped.
+        decoder: what decoded the JPEG files among them: "pillow" or "dali on cpu" or "dali on cuda"; "" if unknown.
         num_classes: labels are below it; 0: there are none.
         class_names: one per class.
         class_counts: records per class.
@@ -60,6 +61,7 @@ class Manifest:
     shape: tuple[int, int, int, int]
     image_size: int
     crop: str
+    decoder: str = ""
     num_classes: int
     class_names: list[str]
     class_counts: list[int]
@@ -146,6 +148,7 @@ def shard_from_fields(fields: dict[str, Any]) -> Shard:
 
 
 def _from_fields(fields: dict[str, Any]) -> Manifest:
+    fields = {"decoder": "", **fields}  # which the first stores did not name
     known = {field.name: fields[field.name] for field in dataclasses.fields(Manifest)}
     known["shape"] = tuple(known["shape"])
     known["shards"] = [shard_from_fields(shard) for shard in fields["shards"]]

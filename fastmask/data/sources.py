@@ -40,6 +40,10 @@ class Source(Protocol):
         """Return where an image is, for messages."""
         ...
 
+    def count_classes(self) -> int:
+        """Return the number of classes, 0 without labels; may read every label."""
+        ...
+
     def read(self, item: int) -> tuple[Content, int]:
         """Return an image file's content, or pixels (H, W, C), and the label; an OSError or ValueError if damaged."""
         ...
@@ -127,6 +131,10 @@ class Folder:
         """Return the path of a file."""
         return str(self._path / self._files[item])
 
+    def count_classes(self) -> int:
+        """Return the number of classes, 0 without labels."""
+        return len(self.class_names)
+
     def read(self, item: int) -> tuple[Content, int]:
         """Return the content of a file and its label."""
         return (self._path / self._files[item]).read_bytes(), self._labels[item]
@@ -162,6 +170,10 @@ class Array:
     def name(self, item: int) -> str:
         """Return the file, and which of its images it is."""
         return f"{self._path}, image {item}"
+
+    def count_classes(self) -> int:
+        """Return the number of classes, 0 without labels."""
+        return len(self.class_names)
 
     def read(self, item: int) -> tuple[Content, int]:
         """Return the pixels of an image and its label."""

@@ -48,6 +48,14 @@ class Table:
         number = self._groups[self._place(item)[0]][0]
         return f"{self._files[number]}, row {item - int(self._firsts[number])}"
 
+    def count_classes(self) -> int:
+        """Return the number of classes, 0 without labels; reads every label that has no name."""
+        if self.class_names or not self._label:
+            return len(self.class_names)
+        arrow = _arrow("pyarrow.compute")
+        groups = [_read_group(self._files[number], part, (self._label,)) for number, part, _ in self._groups]
+        return 1 + max(int(arrow.max(group.column(self._label)).as_py() or 0) for group in groups)
+
     def read(self, item: int) -> tuple[bytes, int]:
         """Return the content of an image and its label."""
         group, row = self._place(item)

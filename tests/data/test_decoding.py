@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from fastmask.data.decoding import decoded
-from fastmask.data.images import ImageFolder
+from fastmask.data.imageset import ImageSet
 from fastmask.data.sources import open_source
 
 
@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_images_are_those_of_training(folder, num_workers):
-    source, data = open_source(folder), ImageFolder(folder, 16, None, False)
+    source, data = open_source(folder), ImageSet(open_source(folder), 16, None, False)
     parts = [range(3), range(3, 4), range(4, 7)]
     found = list(decoded(source, 16, parts, num_workers))
     assert [len(part.labels) for part in found] == [3, 1, 3]

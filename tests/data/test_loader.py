@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from fastmask.data import batches, sample_ids
-from fastmask.data.images import ImageFolder
+from fastmask.data.imageset import ImageSet
+from fastmask.data.sources import open_source
 
 CPU = torch.device("cpu")
 
@@ -91,7 +92,7 @@ def test_an_unreadable_image_is_one_line(tmp_path, num_workers, damage):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     for i in range(6):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    data = ImageFolder(tmp_path, 16, None, False)
+    data = ImageSet(open_source(tmp_path), 16, None, False)
     if damage == "gone":
         (tmp_path / "3.png").unlink()
     else:

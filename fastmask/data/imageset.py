@@ -1,0 +1,137 @@
+"""Images decoded at each visit, as pixels, or encoded into latents on the way."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmask.data.autoencoder import Autoencoder
+from fastmask.data.dali import JpegDecoder
+from fastmask.data.decoding import ImageReader, Part, by_dali, read_part
+from fastmask.data.images import images_of
+from fastmask.data.latents import latents_of
+from fastmask.data.sources import Source
+
+
+class ImageSet:
+    """A source's images as a `DataSet` of pixels.
+
+    Args:
+        source: where they are.
+        image_size: side in pixels.
+        num_classes: labels must be below it; None takes the source's number, 0 leaves the labels out.
+        mirror: mirror each image with probability one half.
+        decoder: of JPEG files in training; Pillow decodes all others.
+
+    Raises:
+        ValueError: labels that do not fit, or a first image that cannot be read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image_size: int,
+        num_classes: int | None,
+        mirror: bool,
+        decoder: Literal["dali", "pil"] = "pil",
+    ) -> None:
+        there = source.count_classes()
+        if num_classes and not there:
+            raise ValueError(
+                f"{source.name(0)} and the others have no labels, which num_classes {num_classes} asks for"
+            )
+        if num_classes and there > num_classes:
+            raise ValueError(f"the images have {there} classes, more than num_classes {num_classes}")
+        self.decoder = decoder
+        self.shape: tuple[int, int, int] = (source.channels, image_size, image_size)
+        self.num_classes = there if num_classes is None else num_classes
+        self.class_names = source.class_names[: self.num_classes]
+        self.class_names += [str(label) for label in range(len(self.class_names), self.num_classes)]
+        self._count, self._size, self._mirror = len(source), image_size, mirror
+        self._decode = ImageReader(source, image_size)
+        self._keep_jpegs = ImageReader(source, image_size, keep_jpegs=True)
+        self._decode(0)  # a source of something else fails here, not in the middle of an epoch
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return the images, uint8 (B, C, H, W), decoded by Pillow, and labels (B,) of these ids."""
+        part = self._read(ids, self._decode)
+        return torch.from_numpy(np.stack(part.values)), torch.from_numpy(part.labels)
+
+    def read_for_dali(self, ids: NDArray[np.int64]) -> Part:
+        """Return the images of these ids, JPEG files as they are, for `decoded`."""
+        return self._read(ids, self._keep_jpegs)
+
+    def decoded(
+        self, parts: Iterator[Part], batch_size: int, device: torch.device, num_threads: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images, uint8 (B, 3, H, W), and labels (B,) of what `read_for_dali` returned, decoded on a device.
+
+        Args:
+            parts: what it returned, of at most ``batch_size`` images each.
+            batch_size: see parts.
+            device: where to decode, and where the images stay.
+            num_threads: of the CPU that decode.
+        """
+        decoder = JpegDecoder(self._size, batch_size, device, num_threads)
+        for part, pixels in by_dali(parts, self._keep_jpegs, decoder):
+            _refuse(part)
+            yield pixels, torch.from_numpy(part.labels)
+
+    def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
+        """Return the images in [-1, 1], some of them mirrored."""
+        return images_of(stored, seed, sample, self._mirror)
+
+    def _read(self, ids: NDArray[np.int64], reader: ImageReader) -> Part:
+        part = read_part(reader, ids.tolist())
+        _refuse(part)
+        return part if self.num_classes else part._replace(labels=np.zeros_like(part.labels))
+
+
+class EncodedImageSet(ImageSet):
+    """A source's images as a `DataSet` of a VAE's latents, encoded at each visit.
+
+    Args:
+        source: where they are.
+        image_size: side in pixels.
+        num_classes: see `ImageSet`.
+        mirror: mirror each image with probability one half, before it is encoded.
+        decoder: of JPEG files.
+        vae: encodes them.
+
+    Raises:
+        ValueError: as `ImageSet`, or a side that the VAE does not divide.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        image_size: int,
+        num_classes: int | None,
+        mirror: bool,
+        decoder: Literal["dali", "pil"],
+        vae: Autoencoder,
+    ) -> None:
+        super().__init__(source, image_size, num_classes, mirror, decoder)
+        side = vae.side(image_size)
+        self.shape = (vae.channels, side, side)
+        self._vae: Autoencoder | None = vae
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_vae": None}  # another process reads, it does not encode
+
+    def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
+        """Return latents drawn anew at each visit."""
+        assert self._vae is not None
+        moments = self._vae.encode(super().to_images(stored, seed, sample))
+        return (latents_of(moments, seed, sample) - self._vae.shift) * self._vae.scale
+
+
+def _refuse(part: Part) -> None:
+    if part.bad:
+        raise ValueError(part.bad[0][1])
