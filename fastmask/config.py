@@ -66,7 +66,8 @@ class TrainConfig:
     """Under torchrun: every rank has all weights, or a part of them, gathered for each pass or (grad-op) for both."""
 
     data: str = "digits"
-    """digits, synthetic, a store (fastmask.prepare), an image folder (class = sub-folder), or an .npz with labels."""
+    """digits, synthetic, a store (fastmask.prepare) or its URL (s3://bucket/store), an image folder
+    (class = sub-folder), or an .npz with labels."""
     image_size: int = 8
     """Side of the images. Own images are trained on as pixels, VAE moments as latents of a side of image_size / 8."""
     num_classes: int = 10

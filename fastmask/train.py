@@ -105,8 +105,14 @@ def _resolve_graphs(config: TrainConfig, device: torch.device, ranks: Ranks) -> 
     return "on" if can and config.cuda_graphs != "off" else "off"
 
 
-def resolve_data(config: TrainConfig, preset: TrainConfig) -> tuple[TrainConfig, DataSet]:
-    """Open the data, and return the configuration with the number of classes that they have."""
+def resolve_data(config: TrainConfig, preset: TrainConfig, *, fetch: bool = True) -> tuple[TrainConfig, DataSet]:
+    """Open the data, and return the configuration with the number of classes that they have.
+
+    Args:
+        config: what to train, and on what.
+        preset: what it began from; data that it does not name bring their number of classes.
+        fetch: whether data at a URL are fetched, and not only described.
+    """
     own = config.data != preset.data and config.data not in ("digits", "synthetic")
     from_data = own and config.num_classes == preset.num_classes
     dataset = open_data(
@@ -114,6 +120,7 @@ def resolve_data(config: TrainConfig, preset: TrainConfig) -> tuple[TrainConfig,
         image_size=config.image_size,
         num_classes=None if from_data else config.num_classes,
         mirror=config.mirror,
+        fetch=fetch,
     )
     config = dataclasses.replace(config, num_classes=dataset.num_classes)
     check_config(config, dataset.shape[1])
@@ -124,7 +131,7 @@ def dry_run(config: TrainConfig, preset: TrainConfig) -> None:
     """Print what a run would be, without allocating its weights; data that are missing are assumed to be latents."""
     channels, size = 4, config.image_size // 8
     if config.data != preset.data or config.data == "digits" or Path(config.data).exists():
-        config, dataset = resolve_data(config, preset)
+        config, dataset = resolve_data(config, preset, fetch=False)
         channels, size, _ = dataset.shape
     else:
         check_config(config, size)

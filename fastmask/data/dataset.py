@@ -12,7 +12,9 @@ from fastmask.data.images import ImageArray, ImageFolder
 from fastmask.data.latents import Moments, Synthetic
 from fastmask.data.manifest import MANIFEST, UNFINISHED
 from fastmask.data.npz import read_npz
+from fastmask.data.remote import RemoteStore, is_url
 from fastmask.data.store import LatentStore
+from fastmask.report import say
 
 
 class DataSet(Protocol):
@@ -48,15 +50,17 @@ class DataSet(Protocol):
         ...
 
 
-def open_data(data: str, *, image_size: int, num_classes: int | None, mirror: bool) -> DataSet:
+def open_data(data: str, *, image_size: int, num_classes: int | None, mirror: bool, fetch: bool = True) -> DataSet:
     """Return the data set that a name means.
 
     Args:
-        data: "digits", "synthetic" (random latents), a store (docs/store.md), an image folder (class = sub-folder),
-            or an `.npz` with `images` (pixels) or `moments` (of the VAE's latents) and perhaps `labels`.
+        data: "digits", "synthetic" (random latents), a store (docs/store.md) or the URL of one, an image folder
+            (class = sub-folder), or an `.npz` with `images` (pixels) or `moments` (of the VAE's latents) and perhaps
+            `labels`.
         image_size: side of the images in pixels; latents have an eighth of it.
         num_classes: labels must be below it; None takes it from the data, 0 leaves the labels out.
         mirror: mirror each image with probability one half.
+        fetch: whether a store at a URL is fetched. If not, only its manifest is read, and no sample can be.
 
     Raises:
         ValueError: nothing there, or something that cannot be trained on; says what is wrong and where.
@@ -65,6 +69,15 @@ def open_data(data: str, *, image_size: int, num_classes: int | None, mirror: bo
         raise ValueError(f"image_size must be at least 1, not {image_size}")
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes must be at least 0, not {num_classes}")
+    if is_url(data):
+        remote = RemoteStore(data)
+        # Before anything is fetched: what does not fit is said at once.
+        store = LatentStore(remote.folder, image_size, num_classes, mirror, remote.manifest)
+        if fetch:
+            remote.fetch()
+        else:
+            say(f"{data}: {remote.plan()}")
+        return store
     path = Path(data)
     if data == "digits":
         return Digits(image_size, num_classes, mirror)
