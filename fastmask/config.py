@@ -67,8 +67,8 @@ class TrainConfig:
     """Under torchrun: every rank has all weights, or a part of them, gathered for each pass or (grad-op) for both."""
 
     data: str = "digits"
-    """digits, synthetic, a store (fastmask.prepare), an .npz, or what fastmask.prepare takes: an image folder (class =
-    sub-folder), tars, parquet."""
+    """digits, synthetic, a store (fastmask.prepare) or its URL (s3://bucket/store), an .npz, or what fastmask.prepare
+    takes: an image folder (class = sub-folder), tars, parquet."""
     data_source: Literal["auto", "images"] = "auto"
     """auto: train on --data as they are, images as pixels; images: encode images with --vae at each visit."""
     vae: str = "stabilityai/sd-vae-ft-mse"

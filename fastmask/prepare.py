@@ -23,6 +23,7 @@ from fastmask.data.decoding import Decoded, decoded, read_ahead
 from fastmask.data.importers import Latents, open_latents
 from fastmask.data.latents import DOWNSAMPLING
 from fastmask.data.manifest import Manifest
+from fastmask.data.remote import is_url, local_copy
 from fastmask.data.sources import Source, open_source
 from fastmask.data.writer import StoreWriter
 from fastmask.report import console, save_grid, say
@@ -41,7 +42,7 @@ class PrepareConfig:
     store: tyro.conf.Positional[str] = ""
     """Folder of the store; the same command goes on where it stopped."""
     check: str = ""
-    """Instead verify the store of this name, and draw a sheet of its images."""
+    """Instead verify the store of this name, and draw a sheet of its images; one at a URL is fetched first."""
     image_size: int = 256
     """Side in pixels; larger images are shrunk and cropped, smaller ones enlarged."""
     space: Literal["latent", "pixel"] = "latent"
@@ -70,10 +71,12 @@ def main(argv: Sequence[str]) -> None:
     if config.check:
         if config.source:
             raise ValueError(f"--check {config.check} takes no source ({config.source})")
-        check(Path(config.check))
+        check(local_copy(config.check) if is_url(config.check) else Path(config.check))
         return
     if not config.store:
         raise ValueError("name a source and the store to make of it, or --check STORE")
+    if is_url(config.store):
+        raise ValueError(f"{config.store}: a store is written to a folder; copy it to the URL when it is finished")
     for name in ("image_size", "batch_size", "shard_size"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
@@ -237,7 +240,10 @@ def check(store: Path) -> None:
     for line in found.damaged:
         say(line)
     if found.damaged:
-        raise ValueError(f"{store} is damaged: {len(found.damaged)} of its files; copy it again, or prepare it anew")
+        raise ValueError(
+            f"{store} is damaged: {len(found.damaged)} of its files; delete them and copy or fetch them again, or "
+            f"prepare it anew"
+        )
     say(f"{store} is whole")
 
 

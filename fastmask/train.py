@@ -106,8 +106,14 @@ def _resolve_graphs(config: TrainConfig, device: torch.device, ranks: Ranks) -> 
     return "on" if can and config.cuda_graphs != "off" else "off"
 
 
-def resolve_data(config: TrainConfig, preset: TrainConfig) -> tuple[TrainConfig, DataSet]:
-    """Open the data, and return the configuration with the number of classes that they have."""
+def resolve_data(config: TrainConfig, preset: TrainConfig, *, fetch: bool = True) -> tuple[TrainConfig, DataSet]:
+    """Open the data, and return the configuration with the number of classes that they have.
+
+    Args:
+        config: what to train, and on what.
+        preset: what it began from; data that it does not name bring their number of classes.
+        fetch: whether data at a URL are fetched, and not only described.
+    """
     own = config.data != preset.data and config.data not in ("digits", "synthetic")
     from_data = own and config.num_classes == preset.num_classes
     dataset = open_data(
@@ -118,6 +124,7 @@ def resolve_data(config: TrainConfig, preset: TrainConfig) -> tuple[TrainConfig,
         decoder=config.decoder,
         vae=config.vae if config.data_source == "images" else "",
         device=torch.device(config.device),
+        fetch=fetch,
     )
     if isinstance(dataset, ImageSet):
         by = "DALI" if dataset.decoder == "dali" else "Pillow"
@@ -131,7 +138,7 @@ def dry_run(config: TrainConfig, preset: TrainConfig) -> None:
     """Print what a run would be, without allocating its weights; data that are missing are assumed to be latents."""
     channels, size = 4, config.image_size // 8
     if config.data != preset.data or config.data == "digits" or Path(config.data).exists():
-        config, dataset = resolve_data(config, preset)
+        config, dataset = resolve_data(config, preset, fetch=False)
         channels, size, _ = dataset.shape
     else:
         check_config(config, size)
@@ -174,7 +181,8 @@ def train(config: TrainConfig, dataset: DataSet, ranks: Ranks = Ranks(), *, prof
             except DivergedError as error:  # noqa: PERF203  (a step is what costs)
                 checkpointer.wait()
                 run.roll_back(error)
-    say(f"trained {config.max_steps} steps: {checkpoints(Path(config.run_dir))[-1]}")
+    if not ranks.rank:  # which has written the last checkpoint when it comes here; the others may come before
+        say(f"trained {config.max_steps} steps: {checkpoints(Path(config.run_dir))[-1]}")
 
 
 def set_numerics(config: TrainConfig) -> None:

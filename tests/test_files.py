@@ -1,6 +1,6 @@
 import pytest
 
-from fastmask.files import whole_file
+from fastmask.files import whole_file, write_durably
 
 
 def test_a_whole_file(tmp_path):
@@ -25,3 +25,11 @@ def test_a_write_that_never_began(tmp_path):
     with pytest.raises(FileNotFoundError), whole_file(tmp_path / "out.txt"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_durable_file(tmp_path):
+    path = tmp_path / "new" / "out.txt"
+    for content in (b"first", b"second"):
+        write_durably(path, content)
+        assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]

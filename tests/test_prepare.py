@@ -202,7 +202,7 @@ def test_check(folder, tmp_path, capsys):
     values = bytearray(path.read_bytes())
     values[500] ^= 1
     path.write_bytes(values)
-    with pytest.raises(ValueError, match="store is damaged: 1 of its files; copy it again, or prepare it anew"):
+    with pytest.raises(ValueError, match="store is damaged: 1 of its files; delete them and copy or fetch"):
         main(["--check", str(tmp_path / "store")])
     assert "00001.npy is damaged: its SHA-256 is not that of the manifest" in capsys.readouterr().out
 

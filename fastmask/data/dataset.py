@@ -16,8 +16,10 @@ from fastmask.data.imageset import EncodedImageSet, ImageSet
 from fastmask.data.latents import Moments, Synthetic
 from fastmask.data.manifest import MANIFEST, UNFINISHED
 from fastmask.data.npz import read_npz
+from fastmask.data.remote import RemoteStore, is_url
 from fastmask.data.sources import open_source
 from fastmask.data.store import LatentStore
+from fastmask.report import say
 
 _CPU = torch.device("cpu")
 
@@ -64,18 +66,21 @@ def open_data(
     decoder: DecoderName = "auto",
     vae: str = "",
     device: torch.device = _CPU,
+    fetch: bool = True,
 ) -> DataSet:
     """Return the data set that a name means.
 
     Args:
-        data: "digits", "synthetic" (random latents), a store (docs/store.md), an `.npz` with `images` (pixels) or
-            `moments` (of the VAE's latents) and perhaps `labels`, or images in any form that `fastmask.prepare` takes.
+        data: "digits", "synthetic" (random latents), a store (docs/store.md) or its URL, an `.npz` with `images`
+            (pixels) or `moments` (of the VAE's latents) and perhaps `labels`, or images in any form that
+            `fastmask.prepare` takes.
         image_size: side of the images in pixels; latents have an eighth of it.
         num_classes: labels must be below it; None takes it from the data, 0 leaves the labels out.
         mirror: mirror each image with probability one half.
         decoder: of JPEG files; "auto" is DALI if it is installed.
         vae: encode images into the latents of this VAE as they come.
         device: where to encode them.
+        fetch: whether a store at a URL is fetched. If not, only its manifest is read, and no sample can be.
 
     Raises:
         ValueError: nothing there, or something that cannot be trained on; says what is wrong and where.
@@ -85,9 +90,18 @@ def open_data(
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes must be at least 0, not {num_classes}")
     path = Path(data)
-    is_store = (path / MANIFEST).exists() or (path / UNFINISHED).exists()
+    is_store = is_url(data) or (path / MANIFEST).exists() or (path / UNFINISHED).exists()
     if vae and (is_store or data in ("digits", "synthetic")):
         raise ValueError(f"--data-source images encodes images as they come: --data {data} does not name their files")
+    if is_url(data):
+        remote = RemoteStore(data)
+        # Before anything is fetched: what does not fit is said at once.
+        store = LatentStore(remote.folder, image_size, num_classes, mirror, remote.manifest)
+        if fetch:
+            remote.fetch()
+        else:
+            say(f"{data}: {remote.plan()}")
+        return store
     if data == "digits":
         return Digits(image_size, num_classes, mirror)
     if data == "synthetic":

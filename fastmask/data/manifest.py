@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 DATA_OFFSET = 128  # of the values in a shard's files, behind the header of an .npy
+
+_PLAIN_NAME = re.compile(r"[^./\\\0][^/\\\0]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,36 +102,50 @@ def read_manifest(store: Path) -> Manifest:
         raise ValueError(f"{store} is a store that is not finished: the command that began it goes on with it")
     if not path.exists():
         raise ValueError(f"{store} is not a store: it holds no {MANIFEST}")
+    manifest = parse_manifest(path.read_bytes(), path)
+    for shard in manifest.shards:
+        check_length(store, shard, manifest)
+    return manifest
+
+
+def parse_manifest(content: bytes, where: str | Path) -> Manifest:
+    """Return the manifest that a file holds; nothing is looked at but its content.
+
+    Args:
+        content: of the file.
+        where: its path or URL, for messages.
+
+    Raises:
+        ValueError: no manifest, of a newer version, damaged, or naming files that a store cannot have.
+    """
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(content)
         if fields.get("format") != FORMAT:
-            raise ValueError(f"{path} is not the manifest of a fastmask store")
+            raise ValueError(f"{where} is not the manifest of a fastmask store")
         if fields["version"] > VERSION:
             raise ValueError(
-                f"{path} is of version {fields['version']} of the format, newer than this fastmask reads ({VERSION}): "
+                f"{where} is of version {fields['version']} of the format, newer than this fastmask reads ({VERSION}): "
                 f"update fastmask"
             )
         manifest = _from_fields(fields)
+        if fields["count"] != manifest.count or sum(manifest.class_counts) not in (0, manifest.count):
+            raise ValueError(f"{where} is damaged: its counts do not add up")
     except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    for shard in manifest.shards:
-        check_length(store, shard, manifest)
-    if fields["count"] != manifest.count or sum(manifest.class_counts) not in (0, manifest.count):
-        raise ValueError(f"{path} is damaged: its counts do not add up")
+        raise ValueError(f"{where} is damaged ({type(error).__name__}: {error})") from error
     return manifest
 
 
 def check_length(store: Path, shard: Shard, manifest: Manifest) -> None:
     """Raise a ValueError if a file of a shard is missing, or not as long as its records."""
-    for file, record_bytes in ((shard.records, manifest.record_bytes), (shard.labels, 4)):
+    for file, length in _lengths(shard, manifest):
         path = store / file.name
         if not path.is_file():
             raise ValueError(f"{path} is missing from the store")
         there = path.stat().st_size
-        if there != file.bytes or there != DATA_OFFSET + shard.count * record_bytes:
+        if not there == file.bytes == length:
             raise ValueError(
-                f"{path} has {there:,} bytes instead of {DATA_OFFSET + shard.count * record_bytes:,}: it is cut off or "
-                f"of another store; copy it again, or prepare the store anew"
+                f"{path} has {there:,} bytes instead of {length:,}: it is cut off or of another store; copy it again, "
+                f"or prepare the store anew"
             )
 
 
@@ -143,8 +160,22 @@ def sha256_of(path: Path) -> str:
 
 def shard_from_fields(fields: dict[str, Any]) -> Shard:
     """Return a shard as JSON describes it."""
-    records, labels = (StoredFile(**fields[name]) for name in ("records", "labels"))
+    records, labels = (_stored_file(fields[name]) for name in ("records", "labels"))
     return Shard(fields["count"], records, labels, fields["skipped"])
+
+
+def _stored_file(fields: dict[str, Any]) -> StoredFile:
+    file = StoredFile(**fields)
+    # A manifest may come from anywhere: it must not lead out of the store's folder, nor to what is kept beside.
+    if not _PLAIN_NAME.fullmatch(file.name):
+        raise TypeError(f"{file.name!r} does not name a file in the store's own folder")
+    return file
+
+
+def _lengths(shard: Shard, manifest: Manifest) -> tuple[tuple[StoredFile, int], ...]:
+    """Return the files of a shard, each with the length that so many records or labels have."""
+    sizes = (shard.records, manifest.record_bytes), (shard.labels, 4)
+    return tuple((file, DATA_OFFSET + shard.count * size) for file, size in sizes)
 
 
 def _from_fields(fields: dict[str, Any]) -> Manifest:
@@ -156,4 +187,12 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
     fits = {"pixels": "uint8", "moments": "float16", "latents": "float16"}.get(manifest.kind) == manifest.dtype
     if not fits or len(manifest.shape) != 4 or len(manifest.class_names) != manifest.num_classes:
         raise TypeError(f"{manifest.kind} in {manifest.dtype} of shape {manifest.shape}")
+    names = {MANIFEST}
+    for shard in manifest.shards:
+        for file, length in _lengths(shard, manifest):
+            if file.bytes != length or shard.count < 0:
+                raise TypeError(f"{file.name} of {file.bytes} bytes cannot hold {shard.count} records")
+            if file.name in names:
+                raise TypeError(f"{file.name} is named twice")
+            names.add(file.name)
     return manifest

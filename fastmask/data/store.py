@@ -26,17 +26,20 @@ class LatentStore:
     on. Pixels are mirrored when they are used.
 
     Args:
-        path: the store's folder.
+        path: the store's folder; `open_data` and `fastmask.data.remote.local_copy` fetch one from a URL.
         image_size: must be the store's.
         num_classes: labels must be below it; None takes the store's, 0 leaves the labels out.
         mirror: mirror each image with probability one half.
+        manifest: of the store, where it is known before its files are there; None reads it, and looks at the files.
 
     Raises:
         ValueError: a store that is damaged, or not one of what is asked for.
     """
 
-    def __init__(self, path: Path, image_size: int, num_classes: int | None, mirror: bool) -> None:
-        self.manifest = manifest = read_manifest(path)
+    def __init__(
+        self, path: Path, image_size: int, num_classes: int | None, mirror: bool, manifest: Manifest | None = None
+    ) -> None:
+        self.manifest = manifest = manifest or read_manifest(path)
         if image_size != manifest.image_size:
             raise ValueError(f"{path} holds images of side {manifest.image_size}: image_size {image_size} is another")
         if num_classes and num_classes < manifest.num_classes:

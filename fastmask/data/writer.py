@@ -25,7 +25,7 @@ from fastmask.data.manifest import (
     shard_from_fields,
 )
 from fastmask.data.store import map_shard
-from fastmask.files import whole_file
+from fastmask.files import sync, whole_file, write_durably
 
 _LOCK = ".lock"
 
@@ -58,12 +58,12 @@ class ShardWriter:
         """Put the header in front of the records, and write the labels beside."""
         self._records.seek(0)
         self._records.write(_header(self._dtype, (self.count, *self._manifest.shape)))
-        _sync(self._records)
+        sync(self._records)
         values = np.concatenate([np.empty(0, "<i4"), *self._labels])
         with whole_file(labels) as partial, partial.open("wb") as file:
             file.write(_header(values.dtype, values.shape))
             file.write(values.data)
-            _sync(file)
+            sync(file)
 
 
 class StoreWriter:
@@ -133,7 +133,7 @@ class StoreWriter:
                 writer.close(labels)
             stored, beside = (StoredFile(p.name, p.stat().st_size, sha256_of(p)) for p in (records, labels))
             shard = Shard(writer.count, stored, beside, writer.skipped)
-            _write_text(self._record(number), json.dumps(dataclasses.asdict(shard)))
+            write_durably(self._record(number), json.dumps(dataclasses.asdict(shard)).encode())
         except OSError as error:
             raise ValueError(
                 f"{error.filename or records} cannot be written: {error.strerror or error}; finished shards are kept, "
@@ -161,7 +161,7 @@ class StoreWriter:
         manifest = dataclasses.replace(
             self._manifest, num_classes=len(names), class_names=names, class_counts=counts.tolist(), shards=shards
         )
-        _write_text(self.path / MANIFEST, manifest.to_json())
+        write_durably(self.path / MANIFEST, manifest.to_json().encode())
         self._clean()
         return manifest
 
@@ -197,7 +197,7 @@ class StoreWriter:
         others = [entry.name for entry in self.path.iterdir() if entry.name != _LOCK]
         if others:
             raise ValueError(f"{self.path} is not empty ({sorted(others)[0]}): a store wants a folder of its own")
-        _write_text(path, json.dumps(plan))
+        write_durably(path, json.dumps(plan).encode())
 
 
 def lock_store(store: Path) -> int:
@@ -221,19 +221,3 @@ def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     said = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"
     text = said.ljust(DATA_OFFSET - 11).encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
-
-
-def _write_text(path: Path, text: str) -> None:
-    with whole_file(path) as partial, partial.open("w") as file:
-        file.write(text)
-        _sync(file)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the names of the files before it too
-    finally:
-        os.close(folder)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())

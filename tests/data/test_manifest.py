@@ -66,6 +66,33 @@ def test_no_manifest_at_all(store, text):
         read_manifest(store)
 
 
+@pytest.mark.parametrize(
+    "name", ["../a.npy", "/a.npy", "a/b.npy", "a\\b.npy", "..", ".lock", "", "a\0", "manifest.json"]
+)
+def test_names_that_lead_out_of_the_folder(store, name):
+    shards = json.loads((store / "manifest.json").read_text())["shards"]
+    shards[1]["labels"]["name"] = name
+    change(store, shards=shards)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(TypeError: .* (folder|twice)\)$"):
+        read_manifest(store)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"name": "00000.npy"}, r"00000\.npy is named twice"),
+        ({"bytes": 10**15}, r"00001\.npy of 1000000000000000 bytes cannot hold 4 records"),
+        ({"bytes": "9"}, r"00001\.npy of 9 bytes cannot hold"),
+    ],
+)
+def test_files_that_cannot_be(store, edit, message):
+    shards = json.loads((store / "manifest.json").read_text())["shards"]
+    shards[1]["records"].update(edit)
+    change(store, shards=shards)
+    with pytest.raises(ValueError, match=rf"manifest\.json is damaged .*{message}"):
+        read_manifest(store)
+
+
 def test_no_store(tmp_path, store):
     with pytest.raises(ValueError, match=r"is not a store: it holds no manifest\.json"):
         read_manifest(tmp_path)

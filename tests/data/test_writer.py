@@ -129,7 +129,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     with StoreWriter(tmp_path / "store", about, 10, 4) as store:
         with store.shard(0) as shard:
             shard.add(records[:4], labels[:4])
-        monkeypatch.setattr("fastmask.data.writer._sync", full)
+        monkeypatch.setattr("fastmask.data.writer.sync", full)
         with (
             pytest.raises(
                 ValueError, match=r"00001\.npy cannot be written: No space left on device; finished shards are"
