@@ -38,7 +38,7 @@ demo: venv
 
 test: venv lint
 	$(BIN)/python -m pytest -n 2 -p no:benchmark $(addprefix --ignore=,$(TRAINER_TESTS))
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -p no:benchmark $(NATIVE_TESTS)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -p no:benchmark -m 'not once' $(NATIVE_TESTS)
 
 # DALI lies over the environment of the other tests: torch is there once.
 .venv-dali/.done: .venv/.done

@@ -309,6 +309,7 @@ def test_position_table_by_the_formula(side, width):
         assert table[0, l].tolist() == pytest.approx(expected, rel=1e-7, abs=1e-12)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("module", ["fastmask", "fastmask.kernels", "fastmask.diffusion"])
 def test_importing_brings_torch_and_little_else(module):
     def imported(name):

@@ -173,6 +173,7 @@ def test_equal_numbers_packed_are_dense():
 # Compiled
 
 
+@pytest.mark.once
 def test_a_packed_step_is_one_graph_for_every_draw():
     torch._dynamo.reset()
     objective = TrainingObjective(network(), EDMLoss())
@@ -206,6 +207,7 @@ def test_a_packed_step_is_one_graph_for_every_draw():
     assert not torch.equal(seen[0], seen[2])
 
 
+@pytest.mark.once
 def test_several_sizes_compile_into_one_graph():
     torch._dynamo.reset()
     net = network()
