@@ -92,7 +92,7 @@ def store(folder: Path) -> Source:
 
 def image_array(folder: Path) -> Source:
     random = np.random.default_rng(2)
-    stored = np.stack([_picture(random, 256) for _ in range(256)])
+    stored = np.stack([picture(random, 256) for _ in range(256)])
     labels = random.integers(10, size=len(stored))
     np.savez(folder / "images.npz", images=stored, labels=labels)
     read = functools.partial(_rows_of, stored.transpose(0, 3, 1, 2), labels)
@@ -106,7 +106,7 @@ def image_folder(folder: Path, suffix: str) -> Source:
     for file in files:
         file.parent.mkdir(exist_ok=True)
         # A fast encoder: the decoder's time hardly depends on it.
-        pillow.fromarray(_picture(random, 512)).save(file, compress_level=1)
+        pillow.fromarray(picture(random, 512)).save(file, compress_level=1)
 
     def read(ids: NDArray[np.int64]) -> tuple[Any, Any]:
         whole = np.stack([np.asarray(pillow.open(files[i])) for i in ids]).astype(np.int64)
@@ -285,7 +285,7 @@ def _rows_of(stored: NDArray[Any], labels: NDArray[Any], ids: NDArray[np.int64])
     return stored[ids], labels[ids].astype(np.int64)
 
 
-def _picture(random: np.random.Generator, side: int) -> NDArray[np.uint8]:
+def picture(random: np.random.Generator, side: int) -> NDArray[np.uint8]:
     """Return an image (side, side, 3) of soft shapes and a little grain: like photos it compresses."""
     shapes = torch.from_numpy(random.normal(128, 60, (1, 3, 16, 16))).float()
     soft = torch.nn.functional.interpolate(shapes, (side, side), mode="bicubic")[0].permute(1, 2, 0).numpy()

@@ -1,0 +1,88 @@
+"""Decoding photos, and preparing a store of them: by Pillow, and by DALI where it is installed, in one run.
+
+The files are JPEGs of 500x375, the commonest size of ImageNet, resized and cropped to 256, and in the page cache.
+A call reads all of them, processes started and ended within it. `prepare` stores pixels, so that nothing but decoding
+and storing takes time: what it reaches of the bare decoder's rate is what the rest of it costs.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench import rows
+from bench.data.bench_loaders import picture
+from fastmask import prepare
+from fastmask.data.dali import JpegDecoder, pick_decoder
+from fastmask.data.decoding import decoded
+from fastmask.data.images import decode
+from fastmask.data.sources import Source, open_source
+from fastmask.report import console
+
+FILES, BATCH = 512, 32
+HEIGHT, WIDTH, SIZE = 375, 500, 256
+TIMES = {"rounds": 5, "warmup": 1}
+TOLERANCE = 1  # level of 255: these sides are not halved
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    pillow, random = importlib.import_module("PIL.Image"), np.random.default_rng(5)
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(FILES):
+        pixels = picture(random, WIDTH)[:HEIGHT]
+        pillow.fromarray(pixels).save(folder / f"{number:03}.jpg", quality=90)
+    return folder
+
+
+def bare(source: Source, num_workers: int, decoder: str) -> None:
+    """Decode all images, and look that they are there."""
+    parts = [range(first, first + BATCH) for first in range(0, len(source), BATCH)]
+    dali = JpegDecoder(SIZE, BATCH, DEVICE, max(1, num_workers)) if decoder == "dali" else None
+    assert sum(len(part.values) for part in decoded(source, SIZE, parts, num_workers, dali)) == FILES
+
+
+def prepared(folder: Path, stores: Path, num_workers: int, decoder: str) -> None:
+    """Make a store of all images."""
+    options = ["--space", "pixel", "--image-size", str(SIZE), "--batch-size", str(BATCH), "--decoder", decoder]
+    store = stores / str(len(list(stores.iterdir())))
+    prepare.main([str(folder), str(store), *options, "--num-workers", str(num_workers)])
+
+
+def check(source: Source, decoder: str) -> None:
+    """Hold the first images to Pillow's; an AssertionError says how far they are."""
+    dali = JpegDecoder(SIZE, BATCH, DEVICE, 1) if decoder == "dali" else None
+    (part,) = decoded(source, SIZE, [range(BATCH)], 0, dali)
+    for item, pixels in enumerate(torch.as_tensor(part.values).cpu().numpy()):
+        content, _ = source.read(item)
+        expected = decode(content, SIZE, source.name(item)).transpose(2, 0, 1).astype(int)
+        apart = np.abs(pixels - expected).max()
+        assert DEVICE.type == "cuda" or apart <= TOLERANCE, f"{decoder}: {apart} levels from Pillow's"
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def bench_decoding(benchmark, photos, num_workers, tmp_path, run_id, loaded, request, monkeypatch):
+    monkeypatch.setattr(console, "quiet", True)
+    source, variants = open_source(photos), dict[str, Callable[[], None]]()
+    for decoder in dict.fromkeys(("pil", pick_decoder("auto"))):
+        check(source, decoder)
+        name = {"pil": "Pillow", "dali": f"DALI on {DEVICE.type}"}[decoder]
+        variants[name] = functools.partial(bare, source, num_workers, decoder)
+        variants[f"prepare, {name}"] = functools.partial(prepared, photos, tmp_path, num_workers, decoder)
+    times = {"rounds": 1, "warmup": 0} if benchmark.disabled else TIMES
+    timings = benchmark.pedantic(rows.measure, (variants, torch.device("cpu")), times, rounds=1)
+    if benchmark.disabled:
+        return
+    case = {"data": f"{FILES} jpg {WIDTH}x{HEIGHT}, decoded", "image_size": SIZE, "shape": f"3x{SIZE}x{SIZE}"}
+    case |= {"batch": BATCH, "batches": FILES // BATCH, "num_workers": num_workers}
+    for variant, timing in timings.items():
+        figures = {**timing._asdict(), "images_per_s": round(FILES / timing.median_ms * 1e3, 1), "run": run_id}
+        benchmark.extra_info[variant] = figures
+        loaded.append((case, variant, figures))
+        if request.config.getoption("rows"):
+            rows.append({"bench": "loader", "case": case, "variant": variant, **figures}, DEVICE)
