@@ -113,13 +113,14 @@ def _encode(config: PrepareConfig, source: Source) -> Job:
     """Return the job of storing a source's images as pixels, or as moments of a VAE."""
     say(f"{config.source}: {source.kind}, {len(source):,} images, {len(source.class_names) or 'no known'} classes")
     device, decoder = pick_device(config.device), pick_decoder(config.decoder)
-    say(f"JPEG files are decoded by {'Pillow' if decoder == 'pil' else f'DALI on {device.type}'}, others by Pillow")
+    decoded_by = "Pillow" if decoder == "pil" else f"DALI on {device.type}"
+    say(f"JPEG files are decoded by {decoded_by}, others by Pillow")
     if source.ignored:
         say(f"{len(source.ignored):,} files are no images by their names and left out: {source.ignored[0]}, ...")
     about: dict[str, Any] = {
         "image_size": config.image_size,
         "crop": "adm",
-        "decoder": "pillow" if decoder == "pil" else f"dali on {device.type}",
+        "decoder": decoded_by.lower(),
         **_UNCOUNTED,
         "source": _origin(config, source.kind, len(source), source.name),
     }

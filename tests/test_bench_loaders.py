@@ -9,14 +9,13 @@ import torch
 
 from bench import rows
 from bench.data import bench_loaders
-from fastmask.data import open_data
 
 CPU = torch.device("cpu")
 
 
 def first_batch(name, folder):
     source = bench_loaders.SOURCES[name](folder)
-    dataset = open_data(source.data, image_size=source.image_size, num_classes=source.num_classes, mirror=False)
+    dataset = bench_loaders.opened(source)
     return source, len(dataset), next(bench_loaders.training_batches(dataset, 0, CPU))
 
 

@@ -66,7 +66,7 @@ def check(source: Source, decoder: str) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def bench_decoding(benchmark, photos, num_workers, tmp_path, run_id, loaded, request, monkeypatch):
+def bench_decoding(benchmark, photos, num_workers, tmp_path, noted, monkeypatch):
     monkeypatch.setattr(console, "quiet", True)
     source, variants = open_source(photos), dict[str, Callable[[], None]]()
     for decoder in dict.fromkeys(("pil", pick_decoder("auto"))):
@@ -76,13 +76,7 @@ def bench_decoding(benchmark, photos, num_workers, tmp_path, run_id, loaded, req
         variants[f"prepare, {name}"] = functools.partial(prepared, photos, tmp_path, num_workers, decoder)
     times = {"rounds": 1, "warmup": 0} if benchmark.disabled else TIMES
     timings = benchmark.pedantic(rows.measure, (variants, torch.device("cpu")), times, rounds=1)
-    if benchmark.disabled:
-        return
     case = {"data": f"{FILES} jpg {WIDTH}x{HEIGHT}, decoded", "image_size": SIZE, "shape": f"3x{SIZE}x{SIZE}"}
     case |= {"batch": BATCH, "batches": FILES // BATCH, "num_workers": num_workers}
     for variant, timing in timings.items():
-        figures = {**timing._asdict(), "images_per_s": round(FILES / timing.median_ms * 1e3, 1), "run": run_id}
-        benchmark.extra_info[variant] = figures
-        loaded.append((case, variant, figures))
-        if request.config.getoption("rows"):
-            rows.append({"bench": "loader", "case": case, "variant": variant, **figures}, DEVICE)
+        noted("loader", case, variant, timing, DEVICE)

@@ -149,6 +149,12 @@ SOURCES = {
 }
 
 
+def opened(source: Source) -> DataSet:
+    """Open a source's data set; Pillow decodes, whose pixels are known (bench_decoding has DALI's)."""
+    size, classes = source.image_size, source.num_classes
+    return open_data(source.data, image_size=size, num_classes=classes, mirror=False, decoder="pil")
+
+
 def training_batches(
     dataset: DataSet, num_workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -186,17 +192,14 @@ def source(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def bench_loader(benchmark, source, num_workers, run_id, loaded, request):
+def bench_loader(benchmark, source, num_workers, noted):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = open_data(source.data, image_size=source.image_size, num_classes=source.num_classes, mirror=False)
+    dataset = opened(source)
     with contextlib.closing(training_batches(dataset, num_workers, device)) as parts:
         check(source, len(dataset), *next(parts))
-        off = benchmark.disabled
-        times = {"rounds": 1, "warmup": 0} if off else TIMES
+        times = {"rounds": 1, "warmup": 0} if benchmark.disabled else TIMES
         variants = {type(dataset).__name__: lambda: collections.deque(itertools.islice(parts, BATCHES), maxlen=0)}
         ((variant, timing),) = benchmark.pedantic(rows.measure, (variants, device), times, rounds=1).items()
-    if off:
-        return  # a single call may take what a worker has read before it
     case = {
         "data": source.what,
         "image_size": source.image_size,
@@ -205,11 +208,7 @@ def bench_loader(benchmark, source, num_workers, run_id, loaded, request):
         "batches": BATCHES,
         "num_workers": num_workers,
     }
-    figures = {**timing._asdict(), "images_per_s": round(BATCH * BATCHES / timing.median_ms * 1e3, 1), "run": run_id}
-    benchmark.extra_info[variant] = figures
-    loaded.append((case, variant, figures))
-    if request.config.getoption("rows"):
-        rows.append({"bench": "loader", "case": case, "variant": variant, **figures}, device)
+    noted("loader", case, variant, timing, device)
 
 
 class _Files(Dataset[tuple[NDArray[Any], int]]):
@@ -235,7 +234,7 @@ class _Order:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 8])
-def bench_reading(benchmark, num_workers, tmp_path, run_id, loaded, request):
+def bench_reading(benchmark, num_workers, tmp_path, noted):
     """The store against a DataLoader over a file per image, and against a copy of the same bytes in memory."""
     device, (stored, labels) = torch.device("cpu"), _moments()
     (tmp_path / "files").mkdir()
@@ -248,24 +247,17 @@ def bench_reading(benchmark, num_workers, tmp_path, run_id, loaded, request):
         for actual, expected in zip(next(ours), next(theirs), strict=True):
             assert torch.equal(actual, expected), "the store's records are not the source's"
         source, target = stored[:READ], stored[-READ:].copy()
-        off = benchmark.disabled
-        times = {"rounds": 1, "warmup": 0} if off else TIMES
+        times = {"rounds": 1, "warmup": 0} if benchmark.disabled else TIMES
         variants = {
             "LatentStore": lambda: collections.deque(itertools.islice(ours, READS), maxlen=0),
             "DataLoader over .npy": lambda: collections.deque(itertools.islice(theirs, READS), maxlen=0),
             "copy": lambda: [np.copyto(target, source) for _ in range(READS)],
         }
         timings = benchmark.pedantic(rows.measure, (variants, device), times, rounds=1)
-    if off:
-        return
     case = {"data": "2048 moments 8x32x32 fp16, read", "image_size": 256, "shape": "8x32x32"}
     case |= {"batch": READ, "batches": READS, "num_workers": num_workers}
     for variant, timing in timings.items():
-        figures = {**timing._asdict(), "images_per_s": round(READ * READS / timing.median_ms * 1e3, 1), "run": run_id}
-        benchmark.extra_info[variant] = figures
-        loaded.append((case, variant, figures))
-        if request.config.getoption("rows"):
-            rows.append({"bench": "loader", "case": case, "variant": variant, **figures}, device)
+        noted("loader", case, variant, timing, device)
 
 
 def _moments() -> tuple[NDArray[np.float16], NDArray[np.int64]]:

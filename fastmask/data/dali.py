@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -34,7 +34,7 @@ class HasImages(Protocol):
         ...
 
 
-Part = TypeVar("Part", bound=HasImages)
+P = TypeVar("P", bound=HasImages)
 
 
 def pick_decoder(name: DecoderName) -> Literal["dali", "pil"]:
@@ -70,43 +70,45 @@ class JpegDecoder:
     def __init__(self, size: int, batch_size: int, device: torch.device, num_threads: int) -> None:
         self._size, self._batch_size, self._device, self._num_threads = size, batch_size, device, num_threads
 
-    def ahead(self, parts: Iterable[Part]) -> Iterator[tuple[Part, Tensor | None]]:
+    def ahead(self, parts: Iterable[P]) -> Iterator[tuple[P, Tensor | None]]:
         """Yield each part with its pixels, uint8 (n, 3, size, size), on the device.
 
         Without a JPEG file among them, or if DALI refuses one of them, there are no pixels: see each for itself.
         """
         parts = iter(parts)
         # What reads them may start processes, which should not inherit DALI's threads.
-        parts = itertools.chain(list(itertools.islice(parts, 1)), parts)
-        refused = True
-        while refused:
-            feed = _Feed(parts)
-            pipeline = self._pipeline(feed)
-            refused = False
-            while not refused:
-                try:
-                    (decoded,) = pipeline.run()
-                except StopIteration:
-                    break
-                except RuntimeError:
-                    if feed.error:
-                        raise feed.error from None
-                    refused = True
-                while feed.waiting:
-                    part = feed.waiting.popleft()
-                    if not _jpegs(part):
-                        yield part, None
-                        continue
-                    yield part, None if refused else self._placed(part, decoded)
-                    break
-            parts = itertools.chain(list(feed.waiting), feed.parts)
+        feed = _Feed(itertools.chain(list(itertools.islice(parts, 1)), parts))
+        while (yield from self._until_refused(feed)):
+            feed = _Feed(itertools.chain(list(feed.waiting), feed.parts))
         yield from ((part, None) for part in feed.waiting)
+
+    def _until_refused(self, feed: "_Feed") -> Generator[tuple[Any, Tensor | None], None, bool]:
+        """Yield parts as `ahead` does, and return whether DALI refused the last of them, after which it is done for."""
+        pipeline = self._pipeline(feed)
+        # Outputs belong to the stream that computes: what is queued there is done before DALI takes their memory back.
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        while True:
+            decoded = None
+            try:
+                (decoded,) = pipeline.run(stream)
+            except StopIteration:
+                return False
+            except RuntimeError:
+                if feed.error:
+                    raise feed.error from None
+            part = feed.waiting.popleft()
+            while not _jpegs(part):
+                yield part, None
+                part = feed.waiting.popleft()
+            yield part, None if decoded is None else self._placed(part, decoded)
+            if decoded is None:
+                return True
 
     def _placed(self, part: HasImages, decoded: Any) -> Tensor:
         """Return the pixels of a part: what DALI decoded, with the others in between."""
         pixels = torch.utils.dlpack.from_dlpack(decoded.as_tensor())
         if len(pixels) == len(part.values):
-            return pixels.clone()  # DALI's own memory is written again
+            return pixels.clone()  # the memory is DALI's
         placed = torch.empty((len(part.values), *pixels.shape[1:]), dtype=torch.uint8, device=pixels.device)
         others = [i for i, value in enumerate(part.values) if not isinstance(value, bytes)]
         jpegs = [i for i, value in enumerate(part.values) if isinstance(value, bytes)]

@@ -1,7 +1,7 @@
 """What a data set is to training, and which one a name means."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from fastmask.data.autoencoder import Autoencoder
 from fastmask.data.dali import DecoderName, pick_decoder
 from fastmask.data.digits import Digits
 from fastmask.data.images import ImageArray
-from fastmask.data.imageset import EncodedImageSet, ImageSet
+from fastmask.data.imageset import ImageSet
 from fastmask.data.latents import Moments, Synthetic
 from fastmask.data.manifest import MANIFEST, UNFINISHED
 from fastmask.data.npz import read_npz
@@ -39,7 +39,7 @@ class DataSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, ids: NDArray[np.int64]) -> tuple[Any, Tensor]:
+    def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return what is stored of the samples (B, ...), and their labels (B,) int64."""
         ...
 
@@ -115,9 +115,8 @@ def open_data(
         return ImageArray(path, arrays, image_size, mirror)
     if path.exists():
         source, chosen = open_source(path), pick_decoder(decoder)
-        if vae:
-            return EncodedImageSet(source, image_size, num_classes, mirror, chosen, Autoencoder(vae, device))
-        return ImageSet(source, image_size, num_classes, mirror, chosen)
+        encoder = Autoencoder(vae, device) if vae else None
+        return ImageSet(source, image_size, num_classes, mirror, chosen, encoder)
     side = image_size // 8
     raise ValueError(
         f"--data {data} does not exist: name an image folder or an .npz of `images` to train on pixels, or an .npz of "

@@ -160,14 +160,15 @@ def _parts_ahead(read: Callable[[int], tuple[Any, int]], parts: list[range], num
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         worker_init_fn=_ignore_interrupts,
     )
     yield from loader
 
 
-def _as_it_is(part: Any) -> Any:
-    return part
+def as_it_is(batch: Any) -> Any:
+    """Return a batch that was read whole, as a collate function that changes nothing."""
+    return batch
 
 
 def _ignore_interrupts(worker: int) -> None:

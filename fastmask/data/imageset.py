@@ -17,17 +17,18 @@ from fastmask.data.sources import Source
 
 
 class ImageSet:
-    """A source's images as a `DataSet` of pixels.
+    """A source's images as a `DataSet` of pixels, or of a VAE's latents, encoded at each visit.
 
     Args:
         source: where they are.
         image_size: side in pixels.
         num_classes: labels must be below it; None takes the source's number, 0 leaves the labels out.
-        mirror: mirror each image with probability one half.
+        mirror: mirror each image with probability one half, before it is encoded.
         decoder: of JPEG files in training; Pillow decodes all others.
+        vae: encodes the images.
 
     Raises:
-        ValueError: labels that do not fit, or a first image that cannot be read.
+        ValueError: labels that do not fit, a first image that cannot be read, or a side that the VAE does not divide.
     """
 
     def __init__(
@@ -37,16 +38,18 @@ class ImageSet:
         num_classes: int | None,
         mirror: bool,
         decoder: Literal["dali", "pil"] = "pil",
+        vae: Autoencoder | None = None,
     ) -> None:
-        there = source.count_classes()
+        there = 0 if num_classes == 0 else source.count_classes()
         if num_classes and not there:
             raise ValueError(
                 f"{source.name(0)} and the others have no labels, which num_classes {num_classes} asks for"
             )
         if num_classes and there > num_classes:
             raise ValueError(f"the images have {there} classes, more than num_classes {num_classes}")
-        self.decoder = decoder
-        self.shape: tuple[int, int, int] = (source.channels, image_size, image_size)
+        self.decoder, self._vae = decoder, vae
+        side = vae.side(image_size) if vae else image_size
+        self.shape = (vae.channels if vae else source.channels, side, side)
         self.num_classes = there if num_classes is None else num_classes
         self.class_names = source.class_names[: self.num_classes]
         self.class_names += [str(label) for label in range(len(self.class_names), self.num_classes)]
@@ -57,6 +60,9 @@ class ImageSet:
 
     def __len__(self) -> int:
         return self._count
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_vae": None}  # another process reads, it does not encode
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return the images, uint8 (B, C, H, W), decoded by Pillow, and labels (B,) of these ids."""
@@ -84,52 +90,16 @@ class ImageSet:
             yield pixels, torch.from_numpy(part.labels)
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return the images in [-1, 1], some of them mirrored."""
-        return images_of(stored, seed, sample, self._mirror)
+        """Return the images in [-1, 1], some of them mirrored, or latents of theirs, drawn anew at each visit."""
+        images = images_of(stored, seed, sample, self._mirror)
+        if self._vae is None:
+            return images
+        return (latents_of(self._vae.encode(images), seed, sample) - self._vae.shift) * self._vae.scale
 
     def _read(self, ids: NDArray[np.int64], reader: ImageReader) -> Part:
         part = read_part(reader, ids.tolist())
         _refuse(part)
         return part if self.num_classes else part._replace(labels=np.zeros_like(part.labels))
-
-
-class EncodedImageSet(ImageSet):
-    """A source's images as a `DataSet` of a VAE's latents, encoded at each visit.
-
-    Args:
-        source: where they are.
-        image_size: side in pixels.
-        num_classes: see `ImageSet`.
-        mirror: mirror each image with probability one half, before it is encoded.
-        decoder: of JPEG files.
-        vae: encodes them.
-
-    Raises:
-        ValueError: as `ImageSet`, or a side that the VAE does not divide.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        image_size: int,
-        num_classes: int | None,
-        mirror: bool,
-        decoder: Literal["dali", "pil"],
-        vae: Autoencoder,
-    ) -> None:
-        super().__init__(source, image_size, num_classes, mirror, decoder)
-        side = vae.side(image_size)
-        self.shape = (vae.channels, side, side)
-        self._vae: Autoencoder | None = vae
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_vae": None}  # another process reads, it does not encode
-
-    def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return latents drawn anew at each visit."""
-        assert self._vae is not None
-        moments = self._vae.encode(super().to_images(stored, seed, sample))
-        return (latents_of(moments, seed, sample) - self._vae.shift) * self._vae.scale
 
 
 def _refuse(part: Part) -> None:

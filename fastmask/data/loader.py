@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastmask.data.dataset import DataSet
+from fastmask.data.decoding import as_it_is
 from fastmask.data.imageset import ImageSet
 from fastmask.data.order import shuffled
 
@@ -79,12 +80,11 @@ def batches(
         batch_size=None,
         shuffle=False,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         pin_memory=device.type == "cuda",
         persistent_workers=False,
         worker_init_fn=_ignore_signals,
     )
-
     source = _Source(iter(loader))
     parts: Iterator[Batch] = source
     if dali:
@@ -131,10 +131,6 @@ def to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
                 tensor.record_stream(computing)  # its memory may go to another copy once that stream is done with it
             yield stored, labels
         ahead = moved
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _ignore_signals(worker: int) -> None:

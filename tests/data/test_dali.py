@@ -18,7 +18,7 @@ from fastmask.data import dali as module
 from fastmask.data.dali import JpegDecoder, is_jpeg, pick_decoder
 from fastmask.data.decoding import decoded
 from fastmask.data.images import decode
-from fastmask.data.imageset import EncodedImageSet
+from fastmask.data.imageset import ImageSet
 from fastmask.data.sources import open_source
 from fastmask.prepare import main
 
@@ -275,7 +275,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(dali, tmp_path, capsys):
 def test_images_are_encoded_as_they_come(dali, tmp_path):
     small_vae(scaling_factor=0.5, shift_factor=0.1).save_pretrained(tmp_path / "vae")
     data = opened(folder(tmp_path / "images"), "dali", vae=str(tmp_path / "vae"))
-    assert isinstance(data, EncodedImageSet)
+    assert isinstance(data, ImageSet)
     assert data.shape == (4, 4, 4)
     pixels, _ = run_of(data)
     sample = torch.arange(len(pixels))
