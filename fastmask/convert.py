@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastmask.checkpoint import snapshots
 from fastmask.cli import parse, run_command
+from fastmask.console import say
 from fastmask.ema import gamma_of, posthoc_coefficients
 from fastmask.files import whole_file
-from fastmask.report import say
 from fastmask.weights import check_same_shapes, load_maskdit, read_weights, save_weights
 
 # Share of the wanted profile that a sum of snapshots may miss before it is worth a word.

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from fastmask.checkpoint import checkpoints, step_of
 from fastmask.cli import fail, parse, run_command
+from fastmask.console import say
 from fastmask.data.digits import DigitsSplit, load_digits
 from fastmask.diffusion import draw_samples
 from fastmask.files import whole_file
-from fastmask.report import read_stats, say
+from fastmask.report import read_stats
 from fastmask.sample import load_net
 
 try:

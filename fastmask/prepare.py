@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastmask.cli import parse, pick_device, run_command
+from fastmask.console import say
 from fastmask.data.autoencoder import Autoencoder
 from fastmask.data.check import check_store
 from fastmask.data.dali import JpegDecoder, pick_decoder
@@ -26,7 +27,7 @@ from fastmask.data.manifest import Manifest
 from fastmask.data.remote import is_url, local_copy
 from fastmask.data.sources import Source, open_source
 from fastmask.data.writer import StoreWriter
-from fastmask.report import console, save_grid, say
+from fastmask.report import console, save_grid
 
 _SHOWN = 64  # images of the contact sheet
 _UNCOUNTED: dict[str, Any] = {"num_classes": 0, "class_names": [], "class_counts": [], "shards": []}

@@ -19,8 +19,9 @@ from rich.table import Table
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastmask.console import say
 from fastmask.files import whole_file
-from fastmask.report import console, say
+from fastmask.report import console
 
 PRODUCTS, ATTENTION, OPTIMIZER, DATA = "matrix products", "attention", "optimizer", "data"
 COMMUNICATION, OTHER, GAPS = "communication", "all else", "host gaps"

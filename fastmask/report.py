@@ -1,4 +1,4 @@
-"""What a run says of itself: the console, `stats.jsonl`, TensorBoard events, sample grids, and the dry run's table."""
+"""What a run says of itself: `stats.jsonl`, TensorBoard events, sample grids, and the dry run's table."""
 
 import importlib.util
 import json
@@ -12,24 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from fastmask.config import TrainConfig
+from fastmask.console import get_console, say
 from fastmask.cost import ASSUMED, GPUS, RESERVE, memory_of, predict_run
 from fastmask.counts import forward_macs, trainable_parameters
 from fastmask.files import whole_file
 from fastmask.masking import kept_count
 from fastmask.model import MaskDiT
 
-console = Console()
-
-
-def say(message: str) -> None:
-    """Print one line as it is: not styled by what it holds, not broken where the terminal ends."""
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+console = get_console()
 
 
 class Report:

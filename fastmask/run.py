@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmask.checkpoint import Checkpointer, load_checkpoint, load_initial, newest_good, read_state, step_of
 from fastmask.config import TrainConfig, build_model, check_resumable
+from fastmask.console import say
 from fastmask.cost import Gpu, gpu_named
 from fastmask.counts import forward_macs
 from fastmask.data import DataSet, batches
@@ -25,7 +26,7 @@ from fastmask.ema import EMA, PowerEMA
 from fastmask.files import whole_file
 from fastmask.optim import learning_rate, make_optimizer
 from fastmask.profiling import profile_steps
-from fastmask.report import Report, say, versions
+from fastmask.report import Report, versions
 from fastmask.step import DTYPES, TrainingStep, eager
 from fastmask.watch import DivergedError, check_spike
 

@@ -10,9 +10,10 @@ import tyro
 
 from fastmask.checkpoint import checkpoints
 from fastmask.cli import parse, pick_device, run_command
+from fastmask.console import say
 from fastmask.diffusion import EDMPrecond, draw_samples
 from fastmask.files import whole_file
-from fastmask.report import save_grid, say
+from fastmask.report import save_grid
 from fastmask.weights import load_maskdit
 
 

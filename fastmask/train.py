@@ -14,13 +14,14 @@ import torch
 from fastmask.checkpoint import Checkpointer, checkpoints
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.config import TrainConfig, build_model, check_config, preset_config
+from fastmask.console import say
 from fastmask.counts import trainable_parameters
 from fastmask.data import DataSet, open_data
 from fastmask.data.imageset import ImageSet
 from fastmask.distributed import Ranks, process_group
 from fastmask.optim import resolve_optimizer
 from fastmask.presets import PRESETS
-from fastmask.report import console, print_plan, say
+from fastmask.report import console, print_plan
 from fastmask.run import Run
 from fastmask.watch import DivergedError
 

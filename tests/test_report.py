@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from util import small_net
 
 from fastmask.config import TrainConfig
-from fastmask.report import Report, print_plan, read_stats, save_grid, say, versions
+from fastmask.report import Report, print_plan, read_stats, save_grid, versions
 
 FIGURES = {"loss": 0.5, "denoising": 0.4, "reconstruction": 1.0, "lr": 1e-3, "mask_ratio": 0.5}
 
@@ -101,12 +101,6 @@ def test_damaged_figures_are_one_line(tmp_path, content):
     with pytest.raises(ValueError, match=r"stats\.jsonl is damaged .*: delete it") as error:
         read_stats(tmp_path, 100)
     assert "\n" not in str(error.value)
-
-
-def test_lines_are_said_as_they_are(capsys):
-    line = "runs/[bold]3.5[/] " + "wide " * 60 + "."
-    say(line)
-    assert capsys.readouterr().out == line + "\n"
 
 
 def drawn(tmp_path, images, columns):

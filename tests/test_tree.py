@@ -57,7 +57,19 @@ def test_every_kernel_is_compiled_ahead_of_time():
 
 def test_nothing_imports_upward():
     """A module may import only from those before it."""
-    order = ["files", "kernels", "masking", "model", "diffusion", "distributed", "watch", "ema", "config", "counts"]
+    order = [
+        "files",
+        "console",
+        "kernels",
+        "masking",
+        "model",
+        "diffusion",
+        "distributed",
+        "watch",
+        "ema",
+        "config",
+        "counts",
+    ]
     order += ["cost", "cli", "optim", "weights", "checkpoint", "report", "data", "profiling", "step", "run", "presets"]
     order += ["prepare", "sample", "evaluate", "convert", "train"]
     rank = {name: i for i, name in enumerate(order)}

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmask.console import say
 from fastmask.data.autoencoder import Autoencoder
 from fastmask.data.dali import DecoderName, pick_decoder
 from fastmask.data.digits import Digits
@@ -19,7 +20,6 @@ from fastmask.data.npz import read_npz
 from fastmask.data.remote import RemoteStore, is_url
 from fastmask.data.sources import open_source
 from fastmask.data.store import LatentStore
-from fastmask.report import say
 
 _CPU = torch.device("cpu")
 

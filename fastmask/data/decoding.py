@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from fastmask.console import say
 from fastmask.data.dali import JpegDecoder, is_jpeg
 from fastmask.data.images import decode, load_pillow, resize_all
 from fastmask.data.sources import Source
-from fastmask.report import say
 
 
 class Part(NamedTuple):

@@ -17,9 +17,9 @@ from typing import IO, Any
 
 import fsspec
 
+from fastmask.console import say
 from fastmask.data.manifest import MANIFEST, StoredFile, parse_manifest, read_manifest
 from fastmask.files import sync, whole_file, write_durably
-from fastmask.report import say
 
 _BLOCK = 8 << 20  # bytes asked for at a time
 _IN_FLIGHT = 4  # files at once: one connection alone seldom fills the line
