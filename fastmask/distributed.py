@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import datetime
 import os
-from collections.abc import Iterator
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastmask.model import MaskDiT
 
 Parallel = Literal["ddp", "fsdp2", "fsdp2-grad-op"]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +42,27 @@ class Ranks:
         return cls(rank, count, local) if count > 1 else cls()
 
 
+def own_device(device: torch.device, ranks: Ranks) -> torch.device:
+    """Return the GPU of a rank where the device is "cuda" without a number, else the device itself."""
+    return torch.device("cuda", ranks.local) if device.type == "cuda" and device.index is None else device
+
+
 @contextlib.contextmanager
-def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Connect the processes inside the block: NCCL between GPUs, gloo between CPUs and for what the hosts agree on."""
+def process_group(ranks: Ranks, device: torch.device, patience_s: int = 1800) -> Iterator[None]:
+    """Connect the processes inside the block: NCCL between GPUs, gloo between CPUs and for what the hosts agree on.
+
+    Args:
+        ranks: the processes.
+        device: where this one computes.
+        patience_s: seconds that one waits for the others before it takes them for dead.
+    """
     if ranks.count == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=patience_s))
     try:
         yield
     finally:
@@ -119,6 +131,22 @@ def all_max(number: int, ranks: Ranks) -> int:
     shared = torch.tensor(number)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return int(shared)
+
+
+def from_first(ranks: Ranks, call: Callable[[], T]) -> T:
+    """Return on every rank what a function returned on the first one; a ValueError there is one on every rank."""
+    if ranks.count == 1:
+        return call()
+    answer: list[Any] = [None, None]
+    if not ranks.rank:
+        try:
+            answer[0] = call()
+        except ValueError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, device=torch.device("cpu"))
+    if answer[1] is not None:
+        raise ValueError(answer[1])
+    return cast(T, answer[0])
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import itertools
+import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.console import say
@@ -27,8 +29,10 @@ from fastmask.data.manifest import Manifest
 from fastmask.data.remote import is_url, local_copy
 from fastmask.data.sources import Source, open_source
 from fastmask.data.writer import StoreWriter
+from fastmask.distributed import Ranks, own_device, process_group
 from fastmask.report import console, save_grid
 
+_PATIENCE_S = 7 * 86400  # a rank may have a shard to fill after the others have none
 _SHOWN = 64  # images of the contact sheet
 _UNCOUNTED: dict[str, Any] = {"num_classes": 0, "class_names": [], "class_counts": [], "shards": []}
 
@@ -83,10 +87,17 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
     if config.num_workers < 0:
         raise ValueError(f"num_workers must be at least 0, not {config.num_workers}")
+    ranks = Ranks.from_environment()
+    if ranks.rank:
+        console.quiet = True
+    device = own_device(pick_device(config.device), ranks)
     latents = open_latents(Path(config.source))
-    job = _encode(config, open_source(Path(config.source))) if latents is None else _take_over(config, latents)
-    with StoreWriter(Path(config.store), job.manifest, job.items, config.shard_size) as writer:
-        fill(writer, config, job)
+    job = _encode(config, open_source(Path(config.source)), device) if latents is None else _take_over(config, latents)
+    with (
+        process_group(ranks, device, _PATIENCE_S),
+        StoreWriter(Path(config.store), job.manifest, job.items, config.shard_size, ranks) as writer,
+    ):
+        fill(writer, config, job, ranks)
         manifest = writer.finish(job.class_names)
     skipped = sum(len(shard.skipped) for shard in manifest.shards)
     say(f"{config.store}: {manifest.count:,} records, {manifest.num_classes} classes, {skipped} images left out")
@@ -110,10 +121,10 @@ class Job(NamedTuple):
     record: Callable[[Any], NDArray[Any]]
 
 
-def _encode(config: PrepareConfig, source: Source) -> Job:
+def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
     """Return the job of storing a source's images as pixels, or as moments of a VAE."""
     say(f"{config.source}: {source.kind}, {len(source):,} images, {len(source.class_names) or 'no known'} classes")
-    device, decoder = pick_device(config.device), pick_decoder(config.decoder)
+    decoder = pick_decoder(config.decoder)
     decoded_by = "Pillow" if decoder == "pil" else f"DALI on {device.type}"
     say(f"JPEG files are decoded by {decoded_by}, others by Pillow")
     if source.ignored:
@@ -200,33 +211,36 @@ def _as_float16(values: NDArray[Any]) -> NDArray[np.float16]:
     return records
 
 
-def fill(writer: StoreWriter, config: PrepareConfig, job: Job) -> None:
-    """Write the shards that are not finished yet."""
-    todo = [number for number in writer.numbers() if not writer.finished(number)]
-    left = sum(len(writer.items_of(number)) for number in todo)
-    if left < job.items:
-        say(f"{job.items - left:,} of {job.items:,} images were done before")
-    parts = {number: _split(writer.items_of(number), config.batch_size) for number in todo}
-    batches = job.read([part for some in parts.values() for part in some])
-    with contextlib.closing(batches), _progress() as progress:
-        task = progress.add_task("", total=job.items, completed=job.items - left, rate=0.0)
-        for number in todo:
+def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> None:
+    """Write this rank's shards; the first rank says how far all are."""
+    if writer.before:
+        say(f"{writer.before:,} of {job.items:,} images were done before")
+    if ranks.count > len(writer.numbers()):
+        say(f"{len(writer.numbers())} shards for {ranks.count} processes: a smaller --shard-size gives all of them one")
+    parts = {number: _split(writer.items_of(number), config.batch_size) for number in writer.todo}
+    batches, own = job.read([part for some in parts.values() for part in some]), 0
+    with contextlib.closing(batches), _Progress(job.items, writer.before) as progress:
+        for number in writer.todo:
+            elsewhere = writer.items_elsewhere()
             with writer.shard(number) as shard:
                 for part, batch in zip(parts[number], itertools.islice(batches, len(parts[number])), strict=True):
                     for name, line in batch.bad:
                         if config.on_bad == "stop":
                             raise ValueError(f"{line} (--on-bad skip leaves such images out)")
-                        say(f"left out: {line}")
+                        _warn(f"left out: {line}")
                         shard.skipped.append(name)
                     if len(batch.labels):
                         shard.add(job.record(batch.values), batch.labels)
-                    progress.advance(task, len(part))
-                    progress.update(task, rate=progress.tasks[0].speed or 0.0)
-            if not console.is_terminal:
-                speed = progress.tasks[0].speed or 0.0
-                done = int(progress.tasks[0].completed)
-                left_s = (job.items - done) / speed if speed else 0.0
-                say(f"{done:>9,}/{job.items:,} images  {speed:,.0f} images/s  {left_s:.0f} s left")
+                    own += len(part)
+                    progress.update(elsewhere + own)
+            progress.print_line()
+
+
+def _warn(line: str) -> None:
+    """Print a line, of whichever rank."""
+    quiet, console.quiet = console.quiet, False
+    say(line)
+    console.quiet = quiet
 
 
 def check(store: Path) -> None:
@@ -253,15 +267,43 @@ def _split(items: range, size: int) -> list[range]:
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 
-def _progress() -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:,.0f} images/s"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+class _Progress:
+    """How far a store is: a bar in a terminal, lines elsewhere. A context manager.
+
+    Args:
+        items: of the source.
+        before: done when this began.
+    """
+
+    def __init__(self, items: int, before: int) -> None:
+        self._items, self._before, self._done, self._start = items, before, before, time.monotonic()
+        figures = TextColumn("{task.fields[figures]}")
+        self._bar = Progress(
+            BarColumn(), MofNCompleteColumn(), figures, console=console, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task("", total=items, completed=before, figures="")
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def update(self, done: int) -> None:
+        """Take down how many are done."""
+        self._done = done
+        self._bar.update(self._task, completed=done, figures=self._figures())
+
+    def print_line(self) -> None:
+        """Print it where there is no bar."""
+        if not console.is_terminal:
+            say(f"{self._done:>9,}/{self._items:,} images  {self._figures()}")
+
+    def _figures(self) -> str:
+        rate = (self._done - self._before) / (time.monotonic() - self._start)
+        left = f"{datetime.timedelta(seconds=round((self._items - self._done) / rate))} left" if rate else ""
+        return f"{rate:,.0f} images/s  {left}"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from fastmask.console import say
 from fastmask.counts import trainable_parameters
 from fastmask.data import DataSet, open_data
 from fastmask.data.imageset import ImageSet
-from fastmask.distributed import Ranks, process_group
+from fastmask.distributed import Ranks, own_device, process_group
 from fastmask.optim import resolve_optimizer
 from fastmask.presets import PRESETS
 from fastmask.report import console, print_plan
@@ -62,9 +62,7 @@ def main(argv: Sequence[str]) -> None:
 
 def resolve_machine(config: TrainConfig, ranks: Ranks = Ranks()) -> TrainConfig:  # noqa: B008  (immutable)
     """Return a configuration in which run folder, device, precision, batch and so on are values, never "auto"."""
-    device = pick_device(config.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", ranks.local)
+    device = own_device(pick_device(config.device), ranks)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

@@ -14,7 +14,7 @@ import torch
 from test_train import SMALL, SPEED, assert_same_run, stats, weights
 
 from fastmask.checkpoint import checkpoints
-from fastmask.distributed import Ranks
+from fastmask.distributed import Ranks, own_device
 from fastmask.train import main
 
 FLAGS = [*SMALL, "--report-every", "1", "--checkpoint-every", "2", "--keep-checkpoints", "9", "--grad-clip", "1"]
@@ -129,6 +129,13 @@ def test_mistakes(tmp_path, monkeypatch, flags, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=message):
         main(["--run-dir", str(tmp_path), *FLAGS, *flags])
+
+
+def test_a_rank_has_a_gpu_of_its_own_unless_one_is_named():
+    rank = Ranks(rank=5, count=8, local=1)
+    assert own_device(torch.device("cuda"), rank) == torch.device("cuda", 1)
+    assert own_device(torch.device("cuda", 0), rank) == torch.device("cuda", 0)
+    assert own_device(torch.device("cpu"), rank) == torch.device("cpu")
 
 
 def test_ranks_of_a_broken_environment(monkeypatch):

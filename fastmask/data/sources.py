@@ -104,9 +104,10 @@ class Folder:
         self._path = path
         self.ignored: list[str] = []
         self._files: list[str] = []
-        for file in _files_below(path):
-            relative = str(file.relative_to(path))
-            (self._files if file.suffix.lower() in SUFFIXES else self.ignored).append(relative)
+        below = len(os.path.join(path, ""))
+        for file in _files_below(str(path)):
+            is_image = os.path.splitext(file)[1].lower() in SUFFIXES
+            (self._files if is_image else self.ignored).append(file[below:])
         labels = path / "labels.json"
         if labels.exists():
             self.ignored.remove("labels.json")
@@ -232,13 +233,16 @@ def _read_labels(path: Path) -> dict[str, int | str]:
     return labels
 
 
-def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+def _files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     """Yield the files of a folder and those below it in order, through symbolic links too; a loop is a ValueError."""
     real = os.path.realpath(folder)
     if real in above:
         raise ValueError(f"{folder} is a symbolic link to a folder that holds it: remove the link")
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            yield from _files_below(entry, (*above, real))
+    with os.scandir(folder) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        # Of a link that leads nowhere `entry.is_dir` is an error.
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            yield from _files_below(entry.path, (*above, real))
         else:
-            yield entry
+            yield entry.path

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -25,6 +26,7 @@ from fastmask.data.manifest import (
     shard_from_fields,
 )
 from fastmask.data.store import map_shard
+from fastmask.distributed import Ranks, all_max, from_first
 from fastmask.files import sync, whole_file, write_durably
 
 _LOCK = ".lock"
@@ -70,37 +72,53 @@ class StoreWriter:
     """Writes a store of one record per item of a source, but for those that are skipped. A context manager.
 
     Shard n holds the items n * shard_size up to (n + 1) * shard_size. A finished shard is recorded on the disk; what
-    was under way when the process was stopped is done again.
+    was under way when the process was stopped is done again. Several ranks write one store together, each its shards.
 
     Args:
         path: the store's folder.
         manifest: what it will hold, with no shards or counts yet.
         items: of the source.
         shard_size: items per shard.
+        ranks: the processes that write it; all must enter and finish.
+
+    Attributes:
+        before: items of the shards that were finished on entering.
+        todo: numbers of the shards that this rank is to write, of those not finished.
 
     Raises:
         ValueError: on entering: the store is finished, is made of something else or is being written.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, items: int, shard_size: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        items: int,
+        shard_size: int,
+        ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+    ) -> None:
         self.path, self._manifest, self._items, self._shard_size = path, manifest, items, shard_size
-        self._lock: int | None = None
+        self._ranks, self._lock = ranks, -1
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._ending: Future[None] | None = None
 
     def __enter__(self) -> "StoreWriter":
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_store(self.path)
         try:
-            self._begin()
+            unfinished = from_first(self._ranks, self._begin)
+            if self._ranks.rank:
+                self._take_lock(fcntl.LOCK_SH)
         except BaseException:
-            os.close(self._lock)
+            self._unlock()
             raise
+        self.before = self._items - sum(len(self.items_of(number)) for number in unfinished)
+        self.todo = unfinished[self._ranks.rank :: self._ranks.count]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
+        self._thread.shutdown()  # the last shard is finished, if it can be
+        self._unlock()
 
     def items_of(self, number: int) -> range:
         """Return the items that a shard holds."""
@@ -124,21 +142,35 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def shard(self, number: int) -> Iterator[ShardWriter]:
-        """Yield what takes the records of a shard, which is finished when the block ends well."""
-        records, labels = (self.path / f"{number:05}{suffix}" for suffix in (".npy", ".labels.npy"))
-        try:
-            with whole_file(records) as partial, partial.open("wb") as file:
+        """Yield what takes the records of a shard.
+
+        When the block ends well a thread finishes the shard, while the next one is filled; an error in that comes when
+        the next block ends, or from `finish`.
+        """
+        records = self.path / f"{number:05}.npy"
+        with _told(records):
+            with contextlib.ExitStack() as stack:
+                file = stack.enter_context(stack.enter_context(whole_file(records)).open("wb"))
                 writer = ShardWriter(file, self._manifest)
                 yield writer
+                self._wait()
+                opened = stack.pop_all()
+            self._ending = self._thread.submit(self._end, number, writer, opened)
+
+    def _end(self, number: int, writer: ShardWriter, opened: contextlib.ExitStack) -> None:
+        """Bring a shard to the disk, with its checksums, and record it."""
+        records, labels = (self.path / f"{number:05}{suffix}" for suffix in (".npy", ".labels.npy"))
+        with _told(records):
+            with opened:
                 writer.close(labels)
             stored, beside = (StoredFile(p.name, p.stat().st_size, sha256_of(p)) for p in (records, labels))
             shard = Shard(writer.count, stored, beside, writer.skipped)
             write_durably(self._record(number), json.dumps(dataclasses.asdict(shard)).encode())
-        except OSError as error:
-            raise ValueError(
-                f"{error.filename or records} cannot be written: {error.strerror or error}; finished shards are kept, "
-                f"and the same command goes on"
-            ) from error
+
+    def _wait(self) -> None:
+        """Wait for the shard that is being finished; its error is raised here."""
+        if self._ending:
+            self._ending.result()
 
     def finish(self, class_names: list[str]) -> Manifest:
         """Write the manifest of all shards, and return it.
@@ -147,6 +179,19 @@ class StoreWriter:
             class_names: of the labels; what they lack is named by its number. With none of them and no label above 0
                 there are no classes.
         """
+        self._wait()
+        try:
+            all_max(0, self._ranks)  # waits until all have finished their shards
+        except RuntimeError as error:
+            raise ValueError("another process stopped before it had finished its shards, and says why") from error
+        return from_first(self._ranks, lambda: self._finish(class_names))
+
+    def items_elsewhere(self) -> int:
+        """Return how many items are in finished shards that are not this rank's to write."""
+        numbers = set(self.numbers()) - set(self.todo)
+        return sum(len(self.items_of(number)) for number in numbers if self._record(number).exists())
+
+    def _finish(self, class_names: list[str]) -> Manifest:
         found = [self.finished(number) for number in self.numbers()]
         shards = [shard for shard in found if shard]
         if len(shards) < len(found):
@@ -172,7 +217,38 @@ class StoreWriter:
     def _record(self, number: int) -> Path:
         return self.path / f"{number:05}.json"
 
-    def _begin(self) -> None:
+    def _begin(self) -> list[int]:
+        """Lock and begin the store, or go on with it, and return the numbers of the shards that are not finished."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock(fcntl.LOCK_EX)
+        os.truncate(self._lock, 0)
+        os.write(self._lock, f"process {os.getpid()}".encode())
+        self._plan()
+        unfinished = [number for number in self.numbers() if not self.finished(number)]
+        for number in unfinished:
+            self._record(number).unlink(missing_ok=True)  # one that does not fit its files
+        if self._ranks.count > 1:
+            self._take_lock(fcntl.LOCK_SH)  # with the other ranks, which wait for what this returns
+        return unfinished
+
+    def _take_lock(self, kind: int) -> None:
+        """Keep other processes from writing to the store, for as long as this one holds the lock's file open."""
+        if self._lock < 0:
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
+            raise ValueError(
+                f"{self.path} is being written by another process ({other}): wait for it, or give another folder"
+            ) from None
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _plan(self) -> None:
         for partial in self.path.glob(".partial-*"):
             partial.unlink()  # of a process that was killed
         if (self.path / MANIFEST).exists():
@@ -200,20 +276,16 @@ class StoreWriter:
         write_durably(path, json.dumps(plan).encode())
 
 
-def lock_store(store: Path) -> int:
-    """Return a descriptor that keeps other processes from writing to a store until it is closed."""
-    lock = os.open(store / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+@contextlib.contextmanager
+def _told(records: Path) -> Iterator[None]:
+    """Turn an OSError of writing into a ValueError that says what is lost."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        other = os.read(lock, 32).decode(errors="replace").strip()
-        os.close(lock)
+        yield
+    except OSError as error:
         raise ValueError(
-            f"{store} is being written by another process ({other}): wait for it, or give another folder"
-        ) from None
-    os.truncate(lock, 0)
-    os.write(lock, f"process {os.getpid()}".encode())
-    return lock
+            f"{error.filename or records} cannot be written: {error.strerror or error}; finished shards are kept, "
+            f"and the same command goes on"
+        ) from error
 
 
 def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:

@@ -126,17 +126,17 @@ def test_a_full_disk(tmp_path, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with StoreWriter(tmp_path / "store", about, 10, 4) as store:
-        with store.shard(0) as shard:
-            shard.add(records[:4], labels[:4])
-        monkeypatch.setattr("fastmask.data.writer.sync", full)
-        with (
-            pytest.raises(
-                ValueError, match=r"00001\.npy cannot be written: No space left on device; finished shards are"
-            ),
-            store.shard(1) as shard,
-        ):
+    with StoreWriter(tmp_path / "store", about, 10, 4) as store, store.shard(0) as shard:
+        shard.add(records[:4], labels[:4])
+    monkeypatch.setattr("fastmask.data.writer.sync", full)
+    message = r"00001\.npy cannot be written: No space left on device; finished shards are"
+    with StoreWriter(tmp_path / "store", about, 10, 4) as store:  # which a thread meets, and the next shard tells
+        with store.shard(1) as shard:
             shard.add(records[4:8], labels[4:8])
+        with pytest.raises(ValueError, match=message), store.shard(2) as shard:
+            shard.add(records[8:], labels[8:])
+        with pytest.raises(ValueError, match=message):
+            store.finish([])
     monkeypatch.undo()
     assert {"00000.npy", "00000.labels.npy", "00000.json", "unfinished.json"} == set(content(tmp_path / "store"))
     write(tmp_path / "store")
