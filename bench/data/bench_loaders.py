@@ -1,9 +1,9 @@
 """The loaders of `fastmask.data` on the path of training: `open_data`, `batches`, and `to_images` on each batch.
 
 Every kind of data at 256x256, the digits at their 8x8; read by the process that trains, or ahead of it by a worker.
-Reading the store alone is timed too, against a file per image and a plain copy. The first batch is held to what is
-stored before any is timed. The files are in the page cache: a figure is the loader's own, and a disk comes on top.
-`--rows` stores the rows.
+The first batch is held to what is stored before any is timed. The files are in the page cache: a figure is the loader's
+own, and a disk comes on top. Reading alone, against other ways to keep records, is in bench_stores. `--rows` stores the
+rows.
 """
 
 import collections
@@ -20,10 +20,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from bench import rows
-from fastmask.data import DataSet, batches, open_data, sample_ids
+from fastmask.data import DataSet, batches, open_data
 from fastmask.data.manifest import Manifest
 from fastmask.data.order import shuffled
 from fastmask.data.writer import StoreWriter
@@ -33,7 +32,6 @@ BATCH = 32
 BATCHES = 2  # per timed call
 TIMES = {"rounds": 5, "warmup": 2}  # calls; a worker is ahead by two batches, which the first ones find ready
 RECORDS = 2048  # of moments
-READ, READS = 256, 16  # images of a batch, and batches per timed call, where reading alone is timed
 SCALE = 0.18215  # of the latents of Stable Diffusion
 
 
@@ -67,10 +65,17 @@ def moments(folder: Path) -> Source:
 def store(folder: Path) -> Source:
     """The same moments, a mirror image's beside each, in eight shards."""
     stored, labels = _moments()
+    write_store(folder / "store", np.stack([stored, stored[..., ::-1]], 1), labels, 256)
+    read = functools.partial(_rows_of, stored, labels)
+    return Source(str(folder / "store"), "store of 2048 moments 8x32x32 fp16", 256, 1000, read, _posterior)
+
+
+def write_store(folder: Path, records: NDArray[np.float16], labels: NDArray[np.int64], shard_size: int) -> None:
+    """Write a store of moments (N, copies, 8, 32, 32) with labels below 1000."""
     about = Manifest(
         kind="moments",
         dtype="float16",
-        shape=(2, 8, 32, 32),
+        shape=(records.shape[1], *records.shape[2:]),
         image_size=256,
         crop="adm",
         num_classes=0,
@@ -80,14 +85,12 @@ def store(folder: Path) -> Source:
         source={"kind": "bench"},
         shards=[],
     )
-    with StoreWriter(folder / "store", about, len(stored), 256) as writer:
+    with StoreWriter(folder, about, len(records), shard_size) as writer:
         for number in writer.numbers():
             items = writer.items_of(number)
             with writer.shard(number) as shard:
-                shard.add(np.stack([stored[items], stored[items, ..., ::-1]], 1), labels[items])
+                shard.add(records[items], labels[items])
         writer.finish([str(label) for label in range(1000)])
-    read = functools.partial(_rows_of, stored, labels)
-    return Source(str(folder / "store"), "store of 2048 moments 8x32x32 fp16", 256, 1000, read, _posterior)
 
 
 def image_array(folder: Path) -> Source:
@@ -209,55 +212,6 @@ def bench_loader(benchmark, source, num_workers, noted):
         "num_workers": num_workers,
     }
     noted("loader", case, variant, timing, device)
-
-
-class _Files(Dataset[tuple[NDArray[Any], int]]):
-    """An .npy of moments per image, as extraction scripts leave them."""
-
-    def __init__(self, folder: Path, stored: NDArray[Any], labels: NDArray[Any]) -> None:
-        self._folder, self._labels = folder, labels
-        for i, record in enumerate(stored):
-            np.save(folder / f"{i}.npy", record)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, i: int) -> tuple[NDArray[Any], int]:
-        return np.load(self._folder / f"{i}.npy"), int(self._labels[i])
-
-
-class _Order:
-    """The ids of every batch of a run."""
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return (sample_ids(SEED, READ * i, READ, RECORDS).tolist() for i in itertools.count())
-
-
-@pytest.mark.parametrize("num_workers", [0, 1, 2, 8])
-def bench_reading(benchmark, num_workers, tmp_path, noted):
-    """The store against a DataLoader over a file per image, and against a copy of the same bytes in memory."""
-    device, (stored, labels) = torch.device("cpu"), _moments()
-    (tmp_path / "files").mkdir()
-    files = _Files(tmp_path / "files", stored, labels)
-    dataset = open_data(store(tmp_path).data, image_size=256, num_classes=1000, mirror=False)
-    settings = {"batch_size": READ, "seed": SEED, "start": 0, "stop": 2**40, "num_workers": num_workers}
-    ours = batches(dataset, **settings, device=device)
-    theirs = iter(DataLoader(files, batch_sampler=_Order(), num_workers=num_workers))
-    with contextlib.closing(ours):
-        for actual, expected in zip(next(ours), next(theirs), strict=True):
-            assert torch.equal(actual, expected), "the store's records are not the source's"
-        source, target = stored[:READ], stored[-READ:].copy()
-        times = {"rounds": 1, "warmup": 0} if benchmark.disabled else TIMES
-        variants = {
-            "LatentStore": lambda: collections.deque(itertools.islice(ours, READS), maxlen=0),
-            "DataLoader over .npy": lambda: collections.deque(itertools.islice(theirs, READS), maxlen=0),
-            "copy": lambda: [np.copyto(target, source) for _ in range(READS)],
-        }
-        timings = benchmark.pedantic(rows.measure, (variants, device), times, rounds=1)
-    case = {"data": "2048 moments 8x32x32 fp16, read", "image_size": 256, "shape": "8x32x32"}
-    case |= {"batch": READ, "batches": READS, "num_workers": num_workers}
-    for variant, timing in timings.items():
-        noted("loader", case, variant, timing, device)
 
 
 def _moments() -> tuple[NDArray[np.float16], NDArray[np.int64]]:

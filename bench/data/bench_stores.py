@@ -1,0 +1,194 @@
+"""Reading moments of 256x256 images: the store, and what else they are kept in, in one run.
+
+A DataLoader reads a file of numpy's per image, or LMDB as MaskDiT keeps it, by the ids of the same random order;
+WebDataset reads its tars one after the other and shuffles some records. Each is used as its documentation does it, all
+hold the same bytes, and all files are in the page cache: a figure is the reader's own, and a disk comes on top. The
+copy is that of a batch from one place of the memory to another. The first batch is held to what is stored before any is
+timed.
+`--full` also reads epochs of 131,072 records, and looks at the memory that is taken meanwhile.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import itertools
+import tarfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from bench import rows
+from bench.data.bench_loaders import write_store
+from fastmask.data import batches, open_data, sample_ids
+
+SEED = 0
+RECORDS, BATCH = 8192, 256
+TIMED = 32  # batches: once through
+ROUNDS, WARMUP = 5, 1
+SHUFFLED = 1000  # records that WebDataset draws from
+SHARDS = 8
+LONG, EPOCHS = 131_072, 4  # of the long run
+CPU = torch.device("cpu")
+
+Pair = tuple[Any, Any]
+Records = NDArray[np.float16]
+
+
+class Files(Dataset[Pair]):
+    """An .npy of moments per image, as extraction scripts leave them."""
+
+    def __init__(self, folder: Path, stored: Records, labels: NDArray[np.int64]) -> None:
+        self._folder, self._labels = folder, labels
+        folder.mkdir()
+        for i, record in enumerate(stored):
+            np.save(folder / f"{i}.npy", record)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, i: int) -> Pair:
+        return np.load(self._folder / f"{i}.npy"), int(self._labels[i])
+
+
+class Lmdb(Dataset[Pair]):
+    """One file of keys and values: `z-0` the moments, `y-0` the label."""
+
+    def __init__(self, folder: Path, stored: Records, labels: NDArray[np.int64]) -> None:
+        self._folder, self._count, self._shape, self._open = folder, len(stored), stored.shape[1:], None
+        with self._environment(map_size=2 * stored.nbytes + 2**24) as environment, environment.begin(write=True) as put:
+            for i, record in enumerate(stored):
+                put.put(b"z-%d" % i, record.tobytes())
+                put.put(b"y-%d" % i, b"%d" % labels[i])
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, i: int) -> Pair:
+        if self._open is None:  # in the process that reads
+            self._open = self._environment(readonly=True, lock=False, readahead=False).begin(buffers=True)
+        moments = np.frombuffer(self._open.get(b"z-%d" % i), np.float16).reshape(self._shape)
+        return moments, int(bytes(self._open.get(b"y-%d" % i)))
+
+    def _environment(self, **options: Any) -> Any:
+        return importlib.import_module("lmdb").open(str(self._folder), **options)
+
+
+class Order:
+    """The ids of every batch of a run."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (sample_ids(SEED, BATCH * i, BATCH, RECORDS).tolist() for i in itertools.count())
+
+
+def read_items(dataset: Dataset[Pair], num_workers: int) -> Generator[Pair]:
+    yield from DataLoader(dataset, batch_sampler=Order(), num_workers=num_workers)
+
+
+def read_store(folder: Path, num_workers: int) -> Generator[Pair]:
+    store = open_data(str(folder), image_size=256, num_classes=1000, mirror=False)
+    yield from batches(store, batch_size=BATCH, seed=SEED, start=0, stop=2**40, num_workers=num_workers, device=CPU)
+
+
+def write_tars(folder: Path, stored: Records, labels: NDArray[np.int64]) -> list[str]:
+    folder.mkdir()
+    paths = [str(folder / f"{shard:05}.tar") for shard in range(SHARDS)]
+    for shard, path in enumerate(paths):
+        with tarfile.open(path, "w") as tar:
+            for i in range(shard, len(stored), SHARDS):
+                array = io.BytesIO()
+                np.save(array, stored[i])
+                for suffix, content in (("npy", array.getvalue()), ("cls", b"%d" % labels[i])):
+                    about = tarfile.TarInfo(f"{i:08}.{suffix}")
+                    about.size = len(content)
+                    tar.addfile(about, io.BytesIO(content))
+    return paths
+
+
+def read_tars(paths: list[str], num_workers: int) -> Generator[Pair]:
+    wds = importlib.import_module("webdataset")
+    tars = wds.WebDataset(paths, shardshuffle=SHARDS, seed=SEED, empty_check=False).shuffle(SHUFFLED).decode()
+    tars = tars.to_tuple("npy", "cls").batched(BATCH, partial=False).repeat()
+    yield from wds.WebLoader(tars, batch_size=None, num_workers=num_workers)
+
+
+def read_copies(stored: Records, labels: NDArray[np.int64]) -> Generator[Pair]:
+    target = np.empty_like(stored[:BATCH])
+    for first in itertools.cycle(range(0, len(stored) - BATCH + 1, BATCH)):
+        np.copyto(target, stored[first : first + BATCH])
+        yield target, labels[first : first + BATCH]
+
+
+def moments(count: int) -> tuple[Records, NDArray[np.int64]]:
+    random = np.random.default_rng(1)
+    return random.standard_normal((count, 8, 32, 32), np.float32).astype(np.float16), random.integers(1000, size=count)
+
+
+def check(stored: Records, labels: NDArray[np.int64], batch: Pair, name: str) -> None:
+    """Hold a batch to the records it should be of; an AssertionError says what differs."""
+    number = {record[0, 0, :16].tobytes(): i for i, record in enumerate(stored)}
+    values, given = (np.asarray(part) for part in batch)
+    ids = [number[record[0, 0, :16].tobytes()] for record in values]
+    assert len(set(ids)) == BATCH, f"{name}: {len(ids)} records, {len(set(ids))} of them different"
+    assert np.array_equal(values, stored[ids]), f"{name}: the records are not those that were stored"
+    assert np.array_equal(given, labels[ids]), f"{name}: the labels are not those of the records"
+
+
+def prepared(folder: Path, stored: Records, labels: NDArray[np.int64]) -> dict[str, Callable[[int], Generator[Pair]]]:
+    """Store the records in every way that is installed, and return what reads them with so many workers."""
+    write_store(folder / "store", stored[:, None], labels, len(stored) // SHARDS)
+    files = Files(folder / "files", stored, labels)
+    readers: dict[str, Callable[[int], Generator[Pair]]] = {
+        "LatentStore": lambda workers: read_store(folder / "store", workers),
+        "DataLoader over .npy": lambda workers: read_items(files, workers),
+    }
+    if importlib.util.find_spec("lmdb"):
+        lmdb = Lmdb(folder / "lmdb", stored, labels)
+        readers["DataLoader over LMDB"] = lambda workers: read_items(lmdb, workers)
+    if importlib.util.find_spec("webdataset"):
+        tars = write_tars(folder / "tars", stored, labels)
+        readers["WebDataset"] = lambda workers: read_tars(tars, workers)
+    return {**readers, "copy": lambda workers: read_copies(stored, labels)}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    stored, labels = moments(RECORDS)
+    return stored, labels, prepared(tmp_path_factory.mktemp("kept"), stored, labels)
+
+
+def take(readers: dict[str, Callable[[int], Generator[Pair]]], workers: int, rounds: int) -> dict[str, list[float]]:
+    """Return the milliseconds of ``TIMED`` batches, in turn; workers are started anew, and run only while timed."""
+    taken: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(rounds):
+        for name, read in readers.items():
+            with contextlib.closing(read(workers)) as parts:
+                # What the workers have read ahead is not timed.
+                for _ in itertools.islice(parts, 1 + 2 * workers):
+                    pass
+                start = time.perf_counter()
+                for _ in itertools.islice(parts, TIMED):
+                    pass
+                taken[name].append((time.perf_counter() - start) * 1e3)
+    return taken
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 8])
+def bench_reading(benchmark, kept, num_workers, noted):
+    stored, labels, readers = kept
+    for name, read in readers.items():
+        with contextlib.closing(read(num_workers)) as parts:
+            check(stored, labels, next(parts), name)
+    rounds = 1 if benchmark.disabled else ROUNDS + WARMUP
+    taken = benchmark.pedantic(take, (readers, num_workers, rounds), rounds=1)
+    case = {"data": f"{RECORDS:,} moments 8x32x32 fp16", "image_size": 256, "shape": "8x32x32"}
+    case |= {"batch": BATCH, "batches": TIMED, "num_workers": num_workers}
+    for variant, times in taken.items():
+        noted("store", case, variant, rows.timing(times[-ROUNDS:]), CPU)
