@@ -46,13 +46,13 @@ test: venv lint
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$(.venv-dali/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	.venv-dali/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		nvidia-dali-cuda130 diffusers pyarrow lmdb
+		nvidia-dali-cuda130 diffusers pyarrow lmdb webdataset
 	touch $@
 
 NO_IMAGES := order.py remote.py writer.py
 test-dali: .venv-dali/.done
 	.venv-dali/bin/python -m pytest -n 2 -p no:benchmark $(addprefix --ignore=tests/data/test_,$(NO_IMAGES)) \
-		tests/data tests/test_prepare.py
+		tests/data tests/test_prepare.py tests/test_bench_stores.py
 
 lint: venv
 	$(BIN)/ruff check .

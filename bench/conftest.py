@@ -51,11 +51,17 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def kernel_case(request):
+def kernel_case(request, missing):
     made = make(*request.param, PRESET[_device().type], _device(), None)
     for variant, reason in made.missing.items():
-        request.config.stash[_MISSING].append((variant, reason, f"{made.op} {made.direction}"))
+        missing(variant, reason, f"{made.op} {made.direction}")
     return made
+
+
+@pytest.fixture(scope="session")
+def missing(request):
+    """Take down that a variant of something was not run, and why, for the end of the session."""
+    return lambda variant, reason, name: request.config.stash[_MISSING].append((variant, reason, name))
 
 
 @pytest.fixture(scope="session")
@@ -68,11 +74,11 @@ def run_id():
 def noted(benchmark, run_id, request):
     """Take a loader's timing down for the end of the session, and store it. Not where benches are off."""
 
-    def note(bench, case, variant, timing, device):
+    def note(bench, case, variant, timing, device, **more):
         if benchmark.disabled:
             return  # a single call may take what a worker has read before it
         rate = round(case["batch"] * case["batches"] / timing.median_ms * 1e3, 1)
-        found = {**timing._asdict(), "images_per_s": rate, "run": run_id}
+        found = {**timing._asdict(), "images_per_s": rate, **more, "run": run_id}
         benchmark.extra_info[variant] = found
         request.config.stash[_LOADED].append((case, variant, found))
         if request.config.getoption("rows"):
@@ -122,7 +128,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for variant, reason, name in config.stash[_MISSING]:
         cases.setdefault((variant, reason), []).append(name)
     if cases:
-        terminalreporter.section("kernels: not run")
+        terminalreporter.section("not run")
     for (variant, reason), names in cases.items():
         terminalreporter.write_line(f"{variant}: {reason}\n    {', '.join(dict.fromkeys(names))}")
     if config.stash[_LOADED]:
@@ -131,7 +137,8 @@ def pytest_terminal_summary(terminalreporter, config):
         median, low, high = (found[name] / case["batches"] for name in ("median_ms", "p20_ms", "p80_ms"))
         name = f"{case['data']}, batch {case['batch']}, num_workers {case['num_workers']}"
         times = f"{median:9.3f} ms [{low:.3f}, {high:.3f}]"
-        terminalreporter.write_line(f"{name:<68} {variant:<11} {found['images_per_s']:11,.0f} images/s {times}")
+        grown = f", {found['own_mib']:,.0f} MiB and {found['grown_mib']:+.1f}" if "own_mib" in found else ""
+        terminalreporter.write_line(f"{name:<68} {variant:<22} {found['images_per_s']:9,.0f} images/s {times}{grown}")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -248,6 +248,48 @@ def loaded(row: Row) -> float:
     return row["case"]["batches"] * rate(row)
 
 
+def against(row: Row, other: Row) -> float:
+    return other["median_ms"] / row["median_ms"]
+
+
+def stores(rows: Rows) -> Iterator[str]:
+    """Yield the tables of what reads stored moments, one per machine."""
+    found = rows.of("store")
+    for machine in dict.fromkeys(map(machine_of, found)):
+        mine = [row for row in found if machine_of(row) == machine]
+        yield from ("", f"### Reading stored moments: {machine}", "", _sources(mine), "")
+        columns = ["reader", "data", "batch", "workers", "images/s", "against files of .npy", "of a plain copy"]
+        yield from header([*columns, "memory", "grown by"])
+        for row in mine:
+            case, name = row["case"], row["variant"]
+            cells = [
+                name,
+                *(f"{case[field]}" for field in ("data", "batch", "num_workers")),
+                cell("{:,.0f}", loaded, row),
+            ]
+            for other, form in (("DataLoader over .npy", "{:.2f}x"), ("copy", "{:.1%}")):
+                is_alone = "own_mib" in row or name == other
+                cells.append("" if is_alone else cell(form, against, row, rows.beside(row, other)))
+            for field, form in (("own_mib", "{:,.0f} MiB"), ("grown_mib", "{:.1f} MiB")):
+                cells.append(cell(form, lambda r, field=field: r[field], row) if field in row else "")
+            yield line(cells)
+
+
+def decoding(rows: Rows) -> Iterator[str]:
+    """Yield the tables of decoders and of `prepare` with them, one per machine."""
+    found = [row for row in rows.of("decoding") if not row["variant"].startswith("prepare")]
+    for machine in dict.fromkeys(map(machine_of, found)):
+        mine = [row for row in found if machine_of(row) == machine]
+        yield from ("", f"### Decoding: {machine}", "", _sources(mine), "")
+        columns = ["decoder", "data", "to", "workers", "images/s", "prepare, images/s", "prepare / decoder"]
+        yield from header(columns)
+        for row in mine:
+            case, prepare = row["case"], rows.beside(row, f"prepare, {row['variant']}")
+            cells = [row["variant"], *(f"{case[field]}" for field in ("data", "shape", "num_workers"))]
+            cells += [cell("{:,.0f}", loaded, row), cell("{:,.0f}", loaded, prepare)]
+            yield line([*cells, cell("{:.2f}x", lambda a, b: against(b, a), row, prepare)])
+
+
 def goals(rows: Rows) -> Iterator[str]:
     """Yield the goals for one H100 beside what was measured there."""
     peak = GPUS["h100"].bf16
@@ -276,6 +318,7 @@ def report(rows: Rows) -> list[str]:
     """Return the lines of the whole report."""
     lines = ["## Measured", "", "Times in ms: median (20th to 80th percentile). Made by `python -m bench.report`."]
     parts = {"Training steps": steps(rows), "Kernels": kernels(rows), "Loaders": loaders(rows)}
+    parts |= {"Reading stored moments": stores(rows), "Decoding": decoding(rows)}
     for title, part in ((title, list(part)) for title, part in parts.items()):
         lines += part or ["", f"### {title}: {NOT_MEASURED}"]
     return [*lines, *goals(rows), *published()]

@@ -144,6 +144,34 @@ def test_a_loader_stands_beside_the_fastest_step_of_its_machine_and_side():
         assert {row[name] for name in row if "step" in name} == {NOT_MEASURED}
 
 
+def reading(images_per_s, variant, bench="store", **more):
+    """Time one batch of 100 images."""
+    case = {"data": "moments", "image_size": 256, "shape": "8x32x32", "batch": 100, "batches": 1, "num_workers": 2}
+    row = {"bench": bench, "case": case, "variant": variant, "run": "s", **base(1e5 / images_per_s, H100)}
+    return {**row, **more}
+
+
+def test_a_store_stands_beside_files_and_a_copy():
+    rows = [reading(600, "LatentStore"), reading(100, "DataLoader over .npy"), reading(2400, "copy")]
+    by_reader = {row["reader"]: row for row in tables(report.stores(Rows(rows)))}
+    ours = by_reader["LatentStore"]
+    assert (ours["images/s"], ours["against files of .npy"], ours["of a plain copy"]) == ("600", "6.00x", "25.0%")
+    assert by_reader["copy"]["of a plain copy"] == ""
+    (alone,) = tables(report.stores(Rows(rows[:1])))
+    assert (alone["against files of .npy"], alone["of a plain copy"]) == (NOT_MEASURED, NOT_MEASURED)
+    (long,) = tables(report.stores(Rows([reading(600, "LatentStore", own_mib=494.3, grown_mib=0.2)])))
+    assert (long["memory"], long["grown by"], long["of a plain copy"]) == ("494 MiB", "0.2 MiB", "")
+
+
+def test_preparing_stands_beside_its_decoder():
+    rows = [reading(100, "Pillow", "decoding"), reading(90, "prepare, Pillow", "decoding")]
+    (row,) = tables(report.decoding(Rows(rows)))
+    assert (row["decoder"], row["images/s"], row["prepare, images/s"]) == ("Pillow", "100", "90")
+    assert row["prepare / decoder"] == "0.90x"
+    (row,) = tables(report.decoding(Rows(rows[:1])))
+    assert row["prepare / decoder"] == NOT_MEASURED
+
+
 def test_loaders_have_a_table_per_machine():
     lines = list(loaders(Rows([loader(500.0), loader(250.0, device="NVIDIA A100-SXM4-80GB"), step(125.0)])))
     assert [text for text in lines if text.startswith("###")] == [

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import io
 import itertools
+import os
 import tarfile
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -36,6 +37,7 @@ ROUNDS, WARMUP = 5, 1
 SHUFFLED = 1000  # records that WebDataset draws from
 SHARDS = 8
 LONG, EPOCHS = 131_072, 4  # of the long run
+OPTIONAL = {"DataLoader over LMDB": "lmdb", "WebDataset": "webdataset"}
 CPU = torch.device("cpu")
 
 Pair = tuple[Any, Any]
@@ -127,8 +129,10 @@ def read_copies(stored: Records, labels: NDArray[np.int64]) -> Generator[Pair]:
 
 
 def moments(count: int) -> tuple[Records, NDArray[np.int64]]:
+    """Any finite numbers, and labels."""
     random = np.random.default_rng(1)
-    return random.standard_normal((count, 8, 32, 32), np.float32).astype(np.float16), random.integers(1000, size=count)
+    bits = random.integers(0, 0x7C00, (count, 8, 32, 32), np.uint16)  # from there on infinities and NaN
+    return bits.view(np.float16), random.integers(1000, size=count)
 
 
 def check(stored: Records, labels: NDArray[np.int64], batch: Pair, name: str) -> None:
@@ -149,13 +153,17 @@ def prepared(folder: Path, stored: Records, labels: NDArray[np.int64]) -> dict[s
         "LatentStore": lambda workers: read_store(folder / "store", workers),
         "DataLoader over .npy": lambda workers: read_items(files, workers),
     }
-    if importlib.util.find_spec("lmdb"):
+    if _installed("DataLoader over LMDB"):
         lmdb = Lmdb(folder / "lmdb", stored, labels)
         readers["DataLoader over LMDB"] = lambda workers: read_items(lmdb, workers)
-    if importlib.util.find_spec("webdataset"):
+    if _installed("WebDataset"):
         tars = write_tars(folder / "tars", stored, labels)
         readers["WebDataset"] = lambda workers: read_tars(tars, workers)
     return {**readers, "copy": lambda workers: read_copies(stored, labels)}
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(OPTIONAL[name]) is not None
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +189,11 @@ def take(readers: dict[str, Callable[[int], Generator[Pair]]], workers: int, rou
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 8])
-def bench_reading(benchmark, kept, num_workers, noted):
+def bench_reading(benchmark, kept, num_workers, noted, missing):
     stored, labels, readers = kept
+    for name, package in OPTIONAL.items():
+        if name not in readers:
+            missing(name, f"{package} is not installed (pip install 'fastmask[bench]')", f"{num_workers} workers")
     for name, read in readers.items():
         with contextlib.closing(read(num_workers)) as parts:
             check(stored, labels, next(parts), name)
@@ -192,3 +203,45 @@ def bench_reading(benchmark, kept, num_workers, noted):
     case |= {"batch": BATCH, "batches": TIMED, "num_workers": num_workers}
     for variant, times in taken.items():
         noted("store", case, variant, rows.timing(times[-ROUNDS:]), CPU)
+
+
+def own_mib() -> float:
+    """Return the memory of this process and its workers that is their own, or shared among them; not the page cache."""
+    kib = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # a process that has ended
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            if os.getpid() in (int(fields["Pid"]), int(fields["PPid"])) and "RssAnon" in fields:
+                kib += sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem"))
+    return kib / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def bench_long_run(benchmark, request, tmp_path, noted):
+    """Memory over epochs of more ids than are ever listed."""
+    if not request.config.getoption("full"):
+        pytest.skip("writes a store of 2 GB: give --full")
+    stored, labels = moments(LONG)
+    write_store(tmp_path, stored[:, None], labels, LONG // SHARDS)
+    del stored
+    taken: list[float] = []
+
+    def read() -> list[float]:
+        with contextlib.closing(read_store(tmp_path, 2)) as parts:
+            for _ in range(EPOCHS):
+                start = time.perf_counter()
+                for number in range(LONG // BATCH):
+                    next(parts)
+                    if number == LONG // BATCH // 10:
+                        taken.append(own_mib())
+                times.append((time.perf_counter() - start) * 1e3)
+            taken.append(own_mib())
+        return times
+
+    times: list[float] = []
+    benchmark.pedantic(read, rounds=1)
+    grown = max(taken[1:]) - taken[0]
+    assert grown < 16, f"memory in MiB, of each epoch: {taken}"
+    case = {"data": f"{LONG:,} moments 8x32x32 fp16, {EPOCHS} epochs", "image_size": 256, "shape": "8x32x32"}
+    case |= {"batch": BATCH, "batches": LONG // BATCH, "num_workers": 2}
+    noted("store", case, "LatentStore", rows.timing(times), CPU, own_mib=round(taken[0], 1), grown_mib=round(grown, 1))
