@@ -32,15 +32,18 @@ class Timing(NamedTuple):
     rounds: int
 
 
-def measure(
-    variants: dict[str, Callable[[], Any]], device: torch.device, *, rounds: int = 20, warmup: int = 3
-) -> dict[str, Timing]:
+def measure(variants: dict[str, Callable[[], Any]], device: torch.device, **options: Any) -> dict[str, Timing]:
     """Return a timing of each variant; see `take`, whose arguments these are."""
-    return {name: timing(times) for name, times in take(variants, device, rounds=rounds, warmup=warmup).items()}
+    return {name: timing(times) for name, times in take(variants, device, **options).items()}
 
 
 def take(
-    variants: dict[str, Callable[[], Any]], device: torch.device, *, rounds: int = 20, warmup: int = 3
+    variants: dict[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    rounds: int = 20,
+    warmup: int = 3,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time variants in turn, A B C A B C ..., so that a drift of the machine meets all of them.
 
@@ -52,17 +55,20 @@ def take(
         device: where they run.
         rounds: timed calls of each.
         warmup: calls of each before, not timed, in turn as well.
+        before: called before every call, not timed.
 
     Returns:
         The milliseconds of each variant's calls.
     """
     for _ in range(warmup):
         for call in variants.values():
+            before()
             call()
     taken: dict[str, list[float]] = {name: [] for name in variants}
     clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock
     for _ in range(rounds):
         for name, call in variants.items():
+            before()
             taken[name].append(clock(call))
     return taken
 

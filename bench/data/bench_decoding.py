@@ -1,12 +1,15 @@
 """Decoding photos, and preparing a store of them: by Pillow, and by DALI where it is installed, in one run.
 
 The files are JPEGs of 500x375, the commonest size of ImageNet, resized and cropped to 256, and in the page cache.
-A call reads all of them, processes started and ended within it. `prepare` stores pixels, in shards of 50 MB, so that
-nothing but decoding and storing takes time: what it reaches of the bare decoder's rate is what the rest of it costs.
+A call reads all of them, processes started and ended within it. `prepare` stores pixels, so that nothing but decoding
+and storing takes time: what it reaches of the bare decoder's rate is what the rest of it costs. With `--full` there are
+four times as many files, of which start and end take less: in both there are four shards.
 """
 
 import functools
 import importlib
+import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from fastmask.data.images import decode
 from fastmask.data.sources import Source, open_source
 from fastmask.report import console
 
-FILES, BATCH, SHARD = 1024, 32, 256
+PHOTOS, BATCH, SHARDS = 512, 32, 4
 HEIGHT, WIDTH, SIZE = 375, 500, 256
 TIMES = {"rounds": 3, "warmup": 1}
 TOLERANCE = 1  # level of 255: these sides are not halved
@@ -31,12 +34,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
+def photos(request, tmp_path_factory):
     pillow, random = importlib.import_module("PIL.Image"), np.random.default_rng(5)
     folder = tmp_path_factory.mktemp("photos")
-    for number in range(FILES):
-        pixels = picture(random, WIDTH)[:HEIGHT]
-        pillow.fromarray(pixels).save(folder / f"{number:03}.jpg", quality=90)
+    for number in range(PHOTOS):
+        pixels, file = picture(random, WIDTH)[:HEIGHT], io.BytesIO()
+        pillow.fromarray(pixels).save(file, "JPEG", quality=90)
+        for again in range(8 if request.config.getoption("full") else 2):
+            (folder / f"{again}-{number:03}.jpg").write_bytes(file.getvalue())
     return folder
 
 
@@ -44,14 +49,13 @@ def bare(source: Source, num_workers: int, decoder: str) -> None:
     """Decode all images, and look that they are there."""
     parts = [range(first, first + BATCH) for first in range(0, len(source), BATCH)]
     dali = JpegDecoder(SIZE, BATCH, DEVICE, max(1, num_workers)) if decoder == "dali" else None
-    assert sum(len(part.values) for part in decoded(source, SIZE, parts, num_workers, dali)) == FILES
+    assert sum(len(part.values) for part in decoded(source, SIZE, parts, num_workers, dali)) == len(source)
 
 
-def prepared(folder: Path, stores: Path, num_workers: int, decoder: str) -> None:
+def prepared(folder: Path, store: Path, count: int, num_workers: int, decoder: str) -> None:
     """Make a store of all images."""
     options = ["--space", "pixel", "--image-size", str(SIZE), "--batch-size", str(BATCH)]
-    store = stores / str(len(list(stores.iterdir())))
-    options += ["--shard-size", str(SHARD), "--decoder", decoder, "--num-workers", str(num_workers)]
+    options += ["--shard-size", str(count // SHARDS), "--decoder", decoder, "--num-workers", str(num_workers)]
     prepare.main([str(folder), str(store), *options])
 
 
@@ -69,15 +73,16 @@ def check(source: Source, decoder: str) -> None:
 @pytest.mark.parametrize("num_workers", [1, 2])
 def bench_decoding(benchmark, photos, num_workers, tmp_path, noted, monkeypatch):
     monkeypatch.setattr(console, "quiet", True)
-    source, variants = open_source(photos), dict[str, Callable[[], None]]()
+    source, store, variants = open_source(photos), tmp_path / "store", dict[str, Callable[[], None]]()
     for decoder in dict.fromkeys(("pil", pick_decoder("auto"))):
         check(source, decoder)
         name = {"pil": "Pillow", "dali": f"DALI on {DEVICE.type}"}[decoder]
         variants[name] = functools.partial(bare, source, num_workers, decoder)
-        variants[f"prepare, {name}"] = functools.partial(prepared, photos, tmp_path, num_workers, decoder)
-    times = {"rounds": 1, "warmup": 0} if benchmark.disabled else TIMES
+        variants[f"prepare, {name}"] = functools.partial(prepared, photos, store, len(source), num_workers, decoder)
+    times = {"rounds": 1, "warmup": 0} if benchmark.disabled else {**TIMES}
+    times["before"] = functools.partial(shutil.rmtree, store, ignore_errors=True)
     timings = benchmark.pedantic(rows.measure, (variants, torch.device("cpu")), times, rounds=1)
-    case = {"data": f"{FILES} jpg {WIDTH}x{HEIGHT}, decoded", "image_size": SIZE, "shape": f"3x{SIZE}x{SIZE}"}
-    case |= {"batch": BATCH, "batches": FILES // BATCH, "num_workers": num_workers}
+    case = {"data": f"{len(source):,} jpg {WIDTH}x{HEIGHT}", "image_size": SIZE, "shape": f"3x{SIZE}x{SIZE}"}
+    case |= {"batch": BATCH, "batches": len(source) // BATCH, "num_workers": num_workers}
     for variant, timing in timings.items():
         noted("decoding", case, variant, timing, DEVICE)
