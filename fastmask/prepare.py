@@ -33,6 +33,7 @@ from fastmask.distributed import Ranks, own_device, process_group
 from fastmask.report import console, save_grid
 
 _PATIENCE_S = 7 * 86400  # a rank may have a shard to fill after the others have none
+_VAE = "stabilityai/sd-vae-ft-mse"
 _SHOWN = 64  # images of the contact sheet
 _UNCOUNTED: dict[str, Any] = {"num_classes": 0, "class_names": [], "class_counts": [], "shards": []}
 
@@ -47,13 +48,14 @@ class PrepareConfig:
     store: tyro.conf.Positional[str] = ""
     """Folder of the store; the same command goes on where it stopped."""
     check: str = ""
-    """Instead verify the store of this name, and draw a sheet of its images; one at a URL is fetched first."""
+    """Instead verify the store of this name, and draw a sheet of its images, decoded; one at a URL is fetched first."""
     image_size: int = 256
     """Side in pixels; larger images are shrunk and cropped, smaller ones enlarged."""
     space: Literal["latent", "pixel"] = "latent"
     """Store moments of a VAE's latents, or the pixels."""
-    vae: str = "stabilityai/sd-vae-ft-mse"
-    """Folder or name of an AutoencoderKL of diffusers."""
+    vae: str = ""
+    """Folder or name of an AutoencoderKL of diffusers: stabilityai/sd-vae-ft-mse if none is given, or the store's own
+    to draw its images with --check."""
     mirror: bool = True
     """Store latents of mirrored images too."""
     batch_size: int = 32
@@ -76,7 +78,8 @@ def main(argv: Sequence[str]) -> None:
     if config.check:
         if config.source:
             raise ValueError(f"--check {config.check} takes no source ({config.source})")
-        check(local_copy(config.check) if is_url(config.check) else Path(config.check))
+        store = local_copy(config.check) if is_url(config.check) else Path(config.check)
+        check(store, config.vae, pick_device(config.device))
         return
     if not config.store:
         raise ValueError("name a source and the store to make of it, or --check STORE")
@@ -144,13 +147,14 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
         shape = (1, source.channels, config.image_size, config.image_size)
         manifest = Manifest(kind="pixels", dtype="uint8", shape=shape, **about)
         return Job(manifest, len(source), source.class_names, read, _as_records)
-    encoder = Autoencoder(config.vae, device)
+    name = config.vae or _VAE
+    encoder = Autoencoder(name, device)
     side = encoder.side(config.image_size)
     manifest = Manifest(
         kind="moments",
         dtype="float16",
         shape=(1 + config.mirror, 2 * encoder.channels, side, side),
-        vae=config.vae,
+        vae=name,
         vae_sha256=encoder.sha256,
         scale=encoder.scale,
         shift=encoder.shift,
@@ -243,14 +247,23 @@ def _warn(line: str) -> None:
     console.quiet = quiet
 
 
-def check(store: Path) -> None:
-    """Verify a store, print what it holds, and draw a sheet of its images; a ValueError if it is damaged."""
+def check(store: Path, vae: str, device: torch.device) -> None:
+    """Verify a store, print what it holds, and draw a sheet of its images; a ValueError if it is damaged.
+
+    Args:
+        store: its folder.
+        vae: decodes latents for the sheet; "" is the store's own, without which latents are shown as they are.
+        device: where to decode.
+    """
     found = check_store(store)
     for line in found.lines:
         say(line)
+    images = found.images[:: -(-len(found.images) // _SHOWN)]
+    if found.manifest.kind != "pixels":
+        images = _decoded(images, found.manifest, vae, device)
     sheet = store / "sheet.png"
-    save_grid(sheet, found.images[:_SHOWN], columns=8)
-    say(f"{min(_SHOWN, len(found.images))} images: {sheet}")
+    save_grid(sheet, images, columns=8)
+    say(f"{len(images)} images: {sheet}")
     for line in found.warnings:
         say(f"warning: {line}")
     for line in found.damaged:
@@ -261,6 +274,24 @@ def check(store: Path) -> None:
             f"prepare it anew"
         )
     say(f"{store} is whole")
+
+
+def _decoded(latents: torch.Tensor, manifest: Manifest, vae: str, device: torch.device) -> torch.Tensor:
+    """Return the images of latents that were shifted and scaled for training, or those latents without their VAE."""
+    try:
+        decoder = Autoencoder(vae or manifest.vae, device)
+    except ValueError as error:
+        if vae:
+            raise
+        say(f"the sheet shows latents as they are: {error} (give --vae)")
+        return latents
+    if decoder.channels != latents.shape[1]:
+        raise ValueError(f"--vae {vae} decodes latents of {decoder.channels} channels, not {latents.shape[1]}")
+    if manifest.vae_sha256 not in ("", decoder.sha256):
+        say(f"warning: {vae or manifest.vae} has other weights than the VAE that encoded the images")
+    say(f"decoding {len(latents)} latents on {device.type}")
+    scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (manifest.scale, manifest.shift))
+    return torch.cat([decoder.decode(some).cpu() for some in torch.split(latents / scale + shift, 8)])
 
 
 def _split(items: range, size: int) -> list[range]:

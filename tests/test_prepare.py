@@ -20,6 +20,7 @@ from fastmask.data.imageset import ImageSet
 from fastmask.data.manifest import read_manifest
 from fastmask.data.sources import open_source
 from fastmask.prepare import main
+from fastmask.report import save_grid
 
 SMALL = ("--space", "pixel", "--image-size", "16", "--num-workers", "0", "--shard-size", "5", "--batch-size", "2")
 
@@ -220,9 +221,45 @@ def test_latents(folder, tmp_path):
         exact = small_vae().eval().encode(torch.cat([images, images.flip(3)])).latent_dist.parameters
     torch.testing.assert_close(data.read(np.arange(24))[0].float(), exact, rtol=2e-3, atol=2e-3)
     assert prepare(folder, tmp_path / "one", *flags, "--no-mirror").shape == (1, 8, 2, 2)
-    main(["--check", str(tmp_path / "store")])
     with pytest.raises(ValueError, match="image_size must be a multiple of 8 for this VAE, not 20"):
         prepare(folder, tmp_path / "other", *flags, "--image-size", "20")
+
+
+def test_the_sheet_of_latents_is_decoded(folder, tmp_path, capsys):
+    vae = small_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    prepare(folder, tmp_path / "store", "--space", "latent", "--vae", str(tmp_path / "vae"), "--device", "cpu")
+
+    def sheet(*flags):
+        capsys.readouterr()
+        main(["--check", str(tmp_path / "store"), "--device", "cpu", *flags])
+        with Image.open(tmp_path / "store" / "sheet.png") as image:
+            return np.asarray(image), capsys.readouterr().out
+
+    decoded, said = sheet()
+    assert "decoding 12 latents on cpu" in said
+    assert "warning" not in said.replace("warning: the scale", "")  # random weights have latents of any size
+    latents = LatentStore(tmp_path / "store", 16, None, False)
+    drawn = latents.to_images(latents.read(np.arange(12))[0], 0, torch.arange(12)) / 0.18215
+    with torch.no_grad():
+        images = vae.eval().decode(drawn).sample.clamp(-1, 1)
+    save_grid(tmp_path / "expected.png", images, columns=8)
+    with Image.open(tmp_path / "expected.png") as image:
+        assert np.abs(np.asarray(image).astype(int) - decoded).max() <= 1
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 1
+    vae.save_pretrained(tmp_path / "other")
+    assert f"warning: {tmp_path / 'other'} has other weights than the VAE" in sheet("--vae", str(tmp_path / "other"))[1]
+    small_vae(latent_channels=16).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match="decodes latents of 16 channels, not 4"):
+        sheet("--vae", str(tmp_path / "wide"))
+    with pytest.raises(ValueError, match=r"--vae .*nowhere cannot be loaded"):
+        sheet("--vae", str(tmp_path / "nowhere"))
+    (tmp_path / "vae").rename(tmp_path / "gone")
+    shown, said = sheet()
+    assert "the sheet shows latents as they are: --vae" in said
+    assert said.endswith("store is whole\n")
+    assert shown.shape != decoded.shape or not np.array_equal(shown, decoded)
 
 
 def edm2(folder, values):
@@ -247,7 +284,9 @@ def test_latents_are_taken_over(tmp_path, capsys):
     shift = np.array([5.81, 3.25, 0.12, -2.15])[:, None, None]
     np.testing.assert_allclose(images, (mean - shift) * scale, rtol=1e-3, atol=2e-3)
     main(["--check", str(tmp_path / "store")])
-    assert "edm2, 7 moments (8, 2, 2) without mirror images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "edm2, 7 moments (8, 2, 2) without mirror images" in said
+    assert "the sheet shows latents as they are: " in said
     with pytest.raises(ValueError, match="holds latents of images of side 16: give --image-size 16"):
         prepare(source, tmp_path / "other", "--image-size", "256")
 

@@ -1,4 +1,4 @@
-"""Encodes images with diffusers' `AutoencoderKL` into the moments of their latents."""
+"""Encodes images with diffusers' `AutoencoderKL` into the moments of their latents, and decodes latents."""
 
 import hashlib
 import importlib
@@ -12,16 +12,16 @@ from torch import Tensor
 
 
 class Autoencoder:
-    """A VAE that encodes.
+    """A VAE.
 
     Args:
         name: a folder in diffusers' format, of the VAE or of a pipeline that has one in `vae`, or a model's name.
-        device: where to encode; in bfloat16 on a GPU, in float32 on a CPU.
+        device: where to compute; in bfloat16 on a GPU, in float32 on a CPU.
 
     Attributes:
         channels: C of the latents.
         downsampling: pixels per side of a latent pixel.
-        scale: latents are trained on as (latent - shift) * scale.
+        scale: latents are trained on as (latent - shift) * scale, one number for all channels or one for each.
         shift: see scale.
         sha256: of the weights: of their names in order, each followed by its values in float32.
 
@@ -34,8 +34,11 @@ class Autoencoder:
             diffusers = importlib.import_module("diffusers")
         except ModuleNotFoundError as error:
             raise ValueError(
-                "encoding latents needs diffusers: pip install diffusers, or give --space pixel to store pixels"
+                "latents need diffusers: pip install 'fastmask[latents]' (--space pixel stores pixels without)"
             ) from error
+        # A model's name is NAME or OWNER/NAME; what can be none is not looked for on the net.
+        if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or " " in name):
+            raise ValueError(f"--vae {name} cannot be loaded: there is no such folder")
         folder = "vae" if (Path(name) / "vae" / "config.json").exists() else None
         try:
             # A class that is another one's, or weights that do not fit, are a ValueError or RuntimeError.
@@ -50,8 +53,14 @@ class Autoencoder:
         settings = self._vae.config
         self.channels = int(settings.latent_channels)
         self.downsampling = int(2 ** (len(settings.block_out_channels) - 1))
-        self.scale = float(settings.scaling_factor)
-        self.shift = float(getattr(settings, "shift_factor", None) or 0.0)
+        self.scale: float | list[float] = float(settings.scaling_factor)
+        self.shift: float | list[float] = float(getattr(settings, "shift_factor", None) or 0.0)
+        means, deviations = (getattr(settings, name, None) for name in ("latents_mean", "latents_std"))
+        if means and deviations:  # which stand for the shift, and divide, as diffusers' pipelines take them
+            self.scale, self.shift = [settings.scaling_factor / std for std in deviations], list(means)
+        self._scale, self._shift = (
+            torch.tensor(v, device=device, dtype=torch.float32).view(-1, 1, 1) for v in (self.scale, self.shift)
+        )
 
     def side(self, image_size: int) -> int:
         """Return the side of the latents of images; a ValueError if it is not whole."""
@@ -66,6 +75,16 @@ class Autoencoder:
         images = images.expand(-1, 3, -1, -1).to(self._vae.dtype)
         moments: Tensor = self._vae.encode(images).latent_dist.parameters
         return moments
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Return latents (B, C, h, w) as they are trained on."""
+        return (latents - self._shift) * self._scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images, float32 (B, 3, H, W), of latents (B, C, h, w) that are neither shifted nor scaled."""
+        images: Tensor = self._vae.decode(latents.to(self._device, self._vae.dtype)).sample
+        return images.float().clamp(-1, 1)
 
     def moments(self, pixels: Tensor | NDArray[np.uint8], mirror: bool) -> NDArray[np.float16]:
         """Return the moments of images and, as a second copy, of the mirrored ones.

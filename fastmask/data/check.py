@@ -18,12 +18,14 @@ class Found(NamedTuple):
     """What a check found.
 
     Attributes:
+        manifest: the store's.
         lines: what the store holds.
         warnings: what is odd.
         damaged: a line for every file that is not what was written.
-        images: some records as they are trained on, (n, C, H, W).
+        images: some records as they are trained on, evenly spread, (n, C, H, W).
     """
 
+    manifest: Manifest
     lines: list[str]
     warnings: list[str]
     damaged: list[str]
@@ -54,7 +56,7 @@ def check_store(path: Path) -> Found:
     skipped = [name for shard in manifest.shards for name in shard.skipped]
     if skipped:
         lines.append(f"{len(skipped)} images were left out: {', '.join(skipped[:3])}{', ...' if skipped[3:] else ''}")
-    return Found(lines, _warnings(manifest, stored, images), damaged, images)
+    return Found(manifest, lines, _warnings(manifest, stored, images), damaged, images)
 
 
 def _warnings(manifest: Manifest, stored: Tensor, images: Tensor) -> list[str]:

@@ -48,6 +48,22 @@ def test_scale_and_shift_of_the_configuration(tmp_path):
     assert (encoder.channels, encoder.scale, encoder.shift) == (16, 0.36, 0.11)
 
 
+def test_means_and_deviations_per_channel(tmp_path):
+    means, deviations = [0.1, 0.2, -0.3, 0.4], [1.0, 2.0, 0.5, 4.0]
+    small_vae(scaling_factor=0.5, latents_mean=means, latents_std=deviations).save_pretrained(tmp_path / "vae")
+    encoder = Autoencoder(str(tmp_path / "vae"), CPU)
+    assert (encoder.scale, encoder.shift) == ([0.5, 0.25, 1.0, 0.125], means)
+    latents = torch.tensor([means, means]).view(2, 4, 1, 1) + torch.tensor(deviations).view(1, 4, 1, 1)
+    torch.testing.assert_close(encoder.scaled(latents), torch.full((2, 4, 1, 1), 0.5))
+
+
+def test_latents_are_decoded(vae):
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = small_vae().eval().decode(latents).sample.clamp(-1, 1)
+    torch.testing.assert_close(Autoencoder(str(vae), CPU).decode(latents), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_hash_is_of_the_weights(vae, tmp_path):
     small_vae(scaling_factor=1.0).save_pretrained(tmp_path / "same")
     other = small_vae()
@@ -70,10 +86,12 @@ def test_moments_that_overflow(tmp_path):
         Autoencoder(str(tmp_path / "vae"), CPU).moments(pixels_of(), False)
 
 
-@pytest.mark.parametrize("damage", ["empty folder", "weights gone", "weights cut off", "config cut off"])
+@pytest.mark.parametrize("damage", ["no folder", "empty folder", "weights gone", "weights cut off", "config cut off"])
 def test_a_vae_that_cannot_be_loaded(vae, tmp_path, damage):
     weights = vae / "diffusion_pytorch_model.safetensors"
-    if damage == "empty folder":
+    if damage == "no folder":
+        vae = tmp_path / "nowhere"
+    elif damage == "empty folder":
         vae = tmp_path / "empty"
         vae.mkdir()
     elif damage == "weights gone":
@@ -101,5 +119,5 @@ def test_without_diffusers(monkeypatch):
         raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(ValueError, match="needs diffusers: pip install diffusers, or give --space pixel"):
+    with pytest.raises(ValueError, match=r"need diffusers: pip install 'fastmask\[latents\]' \(--space pixel"):
         Autoencoder("any", CPU)
