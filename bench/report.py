@@ -93,6 +93,10 @@ def three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
+def against(row: Row, other: Row) -> float:
+    return other["median_ms"] / row["median_ms"]
+
+
 def faster(row: Row, other: Row) -> float:
     return rate(row) / rate(other)
 
@@ -125,7 +129,7 @@ def against_dense(rows: Rows, row: Row) -> list[str]:
 
 def products_alone(rows: Rows, row: Row, form: str) -> str:
     """Return the cell of the share of a step's time that its products take alone."""
-    return cell(form, lambda a, b: b["median_ms"] / a["median_ms"], row, rows.beside(row, "products"))
+    return cell(form, against, row, rows.beside(row, "products"))
 
 
 def size_of(row: Row) -> str:
@@ -211,8 +215,8 @@ def kernels(rows: Rows) -> Iterator[str]:
             cells += [row["variant"], cell("{}", time_of, row), cell("{:.4g}", moved, row)]
             cells.append(cell("{:.1%}", of_copy, row) if "copy_bandwidth" in row or "copy_percent" in row else "")
             reference = rows.beside(row, "reference")
-            against = cell("{:.2f}x", lambda a, b: b["median_ms"] / a["median_ms"], row, reference)
-            yield line([*cells, "" if row["variant"] == "reference" else against])
+            compared = cell("{:.2f}x", against, row, reference)
+            yield line([*cells, "" if row["variant"] == "reference" else compared])
 
 
 def moved(row: Row) -> float:
@@ -246,10 +250,6 @@ def loaders(rows: Rows) -> Iterator[str]:
 def loaded(row: Row) -> float:
     """Return the images/s of a loader, a time of which is that of several batches."""
     return row["case"]["batches"] * rate(row)
-
-
-def against(row: Row, other: Row) -> float:
-    return other["median_ms"] / row["median_ms"]
 
 
 def stores(rows: Rows) -> Iterator[str]:

@@ -43,26 +43,31 @@ class Ranks:
 
 
 def own_device(device: torch.device, ranks: Ranks) -> torch.device:
-    """Return the GPU of a rank where the device is "cuda" without a number, else the device itself."""
-    return torch.device("cuda", ranks.local) if device.type == "cuda" and device.index is None else device
+    """Return the GPU of a rank where the device is "cuda" without a number, else the device itself.
+
+    Raises:
+        ValueError: there are fewer GPUs than processes.
+    """
+    if device.type != "cuda" or device.index is not None:
+        return device
+    if ranks.local >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {ranks.local} of this machine sees {torch.cuda.device_count()} GPUs: start as many processes as "
+            f"there are GPUs, and let each see all of them"
+        )
+    return torch.device("cuda", ranks.local)
 
 
 @contextlib.contextmanager
-def process_group(ranks: Ranks, device: torch.device, patience_s: int = 1800) -> Iterator[None]:
-    """Connect the processes inside the block: NCCL between GPUs, gloo between CPUs and for what the hosts agree on.
-
-    Args:
-        ranks: the processes.
-        device: where this one computes.
-        patience_s: seconds that one waits for the others before it takes them for dead.
-    """
+def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Connect the processes inside the block: NCCL between GPUs, gloo between CPUs and for what the hosts agree on."""
     if ranks.count == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=patience_s))
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     try:
         yield
     finally:
@@ -134,19 +139,40 @@ def all_max(number: int, ranks: Ranks) -> int:
 
 
 def from_first(ranks: Ranks, call: Callable[[], T]) -> T:
-    """Return on every rank what a function returned on the first one; a ValueError there is one on every rank."""
+    """Return on every rank what a function returned on the first one; an error there is a ValueError on the others."""
     if ranks.count == 1:
         return call()
     answer: list[Any] = [None, None]
+    failed = None
     if not ranks.rank:
         try:
             answer[0] = call()
-        except ValueError as error:
-            answer[1] = str(error)
+        except (ValueError, OSError) as error:
+            failed, answer[1] = error, str(error)
     dist.broadcast_object_list(answer, device=torch.device("cpu"))
+    if failed:
+        raise failed
     if answer[1] is not None:
         raise ValueError(answer[1])
     return cast(T, answer[0])
+
+
+def meeting(ranks: Ranks) -> Callable[[], None]:
+    """Return what waits until every rank has called it, for days if need be; a ValueError if one of them is gone.
+
+    All ranks must call this too, and these wait as long as for any other exchange.
+    """
+    if ranks.count == 1:
+        return lambda: None
+    group = dist.new_group(timeout=datetime.timedelta(days=7), backend="gloo")
+
+    def wait() -> None:
+        try:
+            dist.barrier(group)
+        except RuntimeError as error:
+            raise ValueError("another process stopped before it was done: see what it says") from error
+
+    return wait
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +32,6 @@ from fastmask.data.writer import StoreWriter
 from fastmask.distributed import Ranks, own_device, process_group
 from fastmask.report import console, save_grid
 
-_PATIENCE_S = 7 * 86400  # a rank may have a shard to fill after the others have none
 _VAE = "stabilityai/sd-vae-ft-mse"
 _SHOWN = 64  # images of the contact sheet
 _UNCOUNTED: dict[str, Any] = {"num_classes": 0, "class_names": [], "class_counts": [], "shards": []}
@@ -75,11 +74,14 @@ class PrepareConfig:
 def main(argv: Sequence[str]) -> None:
     """Prepare or check a store as the arguments say."""
     config = parse(PrepareConfig, argv, prog="python -m fastmask.prepare", description="Prepare a store of images.")
+    ranks = Ranks.from_environment()
+    device = own_device(pick_device(config.device), ranks)
     if config.check:
         if config.source:
             raise ValueError(f"--check {config.check} takes no source ({config.source})")
-        store = local_copy(config.check) if is_url(config.check) else Path(config.check)
-        check(store, config.vae, pick_device(config.device))
+        if ranks.count > 1:
+            raise ValueError("--check runs in one process, without torchrun")
+        check(local_copy(config.check) if is_url(config.check) else Path(config.check), config.vae, device)
         return
     if not config.store:
         raise ValueError("name a source and the store to make of it, or --check STORE")
@@ -90,20 +92,32 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
     if config.num_workers < 0:
         raise ValueError(f"num_workers must be at least 0, not {config.num_workers}")
-    ranks = Ranks.from_environment()
-    if ranks.rank:
-        console.quiet = True
-    device = own_device(pick_device(config.device), ranks)
-    latents = open_latents(Path(config.source))
-    job = _encode(config, open_source(Path(config.source)), device) if latents is None else _take_over(config, latents)
+    with _one_speaks(ranks):
+        latents = open_latents(Path(config.source))
+        if latents is None:
+            job = _encode(config, open_source(Path(config.source)), device)
+        else:
+            job = _take_over(config, latents)
     with (
-        process_group(ranks, device, _PATIENCE_S),
+        process_group(ranks, device),
         StoreWriter(Path(config.store), job.manifest, job.items, config.shard_size, ranks) as writer,
     ):
         fill(writer, config, job, ranks)
         manifest = writer.finish(job.class_names)
     skipped = sum(len(shard.skipped) for shard in manifest.shards)
-    say(f"{config.store}: {manifest.count:,} records, {manifest.num_classes} classes, {skipped} images left out")
+    with _one_speaks(ranks):
+        say(f"{config.store}: {manifest.count:,} records, {manifest.num_classes} classes, {skipped} images left out")
+
+
+@contextlib.contextmanager
+def _one_speaks(ranks: Ranks) -> Iterator[None]:
+    """Let the first rank alone print inside the block."""
+    quiet = console.quiet
+    console.quiet = quiet or ranks.rank > 0
+    try:
+        yield
+    finally:
+        console.quiet = quiet
 
 
 class Job(NamedTuple):
@@ -156,6 +170,7 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
         shape=(1 + config.mirror, 2 * encoder.channels, side, side),
         vae=name,
         vae_sha256=encoder.sha256,
+        encoder=encoder.precision,
         scale=encoder.scale,
         shift=encoder.shift,
         **about,
@@ -217,13 +232,14 @@ def _as_float16(values: NDArray[Any]) -> NDArray[np.float16]:
 
 def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> None:
     """Write this rank's shards; the first rank says how far all are."""
-    if writer.before:
-        say(f"{writer.before:,} of {job.items:,} images were done before")
-    if ranks.count > len(writer.numbers()):
-        say(f"{len(writer.numbers())} shards for {ranks.count} processes: a smaller --shard-size gives all of them one")
+    with _one_speaks(ranks):
+        if writer.before:
+            say(f"{writer.before:,} of {job.items:,} images were done before")
+        if ranks.count > len(writer.numbers()):
+            say(f"{len(writer.numbers())} shards for {ranks.count} processes: a smaller --shard-size gives each one")
     parts = {number: _split(writer.items_of(number), config.batch_size) for number in writer.todo}
     batches, own = job.read([part for some in parts.values() for part in some]), 0
-    with contextlib.closing(batches), _Progress(job.items, writer.before) as progress:
+    with contextlib.closing(batches), _Progress(job.items, writer.before, ranks) as progress:
         for number in writer.todo:
             elsewhere = writer.items_elsewhere()
             with writer.shard(number) as shard:
@@ -231,20 +247,17 @@ def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> 
                     for name, line in batch.bad:
                         if config.on_bad == "stop":
                             raise ValueError(f"{line} (--on-bad skip leaves such images out)")
-                        _warn(f"left out: {line}")
+                        say(f"left out: {line}")
                         shard.skipped.append(name)
                     if len(batch.labels):
                         shard.add(job.record(batch.values), batch.labels)
                     own += len(part)
                     progress.update(elsewhere + own)
+            progress.update(writer.items_elsewhere() + own)
             progress.print_line()
-
-
-def _warn(line: str) -> None:
-    """Print a line, of whichever rank."""
-    quiet, console.quiet = console.quiet, False
-    say(line)
-    console.quiet = quiet
+    with _one_speaks(ranks):
+        if ranks.count > 1 and progress.done < job.items:
+            say("this process's shards are filled, the others' are waited for")
 
 
 def check(store: Path, vae: str, device: torch.device) -> None:
@@ -256,17 +269,7 @@ def check(store: Path, vae: str, device: torch.device) -> None:
         device: where to decode.
     """
     found = check_store(store)
-    for line in found.lines:
-        say(line)
-    images = found.images[:: -(-len(found.images) // _SHOWN)]
-    if found.manifest.kind != "pixels":
-        images = _decoded(images, found.manifest, vae, device)
-    sheet = store / "sheet.png"
-    save_grid(sheet, images, columns=8)
-    say(f"{len(images)} images: {sheet}")
-    for line in found.warnings:
-        say(f"warning: {line}")
-    for line in found.damaged:
+    for line in [*found.lines, *(f"warning: {line}" for line in found.warnings), *found.damaged]:
         say(line)
     if found.damaged:
         raise ValueError(
@@ -274,24 +277,38 @@ def check(store: Path, vae: str, device: torch.device) -> None:
             f"prepare it anew"
         )
     say(f"{store} is whole")
+    images = found.images[:: -(-len(found.images) // _SHOWN)]
+    if found.manifest.kind != "pixels":
+        images = _decoded(images, found.manifest, vae, device)
+    sheet = store / "sheet.png"
+    try:
+        save_grid(sheet, images, columns=8)
+    except OSError as error:
+        say(f"warning: {error.filename or sheet} cannot be written: {error.strerror or error}")
+        return
+    say(f"{len(images)} images: {sheet}")
 
 
 def _decoded(latents: torch.Tensor, manifest: Manifest, vae: str, device: torch.device) -> torch.Tensor:
     """Return the images of latents that were shifted and scaled for training, or those latents without their VAE."""
+    name = vae or manifest.vae
     try:
-        decoder = Autoencoder(vae or manifest.vae, device)
+        decoder = Autoencoder(name, device)
     except ValueError as error:
         if vae:
             raise
         say(f"the sheet shows latents as they are: {error} (give --vae)")
-        return latents
+        return latents[:, :3] / 3  # most of them are below 3
     if decoder.channels != latents.shape[1]:
-        raise ValueError(f"--vae {vae} decodes latents of {decoder.channels} channels, not {latents.shape[1]}")
+        raise ValueError(f"--vae {name} decodes latents of {decoder.channels} channels, not {latents.shape[1]}")
     if manifest.vae_sha256 not in ("", decoder.sha256):
-        say(f"warning: {vae or manifest.vae} has other weights than the VAE that encoded the images")
+        say(f"warning: {name} has other weights than the VAE that encoded the images")
     say(f"decoding {len(latents)} latents on {device.type}")
-    scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (manifest.scale, manifest.shift))
-    return torch.cat([decoder.decode(some).cpu() for some in torch.split(latents / scale + shift, 8)])
+    # Latents that others drew are stored as they scaled them, by what the VAE says.
+    said = decoder if manifest.kind == "latents" else manifest
+    scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (said.scale, said.shift))
+    images = torch.cat([decoder.decode(some).cpu() for some in torch.split(latents / scale + shift, 8)])
+    return 2 * images - 1 if manifest.source.get("kind") == "edm2" else images  # which encodes images in [0, 1]
 
 
 def _split(items: range, size: int) -> list[range]:
@@ -304,13 +321,22 @@ class _Progress:
     Args:
         items: of the source.
         before: done when this began.
+        ranks: of which the first one prints.
+
+    Attributes:
+        done: how many are.
     """
 
-    def __init__(self, items: int, before: int) -> None:
-        self._items, self._before, self._done, self._start = items, before, before, time.monotonic()
+    def __init__(self, items: int, before: int, ranks: Ranks) -> None:
+        self.done, self._items, self._before, self._start = before, items, before, time.monotonic()
+        self._shown = ranks.rank == 0
         figures = TextColumn("{task.fields[figures]}")
         self._bar = Progress(
-            BarColumn(), MofNCompleteColumn(), figures, console=console, disable=not console.is_terminal
+            BarColumn(),
+            MofNCompleteColumn(),
+            figures,
+            console=console,
+            disable=not (self._shown and console.is_terminal),
         )
         self._task = self._bar.add_task("", total=items, completed=before, figures="")
 
@@ -323,17 +349,17 @@ class _Progress:
 
     def update(self, done: int) -> None:
         """Take down how many are done."""
-        self._done = done
+        self.done = done
         self._bar.update(self._task, completed=done, figures=self._figures())
 
     def print_line(self) -> None:
         """Print it where there is no bar."""
-        if not console.is_terminal:
-            say(f"{self._done:>9,}/{self._items:,} images  {self._figures()}")
+        if self._shown and not console.is_terminal:
+            say(f"{self.done:>9,}/{self._items:,} images  {self._figures()}")
 
     def _figures(self) -> str:
-        rate = (self._done - self._before) / (time.monotonic() - self._start)
-        left = f"{datetime.timedelta(seconds=round((self._items - self._done) / rate))} left" if rate else ""
+        rate = (self.done - self._before) / (time.monotonic() - self._start)
+        left = f"{datetime.timedelta(seconds=round((self._items - self.done) / rate))} left" if rate else ""
         return f"{rate:,.0f} images/s  {left}"
 
 

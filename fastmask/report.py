@@ -139,7 +139,7 @@ def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.d
         uint8, shape (rows * H, columns * W, 3), enlarged where the images are small.
     """
     if not importlib.util.find_spec("PIL"):
-        raise ValueError("drawing samples needs pillow: pip install 'fastmask[demo]', or give --sample-every 0")
+        raise ValueError("drawing images needs pillow: pip install 'fastmask[demo]' (--sample-every 0 trains without)")
     from PIL import Image  # noqa: PLC0415  (optional)
 
     count, channels, height, width = images.shape

@@ -131,8 +131,12 @@ def test_mistakes(tmp_path, monkeypatch, flags, message):
         main(["--run-dir", str(tmp_path), *FLAGS, *flags])
 
 
-def test_a_rank_has_a_gpu_of_its_own_unless_one_is_named():
+def test_a_rank_has_a_gpu_of_its_own_unless_one_is_named(monkeypatch):
     rank = Ranks(rank=5, count=8, local=1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 1 of this machine sees 1 GPUs: start as many processes as there"):
+        own_device(torch.device("cuda"), rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert own_device(torch.device("cuda"), rank) == torch.device("cuda", 1)
     assert own_device(torch.device("cuda", 0), rank) == torch.device("cuda", 0)
     assert own_device(torch.device("cpu"), rank) == torch.device("cpu")

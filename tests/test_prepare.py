@@ -163,6 +163,32 @@ def test_killed_at_any_moment(folder, tmp_path):
         assert content(store) == content(tmp_path / "good")
 
 
+def test_killed_with_workers_that_have_more_to_say_than_a_pipe_takes(tmp_path):
+    """They end with it, and hold no lock, so that the command goes on at once."""
+    for i in range(40):
+        path = tmp_path / "images" / f"{i:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(noise(16, 16, 3, seed=i)).save(path)
+    flags = ("--space", "pixel", "--image-size", "256", "--shard-size", "4", "--batch-size", "4")
+    command = [sys.executable, "-m", "fastmask.prepare", str(tmp_path / "images"), str(tmp_path / "store"), *flags]
+    main([str(tmp_path / "images"), str(tmp_path / "good"), *flags, "--num-workers", "0"])
+    process = subprocess.Popen([*command, "--num-workers", "2"], stdout=subprocess.PIPE)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not list((tmp_path / "store").glob("0*.json")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    workers = children.read_text().split()
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    main([*command[3:], "--num-workers", "0"])
+    assert content(tmp_path / "store") == content(tmp_path / "good")
+    assert len(workers) == 2
+    for worker in workers:
+        state = Path(f"/proc/{worker}/stat")
+        assert not state.exists() or ") Z " in state.read_text(), "it has ended, if nobody has asked after it"
+
+
 def test_another_source_is_not_gone_on_with(folder, tmp_path):
     (folder / "dog" / "11.png").rename(folder / "dog" / "gone.txt")
     (folder / "dog" / "99.png").write_bytes(b"")
@@ -196,7 +222,7 @@ def test_check(folder, tmp_path, capsys):
     main(["--check", str(tmp_path / "store")])
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "12 records of pixels, uint8 (1, 3, 16, 16), image_size 16, 3 shards"
-    assert said[-1] == f"{tmp_path / 'store'} is whole"
+    assert said[-2:] == [f"{tmp_path / 'store'} is whole", f"12 images: {tmp_path / 'store' / 'sheet.png'}"]
     with Image.open(tmp_path / "store" / "sheet.png") as sheet:
         assert sheet.size == (8 * 32, 2 * 32)
     path = tmp_path / "store" / "00001.npy"
@@ -206,6 +232,14 @@ def test_check(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match="store is damaged: 1 of its files; delete them and copy or fetch"):
         main(["--check", str(tmp_path / "store")])
     assert "00001.npy is damaged: its SHA-256 is not that of the manifest" in capsys.readouterr().out
+    values[500] ^= 1
+    path.write_bytes(values)
+    (tmp_path / "store" / "sheet.png").unlink()
+    (tmp_path / "store" / ".partial-sheet.png").mkdir()  # nothing can be written there, as on a shared disk
+    main(["--check", str(tmp_path / "store")])
+    assert "is whole" in (said := capsys.readouterr().out)
+    assert "warning: " in said.splitlines()[-1]
+    assert "sheet.png cannot be written: " in said.splitlines()[-1]
 
 
 def test_latents(folder, tmp_path):
@@ -226,9 +260,13 @@ def test_latents(folder, tmp_path):
 
 
 def test_the_sheet_of_latents_is_decoded(folder, tmp_path, capsys):
-    vae = small_vae()
+    means, deviations = [0.5, -0.5, 0.25, 0.0], [2.0, 1.0, 0.5, 1.0]
+    vae = small_vae(latents_mean=means, latents_std=deviations)
     vae.save_pretrained(tmp_path / "vae")
-    prepare(folder, tmp_path / "store", "--space", "latent", "--vae", str(tmp_path / "vae"), "--device", "cpu")
+    manifest = prepare(
+        folder, tmp_path / "store", "--space", "latent", "--vae", str(tmp_path / "vae"), "--device", "cpu"
+    )
+    assert (manifest.shift, manifest.encoder) == (means, "float32 on cpu")
 
     def sheet(*flags):
         capsys.readouterr()
@@ -240,7 +278,8 @@ def test_the_sheet_of_latents_is_decoded(folder, tmp_path, capsys):
     assert "decoding 12 latents on cpu" in said
     assert "warning" not in said.replace("warning: the scale", "")  # random weights have latents of any size
     latents = LatentStore(tmp_path / "store", 16, None, False)
-    drawn = latents.to_images(latents.read(np.arange(12))[0], 0, torch.arange(12)) / 0.18215
+    drawn = latents.to_images(latents.read(np.arange(12))[0], 0, torch.arange(12))
+    drawn = drawn * torch.tensor(deviations).view(4, 1, 1) / 0.18215 + torch.tensor(means).view(4, 1, 1)
     with torch.no_grad():
         images = vae.eval().decode(drawn).sample.clamp(-1, 1)
     save_grid(tmp_path / "expected.png", images, columns=8)
@@ -255,10 +294,13 @@ def test_the_sheet_of_latents_is_decoded(folder, tmp_path, capsys):
         sheet("--vae", str(tmp_path / "wide"))
     with pytest.raises(ValueError, match=r"--vae .*nowhere cannot be loaded"):
         sheet("--vae", str(tmp_path / "nowhere"))
+    prepare(folder, tmp_path / "16", "--space", "latent", "--vae", str(tmp_path / "wide"), "--device", "cpu")
+    (tmp_path / "wide").rename(tmp_path / "not here")
+    main(["--check", str(tmp_path / "16")])
+    assert f"12 images: {tmp_path / '16' / 'sheet.png'}" in capsys.readouterr().out
     (tmp_path / "vae").rename(tmp_path / "gone")
     shown, said = sheet()
     assert "the sheet shows latents as they are: --vae" in said
-    assert said.endswith("store is whole\n")
     assert shown.shape != decoded.shape or not np.array_equal(shown, decoded)
 
 

@@ -152,7 +152,7 @@ def test_channels_that_cannot_be_drawn(tmp_path):
 
 def test_without_pillow(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"drawing samples needs pillow: pip install 'fastmask\[demo\]'"):
+    with pytest.raises(ValueError, match=r"drawing images needs pillow: pip install 'fastmask\[demo\]'"):
         save_grid(tmp_path / "grid.png", torch.zeros(1, 1, 8, 8), 1)
 
 

@@ -29,7 +29,7 @@ from fastmask.report import console
 PHOTOS, BATCH, SHARDS = 512, 32, 4
 HEIGHT, WIDTH, SIZE = 375, 500, 256
 TIMES = {"rounds": 3, "warmup": 1}
-TOLERANCE = 1  # level of 255: these sides are not halved
+TOLERANCE = 1, 3  # levels of 255: at most on a CPU, these sides are not halved; in the mean by nvJPEG
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -50,6 +50,8 @@ def bare(source: Source, num_workers: int, decoder: str) -> None:
     parts = [range(first, first + BATCH) for first in range(0, len(source), BATCH)]
     dali = JpegDecoder(SIZE, BATCH, DEVICE, max(1, num_workers)) if decoder == "dali" else None
     assert sum(len(part.values) for part in decoded(source, SIZE, parts, num_workers, dali)) == len(source)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def prepared(folder: Path, store: Path, count: int, num_workers: int, decoder: str) -> None:
@@ -66,14 +68,18 @@ def check(source: Source, decoder: str) -> None:
     for item, pixels in enumerate(torch.as_tensor(part.values).cpu().numpy()):
         content, _ = source.read(item)
         expected = decode(content, SIZE, source.name(item)).transpose(2, 0, 1).astype(int)
-        apart = np.abs(pixels - expected).max()
-        assert DEVICE.type == "cuda" or apart <= TOLERANCE, f"{decoder}: {apart} levels from Pillow's"
+        apart = np.abs(pixels - expected)
+        most, mean = (255, TOLERANCE[1]) if decoder == "dali" and DEVICE.type == "cuda" else (TOLERANCE[0], 1)
+        assert apart.max() <= most, f"{decoder}: {apart.max()} levels from Pillow's"
+        assert apart.mean() <= mean, f"{decoder}: in the mean {apart.mean():.2f} levels from Pillow's"
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def bench_decoding(benchmark, photos, num_workers, tmp_path, noted, monkeypatch):
+def bench_decoding(benchmark, photos, num_workers, tmp_path, noted, missing, monkeypatch):
     monkeypatch.setattr(console, "quiet", True)
     source, store, variants = open_source(photos), tmp_path / "store", dict[str, Callable[[], None]]()
+    if pick_decoder("auto") == "pil":
+        missing("DALI", "it is not installed (pip install 'fastmask[dali]')", f"decoding, {num_workers} workers")
     for decoder in dict.fromkeys(("pil", pick_decoder("auto"))):
         check(source, decoder)
         name = {"pil": "Pillow", "dali": f"DALI on {DEVICE.type}"}[decoder]

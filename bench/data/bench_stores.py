@@ -64,7 +64,9 @@ class Lmdb(Dataset[Pair]):
     """One file of keys and values: `z-0` the moments, `y-0` the label."""
 
     def __init__(self, folder: Path, stored: Records, labels: NDArray[np.int64]) -> None:
-        self._folder, self._count, self._shape, self._open = folder, len(stored), stored.shape[1:], None
+        self._folder, self._count, self._shape = folder, len(stored), stored.shape[1:]
+        self._open: Any = None
+        self._read: Any = None
         with self._environment(map_size=2 * stored.nbytes + 2**24) as environment, environment.begin(write=True) as put:
             for i, record in enumerate(stored):
                 put.put(b"z-%d" % i, record.tobytes())
@@ -74,10 +76,18 @@ class Lmdb(Dataset[Pair]):
         return self._count
 
     def __getitem__(self, i: int) -> Pair:
-        if self._open is None:  # in the process that reads
-            self._open = self._environment(readonly=True, lock=False, readahead=False).begin(buffers=True)
-        moments = np.frombuffer(self._open.get(b"z-%d" % i), np.float16).reshape(self._shape)
-        return moments, int(bytes(self._open.get(b"y-%d" % i)))
+        if self._open is None:  # each worker for itself
+            self._open = self._environment(readonly=True, lock=False, readahead=False)
+            self._read = self._open.begin(buffers=True)
+        moments = np.frombuffer(self._read.get(b"z-%d" % i), np.float16).reshape(self._shape)
+        return moments, int(bytes(self._read.get(b"y-%d" % i)))
+
+    def close(self) -> None:
+        """Let go of it where it was read without workers: it must not be open when they are forked."""
+        if self._open is not None:
+            self._read.abort()
+            self._open.close()
+            self._open = self._read = None
 
     def _environment(self, **options: Any) -> Any:
         return importlib.import_module("lmdb").open(str(self._folder), **options)
@@ -92,6 +102,13 @@ class Order:
 
 def read_items(dataset: Dataset[Pair], num_workers: int) -> Generator[Pair]:
     yield from DataLoader(dataset, batch_sampler=Order(), num_workers=num_workers)
+
+
+def read_lmdb(dataset: Lmdb, num_workers: int) -> Generator[Pair]:
+    try:
+        yield from read_items(dataset, num_workers)
+    finally:
+        dataset.close()
 
 
 def read_store(folder: Path, num_workers: int) -> Generator[Pair]:
@@ -136,13 +153,15 @@ def moments(count: int) -> tuple[Records, NDArray[np.int64]]:
 
 
 def check(stored: Records, labels: NDArray[np.int64], batch: Pair, name: str) -> None:
-    """Hold a batch to the records it should be of; an AssertionError says what differs."""
+    """Hold the first batch to the records it should be of; an AssertionError says what differs."""
     number = {record[0, 0, :16].tobytes(): i for i, record in enumerate(stored)}
     values, given = (np.asarray(part) for part in batch)
     ids = [number[record[0, 0, :16].tobytes()] for record in values]
     assert len(set(ids)) == BATCH, f"{name}: {len(ids)} records, {len(set(ids))} of them different"
     assert np.array_equal(values, stored[ids]), f"{name}: the records are not those that were stored"
     assert np.array_equal(given, labels[ids]), f"{name}: the labels are not those of the records"
+    if name not in ("WebDataset", "copy"):
+        assert ids == next(iter(Order())), f"{name}: the records are not in the order that was asked for"
 
 
 def prepared(folder: Path, stored: Records, labels: NDArray[np.int64]) -> dict[str, Callable[[int], Generator[Pair]]]:
@@ -155,7 +174,7 @@ def prepared(folder: Path, stored: Records, labels: NDArray[np.int64]) -> dict[s
     }
     if _installed("DataLoader over LMDB"):
         lmdb = Lmdb(folder / "lmdb", stored, labels)
-        readers["DataLoader over LMDB"] = lambda workers: read_items(lmdb, workers)
+        readers["DataLoader over LMDB"] = lambda workers: read_lmdb(lmdb, workers)
     if _installed("WebDataset"):
         tars = write_tars(folder / "tars", stored, labels)
         readers["WebDataset"] = lambda workers: read_tars(tars, workers)

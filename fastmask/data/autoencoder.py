@@ -23,6 +23,7 @@ class Autoencoder:
         downsampling: pixels per side of a latent pixel.
         scale: latents are trained on as (latent - shift) * scale, one number for all channels or one for each.
         shift: see scale.
+        precision: "bfloat16 on cuda" or "float32 on cpu".
         sha256: of the weights: of their names in order, each followed by its values in float32.
 
     Raises:
@@ -50,6 +51,7 @@ class Autoencoder:
         self._vae.to(device).eval().requires_grad_(False)
         if device.type == "cuda":
             self._vae.to(torch.bfloat16)
+        self.precision = f"{str(self._vae.dtype).removeprefix('torch.')} on {device.type}"
         settings = self._vae.config
         self.channels = int(settings.latent_channels)
         self.downsampling = int(2 ** (len(settings.block_out_channels) - 1))
@@ -57,6 +59,8 @@ class Autoencoder:
         self.shift: float | list[float] = float(getattr(settings, "shift_factor", None) or 0.0)
         means, deviations = (getattr(settings, name, None) for name in ("latents_mean", "latents_std"))
         if means and deviations:  # which stand for the shift, and divide, as diffusers' pipelines take them
+            if not len(means) == len(deviations) == self.channels or 0 in deviations:
+                raise ValueError(f"--vae {name}: latents_mean and latents_std of its configuration do not fit it")
             self.scale, self.shift = [settings.scaling_factor / std for std in deviations], list(means)
         self._scale, self._shift = (
             torch.tensor(v, device=device, dtype=torch.float32).view(-1, 1, 1) for v in (self.scale, self.shift)

@@ -36,7 +36,8 @@ def check_store(path: Path) -> Found:
     """Return what is to say of a store; a ValueError if it cannot be opened."""
     manifest = read_manifest(path)
     damaged = list(damaged_files(path, manifest))
-    data = LatentStore(path, manifest.image_size, None, mirror=False)
+    both = manifest.kind != "pixels" and manifest.shape[0] == 2
+    data = LatentStore(path, manifest.image_size, None, mirror=both)  # with the copies of mirrored images
     count = min(_SAMPLED, len(data))
     ids = np.arange(count) * len(data) // count
     stored, _ = data.read(ids)

@@ -6,8 +6,10 @@ passes, and by some levels where a side that is halved is odd, since Pillow leav
 """
 
 import collections
+import functools
 import importlib
 import importlib.util
+import io
 import itertools
 import math
 from collections.abc import Generator, Iterable, Iterator
@@ -17,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fastmask.data.images import load_pillow
 
 Image = bytes | NDArray[np.uint8]
 DecoderName = Literal["auto", "dali", "pil"]
@@ -53,8 +57,8 @@ def pick_decoder(name: DecoderName) -> Literal["dali", "pil"]:
 
 
 def is_jpeg(content: bytes) -> bool:
-    """Return whether a file's content is a JPEG of one image."""
-    return content.startswith(b"\xff\xd8\xff") and content.find(b"MPF\0", 0, 1 << 17) < 0
+    """Return whether a file's content is a JPEG."""
+    return content.startswith(b"\xff\xd8\xff")
 
 
 class JpegDecoder:
@@ -80,7 +84,6 @@ class JpegDecoder:
         feed = _Feed(itertools.chain(list(itertools.islice(parts, 1)), parts))
         while (yield from self._until_refused(feed)):
             feed = _Feed(itertools.chain(list(feed.waiting), feed.parts))
-        yield from ((part, None) for part in feed.waiting)
 
     def _until_refused(self, feed: "_Feed") -> Generator[tuple[Any, Tensor | None], None, bool]:
         """Yield parts as `ahead` does, and return whether DALI refused the last of them, after which it is done for."""
@@ -97,10 +100,7 @@ class JpegDecoder:
                 if feed.error:
                     raise feed.error from None
             part = feed.waiting.popleft()
-            while not _jpegs(part):
-                yield part, None
-                part = feed.waiting.popleft()
-            yield part, None if decoded is None else self._placed(part, decoded)
+            yield part, self._placed(part, decoded) if decoded is not None and _jpegs(part) else None
             if decoded is None:
                 return True
 
@@ -152,14 +152,20 @@ class _Feed:
 
     def __call__(self) -> list[NDArray[np.uint8]]:
         try:
-            for part in self.parts:
-                self.waiting.append(part)
-                if jpegs := _jpegs(part):
-                    return jpegs
+            part = next(self.parts)
         except Exception as error:
-            self.error = error
+            self.error = None if isinstance(error, StopIteration) else error
             raise
-        raise StopIteration
+        self.waiting.append(part)
+        # Without a JPEG file DALI must be given one all the same: each part is a batch, so that none is read far ahead.
+        return _jpegs(part) or [_tiny_jpeg()]
+
+
+@functools.cache
+def _tiny_jpeg() -> NDArray[np.uint8]:
+    file = io.BytesIO()
+    load_pillow().new("RGB", (1, 1)).save(file, "JPEG")
+    return np.frombuffer(file.getvalue(), np.uint8)
 
 
 def _jpegs(part: HasImages) -> list[NDArray[np.uint8]]:

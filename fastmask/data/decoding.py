@@ -1,5 +1,7 @@
 """Decodes a source's images ahead of what stores them, or trains on them."""
 
+import contextlib
+import ctypes
 import functools
 import signal
 from collections.abc import Callable, Generator, Iterator
@@ -14,6 +16,8 @@ from fastmask.console import say
 from fastmask.data.dali import JpegDecoder, is_jpeg
 from fastmask.data.images import decode, load_pillow, resize_all
 from fastmask.data.sources import Source
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Part(NamedTuple):
@@ -174,6 +178,16 @@ def as_it_is(batch: Any) -> Any:
 def _ignore_interrupts(worker: int) -> None:
     """Leave Ctrl-C to the process that writes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have Linux end this process when the one that started it is killed.
+
+    A worker with more to hand over than a pipe takes would wait for ever for a process that is gone.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # other systems lack the call
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Parts(Dataset[Part]):

@@ -60,7 +60,7 @@ def decode(content: bytes, size: int, name: str) -> Pixels:
     try:
         with pillow.open(io.BytesIO(content)) as image:
             frames = getattr(image, "n_frames", 1)
-            if frames > 1:
+            if frames > 1 and image.format != "MPO":  # a photo, before views or a preview that cameras add
                 raise ValueError(f"it has {frames} frames: keep one of them as an image of its own")
             return np.asarray(resize_and_crop(to_rgb(image), size))
     except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:

@@ -1,8 +1,10 @@
 """Latents that other projects have extracted, to be taken over into a store: MaskDiT's, fast-DiT's and EDM2's."""
 
+import functools
 import importlib
 import io
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -19,6 +21,9 @@ Record = tuple[NDArray[Any], int]
 # EDM2's assumptions of the raw latents (arXiv 2312.02696, its released encoder), which it brings to a deviation of 0.5.
 _EDM2_MEAN = [5.81, 3.25, 0.12, -2.15]
 _EDM2_STD = [4.17, 4.62, 3.71, 3.28]
+# Correlation from which latents are taken for those of an image and its mirror image: other images' are near 0, and a
+# convolutional VAE's are near 1.
+_ALIKE = 0.5
 
 
 class Latents(Protocol):
@@ -74,7 +79,7 @@ class _MaskDiT:
 class _Lmdb(_MaskDiT):
     """Keys `z-I` with float32 moments, `y-I` with the label in digits, and `length`.
 
-    With mirror images there are as many again, in the same order: the labels repeat.
+    With mirror images there are as many again, in the same order: the labels repeat, and the moments look mirrored.
     """
 
     kind = "maskdit-lmdb"
@@ -84,9 +89,12 @@ class _Lmdb(_MaskDiT):
         total = int(self._get(["length"])[0])
         labels = [int(label) for label in self._get([f"y-{i}" for i in range(total)])]
         half = total // 2
-        twice = total > 1 and total % 2 == 0 and labels[:half] == labels[half:] and len(set(labels)) > 1
-        self._count = half if twice else total
-        self._labels, self._copies = labels[: self._count], 2 if twice else 1
+        self._count, self._copies = total, 1
+        if total > 1 and total % 2 == 0 and labels[:half] == labels[half:]:
+            self._count, self._copies = half, 2
+            if not self._second_half_is_mirrored():
+                self._count, self._copies = total, 1
+        self._labels = labels[: self._count]
 
     def __len__(self) -> int:
         return self._count
@@ -95,12 +103,25 @@ class _Lmdb(_MaskDiT):
         return f"{self._path}, key z-{item}"
 
     def read(self, item: int) -> Record:
+        return self._moments(item), self._labels[item]
+
+    def _moments(self, item: int) -> NDArray[np.float32]:
         keys = [f"z-{item + copy * self._count}" for copy in range(self._copies)]
         values = np.stack([np.frombuffer(value, np.float32) for value in self._get(keys)])
         side = round((values.shape[1] / 8) ** 0.5)
         if values.shape[1] != 8 * side * side:
             raise ValueError(f"{self.name(item)} holds {values.shape[1]} values, not moments of 4 channels")
-        return values.reshape(-1, 8, side, side), self._labels[item]
+        return values.reshape(-1, 8, side, side)
+
+    def _second_half_is_mirrored(self) -> bool:
+        """Return whether records of the second half are like mirrored ones of the first, rather than others."""
+        alike = []
+        for item in np.unique(np.linspace(0, self._count - 1, 16).astype(int)).tolist():
+            image, mirrored = (means - means.mean((1, 2), keepdims=True) for means in self._moments(item)[:, :4])
+            image = image[..., ::-1]
+            norms = np.linalg.norm(image) * np.linalg.norm(mirrored)
+            alike.append((image * mirrored).sum() / max(norms, 1e-30))
+        return float(np.mean(alike)) > _ALIKE
 
     def _get(self, keys: list[str]) -> list[bytes]:
         try:
@@ -201,10 +222,15 @@ class _Edm2:
         if self._path.is_dir():
             return (self._path / name).read_bytes()
         try:
-            with zipfile.ZipFile(self._path) as file:
-                return file.read(name)
+            return _zip(self._path, os.getpid()).read(name)
         except (KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self._path}:{name} cannot be read: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _zip(path: Path, process: int) -> zipfile.ZipFile:
+    """Return a file whose list is read once in each process: that of a million images takes seconds."""
+    return zipfile.ZipFile(path)
 
 
 class _Arrays(pickle.Unpickler):

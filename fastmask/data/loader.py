@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastmask.data.dataset import DataSet
-from fastmask.data.decoding import as_it_is
+from fastmask.data.decoding import as_it_is, end_with_parent
 from fastmask.data.imageset import ImageSet
 from fastmask.data.order import shuffled
 
@@ -137,6 +137,7 @@ def _ignore_signals(worker: int) -> None:
     """Leave it to the trainer to stop: a signal to the process group reaches the workers too."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 class _Rows(Dataset[Any]):

@@ -53,6 +53,7 @@ class Manifest:
         class_counts: records per class.
         vae: name or folder of the VAE, "" for pixels.
         vae_sha256: of its weights.
+        encoder: what it encoded in: "bfloat16 on cuda" or "float32 on cpu"; "" if unknown.
         scale: latents are trained on as (latent - shift) * scale, one number for all channels or one for each.
         shift: see scale.
         source: what the store was made of.
@@ -70,6 +71,7 @@ class Manifest:
     class_counts: list[int]
     vae: str = ""
     vae_sha256: str = ""
+    encoder: str = ""
     scale: float | list[float] = 1.0
     shift: float | list[float] = 0.0
     source: dict[str, Any]
@@ -179,7 +181,7 @@ def _lengths(shard: Shard, manifest: Manifest) -> tuple[tuple[StoredFile, int], 
 
 
 def _from_fields(fields: dict[str, Any]) -> Manifest:
-    fields = {"decoder": "", **fields}  # which the first stores did not name
+    fields = {"decoder": "", "encoder": "", **fields}  # which the first stores did not name
     known = {field.name: fields[field.name] for field in dataclasses.fields(Manifest)}
     known["shape"] = tuple(known["shape"])
     known["shards"] = [shard_from_fields(shard) for shard in fields["shards"]]

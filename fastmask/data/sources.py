@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from fastmask.data.archives import ImageNetTar, WebDataset
 from fastmask.data.images import SUFFIXES
 from fastmask.data.npz import read_npz
 from fastmask.data.tables import Table
+
+_SPLIT = re.compile(r"(.+)-\d+-of-\d+\.parquet")
 
 Content = bytes | NDArray[np.uint8]
 
@@ -83,6 +86,12 @@ def _open_folder(path: Path) -> Source:
         return Table([path / file["filename"] for file in files])
     parquet = [path / name for name in names if name.endswith(".parquet")]
     if parquet:
+        parts = sorted({found[1] for file in parquet if (found := _SPLIT.fullmatch(file.name))})
+        if len(parts) > 1:
+            raise ValueError(
+                f"{path} holds several splits ({', '.join(parts)}): put the files of one, or links to them, into a "
+                f"folder of its own"
+            )
         return Table(parquet)
     idx = [name for name in names if "images-idx" in name]
     if len(idx) > 1:

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import platform
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastmask.data.manifest import (
     shard_from_fields,
 )
 from fastmask.data.store import map_shard
-from fastmask.distributed import Ranks, all_max, from_first
+from fastmask.distributed import Ranks, from_first, meeting
 from fastmask.files import sync, whole_file, write_durably
 
 _LOCK = ".lock"
@@ -52,7 +53,8 @@ class ShardWriter:
         """Append records (B, copies, channels, height, width) and their labels (B,)."""
         if records.shape != (len(labels), *self._manifest.shape) or records.dtype != self._dtype:
             raise ValueError(f"records of {records.dtype} {records.shape} are not those of the store")
-        self._records.write(np.ascontiguousarray(records).data)
+        with _told(self._records.name):
+            self._records.write(np.ascontiguousarray(records).data)
         self._labels.append(labels.astype("<i4"))
         self.count += len(labels)
 
@@ -104,9 +106,15 @@ class StoreWriter:
 
     def __enter__(self) -> "StoreWriter":
         try:
-            unfinished = from_first(self._ranks, self._begin)
+            plan, unfinished = from_first(self._ranks, self._begin)
+            self._meet = meeting(self._ranks)
             if self._ranks.rank:
                 self._take_lock(fcntl.LOCK_SH)
+                if changed := self._changed(plan):
+                    raise ValueError(
+                        f"process {self._ranks.rank} would write another store than the first one ({changed}): all "
+                        f"need the same images, packages and kind of device"
+                    )
         except BaseException:
             self._unlock()
             raise
@@ -144,18 +152,20 @@ class StoreWriter:
     def shard(self, number: int) -> Iterator[ShardWriter]:
         """Yield what takes the records of a shard.
 
-        When the block ends well a thread finishes the shard, while the next one is filled; an error in that comes when
-        the next block ends, or from `finish`.
+        When the block ends well a thread finishes the shard, while the next one is filled; an error in that comes with
+        the next shard, or from `finish`.
         """
+        if self._ending and self._ending.done():
+            self._ending.result()
         records = self.path / f"{number:05}.npy"
-        with _told(records):
-            with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            with _told(records):
                 file = stack.enter_context(stack.enter_context(whole_file(records)).open("wb"))
                 writer = ShardWriter(file, self._manifest)
-                yield writer
-                self._wait()
-                opened = stack.pop_all()
-            self._ending = self._thread.submit(self._end, number, writer, opened)
+            yield writer
+            self._wait()
+            opened = stack.pop_all()
+        self._ending = self._thread.submit(self._end, number, writer, opened)
 
     def _end(self, number: int, writer: ShardWriter, opened: contextlib.ExitStack) -> None:
         """Bring a shard to the disk, with its checksums, and record it."""
@@ -180,10 +190,7 @@ class StoreWriter:
                 there are no classes.
         """
         self._wait()
-        try:
-            all_max(0, self._ranks)  # waits until all have finished their shards
-        except RuntimeError as error:
-            raise ValueError("another process stopped before it had finished its shards, and says why") from error
+        self._meet()
         return from_first(self._ranks, lambda: self._finish(class_names))
 
     def items_elsewhere(self) -> int:
@@ -206,8 +213,9 @@ class StoreWriter:
         manifest = dataclasses.replace(
             self._manifest, num_classes=len(names), class_names=names, class_counts=counts.tolist(), shards=shards
         )
-        write_durably(self.path / MANIFEST, manifest.to_json().encode())
-        self._clean()
+        with _told(self.path / MANIFEST):
+            write_durably(self.path / MANIFEST, manifest.to_json().encode())
+            self._clean()
         return manifest
 
     def _clean(self) -> None:
@@ -217,73 +225,85 @@ class StoreWriter:
     def _record(self, number: int) -> Path:
         return self.path / f"{number:05}.json"
 
-    def _begin(self) -> list[int]:
-        """Lock and begin the store, or go on with it, and return the numbers of the shards that are not finished."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock(fcntl.LOCK_EX)
-        os.truncate(self._lock, 0)
-        os.write(self._lock, f"process {os.getpid()}".encode())
-        self._plan()
-        unfinished = [number for number in self.numbers() if not self.finished(number)]
-        for number in unfinished:
-            self._record(number).unlink(missing_ok=True)  # one that does not fit its files
-        if self._ranks.count > 1:
-            self._take_lock(fcntl.LOCK_SH)  # with the other ranks, which wait for what this returns
-        return unfinished
-
-    def _take_lock(self, kind: int) -> None:
-        """Keep other processes from writing to the store, for as long as this one holds the lock's file open."""
-        if self._lock < 0:
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            other = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
-            raise ValueError(
-                f"{self.path} is being written by another process ({other}): wait for it, or give another folder"
-            ) from None
+    def _begin(self) -> tuple[dict[str, Any], list[int]]:
+        """Lock and begin the store, or go on with it; return what it is made of, and the shards not finished yet."""
+        with _told(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock(fcntl.LOCK_EX)
+            os.truncate(self._lock, 0)
+            os.write(self._lock, f"process {os.getpid()} on {platform.node()}".encode())
+            self._begin_or_go_on()
+            unfinished = [number for number in self.numbers() if not self.finished(number)]
+            for number in unfinished:
+                self._record(number).unlink(missing_ok=True)  # one that does not fit its files
+            if self._ranks.count > 1:
+                self._take_lock(fcntl.LOCK_SH)  # with the other ranks, which wait for what this returns
+        return self._plan(), unfinished
 
     def _unlock(self) -> None:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
-    def _plan(self) -> None:
+    def _take_lock(self, kind: int) -> None:
+        """Keep other processes from writing to the store, for as long as this one holds the lock's file open.
+
+        Processes that are started to read images do not inherit a lock of this kind, so one that outlives this process
+        does not keep the store locked.
+        """
+        if self._lock < 0:
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._lock, kind | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            other = os.pread(self._lock, 256, 0).decode(errors="replace").strip()
+            raise ValueError(
+                f"{self.path} is being written by another process ({other}): wait for it, or give another folder"
+            ) from None
+
+    def _plan(self) -> dict[str, Any]:
+        """Return what the store is made of, which may not change until it is finished."""
+        return {"items": self._items, "shard_size": self._shard_size, **json.loads(self._manifest.to_json())}
+
+    def _changed(self, before: dict[str, Any]) -> str:
+        """Return in what this store differs from another plan, "" if it does not."""
+        plan = self._plan().items()
+        return ", ".join(
+            f"{name} {before[name]} -> {value}" for name, value in plan if before.get(name, value) != value
+        )
+
+    def _begin_or_go_on(self) -> None:
         for partial in self.path.glob(".partial-*"):
             partial.unlink()  # of a process that was killed
         if (self.path / MANIFEST).exists():
             self._clean()
             raise ValueError(f"{self.path} is a finished store: give another folder, or delete it first")
-        plan = {"items": self._items, "shard_size": self._shard_size, **json.loads(self._manifest.to_json())}
         path = self.path / UNFINISHED
         if path.exists():
             try:
                 before = json.loads(path.read_text())
             except ValueError as error:
                 raise ValueError(f"{path} is damaged ({error}): delete {self.path} and begin anew") from error
-            changed = [
-                f"{name} {before.get(name)} -> {value}" for name, value in plan.items() if before.get(name) != value
-            ]
-            if changed:
+            if changed := self._changed(before):
                 raise ValueError(
-                    f"{self.path} holds an unfinished store of something else ({', '.join(changed)}): give what it was "
-                    f"begun with, or another folder"
+                    f"{self.path} holds an unfinished store of something else ({changed}): give what it was begun "
+                    f"with, or another folder"
                 )
             return
         others = [entry.name for entry in self.path.iterdir() if entry.name != _LOCK]
         if others:
             raise ValueError(f"{self.path} is not empty ({sorted(others)[0]}): a store wants a folder of its own")
-        write_durably(path, json.dumps(plan).encode())
+        write_durably(path, json.dumps(self._plan()).encode())
 
 
 @contextlib.contextmanager
-def _told(records: Path) -> Iterator[None]:
-    """Turn an OSError of writing into a ValueError that says what is lost."""
+def _told(path: Path | str) -> Iterator[None]:
+    """Turn an OSError of writing a file into a ValueError that says what is lost."""
     try:
         yield
     except OSError as error:
         raise ValueError(
-            f"{error.filename or records} cannot be written: {error.strerror or error}; finished shards are kept, "
+            f"{error.filename or path} cannot be written: {error.strerror or error}; finished shards are kept, "
             f"and the same command goes on"
         ) from error
 

@@ -105,6 +105,18 @@ def test_a_turned_image_stays_as_it_is_stored(dali):
     assert np.array_equal(by_dali([content], 64)[0], by_pillow(content, 64))
 
 
+def test_of_a_photo_with_more_views_the_first_is_taken(dali):
+    """MPO, which some cameras write under the name of .jpg."""
+    several = io.BytesIO()
+    frames = [Image.fromarray(picture(64, 64, i)) for i in range(2)]
+    frames[0].save(several, "MPO", save_all=True, append_images=frames[1:], quality=92)
+    alone = io.BytesIO()
+    frames[0].save(alone, "JPEG", quality=92)
+    expected = by_pillow(alone.getvalue(), 64)
+    assert np.array_equal(by_pillow(several.getvalue(), 64), expected)
+    assert np.array_equal(by_dali([several.getvalue()], 64)[0], expected)
+
+
 def test_what_dali_takes_pillow_takes_too(dali):
     """Cut off, and with bytes that are wrong: nothing passes as whole that Pillow finds damaged."""
     content, random = jpeg(64, 64), np.random.default_rng(0)
@@ -153,6 +165,22 @@ def test_parts_in_order_with_others_in_between(dali):
 def test_nothing_for_dali(dali, parts):
     found = list(JpegDecoder(8, 4, CPU, 1).ahead([SimpleNamespace(values=part) for part in parts]))
     assert [pixels for _, pixels in found] == [None] * len(parts)
+
+
+@pytest.mark.parametrize("images", ["plain", "jpeg"])
+def test_few_parts_are_read_ahead(dali, images):
+    """Neither of JPEG files nor of others, of which DALI gets none."""
+    read = []
+
+    def parts():
+        for number in range(50):
+            read.append(number)
+            yield SimpleNamespace(values=[np.zeros((3, 16, 16), np.uint8) if images == "plain" else jpeg(16, 16)])
+
+    ahead = JpegDecoder(16, 1, CPU, 1).ahead(parts())
+    next(ahead)
+    assert len(read) <= 5
+    assert len(list(ahead)) == 49
 
 
 def test_what_goes_wrong_in_reading_is_passed_on(dali):
@@ -303,11 +331,7 @@ def test_which_decoder(monkeypatch):
 
 
 def test_what_a_jpeg_is():
-    several = io.BytesIO()
-    frames = [Image.fromarray(picture(16, 16, i)) for i in range(2)]
-    frames[0].save(several, "MPO", save_all=True, append_images=frames[1:])
     assert is_jpeg(jpeg(16, 16))
-    assert not is_jpeg(several.getvalue())  # of several images, which Pillow counts
     assert not is_jpeg(b"")
     assert not is_jpeg(b"\x89PNG")
 

@@ -58,9 +58,19 @@ def test_maskdits_lmdb(tmp_path):
 
 def test_mirror_images_of_maskdits_lmdb(tmp_path):
     moments = moments_of(6)
+    moments[3:] = moments[:3, ..., ::-1] + 0.1 * moments[3:]  # nearly
     records, labels = everything(open_latents(lmdb_of(tmp_path / "train", moments, [0, 1, 1] * 2)))
     assert np.array_equal(records, moments.reshape(2, 3, 8, 4, 4).swapaxes(0, 1))
     assert labels == [0, 1, 1]
+    one = open_latents(lmdb_of(tmp_path / "one", moments[[0, 3]], [5, 5]))
+    assert (len(one), one.read(0)[0].shape) == (1, (2, 8, 4, 4))
+
+
+def test_labels_that_repeat_by_chance_are_no_mirror_images(tmp_path):
+    moments, labels = moments_of(8) + 3, [0, 1] * 4
+    records, found = everything(open_latents(lmdb_of(tmp_path / "train", moments, labels)))
+    assert np.array_equal(records[:, 0], moments)
+    assert found == labels
 
 
 def test_an_lmdb_that_is_damaged(tmp_path):

@@ -178,3 +178,10 @@ def test_nothing_that_is_known(tmp_path):
     files(tmp_path / "hub", "dataset_dict.json")
     with pytest.raises(ValueError, match=r"holds several splits: name one of them, .*hub/train"):
         open_source(tmp_path / "hub")
+
+
+def test_parquet_files_of_several_splits(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (tmp_path / f"{name}.parquet").touch()
+    with pytest.raises(ValueError, match=r"holds several splits \(test, train\): put the files of one, or links to"):
+        open_source(tmp_path)

@@ -10,6 +10,7 @@ from stores import manifest, records_of, write
 from fastmask.data import writer
 from fastmask.data.manifest import DATA_OFFSET, read_manifest
 from fastmask.data.writer import StoreWriter
+from fastmask.distributed import Ranks
 
 FORK = multiprocessing.get_context("fork")
 
@@ -111,7 +112,7 @@ def test_two_writers(tmp_path):
     while not (tmp_path / "store" / "unfinished.json").exists():
         time.sleep(0.01)
     with pytest.raises(
-        ValueError, match=rf"is being written by another process \(process {process.pid}\): wait for it"
+        ValueError, match=rf"is being written by another process \(process {process.pid} on .*\): wait for it"
     ):
         write(tmp_path / "store")
     process.join()
@@ -178,3 +179,42 @@ def test_records_of_another_shape(tmp_path):
 def test_a_header_always_fits():
     header = writer._header(np.dtype("<f2"), (2**40, 2, 2**10, 2**12, 2**12))
     assert len(header) == DATA_OFFSET
+
+
+class Meeting:
+    """Stands in for what ranks exchange: the first one's answer is kept for the others."""
+
+    def __init__(self, monkeypatch):
+        self.answer = None
+        monkeypatch.setattr(writer, "from_first", self.from_first)
+        monkeypatch.setattr(writer, "meeting", lambda ranks: lambda: None)
+
+    def from_first(self, ranks, call):
+        if not ranks.rank:
+            self.answer = call()
+        return self.answer
+
+
+def test_unfinished_shards_are_dealt_out(tmp_path, monkeypatch):
+    Meeting(monkeypatch)
+    with StoreWriter(tmp_path, manifest(), 20, 2) as alone:
+        for number in (0, 3):
+            with alone.shard(number) as shard:
+                shard.skipped += ["a", "b"]
+    parts = []
+    for rank in range(3):
+        with StoreWriter(tmp_path, manifest(), 20, 2, Ranks(rank, 3, rank)) as store:
+            parts.append(store.todo)
+            assert store.before == 4
+            assert store.items_elsewhere() == 4
+    assert parts == [[1, 5, 8], [2, 6, 9], [4, 7]]
+
+
+def test_ranks_that_would_write_something_else(tmp_path, monkeypatch):
+    Meeting(monkeypatch)
+    with (
+        StoreWriter(tmp_path, manifest(), 20, 2, Ranks(0, 2, 0)),
+        pytest.raises(ValueError, match=r"process 1 would write another store than the first one \(decoder  -> dali\)"),
+        StoreWriter(tmp_path, manifest(decoder="dali"), 20, 2, Ranks(1, 2, 1)),
+    ):
+        pass
