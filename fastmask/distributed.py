@@ -160,7 +160,7 @@ def from_first(ranks: Ranks, call: Callable[[], T]) -> T:
 def meeting(ranks: Ranks) -> Callable[[], None]:
     """Return what waits until every rank has called it, for days if need be; a ValueError if one of them is gone.
 
-    All ranks must call this too, and these wait as long as for any other exchange.
+    All ranks must call this too, which is as patient.
     """
     if ranks.count == 1:
         return lambda: None

@@ -283,8 +283,8 @@ def check(store: Path, vae: str, device: torch.device) -> None:
     sheet = store / "sheet.png"
     try:
         save_grid(sheet, images, columns=8)
-    except OSError as error:
-        say(f"warning: {error.filename or sheet} cannot be written: {error.strerror or error}")
+    except (OSError, ValueError) as error:
+        say(f"warning: {sheet} cannot be drawn: {error}")
         return
     say(f"{len(images)} images: {sheet}")
 

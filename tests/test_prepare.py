@@ -165,8 +165,8 @@ def test_killed_at_any_moment(folder, tmp_path):
 
 def test_killed_with_workers_that_have_more_to_say_than_a_pipe_takes(tmp_path):
     """They end with it, and hold no lock, so that the command goes on at once."""
-    for i in range(40):
-        path = tmp_path / "images" / f"{i:02}.png"
+    for i in range(120):
+        path = tmp_path / "images" / f"{i:03}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(noise(16, 16, 3, seed=i)).save(path)
     flags = ("--space", "pixel", "--image-size", "256", "--shard-size", "4", "--batch-size", "4")
@@ -201,7 +201,8 @@ def test_another_source_is_not_gone_on_with(folder, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
-def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", ["16", "64"])  # what a buffer holds until the shard is finished, and what it does not
+def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch, size):
     """The records go to /dev/full, which takes nothing."""
     (tmp_path / "store").mkdir()
     real = Path.open
@@ -211,9 +212,9 @@ def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", opened)
     with pytest.raises(ValueError, match=r"00001\.npy cannot be written: No space left on device; finished shards are"):
-        prepare(folder, tmp_path / "store")
+        prepare(folder, tmp_path / "store", "--image-size", size)
     monkeypatch.undo()
-    assert prepare(folder, tmp_path / "store").count == 12
+    assert prepare(folder, tmp_path / "store", "--image-size", size).count == 12
 
 
 def test_check(folder, tmp_path, capsys):
@@ -239,7 +240,7 @@ def test_check(folder, tmp_path, capsys):
     main(["--check", str(tmp_path / "store")])
     assert "is whole" in (said := capsys.readouterr().out)
     assert "warning: " in said.splitlines()[-1]
-    assert "sheet.png cannot be written: " in said.splitlines()[-1]
+    assert "sheet.png cannot be drawn: " in said.splitlines()[-1]
 
 
 def test_latents(folder, tmp_path):

@@ -22,7 +22,7 @@ class Found(NamedTuple):
         lines: what the store holds.
         warnings: what is odd.
         damaged: a line for every file that is not what was written.
-        images: some records as they are trained on, evenly spread, (n, C, H, W).
+        images: some records as they are trained on, evenly spread and not mirrored, (n, C, H, W).
     """
 
     manifest: Manifest
@@ -53,11 +53,12 @@ def check_store(path: Path) -> Found:
             f"shift {_shown(manifest.shift)}"
         )
     mean, std = (_shown(values.tolist()) for values in (images.mean((0, 2, 3)), images.std((0, 2, 3))))
-    lines.append(f"as trained on, of {count:,} records: mean {mean}, standard deviation {std} per channel")
+    lines.append(f"as trained on, of {count:,} images: mean {mean}, standard deviation {std} per channel")
     skipped = [name for shard in manifest.shards for name in shard.skipped]
     if skipped:
         lines.append(f"{len(skipped)} images were left out: {', '.join(skipped[:3])}{', ...' if skipped[3:] else ''}")
-    return Found(manifest, lines, _warnings(manifest, stored, images), damaged, images)
+    upright = torch.from_numpy(ids < manifest.count)
+    return Found(manifest, lines, _warnings(manifest, stored, images), damaged, images[upright])
 
 
 def _warnings(manifest: Manifest, stored: Tensor, images: Tensor) -> list[str]:

@@ -158,13 +158,13 @@ class _Feed:
             raise
         self.waiting.append(part)
         # Without a JPEG file DALI must be given one all the same: each part is a batch, so that none is read far ahead.
-        return _jpegs(part) or [_tiny_jpeg()]
+        return _jpegs(part) or [_any_jpeg()]
 
 
 @functools.cache
-def _tiny_jpeg() -> NDArray[np.uint8]:
+def _any_jpeg() -> NDArray[np.uint8]:
     file = io.BytesIO()
-    load_pillow().new("RGB", (1, 1)).save(file, "JPEG")
+    load_pillow().new("RGB", (64, 64)).save(file, "JPEG")
     return np.frombuffer(file.getvalue(), np.uint8)
 
 

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import functools
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
@@ -182,12 +184,15 @@ def _ignore_interrupts(worker: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process when the one that started it is killed.
+    """Have Linux end this process when the thread that started it is gone, by a kill of its process or otherwise.
 
     A worker with more to hand over than a pipe takes would wait for ever for a process that is gone.
     """
     with contextlib.suppress(OSError, AttributeError):  # other systems lack the call
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent and not parent.is_alive():  # before the call
+        os._exit(1)
 
 
 class _Parts(Dataset[Part]):

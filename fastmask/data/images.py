@@ -54,7 +54,8 @@ def decode(content: bytes, size: int, name: str) -> Pixels:
         name: of the file, for messages.
 
     Raises:
-        ValueError: it is damaged, no image, or of several frames.
+        ValueError: it is damaged, no image, or of several frames; but of an MPO, a photo with more views, the first is
+            taken.
     """
     pillow = load_pillow()
     try:

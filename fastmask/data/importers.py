@@ -21,9 +21,6 @@ Record = tuple[NDArray[Any], int]
 # EDM2's assumptions of the raw latents (arXiv 2312.02696, its released encoder), which it brings to a deviation of 0.5.
 _EDM2_MEAN = [5.81, 3.25, 0.12, -2.15]
 _EDM2_STD = [4.17, 4.62, 3.71, 3.28]
-# Correlation from which latents are taken for those of an image and its mirror image: other images' are near 0, and a
-# convolutional VAE's are near 1.
-_ALIKE = 0.5
 
 
 class Latents(Protocol):
@@ -114,14 +111,15 @@ class _Lmdb(_MaskDiT):
         return values.reshape(-1, 8, side, side)
 
     def _second_half_is_mirrored(self) -> bool:
-        """Return whether records of the second half are like mirrored ones of the first, rather than others."""
-        alike = []
-        for item in np.unique(np.linspace(0, self._count - 1, 16).astype(int)).tolist():
-            image, mirrored = (means - means.mean((1, 2), keepdims=True) for means in self._moments(item)[:, :4])
-            image = image[..., ::-1]
-            norms = np.linalg.norm(image) * np.linalg.norm(mirrored)
-            alike.append((image * mirrored).sum() / max(norms, 1e-30))
-        return float(np.mean(alike)) > _ALIKE
+        """Return whether records of the second half are more like their mirrored partners than like those of others."""
+        items = np.unique(np.linspace(0, self._count - 1, 16).astype(int)).tolist()
+        pairs = np.stack([self._moments(item)[:, :4] for item in items])
+        pairs -= pairs.mean((3, 4), keepdims=True)
+        pairs /= np.maximum(np.sqrt((pairs**2).sum((2, 3, 4), keepdims=True)), 1e-30)
+        images, mirrored = pairs[:, 0, ..., ::-1], pairs[:, 1]
+        partners = float((images * mirrored).sum((1, 2, 3)).mean())
+        others = float((images * np.roll(mirrored, 1, 0)).sum((1, 2, 3)).mean()) if len(items) > 1 else 0.0
+        return partners > (1 + others) / 2
 
     def _get(self, keys: list[str]) -> list[bytes]:
         try:

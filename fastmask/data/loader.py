@@ -50,7 +50,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield what is stored of samples ``start`` .. ``stop - 1`` of a run and their labels, in order, on a device.
 
-    With several ranks each gets its part of every step: the first one the first samples of the step, and so on.
+    With several ranks each gets its part of every step: the first one the first samples of the step, and so on. The
+    workers end with the thread that asks for the first batch.
 
     Args:
         dataset: where they are read.

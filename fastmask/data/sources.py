@@ -17,7 +17,7 @@ from fastmask.data.images import SUFFIXES
 from fastmask.data.npz import read_npz
 from fastmask.data.tables import Table
 
-_SPLIT = re.compile(r"(.+)-\d+-of-\d+\.parquet")
+_SPLIT = re.compile(r"(.+)-\d+-of-\d+(?:-[0-9a-f]+)?\.parquet")
 
 Content = bytes | NDArray[np.uint8]
 

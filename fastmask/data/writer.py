@@ -109,7 +109,8 @@ class StoreWriter:
             plan, unfinished = from_first(self._ranks, self._begin)
             self._meet = meeting(self._ranks)
             if self._ranks.rank:
-                self._take_lock(fcntl.LOCK_SH)
+                with _told(self.path):
+                    self._take_lock(fcntl.LOCK_SH)
                 if changed := self._changed(plan):
                     raise ValueError(
                         f"process {self._ranks.rank} would write another store than the first one ({changed}): all "
@@ -160,7 +161,8 @@ class StoreWriter:
         records = self.path / f"{number:05}.npy"
         with contextlib.ExitStack() as stack:
             with _told(records):
-                file = stack.enter_context(stack.enter_context(whole_file(records)).open("wb"))
+                file = stack.enter_context(whole_file(records)).open("wb")
+                stack.callback(_told(records)(file.close))  # which writes what is left
                 writer = ShardWriter(file, self._manifest)
             yield writer
             self._wait()
@@ -199,6 +201,7 @@ class StoreWriter:
         return sum(len(self.items_of(number)) for number in numbers if self._record(number).exists())
 
     def _finish(self, class_names: list[str]) -> Manifest:
+        os.listdir(self.path)  # which has a network file system look for what others wrote
         found = [self.finished(number) for number in self.numbers()]
         shards = [shard for shard in found if shard]
         if len(shards) < len(found):
@@ -248,6 +251,7 @@ class StoreWriter:
     def _take_lock(self, kind: int) -> None:
         """Keep other processes from writing to the store, for as long as this one holds the lock's file open.
 
+        A second writer in the same process is not kept out.
         Processes that are started to read images do not inherit a lock of this kind, so one that outlives this process
         does not keep the store locked.
         """

@@ -66,8 +66,11 @@ def test_mirror_images_of_maskdits_lmdb(tmp_path):
     assert (len(one), one.read(0)[0].shape) == (1, (2, 8, 4, 4))
 
 
-def test_labels_that_repeat_by_chance_are_no_mirror_images(tmp_path):
-    moments, labels = moments_of(8) + 3, [0, 1] * 4
+@pytest.mark.parametrize("common", [0, 5])
+def test_labels_that_repeat_by_chance_are_no_mirror_images(tmp_path, common):
+    """Nor are images that are all alike, such as scans on a plain ground."""
+    ground = np.cos(np.arange(4) - 1.5) * np.ones((4, 1))  # symmetric
+    moments, labels = (moments_of(8) + common * ground).astype(np.float32), [0, 1] * 4
     records, found = everything(open_latents(lmdb_of(tmp_path / "train", moments, labels)))
     assert np.array_equal(records[:, 0], moments)
     assert found == labels

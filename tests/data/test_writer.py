@@ -210,6 +210,28 @@ def test_unfinished_shards_are_dealt_out(tmp_path, monkeypatch):
     assert parts == [[1, 5, 8], [2, 6, 9], [4, 7]]
 
 
+def test_ranks_that_write_keep_others_out(tmp_path, monkeypatch):
+    Meeting(monkeypatch)
+    there, done = FORK.Event(), FORK.Event()
+
+    def hold():
+        with StoreWriter(tmp_path, manifest(), 20, 2, Ranks(0, 2, 0)):
+            there.set()
+            done.wait(60)
+
+    process = FORK.Process(target=hold)
+    process.start()
+    assert there.wait(60)
+    message = rf"is being written by another process \(process {process.pid} on .*\): wait for it"
+    for ranks in (Ranks(), Ranks(0, 2, 0)):
+        with pytest.raises(ValueError, match=message), StoreWriter(tmp_path, manifest(), 20, 2, ranks):
+            pass
+    done.set()
+    process.join()
+    with StoreWriter(tmp_path, manifest(), 20, 2):
+        pass
+
+
 def test_ranks_that_would_write_something_else(tmp_path, monkeypatch):
     Meeting(monkeypatch)
     with (
