@@ -346,3 +346,16 @@ def test_the_gpu_agrees(dali, side):
     assert pixels.device.type == "cuda"
     assert difference.mean() <= 3
     assert difference.quantile(0.999) <= 12
+
+
+@pytest.mark.gpu
+def test_parts_without_a_jpeg_leave_the_gpus_pipeline_alone(dali, monkeypatch):
+    """What DALI is given instead is taken: a pipeline that refused it would be built again for every such part."""
+    built, build = [], JpegDecoder._pipeline
+    monkeypatch.setattr(JpegDecoder, "_pipeline", lambda self, feed: built.append(feed) or build(self, feed))
+    plain = np.full((3, 64, 64), 7, np.uint8)
+    given = [SimpleNamespace(values=part) for part in ([jpeg(64, 70)], [plain], [plain, jpeg(80, 64)], [plain])]
+    found = list(JpegDecoder(64, 2, torch.device("cuda"), 1).ahead(given))
+    assert [pixels is not None for _, pixels in found] == [True, False, True, False]
+    assert torch.equal(found[2][1][0].cpu(), torch.from_numpy(plain))
+    assert len(built) == 1
