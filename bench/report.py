@@ -85,6 +85,17 @@ def committed(folder: Path) -> tuple[list[Row], list[str]]:
     return rows, notes
 
 
+def per_machine(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Yield each machine with its rows."""
+    for machine in dict.fromkeys(map(machine_of, rows)):
+        yield machine, [row for row in rows if machine_of(row) == machine]
+
+
+def heading(title: str, machine: str, rows: list[Row]) -> tuple[str, ...]:
+    """Return what stands above a machine's table."""
+    return ("", f"### {title}: {machine}", "", _sources(rows), "")
+
+
 def rate(row: Row) -> float:
     return row["case"]["batch"] / row["median_ms"] * 1e3
 
@@ -141,9 +152,8 @@ def steps(rows: Rows) -> Iterator[str]:
     """Yield the tables of training steps, one per machine."""
     found = [row for row in rows.of("step") if row["variant"] in (*STACKS, *MORE_STACKS)]
     found.sort(key=_order)
-    for machine in dict.fromkeys(map(machine_of, found)):
-        mine = [row for row in found if machine_of(row) == machine]
-        yield from ("", f"### Training steps: {machine}", "", _sources(mine), "")
+    for machine, mine in per_machine(found):
+        yield from heading("Training steps", machine, mine)
         columns = ["network", "side", "batch", "precision", "form", "stack", "ms (p20 to p80)", "images/s"]
         columns += [f"against {plain}" for plain in PLAIN]
         columns += ["against dense, same stack", "FLOP bound", "share of it", "products alone"]
@@ -166,8 +176,8 @@ def summary(rows: Rows) -> Iterator[str]:
     """Yield the README's tables: images/s of whole steps, one table per machine, a line per network and form."""
     found = [row for row in rows.of("step") if row["variant"] == "ours" and row.get("optimizer", True)]
     found.sort(key=_order)
-    for machine in dict.fromkeys(map(machine_of, found)):
-        mine = [row for row in found if machine_of(row) == machine and not is_beside_packed_alone(rows, row)]
+    for machine, taken in per_machine(found):
+        mine = [row for row in taken if not is_beside_packed_alone(rows, row)]
         batches = ", ".join(sorted({f"batch {row['case']['batch']}, {row['case']['precision']}" for row in mine}))
         yield from ("", f"Images/s of whole training steps on {machine} ({batches}; {_sources(mine)}):", "")
         shown = [*STACKS, *(s for s in MORE_STACKS if any(rows.beside(row, s) for row in mine))]
@@ -204,9 +214,8 @@ def write_readme(path: Path, rows: Rows) -> None:
 def kernels(rows: Rows) -> Iterator[str]:
     """Yield the tables of kernels, one per machine."""
     found = rows.of("kernel")
-    for machine in dict.fromkeys(map(machine_of, found)):
-        mine = [row for row in found if machine_of(row) == machine]
-        yield from ("", f"### Kernels: {machine}", "", _sources(mine), "")
+    for machine, mine in per_machine(found):
+        yield from heading("Kernels", machine, mine)
         columns = ["op", "direction", "dtype", "shape", "variant", "ms (p20 to p80)", "GB/s of the least bytes"]
         yield from header([*columns, "of copy bandwidth", "against reference"])
         for row in sorted(mine, key=lambda row: [str(row["case"][name]) for name in ("op", "shape", "direction")]):
@@ -231,9 +240,8 @@ def loaders(rows: Rows) -> Iterator[str]:
     """Yield the tables of loaders, one per machine, each beside the fastest training step on images of its side."""
     found = rows.of("loader")
     training = [row for row in rows.of("step") if row["variant"] in STACKS and row.get("optimizer", True)]
-    for machine in dict.fromkeys(map(machine_of, found)):
-        mine = [row for row in found if machine_of(row) == machine]
-        yield from ("", f"### Loaders: {machine}", "", _sources(mine), "")
+    for machine, mine in per_machine(found):
+        yield from heading("Loaders", machine, mine)
         columns = ["loader", "data", "shape", "batch", "workers", "ms of a batch", "images/s"]
         yield from header([*columns, "fastest step, images/s", "loader / fastest step", "fastest step"])
         steps_here = [row for row in training if machine_of(row) == machine]
@@ -255,9 +263,8 @@ def loaded(row: Row) -> float:
 def stores(rows: Rows) -> Iterator[str]:
     """Yield the tables of what reads stored moments, one per machine."""
     found = rows.of("store")
-    for machine in dict.fromkeys(map(machine_of, found)):
-        mine = [row for row in found if machine_of(row) == machine]
-        yield from ("", f"### Reading stored moments: {machine}", "", _sources(mine), "")
+    for machine, mine in per_machine(found):
+        yield from heading("Reading stored moments", machine, mine)
         columns = ["reader", "data", "batch", "workers", "images/s", "against files of .npy", "of a plain copy"]
         yield from header([*columns, "memory", "grown by"])
         for row in mine:
@@ -278,9 +285,8 @@ def stores(rows: Rows) -> Iterator[str]:
 def decoding(rows: Rows) -> Iterator[str]:
     """Yield the tables of decoders and of `prepare` with them, one per machine."""
     found = [row for row in rows.of("decoding") if not row["variant"].startswith("prepare")]
-    for machine in dict.fromkeys(map(machine_of, found)):
-        mine = [row for row in found if machine_of(row) == machine]
-        yield from ("", f"### Decoding: {machine}", "", _sources(mine), "")
+    for machine, mine in per_machine(found):
+        yield from heading("Decoding", machine, mine)
         columns = ["decoder", "data", "to", "workers", "images/s", "prepare, images/s", "prepare / decoder"]
         yield from header(columns)
         for row in mine:

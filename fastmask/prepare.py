@@ -24,7 +24,7 @@ from fastmask.data.check import check_store
 from fastmask.data.dali import JpegDecoder, pick_decoder
 from fastmask.data.decoding import Decoded, decoded, read_ahead
 from fastmask.data.importers import Latents, open_latents
-from fastmask.data.latents import DOWNSAMPLING
+from fastmask.data.latents import DOWNSAMPLING, Scaling
 from fastmask.data.manifest import Manifest
 from fastmask.data.remote import is_url, local_copy
 from fastmask.data.sources import Source, open_source
@@ -240,8 +240,8 @@ def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> 
     parts = {number: _split(writer.items_of(number), config.batch_size) for number in writer.todo}
     batches, own = job.read([part for some in parts.values() for part in some]), 0
     with contextlib.closing(batches), _Progress(job.items, writer.before, ranks) as progress:
+        elsewhere = writer.before
         for number in writer.todo:
-            elsewhere = writer.items_elsewhere()
             with writer.shard(number) as shard:
                 for part, batch in zip(parts[number], itertools.islice(batches, len(parts[number])), strict=True):
                     for name, line in batch.bad:
@@ -253,7 +253,8 @@ def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> 
                         shard.add(job.record(batch.values), batch.labels)
                     own += len(part)
                     progress.update(elsewhere + own)
-            progress.update(writer.items_elsewhere() + own)
+            elsewhere = writer.items_elsewhere()
+            progress.update(elsewhere + own)
             progress.print_line()
     with _one_speaks(ranks):
         if ranks.count > 1 and progress.done < job.items:
@@ -306,8 +307,8 @@ def _decoded(latents: torch.Tensor, manifest: Manifest, vae: str, device: torch.
     say(f"decoding {len(latents)} latents on {device.type}")
     # Latents that others drew are stored as they scaled them, by what the VAE says.
     said = decoder if manifest.kind == "latents" else manifest
-    scale, shift = (torch.tensor(values).view(-1, 1, 1) for values in (said.scale, said.shift))
-    images = torch.cat([decoder.decode(some).cpu() for some in torch.split(latents / scale + shift, 8)])
+    raw = Scaling(said.scale, said.shift).undo(latents)
+    images = torch.cat([decoder.decode(some).cpu() for some in torch.split(raw, 8)])
     return 2 * images - 1 if manifest.source.get("kind") == "edm2" else images  # which encodes images in [0, 1]
 
 

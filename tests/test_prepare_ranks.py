@@ -14,10 +14,9 @@ from test_prepare import broken, content, folder, prepare  # noqa: F401  (a fixt
 
 from fastmask.data.manifest import read_manifest
 
-SMALL = ["--space", "pixel", "--image-size", "16", "--num-workers", "0", "--shard-size", "1", "--batch-size", "1"]
-
-
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+
+SMALL = ["--space", "pixel", "--image-size", "16", "--num-workers", "0", "--shard-size", "1", "--batch-size", "1"]
 
 
 def torchrun(source, store, *flags):

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmask.data.latents import Scaling
+
 
 class Autoencoder:
     """A VAE.
@@ -23,6 +25,7 @@ class Autoencoder:
         downsampling: pixels per side of a latent pixel.
         scale: latents are trained on as (latent - shift) * scale, one number for all channels or one for each.
         shift: see scale.
+        scaling: does that.
         precision: "bfloat16 on cuda" or "float32 on cpu".
         sha256: of the weights: of their names in order, each followed by its values in float32.
 
@@ -62,9 +65,7 @@ class Autoencoder:
             if not len(means) == len(deviations) == self.channels or 0 in deviations:
                 raise ValueError(f"--vae {name}: latents_mean and latents_std of its configuration do not fit it")
             self.scale, self.shift = [settings.scaling_factor / std for std in deviations], list(means)
-        self._scale, self._shift = (
-            torch.tensor(v, device=device, dtype=torch.float32).view(-1, 1, 1) for v in (self.scale, self.shift)
-        )
+        self.scaling = Scaling(self.scale, self.shift)
 
     def side(self, image_size: int) -> int:
         """Return the side of the latents of images; a ValueError if it is not whole."""
@@ -79,10 +80,6 @@ class Autoencoder:
         images = images.expand(-1, 3, -1, -1).to(self._vae.dtype)
         moments: Tensor = self._vae.encode(images).latent_dist.parameters
         return moments
-
-    def scaled(self, latents: Tensor) -> Tensor:
-        """Return latents (B, C, h, w) as they are trained on."""
-        return (latents - self._shift) * self._scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class ImageSet:
         images = images_of(stored, seed, sample, self._mirror)
         if self._vae is None:
             return images
-        return self._vae.scaled(latents_of(self._vae.encode(images), seed, sample))
+        return self._vae.scaling.apply(latents_of(self._vae.encode(images), seed, sample))
 
     def _read(self, ids: NDArray[np.int64], reader: ImageReader) -> Part:
         part = read_part(reader, ids.tolist())

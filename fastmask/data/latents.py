@@ -27,6 +27,31 @@ def latents_of(stored: Tensor, seed: int, sample: Tensor) -> Tensor:
     return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise
 
 
+class Scaling:
+    """How latents become what is trained on: (latent - shift) * scale.
+
+    Args:
+        scale: one number for all channels, or one for each.
+        shift: see scale.
+    """
+
+    def __init__(self, scale: float | list[float], shift: float | list[float]) -> None:
+        self._scale, self._shift = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (scale, shift))
+
+    def apply(self, latents: Tensor) -> Tensor:
+        """Return latents (B, C, h, w) as they are trained on."""
+        self._follow(latents)
+        return (latents - self._shift) * self._scale
+
+    def undo(self, latents: Tensor) -> Tensor:
+        """Return the latents (B, C, h, w) that `apply` made these of."""
+        self._follow(latents)
+        return latents / self._scale + self._shift
+
+    def _follow(self, latents: Tensor) -> None:
+        self._scale, self._shift = self._scale.to(latents.device), self._shift.to(latents.device)
+
+
 class Moments:
     """An `.npz` of moments, float16 or float32, shape (N, 8, h, w), means before log-variances, as a `DataSet`."""
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmask.data.images import images_of
-from fastmask.data.latents import latents_of
+from fastmask.data.latents import Scaling, latents_of
 from fastmask.data.manifest import DATA_OFFSET, Manifest, Shard, read_manifest, sha256_of
 
 _OPEN_SHARDS = 256  # mapped at a time; each takes two file descriptors
@@ -56,7 +56,7 @@ class LatentStore:
         self._shards = [shard for shard in manifest.shards if shard.count]
         self._starts = np.cumsum([0] + [shard.count for shard in self._shards[:-1]])
         self._maps: dict[int, Maps] = {}
-        self._shift, self._scale = (torch.tensor(v).view(-1, 1, 1) for v in (manifest.shift, manifest.scale))
+        self._scaling = Scaling(manifest.scale, manifest.shift)
         self.shape = (channels // 2 if manifest.kind == "moments" else channels, height, width)
         self.num_classes = manifest.num_classes if num_classes is None else num_classes
         self.class_names = manifest.class_names[: self.num_classes]
@@ -87,8 +87,7 @@ class LatentStore:
         if self.manifest.kind == "pixels":
             return images_of(stored, seed, sample, self._mirror)
         latents = latents_of(stored, seed, sample) if self.manifest.kind == "moments" else stored.float()
-        self._shift, self._scale = self._shift.to(stored.device), self._scale.to(stored.device)
-        return (latents - self._shift) * self._scale
+        return self._scaling.apply(latents)
 
     def _map(self, number: int) -> Maps:
         maps = self._maps.get(number)

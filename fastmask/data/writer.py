@@ -251,9 +251,8 @@ class StoreWriter:
     def _take_lock(self, kind: int) -> None:
         """Keep other processes from writing to the store, for as long as this one holds the lock's file open.
 
-        A second writer in the same process is not kept out.
         Processes that are started to read images do not inherit a lock of this kind, so one that outlives this process
-        does not keep the store locked.
+        does not keep the store locked. A second writer in the same process is not kept out.
         """
         if self._lock < 0:
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)

@@ -54,7 +54,7 @@ def test_means_and_deviations_per_channel(tmp_path):
     encoder = Autoencoder(str(tmp_path / "vae"), CPU)
     assert (encoder.scale, encoder.shift) == ([0.5, 0.25, 1.0, 0.125], means)
     latents = torch.tensor([means, means]).view(2, 4, 1, 1) + torch.tensor(deviations).view(1, 4, 1, 1)
-    torch.testing.assert_close(encoder.scaled(latents), torch.full((2, 4, 1, 1), 0.5))
+    torch.testing.assert_close(encoder.scaling.apply(latents), torch.full((2, 4, 1, 1), 0.5))
 
 
 def test_latents_are_decoded(vae):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmask.data.latents import Moments, Synthetic
+from fastmask.data.latents import Moments, Scaling, Synthetic
 from fastmask.kernels import random_normal
 
 PATH = Path("some.npz")
@@ -103,3 +103,13 @@ def test_synthetic_without_classes():
 def test_synthetic_needs_whole_latents():
     with pytest.raises(ValueError, match="image_size must be a multiple of 8 for latents, not 12"):
         Synthetic(12, 0)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(0.5, 0.25), ([0.5, 2.0, 1.0, 4.0], [1.0, 0.0, -1.0, 0.5])])
+def test_scaling_and_back(scale, shift):
+    latents = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 4, 3, 3), np.float32))
+    scaled = Scaling(scale, shift).apply(latents)
+    per_channel = (np.broadcast_to(np.float32(value), 4)[:, None, None] for value in (scale, shift))
+    expected_scale, expected_shift = per_channel
+    np.testing.assert_array_equal(scaled.numpy(), (latents.numpy() - expected_shift) * expected_scale)
+    torch.testing.assert_close(Scaling(scale, shift).undo(scaled), latents)
