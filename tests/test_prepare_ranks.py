@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_prepare import broken, content, folder, prepare  # noqa: F401  (a fixture)
+from test_prepare import broken, content, folder, has_ended, prepare  # noqa: F401  (a fixture)
 
 from fastmask.data.manifest import read_manifest
 
@@ -33,13 +33,6 @@ def finished(process):
     finally:
         process.terminate()  # torchrun ends its processes too
     return out, process.returncode
-
-
-def is_alive(pid):
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
 
 
 def test_two_ranks_go_on_with_what_one_began(folder, tmp_path):  # noqa: F811
@@ -88,8 +81,8 @@ def test_killed_ranks_leave_a_store_that_one_goes_on_with(tmp_path):
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     for pid in (process.pid, *ranks):
         os.kill(pid, signal.SIGKILL)
-    process.communicate()
-    while [pid for pid in ranks if is_alive(pid)]:
+    process.communicate(timeout=60)
+    while not all(map(has_ended, ranks)):
         time.sleep(0.01)
     assert len(ranks) == 2
     assert not (tmp_path / "store" / "manifest.json").exists()
