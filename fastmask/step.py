@@ -6,7 +6,7 @@ sums of the losses - lives in tensors that stay where they are, so that on a GPU
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fastmask.data.loader import Batch
 from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingDraws, TrainingObjective, training_draws
 from fastmask.distributed import Ranks, gradients_stay, replicate
 from fastmask.ema import EMA
+from fastmask.graphs import GraphedCalls
 from fastmask.optim import AdamWEMA, begin_step, clip_gradients
 from fastmask.watch import Tally, gradient_norm, update_ratio
 
@@ -60,9 +61,8 @@ class TrainingStep:
         self._offset = torch.zeros((), dtype=torch.int64, device=device)
         self._per_sample = config.per_sample
         self._buffers: Batch | None = None
-        self._captures = config.cuda_graphs == "on"
-        self._graphs: dict[Any, torch.cuda.CUDAGraph | None] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
+        self._graphs = GraphedCalls(device) if config.cuda_graphs == "on" else None
+        self._keep = 0  # of the last step
 
         net.model.checkpoint_blocks = config.activation_checkpointing == "block"
         self._objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
@@ -84,7 +84,7 @@ class TrainingStep:
             keep: K, how many patches the encoder sees; all of them is training without a mask.
         """
         config, share = self._config, self._config.batch_size // self._ranks.count
-        self._ask_for_the_mask_token(keep < self._net.model.length)
+        self._enter_stage(keep)
         for part in range(0, share, config.micro_batch):
             self._load(batches)
             self._offset.fill_(first_sample + self._ranks.rank * share + part)
@@ -99,7 +99,7 @@ class TrainingStep:
 
     def finish(self) -> None:
         """Drop the gradients, which the next step starts without."""
-        self._optimizer.zero_grad(set_to_none=not self._captures)
+        self._optimizer.zero_grad(set_to_none=self._graphs is None)
 
     def norms(self) -> dict[str, float]:
         """Return the norm of the gradients before clipping, and that of the update relative to the weights; waits."""
@@ -112,7 +112,8 @@ class TrainingStep:
     def begin_anew(self) -> None:
         """Forget what was added up and captured: weights and state were loaded."""
         self.tally = Tally(self._device)
-        self._graphs.clear()
+        if self._graphs:
+            self._graphs.clear()
         self.finish()
 
     def _add_gradients(self, keep: int, last: bool) -> None:
@@ -160,30 +161,31 @@ class TrainingStep:
         since = time.perf_counter()
         batch = next(batches)
         self.data_wait_s += time.perf_counter() - since
-        if self._captures and self._buffers is not None:
+        if self._graphs and self._buffers is not None:
             for buffer, tensor in zip(self._buffers, batch, strict=True):
                 buffer.copy_(tensor)
         else:
             self._buffers = batch
 
-    def _run(self, key: Any, call: Callable[[], None]) -> None:
-        """Do a call; where graphs are on and there is a key, the second time for it as a graph, and later by replay.
-
-        The first one warms up what a capture must not meet: kernels to build, workspaces to allocate.
-        """
-        if not self._captures or key is None:
-            call()
-        elif key not in self._graphs:
-            call()
-            self._graphs[key] = None
+    def _run(self, key: Hashable | None, call: Callable[[], None]) -> None:
+        """Do a call; where graphs are on and there is a key, as a graph."""
+        if self._graphs and key is not None:
+            self._graphs.run(key, call)
         else:
-            graph = self._graphs[key]
-            if graph is None:
-                self._graphs[key] = graph = torch.cuda.CUDAGraph()
-                # Threads of the loaders may allocate meanwhile.
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    call()
-            graph.replay()
+            call()
+
+    def _enter_stage(self, keep: int) -> None:
+        """Prepare for another number of kept patches.
+
+        Graphs of the last stage are dropped first: they hold its activations, and would hold a gradient of the mask
+        token where there is none any more.
+        """
+        if keep == self._keep:
+            return
+        if self._graphs:
+            self._graphs.clear()
+        self._keep = keep
+        self._ask_for_the_mask_token(keep < self._net.model.length)
 
     def _ask_for_the_mask_token(self, masked: bool) -> None:
         """Let the mask token have a gradient in masked steps alone: else it has no part, and DDP would wait for it."""
@@ -192,7 +194,6 @@ class TrainingStep:
             return
         token.requires_grad_(masked)
         token.grad = None
-        self._graphs.clear()  # some wrote a gradient where none is now
         self._module = replicate(self._objective, self._config.parallel, self._device, self._ranks)
 
     def _compile(self, what: str) -> None:

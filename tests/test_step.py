@@ -1,12 +1,15 @@
 """The training step: no graph breaks, no recompiles, no waits, and tensors that stay where they are."""
 
+import copy
 import dataclasses
 import functools
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -64,6 +67,11 @@ class Training:
         self.step(self.data, self.done * self.config.batch_size, keep, 1e-2, self.done)
         self.step.finish()
         self.done += 1
+
+    def roll_back(self) -> None:
+        """Load a state as a rollback does: other tensors for the moments, and weights in their places."""
+        self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        self.step.begin_anew()
 
     def values(self) -> list[Tensor]:
         return [p.detach().cpu() for p in self.net.parameters()] + [t.cpu() for t in self.emas[1].weights.values()]
@@ -129,9 +137,8 @@ def test_blocks_computed_again_learn_the_same():
 
 def test_what_a_graph_reads_and_writes_stays_where_it_is(monkeypatch):
     """Replayed graphs know addresses alone: batches, sample numbers, gradients, rates and sums must keep theirs."""
-    training = Training(micro_batch_size=8)
-    monkeypatch.setattr(training.step, "_captures", True)
-    monkeypatch.setattr(training.step, "_run", lambda key, call: call())
+    training = Training(micro_batch_size=8, cuda_graphs="on")
+    monkeypatch.setattr(training.step._graphs, "run", lambda key, call: call())
 
     def places():
         step, optimizer = training.step, training.optimizer
@@ -209,17 +216,54 @@ def test_waiting_for_data_is_counted():
     assert 0.1 <= training.step.data_wait_s < 1
 
 
+def check_graphs_learn_the_same_bits(device, micro):
+    """Through stages of fewer patches and of all of them, and after a rollback to a state that was stored."""
+    eager, replayed = (Training(device=device, micro_batch_size=micro, cuda_graphs=on) for on in ("off", "on"))
+    for keep in (8, 8, 8, 8, 4, 4, 4, 16, 16, 16, 8, 8, 8):
+        eager(keep)
+        replayed(keep)
+    assert eager.step.tally.take(Ranks()) == replayed.step.tally.take(Ranks())
+    for training in (eager, replayed):
+        training.roll_back()
+        for _ in range(3):
+            training(8)
+    for a, b in zip(eager.values(), replayed.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("micro", [0, 8])
+def test_replayed_steps_learn_the_same_bits(monkeypatch, micro):
+    """On a CPU, where the operations of a graph are recorded and done again."""
+    cuda = FakeCuda().install(monkeypatch)
+    check_graphs_learn_the_same_bits("cpu", micro)
+    assert cuda.captures
+
+
+def test_a_stage_gives_its_memory_back_before_the_next(monkeypatch):
+    """Else the first step of the next, which is no graph yet, would need the memory of two."""
+    cuda = FakeCuda().install(monkeypatch)
+    training = Training(cuda_graphs="on")
+    for _ in range(3):
+        training(8)
+    gradients = training.step.gradients
+    graphs = [weakref.ref(graph) for graph in training.step._graphs._graphs.values()]
+    assert len(graphs) == 2
+    assert not cuda.emptied
+
+    def look(*arguments):
+        gradients(*arguments)
+        assert cuda.emptied == 1
+        assert all(graph() is None for graph in graphs)
+
+    training.step.gradients = look
+    training(4)
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("micro", [0, 8])
 def test_graphs_learn_the_same_bits(micro):
-    eager, replayed = (Training(device="cuda", micro_batch_size=micro, cuda_graphs=on) for on in ("off", "on"))
-    for keep in (8, 8, 8, 4, 4, 4, 16, 16, 16, 8):
-        eager(keep)
-        replayed(keep)
-    for a, b in zip(eager.values(), replayed.values(), strict=True):
-        assert torch.equal(a, b)
-    assert eager.step.tally.take(Ranks()) == replayed.step.tally.take(Ranks())
+    check_graphs_learn_the_same_bits("cuda", micro)
 
 
 @gpu
