@@ -45,17 +45,22 @@ class Ranks:
 def own_device(device: torch.device, ranks: Ranks) -> torch.device:
     """Return the GPU of a rank where the device is "cuda" without a number, else the device itself.
 
+    A GPU becomes the current one of the process: streams, CUDA graphs and kernels of others are made for that one.
+
     Raises:
         ValueError: there are fewer GPUs than processes.
     """
-    if device.type != "cuda" or device.index is not None:
+    if device.type != "cuda":
         return device
-    if ranks.local >= torch.cuda.device_count():
-        raise ValueError(
-            f"process {ranks.local} of this machine sees {torch.cuda.device_count()} GPUs: start as many processes as "
-            f"there are GPUs, and let each see all of them"
-        )
-    return torch.device("cuda", ranks.local)
+    if device.index is None:
+        if ranks.local >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {ranks.local} of this machine sees {torch.cuda.device_count()} GPUs: start as many processes "
+                f"as there are GPUs, and let each see all of them"
+            )
+        device = torch.device("cuda", ranks.local)
+    torch.cuda.set_device(device)
+    return device
 
 
 @contextlib.contextmanager
@@ -64,8 +69,6 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     if ranks.count == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
     try:

@@ -12,6 +12,7 @@ from fastmask.checkpoint import checkpoints
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.console import say
 from fastmask.diffusion import EDMPrecond, draw_samples
+from fastmask.distributed import Ranks, own_device
 from fastmask.files import whole_file
 from fastmask.report import save_grid
 from fastmask.weights import load_maskdit
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--out {out}: samples are written as .png or .npz")
     if config.num_samples < 1 or config.batch_size < 1:
         raise ValueError("--num-samples and --batch-size must be at least 1")
-    device = pick_device(config.device)
+    device = own_device(pick_device(config.device), Ranks())
     net = load_net(config.source, config.num_heads or None).to(device)
     if config.classes and not net.model.num_classes:
         raise ValueError(f"{config.source} was trained without labels: leave --classes out")
