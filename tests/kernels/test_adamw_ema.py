@@ -1,5 +1,7 @@
 """adamw_ema against torch's AdamW in float64, what it leaves alone, and what it refuses."""
 
+import importlib
+import os
 import re
 
 import pytest
@@ -206,6 +208,34 @@ def test_opcheck(options):
     given = (scalar(0.5), scalar(0.0)) if options else (None, None)
     arguments = (*state[:4], flat, copies, state[4], scalar(0.25), torch.tensor(RATES if options else []))
     opcheck(_adamw_ema, (*arguments, *given, 0.9, 0.99, 1e-8, 0.1))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="of the Triton kernel, interpreted")
+def test_a_capture_takes_the_table_of_an_earlier_call(monkeypatch):
+    """It must hold no copy from pinned memory, which is given to others once the capture has ended."""
+    kernels = importlib.import_module("fastmask.kernels._triton.adamw_ema")
+    state, averages = tensors()
+    options = {"lr": scalar(0.25), "averages": averages, "rates": torch.tensor(RATES), "impl": "fused"}
+    expected, means = cloned(state), cloned(averages)
+    with monkeypatch.context() as capture:
+        capture.setattr(kernels, "_captures", lambda device: True)
+        with pytest.raises(RuntimeError, match="must be called once with the same tensors before a CUDA graph"):
+            adamw_ema(*state, **options)
+    adamw_ema(*state, **options)
+    with monkeypatch.context() as capture:
+        capture.setattr(kernels, "_captures", lambda device: True)
+        capture.setattr(kernels, "_on_device", lambda *_: pytest.fail("a table was copied during a capture"))
+        adamw_ema(*state, **options)
+    held = [group.table.data_ptr() for groups in kernels._captured.values() for group in groups]
+    others = [tensors([(n + 1, 3)]) for n in range(2 * kernels._KEPT)]
+    for other, theirs in others:
+        adamw_ema(*other, **{**options, "averages": theirs})
+    assert len(kernels._recent) == kernels._KEPT
+    assert held == [group.table.data_ptr() for groups in kernels._captured.values() for group in groups]
+    for _ in range(2):
+        adamw_ema(*expected, **{**options, "averages": means, "impl": "reference"})
+    for inner, same in zip([*state, *averages], [*expected, *means], strict=True):
+        torch.testing.assert_close(concatenated([inner])[0], concatenated([same])[0])
 
 
 def test_nothing_to_update():

@@ -5,8 +5,10 @@ arrays lie from a base, the first parameter. A program finds its tensor there an
 tensors cost no launches, and gradients stay where autograd put them.
 """
 
+import collections
 import itertools
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -116,29 +118,18 @@ def launch(
     # In float64, as 1 - beta2^t is a small difference, and on the device, where the counts are.
     t = torch.stack(steps).double()
     scalars = torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt()], 1).float()
-    sizes = [p.numel() for p in params]
-    addresses = [[t.data_ptr() for t in tensors] for tensors in arrays]
-    for aligned, index in _by_alignment(sizes, addresses).items():
-        unit = 4 if aligned else 1
-        ends = list(itertools.accumulate(-(-sizes[i] // _CHUNK) for i in index))
-        first = index[0]
-        distances = []
-        for tensors, row in zip(arrays, addresses, strict=True):
-            base = copies[first] if tensors is copies else params[first]
-            start, step = base.data_ptr(), unit * base.element_size()
-            distances.append([(row[i] - start) // step for i in index])
-        table = _on_device([ends, [sizes[i] for i in index], *distances], lr.device)
-        mine = scalars if len(index) == count else scalars.index_select(0, _on_device(index, lr.device))
-        _adamw_ema_kernel[(ends[-1],)](
+    for group in _groups(arrays, lr.device):
+        first, index = group.first, group.index
+        _adamw_ema_kernel[(group.chunks,)](
             params[first],
             copies[first] if copies else None,
-            table,
-            mine,
+            group.table,
+            scalars if index is None else scalars.index_select(0, index),
             lr,
             rates,
             factor,
             found_inf,
-            len(index),
+            group.count,
             beta1,
             beta2,
             1 - beta1,
@@ -146,12 +137,72 @@ def launch(
             eps,
             weight_decay,
             AVERAGES=len(rates),
-            UNIT=unit,
-            LANES=triton.next_power_of_2(len(index)),
+            UNIT=group.unit,
+            LANES=triton.next_power_of_2(group.count),
             CHUNK=_CHUNK,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
+
+
+class _Group(NamedTuple):
+    """Tensors that one launch updates: those that allow loads of 128 bits, or those that do not."""
+
+    first: int  # whose parameter is the base of all distances
+    count: int
+    index: torch.Tensor | None  # which of the tensors these are; None for all of them
+    chunks: int
+    unit: int
+    table: torch.Tensor
+
+
+_KEPT = 8  # tables of eager calls
+_recent: collections.OrderedDict[Any, list[_Group]] = collections.OrderedDict()
+# What a graph has captured reads its table at every replay. One table per set of addresses, some ten kilobytes.
+_captured: dict[Any, list[_Group]] = {}
+
+
+def _groups(arrays, device):
+    """Return the launches for some lists of tensors, with tables on the device.
+
+    A table goes through pinned memory, whose later fate a CUDA graph would have to know. So a capture takes the table
+    that an earlier call with the same tensors has made, and holds no copy.
+    """
+    key = device, tuple(tuple(t.data_ptr() for t in tensors) for tensors in arrays), tuple(t.numel() for t in arrays[0])
+    groups = _captured.get(key) or _recent.get(key)
+    capturing = _captures(device)
+    if groups is None:
+        if capturing:
+            raise RuntimeError("adamw_ema must be called once with the same tensors before a CUDA graph captures it")
+        groups = _make_groups(arrays, *key)
+    if capturing:
+        _captured[key] = groups
+    _recent[key] = groups
+    _recent.move_to_end(key)
+    if len(_recent) > _KEPT:
+        _recent.popitem(last=False)
+    return groups
+
+
+def _captures(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _make_groups(arrays, device, addresses, sizes):
+    groups = []
+    for aligned, index in _by_alignment(sizes, addresses).items():
+        unit = 4 if aligned else 1
+        ends = list(itertools.accumulate(-(-sizes[i] // _CHUNK) for i in index))
+        first = index[0]
+        distances = []
+        for tensors, row in zip(arrays, addresses, strict=True):
+            size = tensors[first].element_size()
+            base = row[first] if size == 2 else addresses[0][first]  # copies in 16 bits are counted from their own
+            distances.append([(row[i] - base) // (unit * size) for i in index])
+        table = _on_device([ends, [sizes[i] for i in index], *distances], device)
+        some = _on_device(index, device) if len(index) < len(sizes) else None
+        groups.append(_Group(first, len(index), some, ends[-1], unit, table))
+    return groups
 
 
 def _by_alignment(sizes, addresses):
@@ -164,8 +215,5 @@ def _by_alignment(sizes, addresses):
 
 
 def _on_device(values, device):
-    """Return integers on a device without waiting for it, also while a CUDA graph is captured.
-
-    Then the graph copies them at each replay: torch keeps pinned memory that a capture used (its pull request 167507).
-    """
+    """Return integers on a device without waiting for it."""
     return torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
