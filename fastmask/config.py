@@ -57,7 +57,7 @@ class TrainConfig:
     device: str = "auto"
     """Where to train: cuda, cuda:1, cpu; auto is the GPU if there is one."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Of matrix products; weights stay fp32. auto: bf16 on a GPU that has it, else fp32."""
+    """Of matmuls; weights stay fp32. auto: bf16 on a GPU that has it, fp16 on another GPU, fp32 on a CPU."""
 
     compile: Literal["auto", "none", "block", "whole"] = "auto"
     """What torch.compile builds: blocks, which starts sooner, or the whole network. auto: block on a GPU, else none."""

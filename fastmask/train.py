@@ -63,9 +63,7 @@ def main(argv: Sequence[str]) -> None:
 def resolve_machine(config: TrainConfig, ranks: Ranks = Ranks()) -> TrainConfig:  # noqa: B008  (immutable)
     """Return a configuration in which run folder, device, precision, batch and so on are values, never "auto"."""
     device = own_device(pick_device(config.device), ranks)
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    precision = _resolve_precision(config, device)
     optimizer = resolve_optimizer(config.optimizer, device)
     if config.optimizer == "auto":
         has = "a" if optimizer == "adamw_ema" else "no"
@@ -86,6 +84,23 @@ def resolve_machine(config: TrainConfig, ranks: Ranks = Ranks()) -> TrainConfig:
         compile=_resolve_compile(config, device, ranks),
         cuda_graphs=_resolve_graphs(config, device, ranks),
     )
+
+
+def _resolve_precision(config: TrainConfig, device: torch.device) -> Literal["fp32", "tf32", "bf16", "fp16"]:
+    """Return the precision of matmuls; bf16 and tf32 only of GPUs that have them, since some emulate bf16 slowly."""
+    if device.type != "cuda":
+        return "fp32" if config.precision == "auto" else config.precision
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision == "auto":
+        if not has_bf16:
+            say(f"precision fp16, since {torch.cuda.get_device_name(device)} has no bf16")
+        return "bf16" if has_bf16 else "fp16"
+    if config.precision in ("bf16", "tf32") and not has_bf16:
+        raise ValueError(
+            f"--precision {config.precision} needs a GPU of compute capability 8.0 or more, which "
+            f"{torch.cuda.get_device_name(device)} has not: give fp16 or fp32"
+        )
+    return config.precision
 
 
 def _resolve_compile(config: TrainConfig, device: torch.device, ranks: Ranks) -> Literal["none", "block", "whole"]:

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from safetensors.torch import load_file
 
 from fastmask.checkpoint import checkpoints
-from fastmask.train import main
+from fastmask.config import TrainConfig
+from fastmask.train import main, resolve_machine
 
 SMALL = ["--width", "16", "--depth", "1", "--num-heads", "2", "--decoder-width", "16", "--decoder-depth", "1"]
 SMALL += [
@@ -160,6 +162,31 @@ def test_accumulated_gradients_equal_the_whole_batch(tmp_path):
     run(tmp_path / "parts", "--micro-batch-size", "4", steps=3)
     for name, tensor in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weights(tmp_path / "parts")[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def emulates_bf16(monkeypatch, emulates: bool) -> None:
+    """Give the machine a GPU; one that emulates bf16 says that it supports it unless emulation is left out."""
+    FakeCuda().install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    supported = lambda including_emulation=True: including_emulation or not emulates  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+
+
+@pytest.mark.parametrize(("emulates", "precision"), [(True, "fp16"), (False, "bf16")])
+def test_auto_takes_bf16_only_of_a_gpu_that_has_it(monkeypatch, capsys, emulates, precision):
+    emulates_bf16(monkeypatch, emulates)
+    assert resolve_machine(TrainConfig(optimizer="torch")).precision == precision
+    assert ("precision fp16, since Tesla T4 has no bf16" in capsys.readouterr().out) == emulates
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_a_precision_that_the_gpu_lacks_is_refused(monkeypatch, precision):
+    emulates_bf16(monkeypatch, emulates=True)
+    message = f"--precision {precision} needs a GPU of compute capability 8.0 or more, which Tesla T4 has not"
+    with pytest.raises(ValueError, match=message):
+        resolve_machine(TrainConfig(precision=precision, optimizer="torch"))
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
