@@ -15,6 +15,7 @@ from fake_cuda import FakeCuda
 from safetensors.torch import load_file
 
 from fastmask.checkpoint import checkpoints
+from fastmask.cli import run_command
 from fastmask.config import TrainConfig
 from fastmask.train import main, resolve_machine
 
@@ -249,13 +250,22 @@ def test_synthetic_latents_and_no_classes(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_mistakes_get_one_line_and_code_2(tmp_path, flags, message):
-    command = [sys.executable, "-m", "fastmask.train", "--run-dir", str(tmp_path / "run"), *flags]
+def test_mistakes_get_one_line_and_code_2(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sys, "argv", ["fastmask.train", "--run-dir", str(tmp_path / "run"), *flags])
+    with pytest.raises(SystemExit) as stop:
+        run_command("fastmask.train", main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert len(said.splitlines()) == 1
+    assert said.startswith("fastmask.train: error: ")
+    assert message in said
+
+
+def test_a_mistake_on_the_command_line():
+    command = [sys.executable, "-m", "fastmask.train", "--max-stepz", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("fastmask.train: error: ")
-    assert message in done.stderr
+    assert done.stderr.splitlines() == ["fastmask.train: error: Unrecognized options: --max-stepz, 3: did you mean --max-steps?"]
 
 
 def test_changed_configuration_is_refused(tmp_path):
