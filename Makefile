@@ -3,7 +3,7 @@
 # make kernels   compile every Triton kernel for three generations of GPUs, with none of them here, and count bytes
 # make bench     measure here; make report writes the README's table, docs/measured.md and the plots from committed rows
 # make sanitize  build the native kernels with checks of addresses and undefined behaviour, and run their tests
-# make abi TORCH=2.10.0  load the native kernels, as built for CI's torch, in another one, and run their tests there
+# make abi TORCH=2.11.0  load the native kernels, as built for CI's torch, in another one, and run their tests there
 # make cuda      compile the CUDA C++ kernels with nvcc, with no GPU: registers and shared memory, and no spills
 # make emulated  test the same kernels on the CPU, where the threads of a block take turns
 # make test-dali the tests of data by DALI's CPU operators, with every optional package, in an environment of their own

@@ -34,7 +34,7 @@ class CMakeBuild(build_ext):
         """Build the library into the package."""
         root, missing = torch_root(), None
         if root is None:
-            missing = "torch >= 2.10 is not installed (install it first)"
+            missing = "torch >= 2.11 is not installed (install it first)"
         elif shutil.which("cmake") is None:
             missing = "cmake is not installed"
         elif not any(map(shutil.which, ("c++", "g++", "clang++"))):

@@ -1,7 +1,7 @@
 """The libraries that compute attention on a GPU: which are here, what each takes, and how each is called.
 
 A library is looked for when it is first asked for; what is found stays as it is while the process lives, so
-torch.compile may trace through the calls. The arguments fit torch 2.10 to 2.13, flash-attn 2.8, the flash-attn 3 of its
+torch.compile may trace through the calls. The arguments fit torch 2.11 to 2.13, flash-attn 2.8, the flash-attn 3 of its
 sources, flash-attn-4 from 4.0.0b0 to b36, and xformers 0.0.35.
 """
 
