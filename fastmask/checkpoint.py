@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastmask.diffusion import EDMPrecond
 from fastmask.distributed import whole
 from fastmask.ema import PowerEMA
-from fastmask.files import whole_file
+from fastmask.files import apply_umask, whole_file
 from fastmask.weights import bare_name, check_same_shapes, read_weights, save_weights
 
 _PARTS = ("model", "ema", "optimizer")
@@ -160,8 +160,10 @@ class Checkpointer:
                     safetensors.torch.save_file(dict(tensors), file)
             (partial / "state.json").write_text(state)
             (partial / _SUMS).write_text("".join(_sums(partial).values()))
-            for path in (*partial.iterdir(), partial):
+            for path in partial.iterdir():
+                apply_umask(path)
                 _flush(path)
+            _flush(partial)
             if final.exists():
                 _remove(final)
             partial.rename(final)
@@ -292,10 +294,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Return what the ``state.json`` of a checkpoint holds; a ValueError if it cannot be read."""
     try:
         state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / 'state.json'} cannot be read: {error}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{folder / 'state.json'} holds no mapping")
+    if state.get("format", _FORMAT) != _FORMAT:
+        raise ValueError(
+            f"{folder / 'state.json'} is of format {state['format']}, and this version reads {_FORMAT}: another "
+            f"version of fastmask wrote it"
+        )
     return state
 
 
@@ -439,7 +446,10 @@ def _flush(path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that half of one never bears it."""
+    """Delete a checkpoint; it loses its name first, so that half of one never bears it. A link alone is unlinked."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     dying = folder.with_name(f".partial-{folder.name}")
     folder.rename(dying)
     shutil.rmtree(dying)

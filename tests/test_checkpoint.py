@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from util import small_net
 
-from fastmask.checkpoint import Checkpointer, checkpoints, load_checkpoint, load_initial, snapshots
+from fastmask.checkpoint import Checkpointer, checkpoints, load_checkpoint, load_initial, read_state, snapshots
 from fastmask.config import TrainConfig
 from fastmask.diffusion import EDMLoss
 from fastmask.ema import EMA, PowerEMA
+from fastmask.files import _UMASK
 from fastmask.optim import make_optimizer
 from fastmask.weights import load_maskdit
 
@@ -311,6 +312,30 @@ def test_files_are_plain(tmp_path, trained):
     assert json.loads((folder / "state.json").read_text()) == {"step": 3, "format": 2, "config": {"lr": 0.1}}
     assert load_file(folder / "ema.safetensors").keys() == trained.net.state_dict().keys()
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path, trained):
+    folder = trained.save(tmp_path)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~_UMASK}
+
+
+def test_a_checkpoint_that_was_moved_and_linked_back(tmp_path, trained):
+    """Its link goes when its time has come, and what it points to stays."""
+    elsewhere = tmp_path / "elsewhere"
+    folder = trained.save(tmp_path, 1)
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    trained.save(tmp_path, 2, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002"]
+    assert sorted(path.name for path in elsewhere.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("content", ['{"step": 1, "format": 99}', "[" * 10**5], ids=["later", "deep"])
+def test_a_state_that_cannot_be_used(tmp_path, trained, content):
+    folder = trained.save(tmp_path)
+    (folder / "state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"state\.json (is of format 99, and this version reads 2|cannot be read)"):
+        read_state(folder)
 
 
 def test_starting_from_a_run(tmp_path, trained):
