@@ -78,6 +78,11 @@ class Report:
         """Move the bar to a number of steps done."""
         self._progress.update(self._task, completed=step)
 
+    def show(self, step: int, text: str) -> None:
+        """Show a line of a step that is not stored."""
+        if self._speaks:
+            say(f"step {step:>7}/{self._max_steps}  {text}")
+
     def write(self, step: int, figures: dict[str, float], *, images: int, since: float) -> None:
         """Store and show the figures of the steps up to ``step``, and how fast they were.
 
@@ -114,16 +119,24 @@ class Report:
 
 
 def read_stats(run_dir: Path, last_step: int) -> list[dict[str, float]]:
-    """Return the figures that a run reported up to a step, oldest first; a damaged file is a ValueError."""
+    """Return the figures that a run reported up to a step, oldest first; a damaged line is said and left out."""
     path = run_dir / "stats.jsonl"
     if not path.exists():
         return []
     # A line that was being written when the run was killed does not end in a line break.
     lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    try:
-        return [line for line in map(json.loads, lines) if line["step"] <= last_step]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and the run starts a new one") from error
+    found: list[dict[str, float]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            figures = json.loads(line)
+            is_good = isinstance(figures["step"], int) and all(type(v) in (int, float) for v in figures.values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            is_good = False
+        if not is_good:
+            say(f"{path}:{number} is damaged: left out")
+        elif figures["step"] <= last_step:
+            found.append(figures)
+    return found
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
@@ -131,8 +144,8 @@ def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.d
 
     Args:
         path: the file.
-        images: shape (N, C, H, W) in [-1, 1]; one channel is grey, three are colours, of four (latents) the first
-            three are shown at a third of their contrast.
+        images: shape (N, C, H, W) in [-1, 1]; one channel is grey, three are colours, of any other number (latents)
+            the first three are shown at a third of their contrast.
         columns: images per row.
 
     Returns:
@@ -143,9 +156,9 @@ def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.d
     from PIL import Image  # noqa: PLC0415  (optional)
 
     count, channels, height, width = images.shape
-    if channels not in (1, 3, 4):
-        raise ValueError(f"images of {channels} channels cannot be drawn: store samples as an .npz")
-    shown = images[:, :3] / 3 if channels == 4 else images.expand(-1, 3, -1, -1)
+    if channels == 2:
+        images = torch.cat([images, torch.zeros_like(images[:, :1])], 1)
+    shown = images.expand(-1, 3, -1, -1) if channels in (1, 3) else images[:, :3] / 3
     pixels = ((shown.float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
     rows = -(-count // columns)
     canvas = torch.zeros(rows * columns, 3, height, width, dtype=torch.uint8)

@@ -95,12 +95,15 @@ def test_reading_figures(tmp_path):
     assert [line["step"] for line in read_stats(tmp_path, 20)] == [10, 20]
 
 
-@pytest.mark.parametrize("content", [b"{\n", b"\0\0\0\n", b"\xff\n", b"3\n", b"{}\n", b'{"step": null}\n'])
-def test_damaged_figures_are_one_line(tmp_path, content):
-    (tmp_path / "stats.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"stats\.jsonl is damaged .*: delete it") as error:
-        read_stats(tmp_path, 100)
-    assert "\n" not in str(error.value)
+DAMAGE = [b"{", b"\0\0\0", b"\xff", b"3", b"{}", b'{"step": null}', b'{"step": 5, "loss": "x"}', b"[" * 10**5]
+
+
+@pytest.mark.parametrize("content", DAMAGE, ids=lambda content: repr(content[:20]))
+def test_damaged_figures_are_said_and_left_out(tmp_path, capsys, content):
+    good = json.dumps({"step": 1, "loss": 2.0, "train_s": 1.0}).encode()
+    (tmp_path / "stats.jsonl").write_bytes(good + b"\n" + content + b"\n" + good + b"\n")
+    assert [line["loss"] for line in read_stats(tmp_path, 100)] == [2.0, 2.0]
+    assert capsys.readouterr().out == f"{tmp_path / 'stats.jsonl'}:2 is damaged: left out\n"
 
 
 def drawn(tmp_path, images, columns):
@@ -145,9 +148,12 @@ def test_small_images_are_enlarged(tmp_path, side, zoom):
     assert np.array_equal(array[: side * zoom : zoom, zoom - 1 : side * zoom : zoom], first)
 
 
-def test_channels_that_cannot_be_drawn(tmp_path):
-    with pytest.raises(ValueError, match=r"images of 2 channels cannot be drawn: store samples as an \.npz"):
-        save_grid(tmp_path / "grid.png", torch.zeros(1, 2, 8, 8), 1)
+@pytest.mark.parametrize("channels", [2, 16, 32])
+def test_latents_of_any_number_of_channels_are_drawn(tmp_path, channels):
+    images = torch.randn(2, channels, 32, 32)
+    array = drawn(tmp_path, images, 2)
+    shown = torch.cat([images, torch.zeros(2, 1, 32, 32)], 1)[1, :3] / 3
+    assert np.array_equal(array[:, 32:], ((shown + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
 def test_without_pillow(tmp_path, monkeypatch):
