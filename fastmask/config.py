@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 from typing import Any, Literal
 
 from fastmask.ema import gamma_of
@@ -18,31 +17,6 @@ from fastmask.masking import (
 )
 from fastmask.model import MaskDiT, check_sizes
 
-# Fields that may differ when a run is resumed: they do not change what is learned.
-FREE_FIELDS = frozenset(
-    {
-        "run_dir",
-        "device",
-        "optimizer",
-        "activation_checkpointing",
-        "parallel",
-        "compile",
-        "cuda_graphs",
-        "micro_batch_size",
-        "on_divergence",
-        "divergence_factor",
-        "num_workers",
-        "decoder",
-        "report_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "snapshot_every",
-        "sample_every",
-        "sample_steps",
-        "cfg_scale",
-    }
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -51,7 +25,8 @@ class TrainConfig:
     preset: str = "digits"
     """Row of the preset table that every other field starts from."""
     run_dir: str = ""
-    """Folder of the run; the same command goes on where it stopped. Empty: runs/PRESET."""
+    """Folder of the run; the same command resumes from its last checkpoint. Empty: runs/PRESET, with the name of --data
+    where that is not the preset's."""
     seed: int = 0
     """Seed of weights, data order, noise, masks and dropped labels."""
     device: str = "auto"
@@ -156,9 +131,11 @@ class TrainConfig:
     """Weights to start from: a run folder, or a .pt or .safetensors file in the published names."""
 
     on_divergence: Literal["stop", "rollback"] = "stop"
-    """If the loss is not finite or leaps up: stop, or go back to the last checkpoint and on with other samples."""
+    """After a loss spike: stop, or go back to the last checkpoint and continue with other samples."""
     divergence_factor: float = 5.0
-    """What a leap is: a mean loss so many times the median of the ten before; 0: only what is not finite counts."""
+    """A mean loss so many times the median of the ten before is a loss spike; 0 does not compare."""
+    loss_limit: float = 100.0
+    """A mean loss above it is a loss spike, from the first report on; 0 is no limit."""
 
     report_every: int = 100
     """Steps between lines of stats.jsonl."""
@@ -224,6 +201,11 @@ def check_config(config: TrainConfig, input_size: int) -> None:
         config.decoder_depth,
         config.decoder_num_heads,
     )
+    check_ranges(config)
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Raise a ValueError that names the first field that cannot be, whatever the data are."""
     check_ratio("mask_ratio", config.mask_ratio)
     check_ratio("mask_ratio_end", config.mask_ratio_end)
     if config.mask_schedule not in SCHEDULES:
@@ -252,6 +234,7 @@ def check_config(config: TrainConfig, input_size: int) -> None:
         ("grad_clip", 0),
         ("p_std", 0),
         ("divergence_factor", 0),
+        ("loss_limit", 0),
     ]:
         value = getattr(config, name)
         if not lowest <= value < float("inf"):
@@ -294,29 +277,6 @@ def _check_per_sample(config: TrainConfig) -> None:
         )
 
 
-def check_resumable(stored: dict[str, Any], config: TrainConfig, run_dir: str) -> None:
-    """Raise a ValueError if a run cannot go on under another configuration, saying what changed.
-
-    Args:
-        stored: the configuration that the run was started with, as JSON read it.
-        config: the one asked for now.
-        run_dir: the run's folder, for the message.
-    """
-    free = set(FREE_FIELDS)
-    if config.mask_schedule == "constant" and config.unmask_steps == 0:
-        free.add("max_steps")  # then no other step depends on where the run ends
-    now, first = (json.loads(json.dumps(dataclasses.asdict(some))) for some in (config, TrainConfig()))
-    stored = {**first, **stored}  # a field that came later had its default
-    changed = [
-        f"{name} {stored[name]} -> {value}" for name, value in now.items() if name not in free and stored[name] != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{run_dir} holds a run with another configuration ({', '.join(changed)}): "
-            f"give the old values to go on with it, or another --run-dir"
-        )
-
-
 def build_model(config: TrainConfig, channels: int, size: int) -> MaskDiT:
     """Return the freshly initialised network of a configuration, for images of (channels, size, size)."""
     return MaskDiT(
@@ -332,6 +292,20 @@ def build_model(config: TrainConfig, channels: int, size: int) -> MaskDiT:
         decoder_num_heads=config.decoder_num_heads,
         qk_norm=config.qk_norm,
     )
+
+
+def fit_stages(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
+    """Return a configuration whose warm-up and unmasked steps fit fewer steps than the preset has, in its proportions.
+
+    Where they fit, or are not the preset's, nothing changes.
+    """
+    stages = ("unmask_steps", "warmup_steps")
+    fits = config.unmask_steps + config.warmup_steps <= config.max_steps
+    if fits or config.max_steps < 1 or any(getattr(config, name) != getattr(preset, name) for name in stages):
+        return config
+    share = config.max_steps / preset.max_steps
+    unmask, warmup = int(preset.unmask_steps * share), int(preset.warmup_steps * share)
+    return dataclasses.replace(config, unmask_steps=unmask, warmup_steps=warmup)
 
 
 def preset_config(name: str, presets: dict[str, dict[str, Any]]) -> TrainConfig:

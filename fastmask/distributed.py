@@ -160,6 +160,12 @@ def from_first(ranks: Ranks, call: Callable[[], T]) -> T:
     return cast(T, answer[0])
 
 
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Return whether an error of a collective operation means that another process is gone, or answers no more."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "remote process exited", "Watchdog")
+    return any(sign in str(error) for sign in signs)
+
+
 def meeting(ranks: Ranks) -> Callable[[], None]:
     """Return what waits until every rank has called it, for days if need be; a ValueError if one of them is gone.
 

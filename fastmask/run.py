@@ -1,4 +1,4 @@
-"""A training run between its checkpoints: what it consists of, how it goes on, and what it says of itself."""
+"""A training run between its checkpoints: what it consists of, how it is resumed, and what it reports."""
 
 import contextlib
 import dataclasses
@@ -7,14 +7,15 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmask.checkpoint import Checkpointer, load_checkpoint, load_initial, newest_good, read_state, step_of
-from fastmask.config import TrainConfig, build_model, check_resumable
+from fastmask.config import TrainConfig, build_model
 from fastmask.console import say
 from fastmask.cost import Gpu, gpu_named
 from fastmask.counts import forward_macs
@@ -27,11 +28,13 @@ from fastmask.files import whole_file
 from fastmask.optim import learning_rate, make_optimizer
 from fastmask.profiling import profile_steps
 from fastmask.report import Report, versions
+from fastmask.resume import changes_of
 from fastmask.step import DTYPES, TrainingStep, eager
 from fastmask.watch import DivergedError, check_spike
 
 _ROLLBACKS = 3  # from one checkpoint; then other samples do not help
 _RECENT = 10  # mean losses that the next is compared with
+_FIRST_LOSSES = (1, 10)  # steps after a start at which a loss is shown already
 
 
 class Run:
@@ -45,16 +48,16 @@ class Run:
 
     Attributes:
         step: optimizer steps done.
-        skipped: samples that were left out after the loss had diverged.
+        samples: number of the next sample: those trained on, and those left out after a loss spike.
         recent: mean losses of the last reports.
+        changes: what was changed when the run was resumed, and at which steps.
     """
 
     def __init__(self, config: TrainConfig, dataset: DataSet, ranks: Ranks, anew: bool = False) -> None:
         self.config, self.dataset, self.ranks = config, dataset, ranks
         self.run_dir, device = Path(config.run_dir), torch.device(config.device)
         newest = None if anew else newest_good(self.run_dir, say)
-        if not anew:
-            open_run(config, newest, ranks)
+        self.changes = [] if anew else open_run(config, newest, ranks)
         channels, size, _ = dataset.shape
         self.net = EDMPrecond(build_model(config, channels, size), config.sigma_data).to(device)
         shard(self.net.model, config.parallel, DTYPES.get(config.precision), device, ranks)
@@ -64,54 +67,78 @@ class Run:
         self.optimizer = make_optimizer(self.net, config, averages)
         self.training = TrainingStep(self.net, dataset, config, self.optimizer, averages, ranks)
         self.stages = config.stages(self.net.model.length)
-        self.step, self.skipped = 0, 0
+        self.step, self.samples = 0, 0
         self.recent: list[float] = []
         self._rollbacks, self._rolled_back_to = 0, -1
+        self._stored = 0  # step of the last checkpoint
         if newest:
             self._load(newest)
-            say(f"going on from {newest}")
+            say(f"resuming from {newest}")
         elif config.init:
             load_initial(config.init, self.net, self.ema.weights)
 
     def go_on(self, checkpointer: Checkpointer, stopped: Callable[[], int]) -> None:
-        """Train to the last step, or until told to stop."""
-        config, data, keep = self.config, self._batches(self.config.max_steps), 0
-        with Report(self.run_dir, self.step, config.max_steps, self.ranks.rank == 0) as report:
-            watch = Watch(self, report)
-            while self.step < config.max_steps:
-                keep = self._enter_stage(keep)
-                self._do_step(data, keep)
-                report.advance(self.step)
+        """Train to the last step, or until told to stop; an error leaves a checkpoint of the last whole step."""
+        config = self.config
+        with (
+            Report(self.run_dir, self.step, config.max_steps, self.ranks.rank == 0) as report,
+            contextlib.closing(self._batches(config.max_steps)) as data,  # also ends the workers
+        ):
+            try:
+                self._train(data, report, checkpointer, stopped)
+            except DivergedError:
+                raise
+            except Exception as error:
+                self._save_what_is_done(checkpointer)
+                if "DataLoader worker" not in str(error):  # which torch raises in the main thread, wherever that is
+                    raise
+                raise ValueError(f"a process that reads the data is gone ({error}): is the memory enough?") from error
 
-                signaled = all_max(stopped(), self.ranks)
-                last = self.step == config.max_steps or signaled > 0
-                if last or self.step % config.report_every == 0:
-                    watch.write(keep)
-                self.training.finish()
-                with watch.paused():
-                    self._store(checkpointer, last)
-                    self._draw_samples(report)
-                if signaled:
-                    checkpointer.wait()
-                    say(f"stopped after step {self.step}: the same command goes on from there")
-                    raise SystemExit(128 + signaled if signaled == signal.SIGINT else 0)
+    def _train(
+        self, data: Iterator[Batch], report: Report, checkpointer: Checkpointer, stopped: Callable[[], int]
+    ) -> None:
+        config, keep, watch, first = self.config, 0, Watch(self, report), self.step
+        while self.step < config.max_steps:
+            keep = self._enter_stage(keep)
+            self._do_step(data, keep)
+            report.advance(self.step)
+
+            signaled = all_max(stopped(), self.ranks)
+            last = self.step == config.max_steps or signaled > 0
+            if last or self.step % config.report_every == 0:
+                watch.write(keep)
+            elif self.step - first in _FIRST_LOSSES:
+                watch.show_loss()
+            self.training.finish()
+            with watch.paused():
+                self._store(checkpointer, last)
+                self._draw_samples(report)
+            if signaled:
+                checkpointer.wait()
+                say(f"stopped after step {self.step}: the same command resumes from there")
+                raise SystemExit(128 + signaled if signaled == signal.SIGINT else 0)
 
     def roll_back(self, error: DivergedError) -> None:
         """Go back to the last checkpoint, and on with samples that the run has not seen; or stop, as configured."""
         newest = newest_good(self.run_dir, say)
         again = newest is not None and step_of(newest) <= self._rolled_back_to
         if self.config.on_divergence == "stop" or newest is None or (again and self._rollbacks == _ROLLBACKS):
-            raise ValueError(
-                f"{error}; last good checkpoint: {newest or 'none'}; a lower --lr, --grad-clip, --precision fp32 or "
-                "--on-divergence rollback may help"
-            ) from error
-        bad_step, skipped = self.step, self.skipped
+            raise ValueError(f"{error}; {self._advice(newest)}") from error
+        bad_step, samples = self.step, self.samples
         if not again:
             self._rollbacks, self._rolled_back_to = 0, step_of(newest)
         self._rollbacks += 1
         self._load(newest)
-        self.skipped = skipped + (bad_step - self.step) * self.config.batch_size
+        self.samples = samples
         say(f"{error}: going back from step {bad_step} to {newest}, and past the samples of these steps")
+
+    def _advice(self, newest: Path | None) -> str:
+        """Return what to do after a loss spike that ends the run."""
+        ways = "a lower --lr, --grad-clip 1 or --precision fp32"
+        if newest is None:
+            return f"there is no checkpoint yet: start again with {ways}, or a shorter --checkpoint-every"
+        rollback = "" if self.config.on_divergence == "rollback" else ", or --on-divergence rollback"
+        return f"the same command with {ways}{rollback} resumes from {newest} and records the change"
 
     def profile(self, count: int) -> None:
         """Do some steps under the profiler, and say where their time went."""
@@ -135,18 +162,18 @@ class Run:
         )
 
     def _do_step(self, data: Iterator[Batch], keep: int) -> None:
-        first_sample = self.step * self.config.batch_size + self.skipped
-        self.training(data, first_sample, keep, learning_rate(self.config, self.step), self.step)
+        self.training(data, self.samples, keep, learning_rate(self.config, self.step), self.step)
         self.step += 1
+        self.samples += self.config.batch_size
 
-    def _batches(self, steps: int) -> Iterator[Batch]:
+    def _batches(self, steps: int) -> Generator[Batch, None, None]:
         config = self.config
         return batches(
             self.dataset,
             batch_size=config.micro_batch,
             seed=config.seed,
-            start=self.step * config.batch_size + self.skipped,
-            stop=steps * config.batch_size + self.skipped,
+            start=self.samples,
+            stop=self.samples + (steps - self.step) * config.batch_size,
             num_workers=config.num_workers,
             device=torch.device(config.device),
             step_size=config.batch_size,
@@ -166,23 +193,45 @@ class Run:
         snapshot = bool(self.profiles) and (last or step % (config.snapshot_every or config.checkpoint_every) == 0)
         if last or step % config.checkpoint_every == 0:
             self.training.tally.check_finite(self.ranks)
-            state = {
-                "config": dataclasses.asdict(config),
-                "scaler": self.training.scaler.state_dict(),
-                "skipped": self.skipped,
-                "recent": self.recent,
-            }
-            weights = self.ema.weights
-            checkpointer.save(step, self.net, weights, self.optimizer, state, self.profiles, snapshot=snapshot)
+            self._save(checkpointer, snapshot)
         elif snapshot:
             checkpointer.save_snapshots(step, self.net, self.profiles)
 
+    def _save(self, checkpointer: Checkpointer, snapshot: bool = False) -> None:
+        state = {
+            "config": dataclasses.asdict(self.config),
+            "scaler": self.training.scaler.state_dict(),
+            "samples": self.samples,
+            "recent": self.recent,
+            "changes": self.changes,
+        }
+        weights = self.ema.weights
+        checkpointer.save(self.step, self.net, weights, self.optimizer, state, self.profiles, snapshot=snapshot)
+        self._stored = self.step
+
+    def _save_what_is_done(self, checkpointer: Checkpointer) -> None:
+        """Write a checkpoint after an error, where the weights are those of a whole step and this process has them."""
+        sharded = self.ranks.count > 1 and self.config.parallel != "ddp"
+        if self.step == self._stored or self.training.updating or sharded or self.ranks.rank:
+            return
+        try:
+            self.training.tally.check_finite(Ranks())  # the others may be gone
+            self._save(checkpointer)
+            checkpointer.wait()
+        except (ValueError, OSError, RuntimeError) as error:
+            say(f"no checkpoint of step {self.step} could be written: {error}")
+        else:
+            say(f"after an error a checkpoint of step {self.step} was written: the same command resumes from there")
+
     def _load(self, folder: Path) -> None:
         state = load_checkpoint(folder, self.net, self.ema.weights, self.optimizer, self.profiles)
-        # Runs of earlier versions skipped nothing, and compared nothing.
-        self.step, self.skipped = int(state["step"]), int(state.get("skipped", 0))
+        self.step = self._stored = int(state["step"])
+        # Runs of earlier versions counted what they skipped, and compared nothing.
+        seen = self.step * int(state["config"]["batch_size"]) + int(state.get("skipped", 0))
+        self.samples = int(state.get("samples", seen))
         self.recent = list(state.get("recent", []))
-        self.training.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # a run in another precision had none
+            self.training.scaler.load_state_dict(state["scaler"])
         self.training.begin_anew()
 
     def _draw_samples(self, report: Report) -> None:
@@ -191,9 +240,12 @@ class Run:
             return
         if self.ranks.rank and config.parallel == "ddp":
             return  # with FSDP every rank holds a part of the network
-        with self.ema.applied(self.net), eager():
-            samples, columns = sample_grid(self.net, config)
-        report.picture(self.step, self.run_dir / "samples" / f"step-{self.step:08d}.png", samples, columns)
+        try:
+            with self.ema.applied(self.net), eager():
+                samples, columns = sample_grid(self.net, config)
+            report.picture(self.step, self.run_dir / "samples" / f"step-{self.step:08d}.png", samples, columns)
+        except (ValueError, OSError, RuntimeError) as error:  # a grid is not worth a run
+            say(f"no samples of step {self.step} were drawn: {error}")
 
 
 class Watch:
@@ -213,7 +265,7 @@ class Watch:
             "mask_ratio": 1 - keep / run.net.model.length,
             "memory_gb": memory_used(torch.device(config.device)) / 1e9,
         }
-        check_spike(figures["loss"], run.recent, config.divergence_factor)
+        check_spike(figures["loss"], run.recent, config.divergence_factor, config.loss_limit)
         run.recent = [*run.recent, figures["loss"]][-_RECENT:]
         images, seconds = (run.step - self._step) * config.batch_size, time.perf_counter() - self._since
         figures["data_wait"] = (run.training.data_wait_s - self._waited) / seconds
@@ -223,6 +275,12 @@ class Watch:
             figures["mfu"] = flops / (gpu.peak(config.precision) * run.ranks.count)
         self._report.write(run.step, figures, images=images, since=self._since)
         self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s
+
+    def show_loss(self) -> None:
+        """Show the mean loss since the last report, of a run that is just beginning; a `DivergedError` if too high."""
+        loss = self._run.training.tally.mean_loss(self._run.ranks)
+        check_spike(loss, [], 0.0, self._run.config.loss_limit)
+        self._report.show(self._run.step, f"loss {loss:.4f}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -258,13 +316,38 @@ def sample_grid(net: EDMPrecond, config: TrainConfig) -> tuple[Tensor, int]:
     return samples, columns
 
 
-def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks) -> None:
-    """Make the run folder and write what the run is to `run.json`; a run that is there must be the same one."""
+def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks) -> list[dict[str, Any]]:
+    """Make the run folder, write what the run is to `run.json`, and return what has been changed since it began.
+
+    Args:
+        config: the resolved configuration.
+        newest: the checkpoint to resume from, if there is one.
+        ranks: the processes; the first one writes.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
     run_dir = Path(config.run_dir)
-    if newest:
-        check_resumable(read_state(newest)["config"], config, config.run_dir)
-    if ranks.rank:
-        return
-    with whole_file(run_dir / "run.json") as partial:
-        said = {"config": dataclasses.asdict(config), "versions": versions(), "command": sys.argv}
-        partial.write_text(json.dumps(said, indent=2) + "\n")
+    state = read_state(newest) if newest else _begun(run_dir)
+    changed = changes_of(state["config"], config, config.run_dir) if state else {}
+    changes: list[dict[str, Any]] = list(state.get("changes", [])) if newest else []
+    step = step_of(newest) if newest else 0
+    if newest and step < config.max_steps:
+        for name, (before, value) in changed.items():
+            say(f"changed from step {step + 1} on: {name} {before} -> {value}")
+            changes.append({"step": step, "field": name, "from": before, "to": value})
+    if not ranks.rank and step < config.max_steps:
+        said = {"config": dataclasses.asdict(config), "changes": changes, "versions": versions(), "command": sys.argv}
+        with whole_file(run_dir / "run.json") as partial:
+            partial.write_text(json.dumps(said, indent=2) + "\n")
+    return changes
+
+
+def _begun(run_dir: Path) -> dict[str, Any]:
+    """Return what `run.json` holds of a run that has no checkpoint yet; nothing if there is none, or it is damaged."""
+    try:
+        found = json.loads((run_dir / "run.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    is_run = isinstance(found, dict) and isinstance(found.get("config"), dict)
+    return found if is_run else {}

@@ -41,6 +41,7 @@ class TrainingStep:
         scaler: of the gradients with fp16.
         tally: sums of the losses on this rank.
         data_wait_s: seconds that the host has waited for data.
+        updating: the weights are being moved; still set where an error interrupted that.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.tally = Tally(device)
         self.data_wait_s = 0.0
+        self.updating = False
         self._offset = torch.zeros((), dtype=torch.int64, device=device)
         self._per_sample = config.per_sample
         self._buffers: Batch | None = None
@@ -95,7 +97,9 @@ class TrainingStep:
         """Clip the gradients, and move the weights and their averages."""
         # Another optimizer's step, and a scaled one, is not made to be captured.
         capturable = isinstance(self._optimizer, AdamWEMA) and not self.scaler.is_enabled()
+        self.updating = True
         self._run(("update", keep < self._net.model.length) if capturable else None, self._update)
+        self.updating = False
 
     def finish(self) -> None:
         """Drop the gradients, which the next step starts without."""

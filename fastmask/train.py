@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
+import re
+import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -13,12 +16,14 @@ import torch
 
 from fastmask.checkpoint import Checkpointer, checkpoints
 from fastmask.cli import parse, pick_device, run_command
-from fastmask.config import TrainConfig, build_model, check_config, preset_config
+from fastmask.config import TrainConfig, build_model, check_config, check_ranges, fit_stages, preset_config
 from fastmask.console import say
+from fastmask.cost import RESERVE, memory_of
 from fastmask.counts import trainable_parameters
 from fastmask.data import DataSet, open_data
 from fastmask.data.imageset import ImageSet
-from fastmask.distributed import Ranks, own_device, process_group
+from fastmask.distributed import Ranks, from_first, is_lost_rank, own_device, process_group
+from fastmask.files import locked
 from fastmask.optim import resolve_optimizer
 from fastmask.presets import PRESETS
 from fastmask.report import console, print_plan
@@ -51,13 +56,21 @@ def main(argv: Sequence[str]) -> None:
     )
     if command.profile < 0:
         raise ValueError(f"profile must be at least 0, not {command.profile}")
-    config = resolve_machine(command.config, ranks)
+    config = fit_stages(command.config, preset)
+    if config != command.config:
+        say(
+            f"max_steps {config.max_steps} of the preset's {preset.max_steps}: unmask_steps {config.unmask_steps}, "
+            f"warmup_steps {config.warmup_steps}"
+        )
+    check_ranges(config)
+    config = resolve_machine(config, ranks)
     if command.dry_run:
         dry_run(config, preset)
         return
-    config, dataset = resolve_data(config, preset)
-    with process_group(ranks, torch.device(config.device)):
-        train(config, dataset, ranks, profile=command.profile)
+    with stop_signals() as signals:
+        config, dataset = resolve_data(config, preset)
+        with process_group(ranks, torch.device(config.device)):
+            train(config, dataset, ranks, profile=command.profile, signals=signals)
 
 
 def resolve_machine(config: TrainConfig, ranks: Ranks = Ranks()) -> TrainConfig:  # noqa: B008  (immutable)
@@ -79,11 +92,19 @@ def resolve_machine(config: TrainConfig, ranks: Ranks = Ranks()) -> TrainConfig:
         device=str(device),
         precision=precision,
         optimizer=optimizer,
-        run_dir=config.run_dir or f"runs/{config.preset}",
+        run_dir=config.run_dir or f"runs/{_run_name(config)}",
         micro_batch_size=micro,
         compile=_resolve_compile(config, device, ranks),
         cuda_graphs=_resolve_graphs(config, device, ranks),
     )
+
+
+def _run_name(config: TrainConfig) -> str:
+    """Return a name for a run folder: the preset's, and that of the data where they are not the preset's."""
+    if config.data == preset_config(config.preset, PRESETS).data:
+        return config.preset
+    data = re.sub(r"[^A-Za-z0-9._-]+", "-", config.data.rstrip("/").rpartition("/")[2]).strip("-.")
+    return f"{config.preset}-{data}" if data else config.preset
 
 
 def _resolve_precision(config: TrainConfig, device: torch.device) -> Literal["fp32", "tf32", "bf16", "fp16"]:
@@ -163,7 +184,14 @@ def dry_run(config: TrainConfig, preset: TrainConfig) -> None:
         say(f"{config.data} does not exist yet; its shape was taken from the preset")
 
 
-def train(config: TrainConfig, dataset: DataSet, ranks: Ranks = Ranks(), *, profile: int = 0) -> None:  # noqa: B008
+def train(
+    config: TrainConfig,
+    dataset: DataSet,
+    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+    *,
+    profile: int = 0,
+    signals: "StopSignals | None" = None,
+) -> None:
     """Train to the last step, from the newest checkpoint of the run folder if it has one.
 
     Args:
@@ -171,9 +199,10 @@ def train(config: TrainConfig, dataset: DataSet, ranks: Ranks = Ranks(), *, prof
         dataset: what to train on.
         ranks: the processes that train together.
         profile: do so many steps under the profiler instead.
+        signals: those that end the run after a step, with a checkpoint; None listens to none.
 
     Raises:
-        ValueError: the run folder holds another run, the machine is too small, or the loss diverged.
+        ValueError: the run folder holds another run or is in use, the machine is too small, or the loss diverged.
         OSError: the run folder cannot be written.
         SystemExit: the process was told to stop; a checkpoint has been written.
     """
@@ -181,22 +210,68 @@ def train(config: TrainConfig, dataset: DataSet, ranks: Ranks = Ranks(), *, prof
     torch.manual_seed(config.seed)
     channels, size, _ = dataset.shape
     check_memory(config, channels, size, ranks)
-    run = Run(config, dataset, ranks, profile > 0)
+    check_tools(config)
+    run_dir, signals = Path(config.run_dir), signals or StopSignals()
     if profile:
-        run.profile(profile)
+        Run(config, dataset, ranks, anew=True).profile(profile)
         return
-    if run.step >= config.max_steps:
-        say(f"{config.run_dir}: all {run.step} steps are done")
-        return
-    with Checkpointer(Path(config.run_dir), config.keep_checkpoints) as checkpointer, stop_signals() as stopped:
+    with contextlib.ExitStack() as held:
+        from_first(ranks, lambda: held.enter_context(locked(run_dir / ".lock")))
+        run = Run(config, dataset, ranks)
+        if run.step >= config.max_steps:
+            say(f"{run_dir}: all {run.step} steps are done")
+            return
+        introduce(run, dataset)
+        signals.at_once = False
+        checkpointer = held.enter_context(Checkpointer(run_dir, config.keep_checkpoints))
         while run.step < config.max_steps:
             try:
-                run.go_on(checkpointer, stopped)
+                run.go_on(checkpointer, lambda: signals.received)
             except DivergedError as error:  # noqa: PERF203  (a step is what costs)
                 checkpointer.wait()
                 run.roll_back(error)
+            except RuntimeError as error:
+                if ranks.count == 1 or not is_lost_rank(error):
+                    raise
+                raise ValueError(
+                    f"process {ranks.rank} of {ranks.count} lost another one: see what that one printed last; the same "
+                    f"command resumes from the last checkpoint"
+                ) from error
     if not ranks.rank:  # which has written the last checkpoint when it comes here; the others may come before
-        say(f"trained {config.max_steps} steps: {checkpoints(Path(config.run_dir))[-1]}")
+        say(f"trained {config.max_steps} steps: {checkpoints(run_dir)[-1]}")
+
+
+def introduce(run: Run, dataset: DataSet) -> None:
+    """Say what is about to be trained, on what, and where it can be watched."""
+    config = run.config
+    names = list(map(str, dataset.class_names[:4]))
+    shown = f" ({', '.join(names)}{', ...' if dataset.num_classes > len(names) else ''})" if names else ""
+    classes = f"{dataset.num_classes} classes{shown}" if dataset.num_classes else "no classes"
+    shape = " x ".join(map(str, dataset.shape))
+    say(f"data {config.data}: {len(dataset):,} images of {shape}, {classes}")
+    count = trainable_parameters(run.net.model)
+    parameters = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
+    say(
+        f"network of {parameters} parameters, precision {config.precision}, on "
+        f"{run.ranks.count} x {config.device}: {config.run_dir}"
+    )
+    if importlib.util.find_spec("tensorboard"):
+        say(f"figures: tensorboard --logdir {run.run_dir / 'tensorboard'}")
+
+
+def check_tools(config: TrainConfig) -> None:
+    """Raise a ValueError if what the run needs later is missing: Pillow for grids of samples, a compiler."""
+    if config.sample_every and not importlib.util.find_spec("PIL"):
+        raise ValueError("drawing samples needs pillow: pip install pillow, or train with --sample-every 0")
+    if config.compile == "none":
+        return
+    on_gpu = config.device.startswith("cuda")
+    language, variable, names = ("C", "CC", ("cc", "gcc", "clang")) if on_gpu else ("C++", "CXX", ("g++", "clang++"))
+    if not any(map(shutil.which, (os.environ.get(variable) or names[0], *names))):
+        raise ValueError(
+            f"--compile {config.compile} needs a {language} compiler, and there is none of {', '.join(names)}: install "
+            f"one, or give --compile none"
+        )
 
 
 def set_numerics(config: TrainConfig) -> None:
@@ -208,35 +283,68 @@ def set_numerics(config: TrainConfig) -> None:
 
 
 def check_memory(config: TrainConfig, channels: int, size: int, ranks: Ranks) -> None:
-    """Raise a ValueError if not even weights, gradients, moments and averages fit the memory of the devices."""
+    """Raise a ValueError if a step needs more memory than the device has, and say what would fit."""
     with torch.device("meta"):
-        needed = trainable_parameters(build_model(config, channels, size)) * 4 * (5 + len(config.ema_widths))
-    if config.parallel != "ddp":
-        needed //= ranks.count
-    if torch.device(config.device).type == "cuda":
-        there = torch.cuda.mem_get_info(config.device)[1]
+        model = build_model(config, channels, size)
+    ratio = min(config.ratio_at(step) for step in (0, config.max_steps - 1))
+    again, averages = config.activation_checkpointing == "block", 1 + len(config.ema_widths)
+    memory = memory_of(model, ratio, config.precision, averages=averages, checkpoint_blocks=again)
+    fixed = memory.fixed if config.parallel == "ddp" else memory.fixed // ranks.count
+    device = torch.device(config.device)
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1]
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    micro = min(config.micro_batch, config.batch_size // ranks.count)
+    needed = fixed + micro * memory.per_image
+    if needed <= there:
+        return
+    fits = int((there - fixed) * (1 - RESERVE) // memory.per_image)
+    has = f"{config.device} has {there / 2**30:.1f} GiB"
+    if fits < 1:
         raise ValueError(
-            f"weights, gradients, AdamW's moments and averages take {needed / 2**30:.1f} GiB, {config.device} has "
-            f"{there / 2**30:.1f} GiB: choose a smaller network, or --parallel fsdp2 on more devices"
+            f"weights, gradients, AdamW's moments and averages take {fixed / 2**30:.1f} GiB, {has}: choose a smaller "
+            f"network, or --parallel fsdp2 on more devices"
         )
+    micro = max(part for part in range(1, fits + 1) if (config.batch_size // ranks.count) % part == 0)
+    raise ValueError(
+        f"a step takes {needed / 2**30:.1f} GiB with {config.micro_batch} images at a time, {has}: give "
+        f"--micro-batch-size {micro}, which trains the same"
+    )
+
+
+class StopSignals:
+    """Which signal to stop has arrived: SIGINT, SIGTERM, SIGHUP of a closed terminal, or Slurm's SIGUSR1.
+
+    Attributes:
+        received: its number, 0 before.
+        at_once: whether it ends the process at once, as before the first step, or is left to the end of a step.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received, self.at_once = 0, True
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        if self.received:
+            raise KeyboardInterrupt  # a second signal does not wait for the step
+        self.received = number
+        name = signal.Signals(number).name
+        if self.at_once:
+            say(f"stopped by {name} before the first step: the same command starts again")
+            raise SystemExit(128 + number if number == signal.SIGINT else 0)
+        say(f"{name}: stopping after this step, with a checkpoint; a second one does not wait")
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int]]:
-    """Yield a function that tells which signal to stop has arrived, 0 before: SIGINT, SIGTERM or Slurm's SIGUSR1."""
-    received = [0]
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received[0]:
-            raise KeyboardInterrupt  # a second signal does not wait for the step
-        received[0] = number
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+def stop_signals() -> Iterator[StopSignals]:
+    """Listen to the signals that stop a run inside the block."""
+    signals = StopSignals()
+    before = {number: signal.signal(number, signals.note) for number in signals.NUMBERS}
     try:
-        yield lambda: received[0]
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -73,6 +73,11 @@ class Tally:
         levels = f" (its sigma: {least:.3g} to {largest:.3g})" if sample >= 0 else ""
         raise DivergedError(f"the loss {where} is not finite{levels}")
 
+    def mean_loss(self, ranks: Ranks) -> float:
+        """Return the mean loss per image since `take`, over all ranks, without starting anew; waits for the device."""
+        self.check_finite(ranks)
+        return float((all_sum(self._sums[:1], ranks) / all_sum(self._count, ranks)).item())
+
     def take(self, ranks: Ranks) -> dict[str, float]:
         """Return the mean losses per image since the last call, all finite and over all ranks, and start anew."""
         self.check_finite(ranks)
@@ -87,10 +92,19 @@ class Tally:
         return figures
 
 
-def check_spike(loss: float, before: Sequence[float], factor: float) -> None:
-    """Raise a `DivergedError` if a mean loss is above ``factor`` times the median of those before; 0 looks at none."""
-    if factor and len(before) >= 3 and loss > factor * (bound := sorted(before)[len(before) // 2]):
-        raise DivergedError(f"the loss rose to {loss:.4g}, more than {factor:g} times the {bound:.4g} before")
+def check_spike(loss: float, before: Sequence[float], factor: float, limit: float) -> None:
+    """Raise a `DivergedError` at a loss spike.
+
+    Args:
+        loss: mean loss of the last steps.
+        before: those of the reports before, none at the first.
+        factor: how many times their median is a spike; 0 does not compare.
+        limit: what is a spike whatever came before; 0 is no limit.
+    """
+    if limit and loss > limit:
+        raise DivergedError(f"the loss is {loss:.4g}, above --loss-limit {limit:g}")
+    if factor and before and loss > factor * (usual := sorted(before)[len(before) // 2]):
+        raise DivergedError(f"the loss rose to {loss:.4g}, more than {factor:g} times the {usual:.4g} before")
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 """What a configuration refuses, and what it computes."""
 
 import dataclasses
-import json
 
 import pytest
 
-from fastmask.config import TrainConfig, check_config, check_resumable
+from fastmask.config import TrainConfig, check_config, fit_stages
 from fastmask.masking import ratio_stages
 
 GOOD = TrainConfig()
@@ -117,22 +116,20 @@ def test_micro_batch_is_never_larger_than_the_batch():
     assert dataclasses.replace(GOOD, batch_size=8, micro_batch_size=2).micro_batch == 2
 
 
-class TestResuming:
-    stored = json.loads(json.dumps(dataclasses.asdict(GOOD)))
+PRESET = dataclasses.replace(GOOD, max_steps=1000, unmask_steps=300, warmup_steps=100)
 
-    def test_same_configuration_and_free_fields(self):
-        check_resumable(self.stored, GOOD, "runs/x")
-        check_resumable(self.stored, dataclasses.replace(GOOD, report_every=7, num_workers=2, sample_every=5), "runs/x")
 
-    def test_what_changed_is_said(self):
-        changed = dataclasses.replace(GOOD, lr=0.5, width=128)
-        with pytest.raises(ValueError, match=r"runs/x holds .* \(width 96 -> 128, lr 0.0001 -> 0.5\)"):
-            check_resumable(self.stored, changed, "runs/x")
-
-    def test_a_run_may_grow_only_where_no_step_depends_on_its_end(self):
-        check_resumable(self.stored, dataclasses.replace(GOOD, max_steps=2000), "runs/x")
-        for change in ({"mask_schedule": "linear"}, {"unmask_steps": 10}):
-            config = dataclasses.replace(GOOD, **change)
-            stored = json.loads(json.dumps(dataclasses.asdict(config)))
-            with pytest.raises(ValueError, match="max_steps 1000 -> 2000"):
-                check_resumable(stored, dataclasses.replace(config, max_steps=2000), "runs/x")
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"max_steps": 60}, (18, 6)),
+        ({"max_steps": 399}, (119, 39)),
+        ({"max_steps": 400}, (300, 100)),  # which fit
+        ({"max_steps": 60, "unmask_steps": 200}, (200, 100)),  # not the preset's
+        ({"max_steps": 0}, (300, 100)),
+    ],
+    ids=str,
+)
+def test_stages_of_a_short_run_have_the_proportions_of_the_preset(changes, stages):
+    config = fit_stages(dataclasses.replace(PRESET, **changes), PRESET)
+    assert (config.unmask_steps, config.warmup_steps) == stages

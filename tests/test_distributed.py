@@ -113,7 +113,7 @@ def test_a_stop_signal_reaches_all_ranks(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
-    assert "the same command goes on from there" in out
+    assert "the same command resumes from there" in out
     step = int(checkpoints(tmp_path)[-1].name.removeprefix("step-"))
     assert json.loads((checkpoints(tmp_path)[-1] / "state.json").read_text())["step"] == step
 

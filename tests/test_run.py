@@ -1,10 +1,11 @@
 """A run that goes wrong on the way, and what it says of itself."""
 
 import json
+import re
 
 import pytest
 import torch
-from test_train import run, stats, weights
+from test_train import assert_same_run, run, stats, weights
 
 from fastmask.checkpoint import checkpoints
 from fastmask.config import TrainConfig
@@ -15,19 +16,28 @@ from fastmask.train import main
 
 def test_non_finite_loss_stops_the_run(tmp_path):
     flags = ["--lr", "1e30", "--checkpoint-every", "1", "--report-every", "50"]
-    with pytest.raises(
-        ValueError, match=r"batch from sample \d+ on is not finite \(its sigma: .* to .*\); last good checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"batch from sample \d+ on is not finite \(its sigma: .* to .*\); "):
         run(tmp_path, *flags, steps=40, unmask=0)
     for tensor in weights(tmp_path).values():
         assert tensor.isfinite().all()
 
 
-def test_a_leap_of_the_loss_stops_the_run(tmp_path):
-    flags = ["--lr", "3", "--report-every", "1", "--checkpoint-every", "1", "--divergence-factor", "1.5"]
-    with pytest.raises(
-        ValueError, match=r"the loss rose to .*, more than 1.5 times the .* before; last good checkpoint"
-    ):
+def test_a_loss_spike_stops_the_run_and_the_advice_can_be_followed(tmp_path, capsys):
+    flags = ["--report-every", "1", "--checkpoint-every", "1", "--divergence-factor", "1.5", "--loss-limit", "0"]
+    with pytest.raises(ValueError, match=r"the loss rose to .*, more than 1.5 times the .* before; ") as stop:
+        run(tmp_path, *flags, "--lr", "3", steps=40, unmask=0)
+    last = checkpoints(tmp_path)[-1]
+    assert "the same command with a lower --lr, --grad-clip 1 or --precision fp32, or" in str(stop.value)
+    assert f"rollback resumes from {last} and records the change" in str(stop.value)
+    rest = ["--divergence-factor", "0", "--lr", "1e-4", "--grad-clip", "1", "--on-divergence", "rollback"]
+    run(tmp_path, *flags, *rest, steps=40, unmask=0)
+    assert f"resuming from {last}" in capsys.readouterr().out
+
+
+def test_a_blow_up_before_the_first_report_stops_the_run(tmp_path):
+    """Nothing came before that it could be compared with."""
+    flags = ["--lr", "0.3", "--report-every", "12", "--checkpoint-every", "100"]
+    with pytest.raises(ValueError, match=r"the loss is .*, above --loss-limit 100; there is no checkpoint yet: start"):
         run(tmp_path, *flags, steps=40, unmask=0)
 
 
@@ -46,7 +56,7 @@ def test_rolling_back_goes_on_with_other_samples(tmp_path, capsys, monkeypatch):
     assert f"going back from step 6 to {tmp_path / 'checkpoints' / 'step-00000004'}" in out
     assert [line["step"] for line in stats(tmp_path)] == list(range(1, 9))
     state = json.loads((checkpoints(tmp_path)[-1] / "state.json").read_text())
-    assert state["skipped"] == 2 * 16
+    assert state["samples"] == (8 + 2) * 16
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
 
 
@@ -59,8 +69,66 @@ def test_rolling_back_again_and_again_stops(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fastmask.step.training_draws", draws)
     flags = ["--on-divergence", "rollback", "--checkpoint-every", "2", "--report-every", "1"]
-    with pytest.raises(ValueError, match=r"is not finite .*; last good checkpoint"):
+    with pytest.raises(ValueError, match=r"is not finite .*--precision fp32 resumes from .*step-00000004"):
         run(tmp_path, *flags, steps=8, unmask=0)
+
+
+class FaultyError(Exception):
+    """What nobody expects."""
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, RuntimeError, FaultyError])
+def test_an_error_leaves_a_checkpoint_of_the_last_whole_step(tmp_path, monkeypatch, capsys, kind):
+    real, seen = training_draws, []
+
+    def draws(*arguments, **settings):
+        seen.append(1)
+        if len(seen) == 6:
+            raise kind("a fault")
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr("fastmask.step.training_draws", draws)
+    flags = ["--report-every", "1", "--checkpoint-every", "100"]
+    with pytest.raises(kind, match="a fault"):
+        run(tmp_path / "faulty", *flags, steps=8, unmask=0)
+    assert [folder.name for folder in checkpoints(tmp_path / "faulty")] == ["step-00000005"]
+    assert "after an error a checkpoint of step 5 was written" in capsys.readouterr().out
+    monkeypatch.undo()
+    for name in ("faulty", "whole"):
+        run(tmp_path / name, *flags, steps=8, unmask=0)
+    assert_same_run(tmp_path / "faulty", tmp_path / "whole")
+
+
+def test_an_error_while_the_weights_are_moved_leaves_none(tmp_path, monkeypatch):
+    """Some are of the step before, some are not."""
+
+    def step(self, closure=None):
+        raise RuntimeError("half way")
+
+    monkeypatch.setattr("fastmask.optim.AdamWEMA.step", step)
+    with pytest.raises(RuntimeError, match="half way"):
+        run(tmp_path, "--checkpoint-every", "100", steps=8, unmask=0)
+    assert not checkpoints(tmp_path)
+
+
+def test_a_grid_of_samples_never_ends_a_run(tmp_path, monkeypatch, capsys):
+    def draw(*arguments):
+        raise RuntimeError("no room for it")
+
+    monkeypatch.setattr("fastmask.run.sample_grid", draw)
+    run(tmp_path, "--sample-every", "2", steps=4, unmask=0)
+    assert "no samples of step 2 were drawn: no room for it" in capsys.readouterr().out
+    assert checkpoints(tmp_path)
+
+
+def test_the_start_says_what_is_trained(tmp_path, capsys):
+    run(tmp_path, "--report-every", "20", steps=12, unmask=0)
+    out = capsys.readouterr().out
+    assert "data digits: 1,438 images of 1 x 8 x 8, 10 classes (0, 1, 2, 3, ...)" in out
+    assert f"k parameters, precision fp32, on 1 x cpu: {tmp_path}" in out
+    assert f"tensorboard --logdir {tmp_path / 'tensorboard'}" in out
+    for step in (1, 10):
+        assert re.search(rf"^step +{step}/12  loss \d", out, re.MULTILINE)
 
 
 def test_what_a_run_reports(tmp_path):

@@ -65,21 +65,30 @@ def test_sums_are_changed_in_place_alone():
 
 
 @pytest.mark.parametrize(
-    ("loss", "before", "factor", "leaps"),
+    ("loss", "before", "factor", "limit", "message"),
     [
-        (2.1, [1.0, 1.0, 1.0], 2.0, True),
-        (1.9, [1.0, 1.0, 1.0], 2.0, False),
-        (9.0, [1.0, 1.0], 2.0, False),  # too few to tell
-        (9.0, [1.0, 1.0, 1.0], 0.0, False),
-        (4.0, [1.0, 3.0, 3.0, 9.0], 2.0, False),  # the median, not the mean or the least
+        (2.1, [1.0, 1.0, 1.0], 2.0, 100.0, "rose to 2.1, more than 2 times the 1 before"),
+        (1.9, [1.0, 1.0, 1.0], 2.0, 100.0, ""),
+        (9.0, [1.0], 2.0, 100.0, "rose to 9, more than 2 times the 1 before"),  # from the second report on
+        (9.0, [], 2.0, 100.0, ""),
+        (9.0, [1.0, 1.0, 1.0], 0.0, 100.0, ""),
+        (4.0, [1.0, 3.0, 3.0, 9.0], 2.0, 100.0, ""),  # the median, not the mean or the least
+        (101.0, [], 2.0, 100.0, "the loss is 101, above --loss-limit 100"),  # at the first report too
+        (101.0, [90.0], 2.0, 0.0, ""),
     ],
 )
-def test_a_leap(loss, before, factor, leaps):
-    if leaps:
-        with pytest.raises(DivergedError, match=r"rose to 2.1, more than 2 times the 1 before"):
-            check_spike(loss, before, factor)
+def test_a_loss_spike(loss, before, factor, limit, message):
+    if message:
+        with pytest.raises(DivergedError, match=message):
+            check_spike(loss, before, factor, limit)
     else:
-        check_spike(loss, before, factor)
+        check_spike(loss, before, factor, limit)
+
+
+def test_the_mean_loss_can_be_seen_without_starting_anew():
+    tally = tally_of([1.0, 2.0, 3.0], [10.0])
+    assert tally.mean_loss(ALONE) == 4.0
+    assert tally.take(ALONE)["loss"] == 4.0
 
 
 def test_norms():

@@ -7,7 +7,7 @@ The row is a function of the seed alone, so any part of it can be read at any ti
 import itertools
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def batches(
     step_size: int | None = None,
     rank: int = 0,
     ranks: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yield what is stored of samples ``start`` .. ``stop - 1`` of a run and their labels, in order, on a device.
 
     With several ranks each gets its part of every step: the first one the first samples of the step, and so on. The
@@ -112,7 +112,9 @@ class _Source(Iterator[Any]):
         return next(self._parts)
 
     def close(self) -> None:
-        """Stop the processes."""
+        """Stop the processes, which do not listen to signals: at its exit Python would wait for them."""
+        for worker in getattr(self._parts, "_workers", []):
+            worker.kill()
         self._parts = None
 
 

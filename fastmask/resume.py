@@ -1,0 +1,71 @@
+"""What may change when a run is resumed from a checkpoint, and how a change is recorded."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastmask.config import TrainConfig
+
+# Fields that do not change what is learned: they may differ, and are not recorded.
+FREE = frozenset(
+    {
+        "run_dir",
+        "device",
+        "optimizer",
+        "activation_checkpointing",
+        "parallel",
+        "compile",
+        "cuda_graphs",
+        "micro_batch_size",
+        "on_divergence",
+        "divergence_factor",
+        "loss_limit",
+        "num_workers",
+        "decoder",
+        "report_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "snapshot_every",
+        "sample_every",
+        "sample_steps",
+        "cfg_scale",
+    }
+)
+
+_SHAPE = "the checkpoint's weights are of that network"
+_DATA = "the run has been trained on those images"
+
+# Fields that cannot change, and why. All others may, and each change is recorded with its step.
+FIXED = {
+    **dict.fromkeys(("patch_size", "width", "depth", "num_heads", "qk_norm", "num_classes", "image_size"), _SHAPE),
+    **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_num_heads"), _SHAPE),
+    **dict.fromkeys(("data", "data_source", "vae", "mirror"), _DATA),
+    "sigma_data": "the checkpoint's weights were trained with it",
+    "seed": "it decides which samples come next",
+    "init": "the weights come from the checkpoint",
+    "ema_widths": "these averages began with the run",
+}
+
+
+def changes_of(stored: Mapping[str, Any], config: TrainConfig, run_dir: str) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that a resumed run changes and that are to be recorded: the value before, and the new one.
+
+    Args:
+        stored: the configuration that the run has had so far, as JSON read it.
+        config: the one asked for now.
+        run_dir: the run's folder, for the message.
+
+    Raises:
+        ValueError: a field differs that cannot change; names each, and why.
+    """
+    now, defaults = (json.loads(json.dumps(dataclasses.asdict(some))) for some in (config, TrainConfig()))
+    before = {**defaults, **stored}  # a field that was added later had its default
+    changed = {name: (before[name], value) for name, value in now.items() if before[name] != value}
+    fixed = [f"{name} {before[name]} -> {changed[name][1]} ({FIXED[name]})" for name in changed if name in FIXED]
+    if fixed:
+        raise ValueError(
+            f"{run_dir} holds a run that cannot be resumed with {', '.join(fixed)}: give the old values, or another "
+            f"--run-dir, with --init {run_dir} to start from its weights"
+        )
+    return {name: pair for name, pair in changed.items() if name not in FREE}
