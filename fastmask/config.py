@@ -122,7 +122,7 @@ class TrainConfig:
     grad_clip: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
     ema_decay: float = 0.9999
-    """Decay of the averaged weights per step."""
+    """Decay of the averaged weights per step; lower in the first steps, so that a short run has an average as well."""
     ema_widths: tuple[float, ...] = ()
     """Relative widths of averages with a power-function profile to keep besides, for post-hoc EMA: 0.05 0.1."""
     snapshot_every: int = 0

@@ -13,22 +13,31 @@ from torch import Tensor, nn
 
 # Of the profile of gamma = 0, a plain mean of all steps: no power function above it falls towards the past.
 WIDEST = 1 / math.sqrt(12)
+# Longest half-life of an average, relative to the steps done: the warm-up of arXiv 2206.00364, appendix F.2.
+_WARMUP = 0.05
 
 
 class EMA:
     """Averaged parameters of a module, in fp32 and on its device.
 
+    The average warms up: at a step of training its half-life is at most a twentieth of the steps done, so that the
+    random initial weights are forgotten in a short run too.
+
     Args:
         module: whose parameters are averaged; the average starts at their present values.
-        decay: share of the average that stays at each update.
+        decay: share of the average that stays at each update, once warmed up.
+
+    Attributes:
+        decay: the same, of the present step.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+        self.decay = self._longest = decay
         self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in module.named_parameters()}
 
     def begin_step(self, step: int) -> None:
-        """Set the decay of a step, counted from 1."""
+        """Set the decay of a step, counted from 1: min(decay, 0.5^(1 / h)) with a half-life h of 0.05 step."""
+        self.decay = min(self._longest, 0.5 ** (1 / (_WARMUP * step)))
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:

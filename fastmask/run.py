@@ -204,6 +204,7 @@ class Run:
             "samples": self.samples,
             "recent": self.recent,
             "changes": self.changes,
+            "ema_warmup": True,  # which averages of earlier versions had not
         }
         weights = self.ema.weights
         checkpointer.save(self.step, self.net, weights, self.optimizer, state, self.profiles, snapshot=snapshot)

@@ -49,6 +49,29 @@ def walk(steps, seed=0):
         yield step, module
 
 
+def test_an_average_warms_up():
+    ema = EMA(torch.nn.Linear(1, 1), decay=0.9999)
+    decays = []
+    for step in (1, 20, 200, 10_000, 138_000, 139_000, 10**6):
+        ema.begin_step(step)
+        decays.append(ema.decay)
+    assert decays == sorted(decays)
+    assert decays[0] < 1e-5, "the initial weights are forgotten at once"
+    assert decays[1:4] == pytest.approx([0.5, 0.5**0.1, 0.5**0.002])  # half-lives of 1, 10 and 500 steps
+    assert decays[4] < 0.9999
+    assert decays[5:] == [0.9999, 0.9999]  # whose half-life is 6931 steps
+
+
+def test_the_average_of_a_short_run_has_forgotten_how_it_began():
+    module = torch.nn.Linear(1, 1, bias=False).double()
+    ema = EMA(module, decay=0.9999)
+    ema.weights["weight"].fill_(1000.0)  # as far away as random weights are
+    for step in range(1, 41):
+        ema.begin_step(step)
+        ema.update(module)
+    assert float(ema.weights["weight"] - module.weight) == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.28])
 def test_a_power_average_is_the_weighted_sum_of_all_steps(width):
     gamma = gamma_of(width)
