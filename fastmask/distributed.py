@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, cast
@@ -108,7 +109,10 @@ def replicate(objective: nn.Module, parallel: Parallel, device: torch.device, ra
     if ranks.count == 1 or parallel != "ddp":
         return objective
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(objective, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # The buffers are tables that every rank has computed alike. torch 2.13 has renamed the flag.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    options: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(objective, devices, gradient_as_bucket_view=True, **options)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,6 +63,7 @@ def alone(tmp_path_factory):
 def test_ddp_with_accumulation_equals_one_process(alone, tmp_path):
     out = train_on_two(tmp_path, "--micro-batch-size", "4")
     assert out.count("step       6/6") == 1, "one rank speaks"
+    assert "Warning" not in out
     assert_alike(tmp_path, alone)
 
 
@@ -156,6 +158,34 @@ def test_the_gpu_of_a_run_is_the_current_one(monkeypatch, ranks):
     config = resolve_machine(TrainConfig(device="cuda:2", optimizer="torch"), ranks)
     assert config.device == "cuda:2"
     assert cuda.current == 2
+
+
+def without_torchrun(run_dir: Path, rank: int, port: int, *flags: str) -> "subprocess.Popen[str]":
+    """Start a rank as Slurm does, which watches over none."""
+    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    environment |= {name: str(value) for name, value in given.items()}
+    command = [sys.executable, "-m", "fastmask.train", "--run-dir", str(run_dir), *FLAGS, *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_lost_rank_ends_the_other(tmp_path):
+    """With a line and with a checkpoint, though it has workers that do not listen to signals."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--max-steps", "100000", "--unmask-steps", "0", "--checkpoint-every", "100000", "--num-workers", "1"]
+    ranks = [without_torchrun(tmp_path, rank, port, *flags) for rank in range(2)]
+    while not (tmp_path / "stats.jsonl").exists() or len(stats(tmp_path)) < 3:
+        assert ranks[0].poll() is None, ranks[0].communicate()
+        time.sleep(0.05)
+    ranks[1].kill()
+    ranks[1].communicate()
+    out, errors = ranks[0].communicate(timeout=30)
+    assert ranks[0].returncode == 2
+    assert "fastmask.train: error: process 0 of 2 lost another one" in errors.splitlines()[-1]
+    assert "after an error a checkpoint of step" in out
+    assert int(checkpoints(tmp_path)[-1].name.removeprefix("step-")) >= 3
 
 
 def test_ranks_of_a_broken_environment(monkeypatch):

@@ -107,7 +107,7 @@ def test_an_error_while_the_weights_are_moved_leaves_none(tmp_path, monkeypatch)
 
     monkeypatch.setattr("fastmask.optim.AdamWEMA.step", step)
     with pytest.raises(RuntimeError, match="half way"):
-        run(tmp_path, "--checkpoint-every", "100", steps=8, unmask=0)
+        run(tmp_path, "--checkpoint-every", "100", "--optimizer", "adamw_ema", steps=8, unmask=0)
     assert not checkpoints(tmp_path)
 
 
