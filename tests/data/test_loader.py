@@ -1,4 +1,5 @@
 import multiprocessing
+import time
 
 import numpy as np
 import pytest
@@ -102,6 +103,27 @@ def test_an_unreadable_image_is_one_line(tmp_path, num_workers, damage):
     assert multiprocessing.active_children() == []
     assert str(error.value).startswith(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+class Slow(Numbers):
+    """A data set whose later samples take minutes."""
+
+    def read(self, ids):
+        if 0 not in ids:
+            time.sleep(300)
+        return super().read(ids)
+
+
+def test_workers_that_are_reading_end_with_the_loader():
+    """They ignore the signals that Python ends processes with, so it would wait for them at its exit."""
+    first = int(np.flatnonzero(sample_ids(0, 0, 10, 10) == 0)[0])
+    settings = {"seed": 0, "start": first, "stop": 100, "num_workers": 1, "device": CPU}
+    loader = batches(Slow(10), batch_size=1, **settings)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    loader.close()
+    worker.join(timeout=20)
+    assert not worker.is_alive()
 
 
 @pytest.mark.parametrize(("ranks", "batch_size"), [(1, 12), (1, 4), (2, 6), (2, 2), (3, 4)])
