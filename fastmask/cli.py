@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -57,21 +59,50 @@ def pick_device(name: str) -> torch.device:
 
 
 def run_command(name: str, command: Callable[[Sequence[str]], None]) -> None:
-    """Run a command on the process's arguments: what a user can mend becomes one line and exit code 2."""
+    """Run a command on the process's arguments: what a user can mend becomes one line and exit code 2.
+
+    A reader of the output that leaves early, such as `head`, is no error to report: code 1, and not a word.
+    """
     try:
         command(sys.argv[1:])
+    except BrokenPipeError as error:
+        if not _reader_has_left():  # another pipe or a socket broke
+            fail(name, str(error))
+        sys.exit(1)
     except torch.OutOfMemoryError as error:
         fail(name, f"out of GPU memory: give a smaller --micro-batch-size or --batch-size ({str(error).split('.')[0]})")
     except (ValueError, OSError) as error:
         fail(name, str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        _flush()
 
 
 def fail(name: str, message: str) -> None:
     """Print one line on the error stream and exit with code 2."""
     sys.stderr.write(f"{name}: error: {' '.join(message.split())}\n")
     sys.exit(2)
+
+
+def _reader_has_left() -> bool:
+    """Return whether the standard output is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError):  # no poll() on this system; no file behind the output
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flush() -> None:
+    """Write what is left of the output, here and not when Python ends, which would print a traceback."""
+    if sys.stdout is None:  # Python found it closed
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(box: str) -> str:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -82,6 +84,7 @@ def raising(error):
     [
         (ValueError("first\n  second"), "name: error: first second\n"),
         (FileNotFoundError(2, "No such file", "a.png"), "name: error: [Errno 2] No such file: 'a.png'\n"),
+        (BrokenPipeError(32, "Broken pipe"), "name: error: [Errno 32] Broken pipe\n"),  # not that of the output
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
             "name: error: out of GPU memory: give a smaller --micro-batch-size or --batch-size (CUDA out of memory)\n",
@@ -105,6 +108,29 @@ def test_an_interrupt_is_quiet(capsys):
         run_command("name", raising(KeyboardInterrupt()))
     assert stop.value.code == 130
     assert capsys.readouterr() == ("", "")
+
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = sorted(path for path in (ROOT / "fastmask").rglob("*.py") if '__name__ == "__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_is_not_an_error(path, unbuffered):
+    """As with `| head`, but that the pipe is closed before the first line. Without a buffer the first write fails."""
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", module, *(["--help"] if module != "fastmask.kernels" else [])]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, env=environment, check=False
+        )
+    finally:
+        os.close(write)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1, -13)  # 0: all was done before it showed; -13: by SIGPIPE, as other programs end
 
 
 def test_arguments_are_the_process_s(monkeypatch):

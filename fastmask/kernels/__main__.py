@@ -1,8 +1,9 @@
-"""`python -m fastmask.kernels`: which kernel each op has on a GPU and on the CPU, and why one is missing.
+"""`python -m fastmask.kernels`: which kernel each public op has on a GPU and on the CPU, and why one is missing.
 
 Then what `attention` can use, in its order of preference.
 """
 
+import signal
 import sys
 
 import fastmask.kernels as ops
@@ -19,4 +20,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # a reader that leaves early, such as `head`, ends this without a word
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

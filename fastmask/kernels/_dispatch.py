@@ -13,12 +13,13 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Impl = Literal["fused", "reference"]
+ANY_DEVICE = "plain PyTorch, the same on every device"
 
 
 class BackendUnavailableError(ValueError):
@@ -26,7 +27,15 @@ class BackendUnavailableError(ValueError):
 
 
 class Backend(NamedTuple):
-    """Where the kernel of an op on a device comes from; `reason` says why there is none, or how it runs."""
+    """Which kernel an op has on a device.
+
+    Attributes:
+        op: name of the public function.
+        device: "cuda" or "cpu".
+        kernel: "triton", "native", "torch" where PyTorch's own operations are what runs, or "none" where the fused form
+            cannot run.
+        reason: why there is no kernel of this library, or how it runs.
+    """
 
     op: str
     device: str
@@ -34,7 +43,15 @@ class Backend(NamedTuple):
     reason: str
 
 
-_OPS: list[str] = []
+class _PublicOp(NamedTuple):
+    kernels: tuple[str, ...]
+    otherwise: str
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_PUBLIC_OPS: dict[str, _PublicOp] = {}
+_TRITON_OPS: set[str] = set()
 _NATIVE_OPS: set[str] = set()
 _NATIVE = Path(os.environ.get("FASTMASK_NATIVE") or Path(__file__).with_name("_native.so"))  # another build, to test it
 # Who asks for interpreted kernels, with the variable that triton reads, gets those.
@@ -60,7 +77,7 @@ def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
     else:
         torch.library.impl(qualified, "CPU", lambda *args: _interpreted(name, launcher)(*args))
     torch.library.register_fake(qualified, fake)
-    _OPS.append(name)
+    _TRITON_OPS.add(name)
     return getattr(torch.ops.fastmask, name).default
 
 
@@ -72,6 +89,21 @@ def define_native_op(schema: str, *, fake: Callable[..., Any]) -> Any:
         _NATIVE_OPS.add(name)
     torch.library.register_fake(f"fastmask::{name}", fake)
     return getattr(torch.ops.fastmask, name).default
+
+
+def public_op(*kernels: str, otherwise: str = "") -> Callable[[_Function], _Function]:
+    """Put a public function into the table of `backends`; it is returned as it is.
+
+    Args:
+        kernels: the ops with kernels of their own that it calls, from `define_op` or `define_native_op`.
+        otherwise: what runs where these have no kernel, if the fused form does not need one.
+    """
+
+    def register(function: _Function) -> _Function:
+        _PUBLIC_OPS[function.__name__] = _PublicOp(kernels, otherwise)
+        return function
+
+    return register
 
 
 def default_impl(device: torch.device | str) -> Impl:
@@ -102,19 +134,8 @@ def resolve_impl(impl: Impl | None, device: torch.device, native: bool = False) 
 
 
 def backends() -> list[Backend]:
-    """Return where the kernel of each op comes from, on a GPU and on the CPU."""
-    triton = importlib.util.find_spec("triton") is not None
-    gpu = "this machine has one" if torch.cuda.is_available() else "no GPU in this machine"
-    rows = []
-    for op in _OPS:
-        rows.append(Backend(op, "cuda", "triton", gpu) if triton else Backend(op, "cuda", "none", _NO_TRITON))
-        if triton and _interpreting():
-            rows.append(Backend(op, "cpu", "triton", "interpreted: TRITON_INTERPRET=1"))
-        elif op in _NATIVE_OPS:
-            rows.append(Backend(op, "cpu", "native", "this library, AVX2 or AVX-512 where the processor has them"))
-        else:
-            rows.append(Backend(op, "cpu", "none", 'no native kernel: impl="reference" runs'))
-    return rows
+    """Return which kernel each public op has on a GPU and on the CPU."""
+    return [_backend(name, device) for name in sorted(_PUBLIC_OPS) for device in ("cuda", "cpu")]
 
 
 def require(device: torch.device | str) -> None:
@@ -127,6 +148,24 @@ def require(device: torch.device | str) -> None:
 
 
 _NO_TRITON = "triton is not installed: pip install triton"
+
+
+def _backend(name: str, device: str) -> Backend:
+    kernels, otherwise = _PUBLIC_OPS[name]
+    in_triton = bool(kernels) and _TRITON_OPS.issuperset(kernels)
+    installed = importlib.util.find_spec("triton") is not None
+    if device == "cuda":
+        if in_triton and installed:
+            gpu = "this machine has one" if torch.cuda.is_available() else "no GPU in this machine"
+            return Backend(name, device, "triton", gpu)
+        missing = _NO_TRITON
+    else:
+        if in_triton and installed and _interpreting():
+            return Backend(name, device, "triton", "interpreted: TRITON_INTERPRET=1")
+        if kernels and _NATIVE_OPS.issuperset(kernels):
+            return Backend(name, device, "native", "this library, AVX2 or AVX-512 where the processor has them")
+        missing = 'no native kernel: impl="reference" runs'
+    return Backend(name, device, "torch", otherwise) if otherwise else Backend(name, device, "none", missing)
 
 
 def _is_native(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, define_op, resolve_impl
+from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, define_op, public_op, resolve_impl
 
 _COPY_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -74,6 +74,7 @@ _adamw_ema = define_op(
 )
 
 
+@public_op("adamw_ema")
 def adamw_ema(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, native_takes, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
 from fastmask.kernels._layout import Rows, as_rows, check_devices, check_dtype, check_tokens, per_token
 from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_reference
 
@@ -120,6 +120,7 @@ class _AddGatedNorm(torch.autograd.Function):
         return *grads[:5], None, None, None, None
 
 
+@public_op("add_gated_norm_fwd", "add_gated_norm_bwd")
 def add_gated_norm(
     x: Tensor,
     branch: Tensor,

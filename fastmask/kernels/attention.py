@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._attention_backends import AttentionBackend, attention_backends, call, refusal, sample_lengths
-from fastmask.kernels._dispatch import BackendUnavailableError
+from fastmask.kernels._dispatch import BackendUnavailableError, public_op
 from fastmask.kernels._layout import check_cu_seqlens, check_devices
 
 __all__ = ["AttentionBackend", "attention", "attention_backends", "attention_reference"]
@@ -98,6 +98,7 @@ class _PackedAttention(torch.autograd.Function):
         return *packed_attention_bwd(grad, *ctx.saved_tensors), None, None
 
 
+@public_op(otherwise="PyTorch or another library, see attention_backends()")
 def attention(
     q: Tensor,
     k: Tensor,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, native_takes, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
 from fastmask.kernels._layout import (
     MAX_WIDTH,
     check_cu_seqlens,
@@ -170,6 +170,7 @@ class _EmbedKeptPatches(torch.autograd.Function):
         return grad_images, grad_weight, grad_bias, grad_shift, grad_scale, *[None] * 7
 
 
+@public_op("embed_kept_patches_fwd", "embed_kept_patches_bwd", "embed_kept_patches_bwd_images", "modulate_norm_bwd")
 def embed_kept_patches(
     images: Tensor,
     weight: Tensor,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, native_takes, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
 from fastmask.kernels._layout import check_dtype
 from fastmask.kernels._product import check_linear, linear_gradients, product_dtype, product_operands
 
@@ -51,6 +51,7 @@ class _GeluLinear(torch.autograd.Function):
         return grad_x, *linear_gradients(grad, hidden)
 
 
+@public_op("gelu_fwd", "gelu_bwd")
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = None) -> Tensor:
     """Return ``F.linear(F.gelu(x, approximate="tanh"), weight, bias)``.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, _is_native, define_op, resolve_impl
+from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, _is_native, define_op, public_op, resolve_impl
 from fastmask.kernels._layout import check_cu_seqlens, check_devices, check_dtype
 from fastmask.kernels.patches import patchify
 from fastmask.kernels.sample_mask import Mask
@@ -141,6 +141,7 @@ class _MaskedLoss(torch.autograd.Function):
         return grad_raw, None, None, None, None, None, None, None, None
 
 
+@public_op("masked_loss_fwd", "masked_loss_bwd")
 def masked_loss(
     raw: Tensor,
     images: Tensor,

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, native_takes, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
 from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens, per_token
 
 Norm = Literal["layer", "rms"]
@@ -111,6 +111,7 @@ class _ModulateNorm(torch.autograd.Function):
         return grad_x, grad_shift, grad_scale, None, None, None, None
 
 
+@public_op("modulate_norm_fwd", "modulate_norm_bwd")
 def modulate_norm(
     x: Tensor,
     shift: Tensor,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, native_takes, resolve_impl
+from fastmask.kernels._dispatch import Impl, native_takes, public_op, resolve_impl
 from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens
 from fastmask.kernels._product import check_linear, linear_gradients, product_dtype, product_operands
 from fastmask.kernels.add_gated_norm import (
@@ -93,6 +93,7 @@ class _AddGatedLinear(torch.autograd.Function):
         return *grads, None, *linear_gradients(grad, h), None, None
 
 
+@public_op("modulate_norm_fwd", "modulate_norm_bwd")
 def modulated_linear(
     x: Tensor,
     shift: Tensor,
@@ -144,6 +145,7 @@ def modulated_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+@public_op("add_gated_norm_fwd", "add_gated_norm_bwd")
 def add_gated_linear(
     x: Tensor,
     branch: Tensor,

@@ -2,7 +2,10 @@
 
 from torch import Tensor
 
+from fastmask.kernels._dispatch import ANY_DEVICE, public_op
 
+
+@public_op(otherwise=ANY_DEVICE)
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Return the patches of images as tokens, the inverse of `unpatchify`.
 
@@ -23,6 +26,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return tokens.reshape(b, h * w, patch_size * patch_size * c)
 
 
+@public_op(otherwise=ANY_DEVICE)
 def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """Return the images that tokens are the patches of.
 

@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastmask.kernels._dispatch import ANY_DEVICE, public_op
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -56,12 +58,14 @@ def philox_words(seed: int | Tensor, sample: Tensor, count: int, stream: int) ->
     return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)[:, :count]  # (B, ceil(count / 4), 4) -> (B, count)
 
 
+@public_op(otherwise=ANY_DEVICE)
 def random_uniform(seed: int | Tensor, sample: Tensor, count: int, stream: int) -> Tensor:
     """Return numbers uniform in (0, 1), float32, shape (B, count); arguments as in `philox_words`."""
     # 23 bits and a half step: every value is exact in float32, and neither 0 nor 1 occurs.
     return (philox_words(seed, sample, count, stream) >> 9).float().add_(0.5).mul_(2.0**-23)
 
 
+@public_op(otherwise=ANY_DEVICE)
 def random_normal(seed: int | Tensor, sample: Tensor, count: int, stream: int) -> Tensor:
     """Return standard normal numbers, float32, shape (B, count); arguments as in `philox_words`.
 

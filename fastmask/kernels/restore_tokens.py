@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, native_takes, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
 from fastmask.kernels._layout import (
     as_rows,
     check_cu_seqlens,
@@ -181,6 +181,7 @@ class _RestoreTokens(torch.autograd.Function):
         return grad_x, grad_mask_token, None, None, None, grad_shift, grad_scale, None, None
 
 
+@public_op("gather_tokens_fwd", "gather_tokens_bwd")
 def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = None, impl: Impl | None = None) -> Tensor:
     """Return the kept tokens.
 
@@ -222,6 +223,7 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
     return _GatherTokens.apply(whole, ids_keep.contiguous(), rows.cu_seqlens)  # type: ignore[no-any-return,no-untyped-call]
 
 
+@public_op("restore_tokens_fwd", "restore_tokens_bwd", "modulate_norm_bwd")
 def restore_tokens(
     x: Tensor,
     mask_token: Tensor,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, define_op, resolve_impl
+from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, define_op, public_op, resolve_impl
 from fastmask.kernels._layout import sample_of_row
 from fastmask.kernels.philox import philox_words
 
@@ -97,6 +97,7 @@ sample_mask_fwd = define_op(
 )
 
 
+@public_op("sample_mask_fwd")
 def sample_mask(
     batch: int,
     length: int,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_native_op, native_takes, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_native_op, native_takes, public_op, resolve_impl
 from fastmask.kernels._product import check_linear, product_dtype
 
 MAX_ROWS = 16  # of more, products of matrices are as fast
@@ -50,6 +50,7 @@ class _SiluLinear(torch.autograd.Function):
         return grads
 
 
+@public_op("silu_linear_fwd", "silu_linear_bwd", otherwise="PyTorch's matmul: its own kernel is native, for a CPU")
 def silu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = None) -> Tensor:
     """Return ``F.linear(F.silu(x), weight, bias)``.
 

@@ -1,5 +1,6 @@
 """Which kernels there are, by how Python was started (a process each), and the debug switch."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -42,26 +43,49 @@ def test_everything_but_the_kernels_works_without_triton():
 def test_a_missing_triton_is_said(interpret):
     code = "from fastmask.kernels.__main__ import main; main()\nfrom fastmask.kernels import require; require('cuda')"
     done = run("-c", NO_TRITON + code, interpret=interpret)
-    assert "modulate_norm_fwd        cuda  none       triton is not installed: pip install triton\n" in done.stdout
-    assert "modulate_norm_fwd        cpu   triton " not in done.stdout
+    assert "modulate_norm            cuda  none       triton is not installed: pip install triton\n" in done.stdout
+    assert "modulate_norm            cpu   triton " not in done.stdout
+    assert "silu_linear              cuda  torch      PyTorch's matmul" in done.stdout
     assert "BackendUnavailableError: no kernel on cuda for " in done.stderr
-    assert "modulate_norm_fwd, " in done.stderr
+    assert "modulate_norm, " in done.stderr
+    assert "silu_linear" not in done.stderr  # which has none there, and runs
 
 
 NATIVE = Path(fastmask.kernels.__file__).with_name("_native.so").exists()
+
+
+def public_ops():
+    """Return the names of the functions that the package exports from its public modules, an op each."""
+    exported = {name: getattr(fastmask.kernels, name) for name in fastmask.kernels.__all__}
+    functions = {name: value for name, value in exported.items() if inspect.isfunction(value)}
+    return {name for name, value in functions.items() if not value.__module__.split(".")[-1].startswith("_")}
+
+
+def test_every_public_op_is_in_the_table_of_kernels():
+    assert {"silu_linear", "attention", "patchify"} <= public_ops()
+    assert {(row.op, row.device) for row in backends()} == {(op, on) for op in public_ops() for on in ("cuda", "cpu")}
+    assert len(backends()) == 2 * len(public_ops())
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])
 def test_the_table_of_kernels(interpret):
     done = run("-m", "fastmask.kernels", interpret=interpret)
     assert done.returncode == 0, done.stderr
-    missing = 'none       no native kernel: impl="reference" runs'
-    for op in {row.op for row in backends()}:
-        assert f"{op:<24} cuda  triton " in done.stdout
-        native = interpret == "0" and NATIVE and f"{op:<24} cpu   native     this library" in done.stdout
-        line = "triton     interpreted: TRITON_INTERPRET=1" if interpret == "1" else missing
-        assert native or f"{op:<24} cpu   {line}\n" in done.stdout
-    assert ("gelu_fwd                 cpu   native " in done.stdout) == (interpret == "0" and NATIVE)
+    plain = {"attention", "patchify", "unpatchify", "random_normal", "random_uniform"}
+    native = "native     this library, AVX2 or AVX-512 where the processor has them"
+    unbuilt = 'none       no native kernel: impl="reference" runs'
+    by_torch = "torch      PyTorch's matmul: its own kernel is native, for a CPU"
+    for op in public_ops() - plain:
+        on_gpu, on_cpu = "triton     ", native if NATIVE else unbuilt
+        if interpret == "1":
+            on_cpu = "triton     interpreted: TRITON_INTERPRET=1"
+        if op == "silu_linear":
+            on_gpu, on_cpu = by_torch, native if NATIVE and interpret == "0" else by_torch
+        assert f"{op:<24} cuda  {on_gpu}" in done.stdout
+        assert f"{op:<24} cpu   {on_cpu}\n" in done.stdout
+    for op in plain:
+        assert f"{op:<24} cuda  torch " in done.stdout
+        assert f"{op:<24} cpu   torch " in done.stdout
     assert "attention by torch       cpu   torch " in done.stdout
 
 

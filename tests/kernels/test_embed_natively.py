@@ -9,7 +9,7 @@ from test_embed_kept_patches import KERNEL_SHAPES, MANY_TOKENS, embed_and_norm, 
 
 from fastmask.kernels import backends
 
-NATIVE = any(row[:3] == ("embed_kept_patches_fwd", "cpu", "native") for row in backends())
+NATIVE = any(row[:3] == ("embed_kept_patches", "cpu", "native") for row in backends())
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native kernel here")

@@ -14,7 +14,7 @@ from fastmask.kernels.masked_loss import masked_loss_bwd, masked_loss_fwd, maske
 contract = importlib.import_module("fastmask.kernels.masked_loss")
 
 IMPLS = ["reference", "fused"]
-NATIVE = any(row.op == "masked_loss_fwd" and row.device == "cpu" and row.kernel == "native" for row in backends())
+NATIVE = any(row.op == "masked_loss" and row.device == "cpu" and row.kernel == "native" for row in backends())
 
 # (B, C, h, w, p, K): odd and not square, one patch kept, one dropped.
 SHAPES = [(3, 3, 3, 2, 2, 4), (2, 1, 2, 2, 3, 1), (2, 4, 3, 3, 2, 8)]

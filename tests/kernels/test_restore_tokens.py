@@ -18,7 +18,7 @@ from fastmask.kernels.restore_tokens import (
 
 IMPLS = ["reference", "fused"]
 BF16 = torch.bfloat16
-NATIVE = any(row[:3] == ("restore_tokens_fwd", "cpu", "native") for row in backends())
+NATIVE = any(row[:3] == ("restore_tokens", "cpu", "native") for row in backends())
 # Odd lengths, one token kept, all kept, one sample and several programs for it, a width that fits no block, a published
 # one.
 SHAPES = [(3, 7, 4, 8), (2, 5, 1, 56), (2, 5, 5, 64), (1, 33, 16, 8), (1, 3, 2, 1152)]

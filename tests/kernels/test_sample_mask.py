@@ -18,7 +18,7 @@ contract = importlib.import_module("fastmask.kernels.sample_mask")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLS = ["reference", "fused"]
-NATIVE = any(row.op == "sample_mask_fwd" and row.device == DEVICE and row.kernel == "native" for row in backends())
+NATIVE = any(row.op == "sample_mask" and row.device == DEVICE and row.kernel == "native" for row in backends())
 
 
 def draw(batch, length, keep, **kw):
