@@ -2,6 +2,7 @@
 
 Importing this package imports torch and nothing else. Every op takes ``impl="reference"``, plain PyTorch, or
 ``impl="fused"``, its kernel on the tensors' device; `python -m fastmask.kernels` says which kernels this machine has.
+Layouts and random numbers (`patchify`, `unpatchify`, `random_normal`, `random_uniform`) are plain PyTorch alone.
 
 Shape letters, here and in every docstring of the project:
 

@@ -126,11 +126,16 @@ def resolve_impl(impl: Impl | None, device: torch.device, native: bool = False) 
     Raises:
         ValueError: anything else.
     """
+    check_impl(impl)
     if impl is None:
         return "fused" if native else default_impl(device)
-    if impl not in ("fused", "reference"):
-        raise ValueError(f'impl must be "fused", "reference" or None, not {impl!r}')
     return impl
+
+
+def check_impl(impl: str | None) -> None:
+    """Raise a ValueError unless ``impl`` names a form, or is None."""
+    if impl not in (None, "fused", "reference"):
+        raise ValueError(f'impl must be "fused", "reference" or None, not {impl!r}')
 
 
 def backends() -> list[Backend]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, define_op, public_op, resolve_impl
+from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, check_impl, define_op, public_op, resolve_impl
 
 _COPY_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -134,6 +134,7 @@ def adamw_ema(
     for name, tensor in (("lr", lr), ("factor", factor), ("found_inf", found_inf)):
         if tensor is not None and tensor.numel() != 1:
             raise ValueError(f"{name} must hold one value, not {tensor.numel()}")
+    check_impl(impl)
     if not params:
         return
     native = "adamw_ema" in _NATIVE_OPS and params[0].device.type == "cpu" and params[0].dtype == torch.float32

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._attention_backends import AttentionBackend, attention_backends, call, refusal, sample_lengths
-from fastmask.kernels._dispatch import BackendUnavailableError, public_op
+from fastmask.kernels._dispatch import BackendUnavailableError, Impl, check_impl, public_op
 from fastmask.kernels._layout import check_cu_seqlens, check_devices
 
 __all__ = ["AttentionBackend", "attention", "attention_backends", "attention_reference"]
@@ -107,6 +107,7 @@ def attention(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     backend: AttentionName | None = None,
+    impl: Impl | None = None,
 ) -> Tensor:
     """Return softmax attention among the tokens of each sample.
 
@@ -133,17 +134,24 @@ def attention(
             - "reference": plain PyTorch, any floating dtype. Packed, one sample after the other, read on the host.
 
             `attention_backends` says which of them are here.
+        impl: "fused", a library of ``backend``'s choice; "reference", the same as ``backend="reference"``; None leaves
+            the choice to ``backend``.
 
     Returns:
         Shape and dtype of ``q``.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown backend.
+        ValueError: shapes or dtypes that do not fit, an unknown backend, or one that ``impl`` rules out.
         BackendUnavailableError: the backend is not installed or does not take these tensors.
     """
     _check(q, k, v, cu_seqlens)
     if backend not in (None, *get_args(AttentionName)):
         raise ValueError(f"backend must be None or one of {get_args(AttentionName)}, not {backend!r}")
+    check_impl(impl)
+    if impl is not None and backend is not None and (impl == "reference") != (backend == "reference"):
+        raise ValueError(f'impl="{impl}" and backend="{backend}" contradict each other: leave one of them out')
+    if impl == "reference":
+        backend = "reference"
     reasons = []
     for name in ("torch", "flash-attn") if backend is None else (backend,):
         reason = refusal(name, q, packed=cu_seqlens is not None)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_native_op, native_takes, public_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, check_impl, define_native_op, native_takes, public_op
 from fastmask.kernels._product import check_linear, product_dtype
 
 MAX_ROWS = 16  # of more, products of matrices are as fast
@@ -67,15 +67,16 @@ def silu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = 
         Shape (B, E), in the product's dtype.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or another form.
     """
     if x.ndim != 2:
         raise ValueError(f"x must have shape (B, D), not {tuple(x.shape)}")
     check_linear(x, weight, bias)
+    check_impl(impl)
     tensors = x, weight, bias
     few = 0 < x.shape[0] <= MAX_ROWS and product_dtype(x.device, weight) == torch.float32
     native = few and native_takes("silu_linear_fwd", *tensors) and all(t.dtype == torch.float32 for t in tensors)
-    if not native or resolve_impl(impl, x.device, True) == "reference":
+    if not native or impl == "reference":
         return silu_linear_reference(x, weight, bias)
     y: Tensor = _SiluLinear.apply(*(t.contiguous() for t in tensors))  # type: ignore[no-untyped-call]
     return y
