@@ -94,6 +94,11 @@ def is_per_sample(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor |
     )
 
 
+def position_table(position: Tensor) -> Tensor:
+    """Return a position table (L, D), which may also be given as (1, L, D); others are returned as they are."""
+    return position[0] if position.ndim == 3 and position.shape[0] == 1 else position
+
+
 def sample_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     """Return which sample each of N packed rows belongs to, int64 (N,), without looking at values on the host."""
     row = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)

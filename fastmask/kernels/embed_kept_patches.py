@@ -29,6 +29,7 @@ from fastmask.kernels._layout import (
     check_dtype,
     check_index_range,
     needs_gradient,
+    position_table,
     sample_of_row,
 )
 from fastmask.kernels._product import product_dtype
@@ -55,6 +56,7 @@ def embed_kept_patches_reference(
 
     Also differentiable in position and image_scale. On the CPU, an index outside [0, L) raises an IndexError.
     """
+    position = position_table(position)
     patches = patchify(images, patch_size)  # (B, L, P)
     sample = torch.arange(images.shape[0], device=images.device)[:, None]  # (B, 1), or (N,) if packed
     if ids_keep is not None:
@@ -198,7 +200,7 @@ def embed_kept_patches(
         images: shape (B, C, h * p, w * p); copied first if not contiguous, as are the other tensors.
         weight: of the patch convolution, shape (D, C, p, p).
         bias: shape (D,).
-        position: shape (L, D), L = h * w, row-major.
+        position: shape (L, D), or (1, L, D), L = h * w, row-major.
         ids_keep: int32 or int64, the kept positions of each sample, distinct and in [0, L), which is not checked on a
             GPU: shape (B, K), or (N,) with ``cu_seqlens``; None keeps all in order.
         patch_size: p.
@@ -223,6 +225,7 @@ def embed_kept_patches(
     others = {"bias": bias, "position": position, "image_scale": image_scale, "shift": shift, "scale": scale}
     check_devices(images.device, weight=weight, **others, ids_keep=ids_keep, cu_seqlens=cu_seqlens)
     _check_shapes(images, weight, others, patch_size)
+    position = position_table(position)
     _check_indices(ids_keep, cu_seqlens, images)
     native = _is_native(position, image_scale, images, weight, bias, shift, scale)
     if resolve_impl(impl, images.device, native) == "reference":
@@ -259,14 +262,14 @@ def _check_shapes(images: Tensor, weight: Tensor, others: dict[str, Tensor | Non
         )
     embedded = weight.shape[0]
     modulation = (batch, embedded)
-    position = ((height // p) * (width // p), embedded)
-    expected: dict[str, tuple[int, ...]] = {"bias": (embedded,), "position": position, "image_scale": (batch,)}
-    expected |= {"shift": modulation, "scale": modulation}
+    table = ((height // p) * (width // p), embedded)
+    expected: dict[str, list[tuple[int, ...]]] = {"bias": [(embedded,)], "position": [table, (1, *table)]}
+    expected |= {"image_scale": [(batch,)], "shift": [modulation], "scale": [modulation]}
     for name, tensor in others.items():
-        if tensor is not None and tensor.shape != expected[name]:
+        if tensor is not None and tensor.shape not in expected[name]:
             raise ValueError(
-                f"{name} must have shape {expected[name]} for images of shape {tuple(images.shape)} and weight of "
-                f"shape {tuple(weight.shape)}, not {tuple(tensor.shape)}"
+                f"{name} must have shape {' or '.join(map(str, expected[name]))} for images of shape "
+                f"{tuple(images.shape)} and weight of shape {tuple(weight.shape)}, not {tuple(tensor.shape)}"
             )
     if (others["shift"] is None) != (others["scale"] is None):
         missing = "shift" if others["shift"] is None else "scale"

@@ -30,6 +30,7 @@ from fastmask.kernels._layout import (
     check_tokens,
     needs_gradient,
     num_samples,
+    position_table,
     sample_of_row,
 )
 from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_bwd, modulate_norm_reference
@@ -55,6 +56,7 @@ def restore_tokens_reference(
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return what `restore_tokens` does, in plain PyTorch, of any floating dtype and width, for position too."""
+    position = position_table(position)
     rows = F.pad(x, (0, 0, 0, 1))  # one more, for the dropped positions to read: there may be no other
     if cu_seqlens is None:
         kept = ids_restore < x.shape[1]
@@ -247,7 +249,7 @@ def restore_tokens(
     Args:
         x: kept tokens, shape (B, K, E), or (N, E) with ``cu_seqlens``; copied first if not contiguous.
         mask_token: shape (E,); rounded to the dtype of ``x`` first.
-        position: shape (L, E).
+        position: shape (L, E), or (1, L, E).
         ids_restore: int32 or int64, shape (B, L), a permutation of [0, L) per sample: a value below K says that the
             position is kept, and which of the sample's rows of ``x`` it is. Undefined if it is no permutation.
         cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins.
@@ -272,10 +274,11 @@ def restore_tokens(
     others = {"mask_token": mask_token, "position": position, "ids_restore": ids_restore}
     check_devices(x.device, **others, cu_seqlens=cu_seqlens, shift=shift, scale=scale)
     batch, width = num_samples(x, cu_seqlens), x.shape[-1]
+    given, position = tuple(position.shape), position_table(position)
     if mask_token.shape != (width,) or position.ndim != 2 or position.shape[1] != width:
         raise ValueError(
-            f"mask_token and position must have shapes ({width},) and (L, {width}) for x of shape {tuple(x.shape)}, "
-            f"not {tuple(mask_token.shape)} and {tuple(position.shape)}"
+            f"mask_token and position must have shapes ({width},) and (L, {width}) or (1, L, {width}) for x of shape "
+            f"{tuple(x.shape)}, not {tuple(mask_token.shape)} and {given}"
         )
     _check_indices("ids_restore", ids_restore)
     _check_shape("ids_restore", ids_restore, (batch, position.shape[0]), x)
@@ -290,9 +293,7 @@ def restore_tokens(
         )
     check_index_range("ids_restore", ids_restore, position.shape[0])
     if needs_gradient(position):
-        raise ValueError(
-            f'position of shape {tuple(position.shape)} must not require a gradient: only impl="reference" has it'
-        )
+        raise ValueError(f'position of shape {given} must not require a gradient: only impl="reference" has it')
     rows = as_rows(x, cu_seqlens, {})
     check_dtype("mask_token", mask_token)
     check_dtype("position", position)

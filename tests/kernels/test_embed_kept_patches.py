@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import checks
 import pytest
@@ -102,10 +103,11 @@ def test_gradcheck(masked):
     assert torch.autograd.gradcheck(lambda *t: embed(*t[:4], ids_keep, t[4]), inputs)
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (6, 6), (1, 6, 7)])
+@pytest.mark.parametrize("shape", [(5, 7), (6, 6), (2, 6, 7), (1, 5, 7), (1, 1, 6, 7)])
 def test_a_position_table_of_another_shape(shape):
     images, weight, bias, _, ids_keep, image_scale = arguments(*SHAPES[0])
-    with pytest.raises(ValueError, match=r"position must have shape \(6, 7\) for images of shape \(3, 3, 6, 4\)"):
+    message = rf"position must have shape \(6, 7\) or \(1, 6, 7\) for images .*, not {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=message):
         embed(images, weight, bias, torch.zeros(shape), ids_keep, image_scale)
 
 

@@ -297,6 +297,8 @@ def fitting(**change):
         ({"mask_token": torch.zeros(1, 8)}, r"mask_token and position must have shapes \(8,\).*not \(1, 8\)"),
         ({"mask_token": torch.zeros(3)}, r"mask_token and position must have shapes \(8,\).*not \(3,\)"),
         ({"position": torch.zeros(5, 3)}, r"mask_token and position .* \(L, 8\).*and \(5, 3\)"),
+        ({"position": torch.zeros(1, 5, 3)}, r"mask_token and position .* or \(1, L, 8\).*and \(1, 5, 3\)"),
+        ({"position": torch.zeros(2, 5, 8)}, r"mask_token and position .* \(L, 8\).*and \(2, 5, 8\)"),
         ({"position": torch.zeros(5)}, r"mask_token and position .* \(L, 8\).*and \(5,\)"),
         ({"position": torch.zeros(6, 8)}, r"ids_restore must have shape \(2, 6\), not \(2, 5\)"),
         ({"x": torch.zeros(6, 8)}, r"x must have shape \(B, K, D\), or \(N, D\) with cu_seqlens, not \(6, 8\)"),
