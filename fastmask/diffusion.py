@@ -85,6 +85,12 @@ class LossParts(NamedTuple):
 class EDMLoss:
     """MaskDiT's training loss (arXiv 2306.09305, equation 5).
 
+    Sigma, noise and mask that a call does not bring are drawn by the counter-based generator, as `training_draws` draws
+    them. With ``seed`` and ``offset`` sample b's draws are a function of the seed and of ``offset + b``: the same on
+    every device, in a batch of any size and in any order of batches. Without them every call takes a new seed from the
+    device's torch generator: no two calls share noise, and the same calls after the same ``torch.manual_seed`` repeat
+    it, in every process that sets it.
+
     Args:
         sigma_data: standard deviation of the data.
         mae_coef: weight of the reconstruction loss.
@@ -114,6 +120,8 @@ class EDMLoss:
         mask: Mask | None = None,
         sigma: Tensor | None = None,
         noise: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        offset: int | Tensor | None = None,
     ) -> LossParts:
         """Return the losses of a batch.
 
@@ -124,20 +132,36 @@ class EDMLoss:
             mask: which patches the encoder sees; drawn at ``mask_ratio`` when absent, none dropped at ratio 0.
             sigma: noise levels, B values in any shape; drawn when absent.
             noise: noise already times sigma, shape (B, C, H, W); drawn when absent.
+            seed: of the draws: an int, or int64 of shape () on the device of the images. A new one when absent.
+            offset: global index of the batch's first sample, like ``seed`` and given with it. Calls of the same seed
+                whose samples' indices overlap share draws: a training loop adds B from one call to the next.
 
         Returns:
             The total, denoising and reconstruction losses, each (B,).
+
+        Raises:
+            ValueError: a seed without an offset, or the other way round; shapes that do not fit the network.
         """
+        if (seed is None) != (offset is None):
+            given, missing = ("offset", "seed") if seed is None else ("seed", "offset")
+            raise ValueError(f"{given} is given and {missing} is missing: samples are drawn by both, or give neither")
         batch = images.shape[0]
-        if sigma is None:
-            sigma = (torch.randn(batch, device=images.device) * self.p_std + self.p_mean).exp()
+        masked = mask is None and self.mask_ratio > 0
+        if masked or sigma is None or noise is None:
+            if seed is None or offset is None:
+                # A tensor: the host would have to wait for a number.
+                seed, offset = torch.randint(2**63 - 1, (), device=images.device), 0
+            sample = torch.arange(batch, dtype=torch.int64, device=images.device) + offset
+            if sigma is None:
+                sigma = _draw_sigma(seed, sample, self.p_mean, self.p_std)
+            if noise is None:
+                unit = _draw_unit_noise(seed, sample, images)
+                noise = (unit * sigma.reshape(batch, 1, 1, 1)).to(images.dtype)
+            if masked:
+                length = net.model.length
+                keep = kept_count(length, self.mask_ratio)
+                mask = sample_mask(batch, length, keep, seed=seed, offset=offset, device=images.device)
         sigma = sigma.reshape(batch)
-        if noise is None:
-            noise = torch.randn_like(images) * sigma[:, None, None, None].to(images.dtype)
-        if mask is None and self.mask_ratio > 0:
-            length = net.model.length
-            seed = int(torch.randint(2**63 - 1, ()))  # the CPU generator: torch.manual_seed governs it, no device sync
-            mask = sample_mask(batch, length, kept_count(length, self.mask_ratio), seed=seed, device=images.device)
         noised = images + noise
         return self._parts(net, net.raw_tokens(noised, sigma, labels, mask), images, noised, sigma, mask)
 
@@ -258,8 +282,8 @@ def training_draws(
     """
     batch, device = images.shape[0], images.device
     sample = torch.arange(batch, dtype=torch.int64, device=device) + offset
-    sigma = (random_normal(seed, sample, 1, _SIGMA_STREAM)[:, 0] * p_std + p_mean).exp()
-    noise = random_normal(seed, sample, images[0].numel(), _NOISE_STREAM).view(images.shape)
+    sigma = _draw_sigma(seed, sample, p_mean, p_std)
+    noise = _draw_unit_noise(seed, sample, images)
     drop = random_uniform(seed, sample, 1, _LABEL_STREAM)[:, 0] < label_drop
     labels = labels.masked_fill(drop, num_classes)
     kept: int | Tensor = keep
@@ -271,6 +295,14 @@ def training_draws(
             kept, total = per_sample.keep(seed, sample, sigma, length), per_sample.total(batch, length)
         mask = sample_mask(batch, length, kept, seed=seed, offset=offset, device=device, total=total)
     return TrainingDraws(labels, mask, sigma, noise * sigma[:, None, None, None])
+
+
+def _draw_sigma(seed: int | Tensor, sample: Tensor, p_mean: float, p_std: float) -> Tensor:
+    return (random_normal(seed, sample, 1, _SIGMA_STREAM)[:, 0] * p_std + p_mean).exp()
+
+
+def _draw_unit_noise(seed: int | Tensor, sample: Tensor, images: Tensor) -> Tensor:
+    return random_normal(seed, sample, images.shape[1:].numel(), _NOISE_STREAM).view(images.shape)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

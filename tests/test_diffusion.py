@@ -1,14 +1,12 @@
 import math
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
-from scipy import stats
 from util import SMALL_SIZES, relative_error, small_net
 
 from fastmask import EDMPrecond, MaskDiT
-from fastmask.diffusion import EDMLoss, LossParts, TrainingObjective, draw_samples, edm_sample, training_draws
+from fastmask.diffusion import EDMLoss, LossParts, TrainingObjective, draw_samples, edm_sample
 from fastmask.kernels import sample_mask, unpatchify
 
 LENGTH = 16  # positions of small_net
@@ -158,64 +156,6 @@ def test_autocast_losses_are_fp32_and_near():
         assert relative_error(part, expected) < 0.01, name
 
 
-class RecordingNet:
-    """Stands in for a denoiser in `EDMLoss`, answers zero and keeps what it was asked."""
-
-    def __init__(self, length, patch_size=2):
-        self.model = SimpleNamespace(length=length, patch_size=patch_size, impl="reference")
-
-    def raw_tokens(self, x, sigma, labels, mask):
-        self.x, self.sigma, self.labels, self.mask = x, sigma, labels, mask
-        return x.new_zeros(x.shape[0], self.model.length, x.shape[1] * self.model.patch_size**2)
-
-
-def test_absent_noise_is_drawn_from_edms_distribution():
-    net, batch = RecordingNet(4), 20_000
-    EDMLoss(p_mean=-0.4, p_std=0.8)(net, torch.zeros(batch, 1, 4, 4), torch.zeros(batch, dtype=torch.int64))
-    assert net.sigma.shape == (batch,)
-    assert stats.kstest(net.sigma.log().double().numpy(), "norm", (-0.4, 0.8)).pvalue > 0.01
-    z = net.x / net.sigma[:, None, None, None]
-    assert stats.kstest(z.flatten().double().numpy(), "norm").pvalue > 0.01
-    assert net.mask is None
-
-
-def test_absent_sigma_has_edms_defaults():
-    net = RecordingNet(1)
-    EDMLoss()(net, torch.zeros(20_000, 1, 2, 2), torch.zeros(20_000, dtype=torch.int64))
-    assert stats.kstest(net.sigma.log().double().numpy(), "norm", (-1.2, 1.2)).pvalue > 0.01
-
-
-@pytest.mark.parametrize(("ratio", "keep"), [(0.5, 8), (0.25, 12), (0.9, 1), (0.99, 1), (1e-9, 15)])
-def test_absent_mask_is_drawn_at_the_ratio(ratio, keep):
-    net = RecordingNet(16)
-    EDMLoss(mask_ratio=ratio)(net, torch.zeros(5, 1, 8, 8), torch.zeros(5, dtype=torch.int64))
-    assert torch.equal(net.mask.dropped.sum(1), torch.full((5,), 16 - keep))
-
-
-def test_what_is_given_is_used():
-    net = RecordingNet(16)
-    images, labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 1])
-    mask = sample_mask(2, 16, 3, seed=1, device="cpu")
-    sigma, noise = torch.tensor([0.1, 0.2]), torch.randn(2, 1, 8, 8)
-    EDMLoss(mask_ratio=0.5)(net, images, labels, mask=mask, sigma=sigma, noise=noise)
-    assert net.mask is mask
-    assert torch.equal(net.sigma, sigma)
-    assert torch.equal(net.x, images + noise)
-    assert torch.equal(net.labels, labels)
-
-
-def test_the_global_seed_governs_the_draws():
-    net = small_net()
-    images, labels, _, _ = batch_of(net)
-    loss = EDMLoss(mask_ratio=0.5)
-    results = []
-    for seed in (3, 3, 4):
-        torch.manual_seed(seed)
-        results.append(loss(net, images, labels).total)
-    assert torch.equal(results[0], results[1])
-    assert (results[0] != results[2]).all()
-
-
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, math.nan])
 def test_a_ratio_outside_the_range(ratio):
     with pytest.raises(ValueError, match="mask_ratio must be at least 0 and below 1, not "):
@@ -240,76 +180,6 @@ def test_objective_compiles_without_a_graph_break(keep):
         assert torch.equal(part, same) or relative_error(part, same) < 5e-7, name
     for name, grad in gradients.items():
         assert relative_error(objective.get_parameter(name).grad, grad) < 2e-6, name
-
-
-# What chance adds to a training batch
-
-
-def draws(images, labels, **kw):
-    settings = {
-        "seed": 3,
-        "offset": 0,
-        "num_classes": 5,
-        "label_drop": 0.1,
-        "length": 4,
-        "keep": 2,
-        "p_mean": -1.2,
-        "p_std": 1.2,
-    }
-    return training_draws(images, labels, **{**settings, **kw})
-
-
-def test_draws_belong_to_samples():
-    images, labels = torch.zeros(8, 3, 4, 4), torch.arange(8) % 5
-    whole = draws(images, labels, offset=2**33 - 3, label_drop=0.5)
-    halves = [draws(images[:3], labels[:3], offset=2**33 - 3, label_drop=0.5)]
-    halves += [draws(images[3:], labels[3:], offset=2**33, label_drop=0.5)]
-    for name in ("labels", "sigma", "noise"):
-        assert torch.equal(torch.cat([getattr(half, name) for half in halves]), getattr(whole, name)), name
-    for name in ("ids_keep", "ids_restore"):
-        assert torch.equal(torch.cat([getattr(half.mask, name) for half in halves]), getattr(whole.mask, name)), name
-    assert len(set(whole.sigma.tolist())) == 8
-
-
-def test_draws_depend_on_the_seed():
-    images, labels = torch.zeros(8, 3, 4, 4), torch.arange(8) % 5
-    one, other = draws(images, labels, length=64, keep=32), draws(images, labels, length=64, keep=32, seed=4)
-    assert (one.sigma != other.sigma).all()
-    assert (one.noise != other.noise).any((1, 2, 3)).all()
-    assert (one.mask.ids_keep != other.mask.ids_keep).any(1).all()
-
-
-def test_drawn_noise_and_masks():
-    batch = 20_000
-    drawn = draws(torch.ones(batch, 1, 2, 2), torch.zeros(batch, dtype=torch.int64), p_mean=-0.4, p_std=0.8)
-    log_sigma = drawn.sigma.log().double()
-    assert stats.kstest(log_sigma.numpy(), "norm", (-0.4, 0.8)).pvalue > 0.01
-    z = (drawn.noise / drawn.sigma[:, None, None, None]).double().flatten(1)
-    assert stats.kstest(z.flatten().numpy(), "norm").pvalue > 0.01
-    # Noise level, noise, mask and dropped labels come from streams of their own.
-    columns = torch.cat([log_sigma[:, None], z, drawn.mask.dropped[:, :3], drawn.labels[:, None]], dim=1)
-    correlation = torch.corrcoef(columns.T)
-    between_masked = correlation[5:8, 5:8].clone()
-    correlation[5:8, 5:8] = 0  # two of four positions are dropped: these exclude one another
-    assert (correlation.fill_diagonal_(0).abs() < 5 / math.sqrt(batch)).all()
-    assert (between_masked - torch.eye(3) + (1 - torch.eye(3)) / 3).abs().max() < 5 / math.sqrt(batch)
-    expected = sample_mask(batch, 4, 2, seed=3, device="cpu")
-    assert torch.equal(drawn.mask.ids_keep, expected.ids_keep)
-
-
-def test_nothing_dropped_is_no_mask():
-    assert draws(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64), keep=4).mask is None
-
-
-def test_labels_are_dropped_at_the_rate():
-    batch = 20_000
-    images, labels = torch.zeros(batch, 1, 2, 2), torch.arange(batch) % 5
-    assert torch.equal(draws(images, labels, label_drop=0.0).labels, labels)
-    assert torch.equal(draws(images, labels, label_drop=1.0).labels, torch.full_like(labels, 5))
-    dropped = draws(images, labels, label_drop=0.1).labels
-    kept = dropped != 5
-    assert torch.equal(dropped[kept], labels[kept])
-    assert abs((~kept).double().mean() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / batch)
 
 
 # The sampler
