@@ -24,6 +24,7 @@ from fastmask.data import DataSet, open_data
 from fastmask.data.imageset import ImageSet
 from fastmask.distributed import Ranks, from_first, is_lost_rank, own_device, process_group
 from fastmask.files import locked
+from fastmask.numerics import set_numerics
 from fastmask.optim import resolve_optimizer
 from fastmask.presets import PRESETS
 from fastmask.report import console, print_plan
@@ -272,14 +273,6 @@ def check_tools(config: TrainConfig) -> None:
             f"--compile {config.compile} needs a {language} compiler, and there is none of {', '.join(names)}: install "
             f"one, or give --compile none"
         )
-
-
-def set_numerics(config: TrainConfig) -> None:
-    """Set the precision of fp32 matrix products, and make repeated runs give the same bits."""
-    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results with it alone
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over memory
 
 
 def check_memory(config: TrainConfig, channels: int, size: int, ranks: Ranks) -> None:

@@ -68,6 +68,7 @@ def test_nothing_imports_upward():
         "watch",
         "ema",
         "config",
+        "numerics",
         "counts",
     ]
     order += ["cost", "cli", "optim", "weights", "checkpoint", "report", "data", "profiling"]
