@@ -7,6 +7,7 @@ if nothing else runs. What remains of a step's time is the host's: Python, launc
 
 import collections
 import heapq
+import importlib
 import itertools
 import re
 import time
@@ -15,13 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastmask.console import say
+from fastmask.console import get_console, say
 from fastmask.files import whole_file
-from fastmask.report import console
 
 PRODUCTS, ATTENTION, OPTIMIZER, DATA = "matrix products", "attention", "optimizer", "data"
 COMMUNICATION, OTHER, GAPS = "communication", "all else", "host gaps"
@@ -170,7 +169,7 @@ def _busy(found: Profile, largest: str, share: float) -> str:
 
 def _print(found: Profile, count: int, device: torch.device) -> None:
     how = "device time" if device.type == "cuda" else "time of operators"
-    table = Table(title=f"where a step goes, mean of {count}: {how}")
+    table = importlib.import_module("rich.table").Table(title=f"where a step goes, mean of {count}: {how}")
     table.add_column("what")
     table.add_column("ms", justify="right")
     table.add_column("%", justify="right")
@@ -183,7 +182,7 @@ def _print(found: Profile, count: int, device: torch.device) -> None:
     table.add_section()
     table.add_row("a step", f"{found.step_s * 1e3:.2f}", "100.0%")
     table.add_row("a step without the profiler", f"{found.unprofiled_s * 1e3:.2f}", "")
-    console.print(table)
+    get_console().print(table)
 
 
 def _parts_of(events: Any, device: torch.device, waited: float, count: int) -> tuple[float, dict[str, float]]:

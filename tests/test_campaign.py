@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,16 +14,13 @@ import pytest
 import torch
 
 from bench import rows
-from bench.campaign import steps
+from bench.campaign import gate, steps
 from bench.campaign.__main__ import PARTS, Part, main, run_parts
 from bench.campaign.clock import TimeUp, share, time_box
 from bench.campaign.state import Campaign, DeviceLostError
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-BARE = (
-    "import sys; sys.modules.update(dict.fromkeys('tyro rich safetensors sklearn scipy matplotlib PIL pytest'.split()))"
-)
 
 
 @pytest.fixture
@@ -37,18 +35,40 @@ def part(run, seconds=1.0):
 # On a bare machine
 
 
-def test_it_needs_nothing_but_torch_and_numpy(tmp_path):
+@pytest.fixture
+def bare_machine(tmp_path):
+    """Return an environment in which Python finds torch, triton, numpy, pytest and what they ask for, and no more."""
+    (tmp_path / "sitecustomize.py").write_text("import bare\n")  # in the processes of a process too
+    path = os.pathsep.join(map(str, (tmp_path, ROOT / "tests", ROOT)))
+    return {**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def test_it_needs_nothing_but_torch_and_numpy(tmp_path, bare_machine):
     """A fresh process without what a GPU machine may lack; two parts run there, and safetensors is asked for late."""
     argv = ["--parts", "device,digits", "--out", str(tmp_path)]
-    program = f"{BARE}\nfrom bench.campaign.__main__ import main\ncode = main({argv})\nimport fastmask\n"
+    program = f"from bench.campaign.__main__ import main\ncode = main({argv})\nimport fastmask\n"
     program += "assert not hasattr(fastmask, 'load_maskdits')\ntry:\n    fastmask.load_maskdit\n"
     program += "except ImportError as error:\n    assert 'safetensors' in str(error)\n    sys.exit(code)\nsys.exit(3)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", f"import sys\n{program}"]
+    done = subprocess.run(command, cwd=ROOT, env=bare_machine, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (file,) = tmp_path.glob("*.jsonl")
     assert [row["bench"] for row in rows.read(file)] == ["device", "digits"]
     assert all(row["miniature"] and row["code"] and row["run"] for row in rows.read(file))
     assert "A miniature on a CPU" in file.with_suffix(".md").read_text()
+
+
+@pytest.mark.once
+def test_every_test_for_a_gpu_is_found_there(bare_machine):
+    """Each file that has such tests imports. DALI's makes its images with Pillow, so without that it is skipped."""
+    files = gate.gpu_tests()
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, env=bare_machine, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    missing = {str(Path(file).relative_to(ROOT)) for file in files} - found
+    quoting = "tests/test_campaign_parts.py"  # has one as text
+    assert missing == {"tests/data/test_dali.py", quoting}, done.stdout
 
 
 def test_load_maskdit_is_still_exported():

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 import sys
 from types import SimpleNamespace
 
@@ -91,14 +92,24 @@ def test_the_network_check_sees_a_wrong_loss(monkeypatch):
     assert gate.network_error(CPU) > 1
 
 
-def test_pytest_in_a_process_of_its_own(tmp_path):
-    path = tmp_path / "test_it.py"
+def test_pytest_in_a_process_of_its_own(campaign, tmp_path, monkeypatch, capsys):
+    path, broken = tmp_path / "test_it.py", tmp_path / "test_broken.py"
     marked = "@pytest.mark.gpu\ndef test_{}(): {}\n"
     tests = [marked.format("a", "pass"), marked.format("b", "assert 0"), "def test_c(): pass\n"]
     path.write_text("import pytest\n" + "".join(tests))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
-    assert gate.pytest_counts([str(path)]) == {"failed": 1, "passed": 1, "deselected": 1}
+    assert gate.pytest_counts(gate.pytest_output([str(path)])) == {"failed": 1, "passed": 1, "deselected": 1}
     assert "tests/kernels/test_sample_mask.py" in " ".join(gate.gpu_tests())
+    # A file that does not import is an error, and takes no test of another with it.
+    broken.write_text("import no_such_module\n")
+    monkeypatch.setattr(gate, "gpu_tests", lambda: [str(broken), str(path)])
+    gate.run_tests(campaign)
+    (row,) = campaign.rows
+    assert row["bench"] == "failure"
+    assert "{'failed': 1, 'passed': 1, 'deselected': 1, 'errors': 1}" in row["error"]
+    said = capsys.readouterr().out
+    assert re.search(r"^  FAILED .*test_it.py::test_b", said, re.MULTILINE)
+    assert re.search(r"^  ERROR .*test_broken.py", said, re.MULTILINE)
 
 
 def test_the_best_settings_share_their_warps():

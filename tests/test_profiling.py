@@ -206,6 +206,7 @@ def test_what_bounds_the_run(device, parts, said):
 
 @pytest.mark.gpu
 def test_the_gpu_s_kernels_make_up_its_step(tmp_path):
+    pytest.importorskip("rich", reason="the table is printed by rich")
     found = Steps(GPU, width=4096).profile(5, tmp_path, GPU)
     assert sum(found.parts.values()) == pytest.approx(found.step_s)
     assert found.share(PRODUCTS) > 0.3

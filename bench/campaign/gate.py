@@ -23,6 +23,7 @@ from fastmask.config import TrainConfig, build_model
 from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
 
 PRESETS_CHECKED = ("xl2-in256", "b2-in256", "s2-in256")
+_FAILURES_SAID = 20  # tests that are named at most
 _BATCH = 8  # images: all programs of a launch do the same, and float64 is slow
 _SMALL = {"batch": 3, "length": 16, "keep": 5, "width": 24, "heads": 3, "decoder_width": 16, "channels": 3, "side": 8}
 
@@ -229,7 +230,10 @@ def run_tests(campaign: Campaign) -> None:
         campaign.say("  pytest is not installed: its tests were not run, the checks above were")
         return
     with campaign.attempt("check", **case):
-        counts = pytest_counts(gpu_tests())
+        output = pytest_output(gpu_tests())
+        counts = pytest_counts(output)
+        for line in re.findall(r"^(?:FAILED|ERROR) .*", output, re.MULTILINE)[:_FAILURES_SAID]:
+            campaign.say(f"  {line[:200]}")
         if counts.get("failed") or counts.get("errors") or not counts:
             raise AssertionError(f"pytest -m gpu: {counts or 'no summary'}")
         campaign.store("check", case, "ours", counts)
@@ -241,10 +245,18 @@ def gpu_tests() -> list[str]:
     return [str(file) for file in files if "mark.gpu" in file.read_text()]
 
 
-def pytest_counts(files: Sequence[str]) -> dict[str, int]:
-    """Return how many tests of a GPU passed, failed, and so on; empty if pytest did not get so far."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
-    out = subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True, check=False).stdout
-    last = (out.strip().splitlines() or [""])[-1]
+def pytest_output(files: Sequence[str]) -> str:
+    """Return what pytest prints when it runs the tests of a GPU in some files.
+
+    A file that does not import is an error that keeps the tests of no other file from running.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", *files]
+    return subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True, check=False).stdout
+
+
+def pytest_counts(output: str) -> dict[str, int]:
+    """Return how many tests passed, failed, and so on; empty if pytest did not get so far."""
+    last = (output.strip().splitlines() or [""])[-1]
     found = re.findall(r"(\d+) (passed|failed|skipped|deselected|errors?)", last)
     return {name.replace("error", "errors").replace("errorss", "errors"): int(count) for count, name in found}

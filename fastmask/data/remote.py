@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-
 from fastmask.console import say
 from fastmask.data.manifest import MANIFEST, StoredFile, parse_manifest, read_manifest
 from fastmask.files import sync, whole_file, write_durably
@@ -80,7 +78,8 @@ class RemoteStore:
         self.url = url.rstrip("/")
         self.folder = _cache() / _folder_name(self.url)
         with _one_line(self.url):
-            self._files_there, self._root = fsspec.core.url_to_fs(self.url, **_options(self.url))
+            reader = importlib.import_module("fsspec.core")  # late: what trains on files of this machine does without
+            self._files_there, self._root = reader.url_to_fs(self.url, **_options(self.url))
         self._content = self._read_manifest()
         self.manifest = parse_manifest(self._content, f"{self.url}/{MANIFEST}")
         self._files = [file for shard in self.manifest.shards for file in (shard.records, shard.labels)]

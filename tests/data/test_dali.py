@@ -1,5 +1,6 @@
 """JPEG files by DALI's CPU operators against Pillow, and the faults of both; `make test-dali` runs them."""
 
+import importlib
 import io
 import itertools
 from types import SimpleNamespace
@@ -7,12 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 from vaes import small_vae
 
-from fastmask import train
-from fastmask.checkpoint import newest_good
 from fastmask.data import batches, open_data
 from fastmask.data import dali as module
 from fastmask.data.dali import JpegDecoder, is_jpeg, pick_decoder
@@ -20,8 +17,8 @@ from fastmask.data.decoding import decoded
 from fastmask.data.images import decode
 from fastmask.data.imageset import ImageSet
 from fastmask.data.sources import open_source
-from fastmask.prepare import main
 
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 CPU = torch.device("cpu")
 
 
@@ -270,6 +267,7 @@ def test_an_unreadable_image_in_training_is_one_line(dali, tmp_path, num_workers
 
 
 def test_prepare_says_what_decodes_and_the_manifest_too(dali, tmp_path, capsys):
+    main = importlib.import_module("fastmask.prepare").main
     path, flags = folder(tmp_path / "images"), ["--space", "pixel", "--image-size", "32", "--num-workers", "0"]
     for decoder, said in (("dali", "DALI on cpu"), ("pil", "Pillow")):
         main([str(path), str(tmp_path / decoder), *flags, "--decoder", decoder])
@@ -288,12 +286,15 @@ def test_prepare_says_what_decodes_and_the_manifest_too(dali, tmp_path, capsys):
 
 def test_a_run_that_was_stopped_ends_in_the_same_bits(dali, tmp_path, capsys):
     """Trained on JPEG files by DALI: 6 steps at once, and 3 and 3."""
+    main = importlib.import_module("fastmask.train").main
+    newest_good = importlib.import_module("fastmask.checkpoint").newest_good
+    load_file = importlib.import_module("safetensors.torch").load_file
     arguments = ["--preset", "digits", "--data", str(folder(tmp_path / "images")), "--image-size", "16", "--mirror"]
     arguments += ["--decoder", "dali", "--batch-size", "4", "--unmask-steps", "0", "--width", "16", "--depth", "1"]
     arguments += ["--decoder-width", "16", "--decoder-depth", "1", "--sample-every", "0", "--checkpoint-every", "3"]
     arguments += ["--device", "cpu", "--optimizer", "torch"]
     for run, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
-        train.main([*arguments, "--run-dir", str(tmp_path / run), "--max-steps", str(steps)])
+        main([*arguments, "--run-dir", str(tmp_path / run), "--max-steps", str(steps)])
         assert "10 images, JPEG files decoded by DALI" in capsys.readouterr().out
     whole, parts = (load_file(newest_good(tmp_path / run, print) / "model.safetensors") for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()

@@ -6,7 +6,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from scipy import stats
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastmask.kernels import Mask, backends, gather_tokens, restore_tokens, sample_mask
@@ -74,6 +73,7 @@ def test_keeping_all_keeps_the_order():
 # The interpreter needs a tenth of a second for each sample of the fused form.
 @pytest.mark.parametrize(("impl", "batch", "length", "keep"), [("reference", 20_000, 6, 3), ("fused", 48, 4, 2)])
 def test_every_subset_is_equally_likely(impl, batch, length, keep):
+    stats = pytest.importorskip("scipy.stats")
     mask = draw(batch, length, keep, seed=1, impl=impl)
     subsets = dict.fromkeys(combinations(range(length), keep), 0)
     for kept in mask.ids_keep.tolist():
