@@ -5,6 +5,7 @@ figures, and the machine, versions and commit. Times of variants that are compar
 """
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -90,7 +91,10 @@ def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what a figure depends on beside the code: device, versions, threads and, on a GPU, driver and clocks."""
+    """Return what a figure depends on beside the code: device, versions, threads and, on a GPU, driver and clocks.
+
+    The driver is asked once per process, as that takes as long as measuring a kernel: clocks are those of then.
+    """
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "torch": torch.__version__,
@@ -98,14 +102,15 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type != "cuda":
         return {**found, "threads": torch.get_num_threads()}
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.limit")
-    query = ["nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return {**found, **dict(zip(fields, (value.strip() for value in answer.split(",")), strict=False))}
+    return {**found, **_driver(device.index or 0)}
 
 
+@functools.cache
 def commit() -> str:
-    """Return the commit that is measured, "unknown" outside a checkout; marked where more than the rows differs."""
+    """Return the commit that is measured, "unknown" outside a checkout; marked where more than the rows differs.
+
+    Git is asked once per process, which has imported the code of then.
+    """
     git = ["git", "-C", str(ROOT)]
     changed = [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results"]
     try:
@@ -168,6 +173,18 @@ def _gpu_clock(device: torch.device) -> Callable[[Callable[[], Any]], float]:
     return clock
 
 
+@functools.cache
+def _driver(index: int) -> dict[str, str]:
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "power.limit")
+    query = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # a container may lack it
+        return dict.fromkeys(fields, "unknown")
+    return dict(zip(fields, (value.strip() for value in answer.split(",")), strict=True))
+
+
+@functools.cache
 def _processor() -> str:
     try:
         named = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())

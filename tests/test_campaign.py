@@ -113,6 +113,47 @@ def test_a_part_that_takes_too_long_keeps_its_rows_and_the_next_one_runs(campaig
     assert "are over" in capsys.readouterr().out
 
 
+# Rows
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Return the list of programs that rows start, whose answers are made up; nothing is remembered of before."""
+    started = []
+
+    def run(command, **options):
+        started.append(command[0])
+        return subprocess.CompletedProcess(command, 0, "590.1, 1980 MHz, 3201 MHz, 700.00 W\n", "")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(subprocess, "run", run)
+    for asked in (rows.commit, rows._driver):
+        asked.cache_clear()
+    yield started
+    for asked in (rows.commit, rows._driver):
+        asked.cache_clear()
+
+
+def test_the_driver_and_git_are_asked_once_per_process(programs, tmp_path):
+    """Each takes a tenth of a second and more, and a campaign stores hundreds of rows."""
+    for _ in range(3):
+        row = rows.append({"bench": "x"}, torch.device("cuda"), tmp_path / "rows.jsonl")
+    assert sorted(programs) == ["git", "git", "nvidia-smi"]
+    assert {"driver_version": "590.1", "clocks.sm": "1980 MHz", "device": "NVIDIA H200"}.items() <= row.items()
+    assert len(list(rows.read(tmp_path / "rows.jsonl"))) == 3
+    rows.machine(torch.device("cuda"))["driver_version"] = "changed"  # by a caller
+    assert rows.machine(torch.device("cuda"))["driver_version"] == "590.1"
+
+
+def test_a_container_without_nvidia_smi_still_stores_rows(programs, monkeypatch, tmp_path):
+    def run(command, **options):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    row = rows.append({"bench": "x"}, torch.device("cuda"), tmp_path / "rows.jsonl")
+    assert row["driver_version"] == row["commit"] == "unknown"
+
+
 # What goes wrong
 
 
