@@ -71,6 +71,10 @@ def run_command(name: str, command: Callable[[Sequence[str]], None]) -> None:
         sys.exit(1)
     except torch.OutOfMemoryError as error:
         fail(name, f"out of GPU memory: give a smaller --micro-batch-size or --batch-size ({str(error).split('.')[0]})")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # of torch, on a CPU
+            raise
+        fail(name, f"out of memory: give a smaller --micro-batch-size or --batch-size ({error})")
     except (ValueError, OSError) as error:
         fail(name, str(error))
     except KeyboardInterrupt:

@@ -80,6 +80,23 @@ def raising(error):
 
 
 @pytest.mark.parametrize(
+    "allocate", [lambda _: torch.empty(2**50), lambda _: bytearray(2**50)], ids=["torch", "Python"]
+)
+def test_too_little_memory_of_the_machine_is_one_line(allocate, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_command("name", allocate)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("name: error: out of memory: give a smaller --micro-batch-size or --batch-size (")
+    assert said.count("\n") == 1
+
+
+def test_another_runtime_error_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="a fault"):
+        run_command("name", raising(RuntimeError("a fault")))
+
+
+@pytest.mark.parametrize(
     ("error", "line"),
     [
         (ValueError("first\n  second"), "name: error: first second\n"),
