@@ -21,9 +21,9 @@ _DEC_S: dict[str, Any] = {"decoder_width": 192, "decoder_depth": 3, "decoder_num
 _DEC_B: dict[str, Any] = {"decoder_width": 384, "decoder_depth": 3, "decoder_num_heads": 12}
 _DENSE: dict[str, Any] = {"decoder_depth": 0, "mask_ratio": 0.0}
 
-# Data sets: latents of ImageNet at two sides.
-_IN256: dict[str, Any] = {"data": "data/in256.npz", "image_size": 256, "num_classes": 1000, "micro_batch_size": 128}
-_IN512: dict[str, Any] = {"data": "data/in512.npz", "image_size": 512, "num_classes": 1000, "micro_batch_size": 32}
+# Datasets: stores of ImageNet's latents at two sides, which fastmask.prepare makes.
+_IN256: dict[str, Any] = {"data": "data/in256", "image_size": 256, "num_classes": 1000, "micro_batch_size": 128}
+_IN512: dict[str, Any] = {"data": "data/in512", "image_size": 512, "num_classes": 1000, "micro_batch_size": 32}
 
 # Recipes.
 _MASKED: dict[str, Any] = {"mask_ratio": 0.5, "batch_size": 1024, "lr": 1e-4}  # [M]

@@ -247,7 +247,10 @@ def test_synthetic_latents_and_no_classes(tmp_path):
         (["--max-steps", "2", "--unmask-steps", "3"], "unmask_steps 3 is more than max_steps 2"),
         (["--patch-size", "3"], "an image side of 8 does not divide into patches of 3"),
         (["--data", "no/such/folder"], "no/such/folder does not exist"),
-        (["--preset", "xl2-in256"], "data/in256.npz does not exist"),
+        (
+            ["--preset", "xl2-in256"],
+            "data/in256 does not exist: `python -m fastmask.prepare IMAGES data/in256 --image-size 256` makes such a",
+        ),
         (["--device", "tpu"], "--device must be auto, cpu, cuda"),
         (["--init", "no/run"], "--init no/run"),
         (["--optimizer", "apex"], "--optimizer apex needs NVIDIA's apex: build github.com/NVIDIA/apex"),

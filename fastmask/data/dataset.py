@@ -117,8 +117,7 @@ def open_data(
         source, chosen = open_source(path), pick_decoder(decoder)
         encoder = Autoencoder(vae, device) if vae else None
         return ImageSet(source, image_size, num_classes, mirror, chosen, encoder)
-    side = image_size // 8
     raise ValueError(
-        f"--data {data} does not exist: name an image folder or an .npz of `images` to train on pixels, or an .npz of "
-        f"VAE latents (`moments`, shape (N, 8, {side}, {side}), and `labels`); --data synthetic trains on random ones"
+        f"--data {data} does not exist: `python -m fastmask.prepare IMAGES {data} --image-size {image_size}` makes "
+        f"such a store of latents; an image folder or an .npz is taken as well, and --data synthetic is random latents"
     )

@@ -59,7 +59,9 @@ def test_more_classes_than_labels(sources, kind):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere does not exist: .* shape \(N, 8, 32, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"nowhere does not exist: `python -m fastmask.prepare IMAGES .*nowhere --image-size 256`"
+    ):
         opened(tmp_path / "nowhere", image_size=256)
 
 
