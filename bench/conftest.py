@@ -1,25 +1,34 @@
-"""What the benches share: options, threads, the machine beside the figures, and the kernels' cases and report.
+"""What the benches share: options, threads, the machine beside the figures, progress, and the session's tables.
 
 Each kernel case is checked, then timed with all its variants in turn. The figures and what was not run, with the
-reason, stand at the end of the session; the table of pytest-benchmark has the time of all variants together.
+reason, stand at the end of the session, training steps last. pytest-benchmark has an entry for each variant
+(`bench.entries`), so that its table, `--benchmark-json` and `--benchmark-compare` are of the same times.
 """
 
 import importlib.metadata
 import os
+import pathlib
 import platform
+import textwrap
 import uuid
 
 import pytest
 import torch
 
 from bench import rows
+from bench.entries import Entries, replayed
 from bench.kernels import figures, forms, make
 from bench.kernels._cases import PRESET, shapes_of
+from bench.progress import Progress, PytestScreen
+from bench.tables import kernels, loaders
+from bench.train.table import Table
 
 ROUNDS = {"cuda": 50, "cpu": 10}
+WARMUP = 3
 _MEASURED = pytest.StashKey[list]()
 _MISSING = pytest.StashKey[list]()
 _LOADED = pytest.StashKey[list]()
+_STEPS = pytest.StashKey[Table]()
 
 
 def pytest_addoption(parser):
@@ -29,6 +38,17 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[_MEASURED], config.stash[_MISSING], config.stash[_LOADED] = [], [], []
+    config.stash[_STEPS] = Table()
+    # The other columns of pytest-benchmark's table are there for who asks for them, and fill no terminal.
+    config.option.benchmark_columns = config.option.benchmark_columns or ["min", "median", "rounds"]
+
+
+def pytest_collection_modifyitems(items):
+    """Let pytest-benchmark read the clock that `Entries` replays times under."""
+    folder = pathlib.Path(__file__).parent
+    for item in items:
+        if folder in item.path.parents:
+            item.add_marker(pytest.mark.benchmark(timer=replayed))
 
 
 def pytest_report_header():
@@ -70,16 +90,36 @@ def run_id():
     return uuid.uuid4().hex[:12]
 
 
-@pytest.fixture
-def noted(benchmark, run_id, request):
-    """Take a loader's timing down for the end of the session, and store it. Not where benches are off."""
+@pytest.fixture(scope="session")
+def progress(request):
+    """What is told how far a measurement is."""
+    return Progress(PytestScreen(request.config))
 
-    def note(bench, case, variant, timing, device, **more):
-        if benchmark.disabled:
-            return  # a single call may take what a worker has read before it
+
+@pytest.fixture(scope="session")
+def step_table(request):
+    """The table of training steps at the end of the session."""
+    return request.config.stash[_STEPS]
+
+
+@pytest.fixture
+def entries(benchmark):
+    """What a test gives its times to pytest-benchmark by."""
+    return Entries(benchmark)
+
+
+@pytest.fixture
+def noted(benchmark, entries, run_id, request):
+    """Take a loader's times down for the end of the session, and store them. Not where benches are off."""
+
+    def note(bench, case, variant, times, device, **more):
+        timing = rows.timing(times)
         rate = round(case["batch"] * case["batches"] / timing.median_ms * 1e3, 1)
         found = {**timing._asdict(), "images_per_s": rate, **more, "run": run_id}
-        benchmark.extra_info[variant] = found
+        group = f"{bench}, {case['batches']} batches of {case['batch']}"
+        entries.add(variant, times, group=group, about={**case, **found})
+        if benchmark.disabled:
+            return  # a single call may take what a worker has read before it
         request.config.stash[_LOADED].append((case, variant, found))
         if request.config.getoption("rows"):
             rows.append({"bench": bench, "case": case, "variant": variant, **found}, device)
@@ -94,51 +134,52 @@ def bandwidth():
 
 
 @pytest.fixture
-def timed(benchmark, bandwidth, run_id, request):
+def timed(benchmark, entries, bandwidth, run_id, progress, request):
     """Time the variants of a case in turn, and note and store the figures. One call of each where benches are off."""
 
     def run(case):
         off = benchmark.disabled
-        rounds = {"rounds": 1 if off else ROUNDS[_device().type], "warmup": 0 if off else 3}
-        timings = benchmark.pedantic(rows.measure, (case.variants, _device()), rounds, rounds=1)
+        times = {"rounds": 1 if off else ROUNDS[_device().type], "warmup": 0 if off else WARMUP}
+        name = f"{case.op} {case.direction}"
+        with progress.of(name, times["warmup"] * len(case.variants)) as told:
+            taken = rows.take(case.variants, _device(), progress=told, **times)
         what = {name: getattr(case, name) for name in ("op", "direction", "shape", "dtype", "preset")}
         versions = {"torch": torch.__version__, "triton": _triton(), "commit": rows.commit()}
-        benchmark.extra_info.update(**what, **versions, copy_gb_per_s=round(bandwidth / 1e9, 2))
+        about = {**what, **versions, "copy_gb_per_s": round(bandwidth / 1e9, 2)}
+        timings = {variant: rows.timing(found) for variant, found in taken.items()}
         for variant, found in figures(case, timings, bandwidth).items():
-            benchmark.extra_info[variant] = found
+            entries.add(variant, taken[variant], group=case.op, about={**about, **found})
+            if off:
+                continue
             request.config.stash[_MEASURED].append((what, variant, found))
-            if request.config.getoption("rows") and not off:
+            if request.config.getoption("rows"):
                 row = {"bench": "kernel", "case": what, "variant": variant, **found, "triton": _triton(), "run": run_id}
                 rows.append(row, _device())
 
     return run
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
-    """Print the figures of the kernels, what was not run and why, and the figures of the loaders."""
-    if config.stash[_MEASURED]:
-        terminalreporter.section("kernels: median [20th, 80th percentile]")
-    for what, variant, found in config.stash[_MEASURED]:
-        times = f"{found['median_ms']:9.3f} ms [{found['p20_ms']:.3f}, {found['p80_ms']:.3f}]"
-        rates = f"{found['gb_per_s']:8.2f} GB/s {found['copy_percent']:6.1f} % of a copy"
-        flops = f" {found['tflop_per_s']:8.3f} TFLOP/s" if "flops" in found else ""
-        name = f"{what['op']} {what['direction']}, {what['shape']}"
-        terminalreporter.write_line(f"{name:<68} {variant:<10} {times:<32} {rates}{flops}")
+    """Print, below pytest-benchmark's table, what was not run and why, and the tables of kernels, loaders and steps."""
     cases = {}
     for variant, reason, name in config.stash[_MISSING]:
         cases.setdefault((variant, reason), []).append(name)
-    if cases:
-        terminalreporter.section("not run")
+    absent = []
     for (variant, reason), names in cases.items():
-        terminalreporter.write_line(f"{variant}: {reason}\n    {', '.join(dict.fromkeys(names))}")
-    if config.stash[_LOADED]:
-        terminalreporter.section("loaders: images/s, and ms [20th, 80th percentile] of a batch")
-    for case, variant, found in config.stash[_LOADED]:
-        median, low, high = (found[name] / case["batches"] for name in ("median_ms", "p20_ms", "p80_ms"))
-        name = f"{case['data']}, batch {case['batch']}, num_workers {case['num_workers']}"
-        times = f"{median:9.3f} ms [{low:.3f}, {high:.3f}]"
-        grown = f", {found['own_mib']:,.0f} MiB and {found['grown_mib']:+.1f}" if "own_mib" in found else ""
-        terminalreporter.write_line(f"{name:<68} {variant:<22} {found['images_per_s']:9,.0f} images/s {times}{grown}")
+        indented = {"width": 79, "initial_indent": "    ", "subsequent_indent": "    "}
+        absent += [f"{variant}: {reason}", *textwrap.wrap(", ".join(dict.fromkeys(names)), **indented)]
+    sections = {
+        "kernels: median [20th, 80th percentile]": kernels(config.stash[_MEASURED]),
+        "not run": absent,
+        "loaders: images/s, and ms [20th, 80th percentile] of a batch": loaders(config.stash[_LOADED]),
+        f"training steps on {rows.machine(_device())['device']}": [*config.stash[_STEPS].lines()],
+    }
+    for title, lines in sections.items():
+        if lines:
+            terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

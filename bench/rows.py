@@ -39,13 +39,14 @@ def measure(variants: dict[str, Callable[[], Any]], device: torch.device, **opti
 
 
 def take(
-    variants: dict[str, Callable[[], Any]],
+    variants: dict[Any, Callable[[], Any]],
     device: torch.device,
     *,
     rounds: int = 20,
     warmup: int = 3,
     before: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
+    progress: Callable[[Any, int, int], None] = lambda name, number, rounds: None,
+) -> dict[Any, list[float]]:
     """Time variants in turn, A B C A B C ..., so that a drift of the machine meets all of them.
 
     On a GPU a time is that between two events on the stream, after a write that empties the L2 cache; on a CPU it is
@@ -57,18 +58,21 @@ def take(
         rounds: timed calls of each.
         warmup: calls of each before, not timed, in turn as well.
         before: called before every call, not timed.
+        progress: told of every call before it, not timed: the variant, the round (0 is the warm-up), and ``rounds``.
 
     Returns:
         The milliseconds of each variant's calls.
     """
     for _ in range(warmup):
-        for call in variants.values():
+        for name, call in variants.items():
+            progress(name, 0, rounds)
             before()
             call()
-    taken: dict[str, list[float]] = {name: [] for name in variants}
+    taken: dict[Any, list[float]] = {name: [] for name in variants}
     clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
         for name, call in variants.items():
+            progress(name, number, rounds)
             before()
             taken[name].append(clock(call))
     return taken

@@ -1,5 +1,6 @@
 """The gate of the loaders' bench, and what a session of it stores and prints."""
 
+import json
 import os
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_a_session_stores_and_prints_what_it_ran_and_a_red_gate_gives_no_number(
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{rows.ROOT}"
     done = subprocess.run(
-        [*command, "bench/data", "-k", "digits or synthetic"],
+        [*command, "bench/data", "-k", "digits or synthetic", f"--benchmark-json={tmp_path / 'stored.json'}"],
         cwd=rows.ROOT,
         env=environment,
         capture_output=True,
@@ -72,3 +73,8 @@ def test_a_session_stores_and_prints_what_it_ran_and_a_red_gate_gives_no_number(
     for row in stored:
         images = row["case"]["batch"] * row["case"]["batches"]
         assert row["images_per_s"] == pytest.approx(images / row["median_ms"] * 1e3, rel=1e-3)
+    entries = json.loads((tmp_path / "stored.json").read_text())["benchmarks"]
+    assert {entry["name"]: entry["stats"]["median"] * 1e3 for entry in entries} == {
+        f"bench_loader[synthetic-{row['case']['num_workers']}-Synthetic]": pytest.approx(row["median_ms"])
+        for row in stored
+    }

@@ -1,5 +1,6 @@
 """The kernel benches on interpreted kernels at the smallest preset: cases, gate, figures, and the session's report."""
 
+import json
 import os
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def test_a_session_reports_what_it_ran_and_a_red_gate_gives_no_number(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
     environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{rows.ROOT}", "FASTMASK_NATIVE": str(tmp_path / "none.so")}
     done = subprocess.run(
-        [*command, *benches, "-k", "sample_mask or gather-forward"],
+        [*command, *benches, "-k", "sample_mask or gather-forward", f"--benchmark-json={tmp_path / 'stored.json'}"],
         cwd=rows.ROOT,
         env=environment,
         capture_output=True,
@@ -188,6 +189,10 @@ def test_a_session_reports_what_it_ran_and_a_red_gate_gives_no_number(tmp_path):
     stored = list(rows.read(file))
     assert {row["case"]["op"] for row in stored} == {"sample_mask"}
     assert {"bench", "case", "variant", "median_ms", "least_bytes", "commit", "triton", "run"} <= set(stored[0])
+    entries = json.loads((tmp_path / "stored.json").read_text())["benchmarks"]
+    assert {entry["name"]: entry["stats"]["median"] * 1e3 for entry in entries} == {
+        f"bench_sample_mask[equal-forward-{row['variant']}]": pytest.approx(row["median_ms"]) for row in stored
+    }
 
 
 @pytest.mark.gpu

@@ -75,7 +75,7 @@ def check(source: Source, decoder: str) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def bench_decoding(benchmark, photos, num_workers, tmp_path, noted, missing, monkeypatch):
+def bench_decoding(benchmark, photos, num_workers, tmp_path, noted, missing, progress, monkeypatch):
     monkeypatch.setattr(console, "quiet", True)
     source, store, variants = open_source(photos), tmp_path / "store", dict[str, Callable[[], None]]()
     if pick_decoder("auto") == "pil":
@@ -85,10 +85,11 @@ def bench_decoding(benchmark, photos, num_workers, tmp_path, noted, missing, mon
         name = {"pil": "Pillow", "dali": f"DALI on {DEVICE.type}"}[decoder]
         variants[name] = functools.partial(bare, source, num_workers, decoder)
         variants[f"prepare, {name}"] = functools.partial(prepared, photos, store, len(source), num_workers, decoder)
-    times = {"rounds": 1, "warmup": 0} if benchmark.disabled else {**TIMES}
-    times["before"] = functools.partial(shutil.rmtree, store, ignore_errors=True)
-    timings = benchmark.pedantic(rows.measure, (variants, torch.device("cpu")), times, rounds=1)
+    times = {"rounds": 1, "warmup": 0} if benchmark.disabled else TIMES
+    clear = functools.partial(shutil.rmtree, store, ignore_errors=True)
+    with progress.of("decoding", times["warmup"] * len(variants)) as told:
+        taken = rows.take(variants, torch.device("cpu"), before=clear, progress=told, **times)
     case = {"data": f"{len(source):,} jpg {WIDTH}x{HEIGHT}", "image_size": SIZE, "shape": f"3x{SIZE}x{SIZE}"}
     case |= {"batch": BATCH, "batches": len(source) // BATCH, "num_workers": num_workers}
-    for variant, timing in timings.items():
-        noted("decoding", case, variant, timing, DEVICE)
+    for variant, found in taken.items():
+        noted("decoding", case, variant, found, DEVICE)

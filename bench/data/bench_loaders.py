@@ -195,14 +195,15 @@ def source(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def bench_loader(benchmark, source, num_workers, noted):
+def bench_loader(benchmark, source, num_workers, noted, progress):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = opened(source)
     with contextlib.closing(training_batches(dataset, num_workers, device)) as parts:
         check(source, len(dataset), *next(parts))
         times = {"rounds": 1, "warmup": 0} if benchmark.disabled else TIMES
         variants = {type(dataset).__name__: lambda: collections.deque(itertools.islice(parts, BATCHES), maxlen=0)}
-        ((variant, timing),) = benchmark.pedantic(rows.measure, (variants, device), times, rounds=1).items()
+        with progress.of(source.what, times["warmup"]) as told:
+            ((variant, taken),) = rows.take(variants, device, progress=told, **times).items()
     case = {
         "data": source.what,
         "image_size": source.image_size,
@@ -211,7 +212,7 @@ def bench_loader(benchmark, source, num_workers, noted):
         "batches": BATCHES,
         "num_workers": num_workers,
     }
-    noted("loader", case, variant, timing, device)
+    noted("loader", case, variant, taken, device)
 
 
 def _moments() -> tuple[NDArray[np.float16], NDArray[np.int64]]:

@@ -26,7 +26,6 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from bench import rows
 from bench.data.bench_loaders import write_store
 from fastmask.data import batches, open_data, sample_ids
 
@@ -191,11 +190,17 @@ def kept(tmp_path_factory):
     return stored, labels, prepared(tmp_path_factory.mktemp("kept"), stored, labels)
 
 
-def take(readers: dict[str, Callable[[int], Generator[Pair]]], workers: int, rounds: int) -> dict[str, list[float]]:
+def take(
+    readers: dict[str, Callable[[int], Generator[Pair]]],
+    workers: int,
+    rounds: int,
+    progress: Callable[[Any, int, int], None] = lambda name, number, rounds: None,
+) -> dict[str, list[float]]:
     """Return the milliseconds of ``TIMED`` batches, in turn; workers are started anew, and run only while timed."""
     taken: dict[str, list[float]] = {name: [] for name in readers}
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
         for name, read in readers.items():
+            progress(name, number, rounds)
             with contextlib.closing(read(workers)) as parts:
                 # What the workers have read ahead is not timed.
                 for _ in itertools.islice(parts, 1 + 2 * workers):
@@ -208,7 +213,7 @@ def take(readers: dict[str, Callable[[int], Generator[Pair]]], workers: int, rou
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2, 8])
-def bench_reading(benchmark, kept, num_workers, noted, missing):
+def bench_reading(benchmark, kept, num_workers, noted, missing, progress):
     stored, labels, readers = kept
     for name, package in OPTIONAL.items():
         if name not in readers:
@@ -217,11 +222,12 @@ def bench_reading(benchmark, kept, num_workers, noted, missing):
         with contextlib.closing(read(num_workers)) as parts:
             check(stored, labels, next(parts), name)
     rounds = 1 if benchmark.disabled else ROUNDS + WARMUP
-    taken = benchmark.pedantic(take, (readers, num_workers, rounds), rounds=1)
+    with progress.of(f"reading, {num_workers} workers", 0) as told:
+        taken = take(readers, num_workers, rounds, told)
     case = {"data": f"{RECORDS:,} moments 8x32x32 fp16", "image_size": 256, "shape": "8x32x32"}
     case |= {"batch": BATCH, "batches": TIMED, "num_workers": num_workers}
     for variant, times in taken.items():
-        noted("store", case, variant, rows.timing(times[-ROUNDS:]), CPU)
+        noted("store", case, variant, times[-ROUNDS:], CPU)
 
 
 def own_mib() -> float:
@@ -236,7 +242,7 @@ def own_mib() -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-def bench_long_run(benchmark, request, tmp_path, noted):
+def bench_long_run(request, tmp_path, noted, progress):
     """Memory over epochs of more ids than are ever listed."""
     if not request.config.getoption("full"):
         pytest.skip("writes a store of 2 GB: give --full")
@@ -244,23 +250,19 @@ def bench_long_run(benchmark, request, tmp_path, noted):
     write_store(tmp_path, stored[:, None], labels, LONG // SHARDS)
     del stored
     taken: list[float] = []
-
-    def read() -> list[float]:
-        with contextlib.closing(read_store(tmp_path, 2)) as parts:
-            for _ in range(EPOCHS):
-                start = time.perf_counter()
-                for number in range(LONG // BATCH):
-                    next(parts)
-                    if number == LONG // BATCH // 10:
-                        taken.append(own_mib())
-                times.append((time.perf_counter() - start) * 1e3)
-            taken.append(own_mib())
-        return times
-
     times: list[float] = []
-    benchmark.pedantic(read, rounds=1)
+    with contextlib.closing(read_store(tmp_path, 2)) as parts, progress.of("long run", 0) as told:
+        for epoch in range(1, EPOCHS + 1):
+            told("LatentStore", epoch, EPOCHS)
+            start = time.perf_counter()
+            for number in range(LONG // BATCH):
+                next(parts)
+                if number == LONG // BATCH // 10:
+                    taken.append(own_mib())
+            times.append((time.perf_counter() - start) * 1e3)
+        taken.append(own_mib())
     grown = max(taken[1:]) - taken[0]
     assert grown < 16, f"memory in MiB, of each epoch: {taken}"
     case = {"data": f"{LONG:,} moments 8x32x32 fp16, {EPOCHS} epochs", "image_size": 256, "shape": "8x32x32"}
     case |= {"batch": BATCH, "batches": LONG // BATCH, "num_workers": 2}
-    noted("store", case, "LatentStore", rows.timing(times), CPU, own_mib=round(taken[0], 1), grown_mib=round(grown, 1))
+    noted("store", case, "LatentStore", times, CPU, own_mib=round(taken[0], 1), grown_mib=round(grown, 1))

@@ -1,20 +1,66 @@
-"""Whole training steps: dense DiT and masked, plain and ours, eager and compiled, beside their products alone.
+"""Whole training steps: dense DiT and masked, plain and ours, eager and compiled, beside their matmuls alone.
 
 On a CPU S/2 at 256x256, batch 4, fp32; `--full` adds B/2 and XL/2, which take minutes a case. Compiled stacks are left
-to the form masked-0.5 there, since each compile takes minutes too. `--rows` stores the rows: each stack with the
-optimizer and without, from the same calls.
+to the form masked-0.5 there, since each compile takes minutes too. All stacks of all forms of a size that a session
+runs are timed in turn, so that a drift of the machine meets them all. Of XL/2 only the stacks of one form are: all its
+networks are too large to be held together. `--rows` stores the rows: each stack with the optimizer and without, from
+the same calls.
 """
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from test_baselines import check_golden
 
 from bench import rows
-from bench.train.steps import FORMS, Step, freed, stacks_of, steps
+from bench.progress import Measurement, Progress
+from bench.train.steps import FORMS, STACKS, Step, freed, stacks_of, steps
+from bench.train.table import PRODUCTS, name_of, shown
 from fastmask.masking import GROUP
 
 ROUNDS = {"s2": 7, "b2": 5, "xl2": 3}
-BATCH = 4
+IN_TURN = ("s2", "b2")  # the networks of all forms fit into memory together, 7 GB for b2
+IMAGE_SIZE, BATCH = 256, 4
+NOT_COMPILED = "on a CPU masked-0.5 alone is compiled, as each compile takes minutes"
+PACKED_ALONE = f"batch {GROUP} compares packed samples with ours alone"
+
+
+class Form(NamedTuple):
+    """What was measured of a form.
+
+    Attributes:
+        case: what its rows say of it.
+        forward_gmac: of one image.
+        phases: by stack, the milliseconds of the gradients and of the update in each round.
+        turn: names what was timed in turn.
+    """
+
+    case: dict[str, Any]
+    forward_gmac: float
+    phases: dict[str, list[list[float]]]
+    turn: str
+
+
+class Shared:
+    """Measurements that several tests share: the first of them measures, and where that fails all of them do."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, dict[str, Form] | Exception] = {}
+
+    def get(self, turn: str, measure: Callable[[], dict[str, Form]]) -> dict[str, Form]:
+        """Return what ``measure`` returns, called once for each ``turn``."""
+        if turn not in self._found:
+            try:
+                self._found[turn] = measure()
+            except Exception as error:
+                self._found[turn] = error
+                raise
+        found = self._found[turn]
+        if isinstance(found, Exception):
+            raise RuntimeError(f"{turn} are timed in turn, and that failed: {found}") from found
+        return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,49 +69,147 @@ def gate():
     check_golden()
 
 
+@pytest.fixture(scope="module")
+def shared():
+    return Shared()
+
+
+@pytest.fixture
+def recorded(benchmark, entries, step_table, run_id, request):
+    """Note and store what was measured of a form, where benches are on."""
+
+    def record(form: Form, device: torch.device, *, without_optimizer: bool = True) -> None:
+        for stack in form.phases:
+            made = rows_of(form, stack, run_id)
+            about = {name: value for name, value in made[0].items() if name not in ("bench", "optimizer")}
+            size, side, batch, precision, _ = name_of(form.case)
+            group = f"training steps, {size} at {side}x{side}, batch {batch}, {precision}"
+            entries.add(shown(stack), whole_steps(form, stack), group=group, about=about)
+            if benchmark.disabled:
+                continue
+            step_table.add(made[0], form.turn)
+            if request.config.getoption("rows"):
+                for row in made if without_optimizer else made[:1]:
+                    rows.append(row, device)
+
+    return record
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", ["s2", "b2", "xl2"])
-def bench_step(benchmark, run_id, request, size, form):
+def bench_step(benchmark, recorded, shared, step_table, progress, request, size, form):
     if size != "s2" and not request.config.getoption("full"):
         pytest.skip(f"{size} takes minutes a case on a CPU: give --full")
+    selected = {item.name for item in request.session.items}
+    forms = [other for other in FORMS if f"bench_step[{size}-{other}]" in selected] if size in IN_TURN else [form]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with freed():
-        stacks = stacks_of(device, form, BATCH)
-        if device.type == "cpu" and form != "masked-0.5":
-            stacks = [stack for stack in stacks if not stack.endswith("compiled")]
-        case = steps(size, 256, form, BATCH, device, stacks=stacks, bf16=device.type == "cuda")
-        calls = {}
-        for name, step in case.variants.items():
-            parts = {"gradients": step.gradients, "update": step.update} if isinstance(step, Step) else {"": step}
-            calls |= {(name, part): call for part, call in parts.items()}
-        times = {"rounds": ROUNDS[size], "warmup": 1}  # which compiles
-        taken = benchmark.pedantic(rows.take, (calls, device), times, rounds=1)
-    for name in case.variants:
-        phases = [taken[key] for key in calls if key[0] == name]
-        record(benchmark, request, case, name, phases, device, optimizer=True, run=run_id)
-        record(benchmark, request, case, name, phases[:1], device, optimizer=False, run=run_id)
+    stacks = {form: chosen(device, form) for form in forms}
+    rounds = 0 if benchmark.disabled else ROUNDS[size]
+    turn = f"{size} {', '.join(forms)}"
+    measured = shared.get(turn, lambda: measure(turn, size, BATCH, stacks, device, rounds, progress))[form]
+    for stack in STACKS:
+        if stack.endswith("compiled") and stack not in stacks[form]:
+            step_table.left_out[name_of(measured.case), stack] = NOT_COMPILED
+    recorded(measured, device)
 
 
-def bench_packed(benchmark, run_id, request):
+def bench_packed(benchmark, recorded, step_table, progress):
     """Samples that keep unequal numbers of patches against the same number each: the same sum, packed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with freed():
-        case = steps("s2", 256, "masked-0.5", GROUP, device, stacks=["ours", "ours packed"], bf16=device.type == "cuda")
-        times = {"rounds": ROUNDS["s2"], "warmup": 1}
-        taken = benchmark.pedantic(rows.take, (case.variants, device), times, rounds=1)
-    for name in case.variants:
-        record(benchmark, request, case, name, [taken[name]], device, optimizer=True, run=run_id)
+    rounds = 0 if benchmark.disabled else ROUNDS["s2"]
+    stacks = {"masked-0.5": ["ours", "ours packed"]}
+    turn = f"s2 masked-0.5, batch {GROUP}"
+    measured = measure(turn, "s2", GROUP, stacks, device, rounds, progress)["masked-0.5"]
+    name = name_of(measured.case)
+    for stack in (*STACKS, PRODUCTS):
+        for absent in (name, name._replace(form="dense")):
+            step_table.left_out[absent, stack] = PACKED_ALONE
+    recorded(measured, device, without_optimizer=False)
 
 
-def record(benchmark, request, case, name, phases, device, **what):
-    """Note and store the figures of a stack, of the sum of some of its phases in each round."""
-    timing = rows.timing([sum(parts) for parts in zip(*phases, strict=True)])
-    figures = {
-        **timing._asdict(),
-        "images_per_s": round(case.case["batch"] / timing.median_ms * 1e3, 3),
-        "forward_gmac": round(case.forward_gmac, 3),
-        **what,
+def chosen(device: torch.device, form: str) -> list[str]:
+    """Return the stacks to time of a form."""
+    there = stacks_of(device, form, BATCH)
+    compiles = device.type != "cpu" or form == "masked-0.5"
+    return [stack for stack in there if compiles or not stack.endswith("compiled")]
+
+
+def measure(
+    turn: str,
+    size: str,
+    batch: int,
+    stacks: Mapping[str, Sequence[str]],
+    device: torch.device,
+    rounds: int,
+    progress: Progress,
+) -> dict[str, Form]:
+    """Time the stacks of some forms in turn and return what was measured of each form.
+
+    Args:
+        turn: its name.
+        size: of the network.
+        batch: images.
+        stacks: of each form.
+        device: where they run.
+        rounds: 0 calls each once, without a warm-up.
+        progress: what is told how far it is.
+    """
+    # A warm-up compiles, for the shapes of each form as if it were alone.
+    static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    warmups = sum(len(names) + ("ours" in names) for names in stacks.values())
+    with freed(), static, progress.of(f"{size}, batch {batch}", warmups, long=True) as told:
+        return _measured(turn, size, batch, stacks, device, rounds, told)
+
+
+def _measured(
+    turn: str,
+    size: str,
+    batch: int,
+    stacks: Mapping[str, Sequence[str]],
+    device: torch.device,
+    rounds: int,
+    told: Measurement,
+) -> dict[str, Form]:
+    cases = {}
+    for form, names in stacks.items():
+        told.prepare(f"{form}: making the networks")
+        cases[form] = steps(size, IMAGE_SIZE, form, batch, device, stacks=names, bf16=device.type == "cuda")
+    calls: dict[tuple[str, str, str], Callable[[], Any]] = {}
+    for form, case in cases.items():
+        for stack, step in case.variants.items():
+            parts = {"gradients": step.gradients, "update": step.update} if isinstance(step, Step) else {"": step}
+            calls |= {(form, stack, part): call for part, call in parts.items()}
+
+    def tell(call: tuple[str, str, str], number: int, rounds: int) -> None:
+        form, stack, part = call
+        if part != "update":
+            told(f"{form}, {shown(stack)}", number, rounds)
+
+    times = {"rounds": rounds, "warmup": 1} if rounds else {"rounds": 1, "warmup": 0}
+    taken = rows.take(calls, device, progress=tell, **times)
+    phases = {
+        form: {stack: [taken[key] for key in calls if key[:2] == (form, stack)] for stack in case.variants}
+        for form, case in cases.items()
     }
-    benchmark.extra_info[name if what["optimizer"] else f"{name}, no optimizer"] = figures
-    if request.config.getoption("rows"):
-        rows.append({"bench": "step", "case": case.case, "variant": name, **figures}, device)
+    return {form: Form(case.case, case.forward_gmac, phases[form], turn) for form, case in cases.items()}
+
+
+def rows_of(form: Form, stack: str, run_id: str) -> list[rows.Row]:
+    """Return the rows of a stack: with the optimizer, and without."""
+    made = []
+    for optimizer, times in ((True, whole_steps(form, stack)), (False, form.phases[stack][0])):
+        timing = rows.timing(times)
+        figures = {
+            **timing._asdict(),
+            "images_per_s": round(form.case["batch"] / timing.median_ms * 1e3, 3),
+            "forward_gmac": round(form.forward_gmac, 3),
+            "optimizer": optimizer,
+            "run": run_id,
+        }
+        made.append({"bench": "step", "case": form.case, "variant": stack, **figures})
+    return made
+
+
+def whole_steps(form: Form, stack: str) -> list[float]:
+    """Return the milliseconds of a stack's steps, the sum of their phases."""
+    return [sum(parts) for parts in zip(*form.phases[stack], strict=True)]
