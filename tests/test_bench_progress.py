@@ -51,7 +51,8 @@ class Screen:
 
 def measured(screen, *, long, warmups=2, seconds=4.0):
     """Measure two variants in three rounds, each call of so many seconds; the session begins before."""
-    screen.time, progress = -100.0, Progress(screen, screen.now)
+    screen.time = -100.0
+    progress = Progress(screen, screen.now)
     screen.time = 0.0
     with progress.of("s2", warmups, long=long) as told:
         for number in range(4):

@@ -54,25 +54,25 @@ def test_the_table_of_a_session():
     lines = list(table.lines())
     expected = """\
 s2 at 256x256, batch 4, fp32
-                                  images against plain    plain  FLOP  mat-
-                    ms [p20, p80]     /s   dense eager compiled bound  muls
+                                         over plain    plain  FLOP  step /
+                    ms [p20, p80] img/s dense eager compiled bound matmuls
 dense, 7 rounds
- plain eager    3000 [2700, 3750]   1.33
- plain compiled                 -      -
- ours           2400 [2160, 3000]   1.67         1.25x        -       1.20x
- ours compiled                  -      -
- matmuls alone  2000 [1800, 2500]   2.00
+ plain eager    3000 [2700, 3750]  1.33
+ plain compiled                 -     -
+ ours           2400 [2160, 3000]  1.67       1.25x        -         1.20x
+ ours compiled                  -     -
+ matmuls alone  2000 [1800, 2500]  2.00
 masked-0.5, 7 rounds, FLOP bound 2.00x
- plain eager    2000 [1800, 2500]   2.00   1.50x                  75%
- plain compiled 1600 [1440, 2000]   2.50       - 1.25x              -
- ours           1500 [1350, 1875]   2.67   1.60x 1.33x    1.07x   80% 1.25x
- ours compiled  1250 [1125, 1562]   3.20       - 1.60x    1.28x     - 1.04x
- matmuls alone  1200 [1080, 1500]   3.33   1.67x                  83%"""
+ plain eager    2000 [1800, 2500]  2.00 1.50x                  75%
+ plain compiled 1600 [1440, 2000]  2.50     - 1.25x              -
+ ours           1500 [1350, 1875]  2.67 1.60x 1.33x    1.07x   80%   1.25x
+ ours compiled  1250 [1125, 1562]  3.20     - 1.60x    1.28x     -   1.04x
+ matmuls alone  1200 [1080, 1500]  3.33 1.67x                  83%"""
     assert "\n".join(lines[: lines.index("")]) == expected
     legend = "\n".join(lines)
     reasons = legend[legend.index("\n- ") :].replace("\n  ", " ")
     assert reasons == f"\n- plain compiled, ours compiled (s2 dense, batch 4): {NO_COMPILE}."
-    for column in ("against dense", "plain eager, plain compiled", "FLOP bound", "matmuls"):
+    for column in ("over dense", "plain eager, plain compiled", "FLOP bound", "step / matmuls"):
         assert f"\n{column}: " in legend
     assert "*" not in legend
     assert max(map(len, lines)) < 80

@@ -16,16 +16,16 @@ PRODUCTS = "products"  # how rows name the matmuls and the attention of a step, 
 _WIDTH = 79
 _ORDER = (*STACKS, *MORE_STACKS, PRODUCTS)
 _HEADS = (
-    ("", "", "images", "against", "plain", "plain", "FLOP", "mat-"),
-    ("", "ms [p20, p80]", "/s", "dense", "eager", "compiled", "bound", "muls"),
+    ("", "", "", "over", "plain", "plain", "FLOP", "step /"),
+    ("", "ms [p20, p80]", "img/s", "dense", "eager", "compiled", "bound", "matmuls"),
 )
 _LEGEND = (
     "ms: of a whole step, the median and the 20th and 80th percentile.",
-    "against dense: images/s over those of the dense DiT on the same stack.",
+    "over dense: images/s over those of the dense DiT on the same stack.",
     "plain eager, plain compiled: images/s over those of the plain baseline in the same form.",
     "FLOP bound: the share of the bound that the gain over dense reaches. The bound is the MACs of dense over those of "
     "the form, in a forward pass.",
-    "matmuls: the time of the step over that of its matmuls and attention alone, the bound of any stack.",
+    "step / matmuls: the time of the step over that of its matmuls and attention alone, which bounds any stack.",
 )
 
 
