@@ -9,6 +9,7 @@ cannot run says so.
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -166,7 +167,8 @@ def _backend(name: str, device: str) -> Backend:
         missing = _NO_TRITON
     else:
         if in_triton and installed and _interpreting():
-            return Backend(name, device, "triton", "interpreted: TRITON_INTERPRET=1")
+            fault = _interpreter_fault()
+            return Backend(name, device, "none" if fault else "triton", fault or "interpreted: TRITON_INTERPRET=1")
         if kernels and _NATIVE_OPS.issuperset(kernels):
             return Backend(name, device, "native", "this library, AVX2 or AVX-512 where the processor has them")
         missing = 'no native kernel: impl="reference" runs'
@@ -202,8 +204,20 @@ def _interpreted(name: str, launcher: str) -> Callable[..., Any]:
             f'fastmask::{name} has no CPU kernel: pass impl="reference", or set TRITON_INTERPRET=1 before Python '
             f"starts to run its Triton kernel interpreted (slow)"
         )
+    if fault := _interpreter_fault():
+        raise BackendUnavailableError(f"fastmask::{name} cannot be interpreted: {fault}")
     return _launcher(name, launcher)
 
 
 def _interpreting() -> bool:
     return bool(importlib.import_module("triton").knobs.runtime.interpret)
+
+
+@functools.cache
+def _interpreter_fault() -> str:
+    """Return why Triton's interpreter fails with the numpy that is installed; an empty string if it does not."""
+    found = {name: importlib.metadata.version(name) for name in ("triton", "numpy")}
+    triton, numpy = (tuple(map(int, version.split(".")[:2])) for version in found.values())
+    if triton >= (3, 7) or numpy < (2, 4):
+        return ""
+    return f"triton {found['triton']} needs a numpy below 2.4 for it, not {found['numpy']}: install that, or triton 3.7"
