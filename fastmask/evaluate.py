@@ -27,7 +27,7 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    fail("fastmask.evaluate", f"{error.name} is not installed: pip install 'fastmask[demo]'")
+    fail("fastmask.evaluate", f"{error.name} is not installed: pip install matplotlib scipy scikit-learn")
 
 _ROWS = 8  # digits drawn per class
 

@@ -50,7 +50,7 @@ class Report:
 
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         elif speaks:
-            say("no TensorBoard events: tensorboard is not installed (pip install 'fastmask[demo]')")
+            say("no TensorBoard events: tensorboard is not installed (pip install tensorboard)")
         self._progress = Progress(
             TextColumn("{task.fields[stage]}"),
             BarColumn(),
@@ -152,7 +152,7 @@ def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.d
         uint8, shape (rows * H, columns * W, 3), enlarged where the images are small.
     """
     if not importlib.util.find_spec("PIL"):
-        raise ValueError("drawing images needs pillow: pip install 'fastmask[demo]' (--sample-every 0 trains without)")
+        raise ValueError("drawing images needs pillow: pip install pillow (--sample-every 0 trains without)")
     from PIL import Image  # noqa: PLC0415  (optional)
 
     count, channels, height, width = images.shape

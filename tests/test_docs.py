@@ -49,3 +49,19 @@ def test_every_op_is_in_the_table():
     helpers = {"patchify", "unpatchify", "random_normal", "random_uniform"}
     assert table == {row.op for row in kernels.backends()} - helpers
     assert all(f"`{name}`" in page for name in helpers)
+
+
+NAMED_FASTMASK = re.compile(r"pip install[^`\n]*[ '\"]fastmask\b(?!-dit)")
+
+
+def test_nobody_is_told_to_install_another_project():
+    """On PyPI the name belongs to a mail client with the same import name."""
+    assert NAMED_FASTMASK.search("pip install 'fastmask[latents]'")
+    assert NAMED_FASTMASK.search("pip install -U fastmask")
+    assert not NAMED_FASTMASK.search("pip install -e '.[latents]'")
+    root = DOCS.parent
+    files = [path for folder in ("fastmask", "bench", "docs", "kernels") for path in (root / folder).rglob("*.*")]
+    files += [root / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "setup.py")]
+    texts = {path: path.read_text() for path in files if path.suffix in (".py", ".md", ".h", ".cpp", "")}
+    assert [str(path) for path, text in texts.items() if NAMED_FASTMASK.search(text)] == []
+    assert 'name = "fastmask-dit"' in (root / "pyproject.toml").read_text()

@@ -79,7 +79,7 @@ def bench_decoding(benchmark, photos, num_workers, tmp_path, noted, missing, pro
     monkeypatch.setattr(console, "quiet", True)
     source, store, variants = open_source(photos), tmp_path / "store", dict[str, Callable[[], None]]()
     if pick_decoder("auto") == "pil":
-        missing("DALI", "it is not installed (pip install 'fastmask[dali]')", f"decoding, {num_workers} workers")
+        missing("DALI", "it is not installed (pip install nvidia-dali-cuda130)", f"decoding, {num_workers} workers")
     for decoder in dict.fromkeys(("pil", pick_decoder("auto"))):
         check(source, decoder)
         name = {"pil": "Pillow", "dali": f"DALI on {DEVICE.type}"}[decoder]

@@ -217,7 +217,7 @@ def bench_reading(benchmark, kept, num_workers, noted, missing, progress):
     stored, labels, readers = kept
     for name, package in OPTIONAL.items():
         if name not in readers:
-            missing(name, f"{package} is not installed (pip install 'fastmask[bench]')", f"{num_workers} workers")
+            missing(name, f"{package} is not installed (pip install {package})", f"{num_workers} workers")
     for name, read in readers.items():
         with contextlib.closing(read(num_workers)) as parts:
             check(stored, labels, next(parts), name)

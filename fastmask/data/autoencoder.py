@@ -38,7 +38,7 @@ class Autoencoder:
             diffusers = importlib.import_module("diffusers")
         except ModuleNotFoundError as error:
             raise ValueError(
-                "latents need diffusers: pip install 'fastmask[latents]' (--space pixel stores pixels without)"
+                "latents need diffusers: pip install diffusers (--space pixel stores pixels without)"
             ) from error
         # A model's name is NAME or OWNER/NAME; what can be none is not looked for on the net.
         if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or " " in name):

@@ -25,7 +25,7 @@ def load_digits() -> DigitsSplit:
     try:
         digits: Any = importlib.import_module("sklearn.datasets").load_digits()
     except ModuleNotFoundError as error:
-        raise ValueError("the digits need scikit-learn: pip install 'fastmask[demo]'") from error
+        raise ValueError("the digits need scikit-learn: pip install scikit-learn") from error
     images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1  # stored as 0 .. 16
     labels = torch.from_numpy(digits.target).long()
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))

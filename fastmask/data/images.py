@@ -132,4 +132,4 @@ def load_pillow() -> Any:
     try:
         return importlib.import_module("PIL.Image")
     except ModuleNotFoundError as error:
-        raise ValueError("reading images needs pillow: pip install 'fastmask[data]'") from error
+        raise ValueError("reading images needs pillow: pip install pillow") from error

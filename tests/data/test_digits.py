@@ -66,5 +66,5 @@ def test_without_scikit_learn(monkeypatch):
         raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(ValueError, match=r"pip install 'fastmask\[demo\]'"):
+    with pytest.raises(ValueError, match=r"pip install scikit-learn"):
         load_digits()

@@ -170,7 +170,7 @@ def test_without_pillow(tmp_path, monkeypatch):
         raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr("importlib.import_module", absent)
-    with pytest.raises(ValueError, match=r"pip install 'fastmask\[data\]'"):
+    with pytest.raises(ValueError, match=r"pip install pillow"):
         folder(tmp_path)
 
 
