@@ -1,26 +1,37 @@
-"""Files that are whole or absent, whatever stops the process that writes them."""
+"""Files that are whole or absent, whatever stops the process that writes them, and files that may be planted."""
 
 import contextlib
+import errno
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes ``path`` when the block ends well and is removed otherwise."""
+    """Yield a temporary path that becomes ``path`` when the block ends well and is removed otherwise.
+
+    An OSError of a full or failing disk names ``path``, which the system's own error does not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
+        partial.unlink(missing_ok=True)  # of a killed process, or a link that would be written through
         yield partial
         if partial.exists():
             apply_umask(partial)
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno in _DISK_ERRORS and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -52,7 +63,7 @@ def locked(path: Path) -> Iterator[None]:
     import fcntl  # noqa: PLC0415  (not on Windows, where nothing that needs it runs)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = open_lock(path)
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,3 +81,49 @@ def sync(file: Any) -> None:
     """Wait until what was written to an open file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def open_regular(path: Path | str) -> int:
+    """Return a descriptor that reads a regular file.
+
+    Raises:
+        ValueError: a pipe, a device or anything else that need not have an end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    return _checked_regular(descriptor, path)
+
+
+def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
+    """Return the content of a regular file; a ValueError for any other kind and for one above ``max_bytes``."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and size > max_bytes:
+            raise ValueError(f"{path} has {size:,} bytes, which is above the limit of {max_bytes:,}")
+        return file.read(size)  # not to the end: a file may grow while it is read
+
+
+def open_lock(path: Path) -> int:
+    """Return a descriptor of a lock file, which is created if absent and never emptied.
+
+    Raises:
+        ValueError: another kind of file, or a link, by which somebody else's file would be opened for writing.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a symbolic link, which a lock file must not be: remove it") from error
+        raise
+    _checked_regular(descriptor, path)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise ValueError(f"{path} is a hard link to another file, which a lock file must not be: remove it")
+    return descriptor
+
+
+def _checked_regular(descriptor: int, path: Path | str) -> int:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a regular file")
+    return descriptor

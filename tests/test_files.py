@@ -1,3 +1,4 @@
+import errno
 import os
 import socket
 import subprocess
@@ -5,7 +6,7 @@ import sys
 
 import pytest
 
-from fastmask.files import locked, whole_file, write_durably
+from fastmask.files import locked, open_lock, open_regular, read_regular, whole_file, write_durably
 
 
 def test_a_whole_file(tmp_path):
@@ -76,6 +77,73 @@ def test_a_lock_is_held_by_one_process(tmp_path):
 def test_a_link_at_the_place_of_a_lock_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("kept")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic links"), locked(tmp_path / ".lock"):
+    with pytest.raises(ValueError, match="is a symbolic link"), locked(tmp_path / ".lock"):
         pass
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_full_disk_names_the_file(tmp_path, number):
+    """The system's own error does not: "[Errno 28] No space left on device"."""
+    path = tmp_path / "out.txt"
+    with pytest.raises(OSError, match=r"out\.txt") as error, whole_file(path):
+        raise OSError(number, os.strerror(number))
+    assert str(error.value) == f"[Errno {number}] {os.strerror(number)}: '{path}'"
+
+
+def test_another_error_is_left_as_it_is(tmp_path):
+    with pytest.raises(ConnectionResetError) as error, whole_file(tmp_path / "out.txt"):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+    assert error.value.filename is None
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(tmp_path):
+    (tmp_path / "other.txt").write_text("precious")
+    (tmp_path / ".partial-out.txt").symlink_to(tmp_path / "other.txt")
+    write_durably(tmp_path / "out.txt", b"new")
+    assert (tmp_path / "out.txt").read_text() == "new"
+    assert (tmp_path / "other.txt").read_text() == "precious"
+
+
+def test_reading_a_regular_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("a")
+    assert read_regular(tmp_path / "a") == read_regular(tmp_path / "link", 5) == b"12345"
+    with pytest.raises(ValueError, match="a has 5 bytes, which is above the limit of 4"):
+        read_regular(tmp_path / "a", 4)
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("opened", [read_regular, open_regular, open_lock])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_need_not_have_an_end(tmp_path, opened, kind):
+    """A pipe that nobody writes to would be waited for without end, and a device can be read for ever."""
+    path = tmp_path / "file"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises((ValueError, IsADirectoryError), match=r"is not a regular file|symbolic link|Is a directory"):
+        opened(path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_lock_is_not_opened_through_links(tmp_path):
+    (tmp_path / "other.txt").write_text("precious")
+    (tmp_path / "soft").symlink_to(tmp_path / "other.txt")
+    (tmp_path / "dangling").symlink_to(tmp_path / "made.txt")
+    os.link(tmp_path / "other.txt", tmp_path / "hard")
+    for name in ("soft", "dangling", "hard"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is a (symbolic|hard) link.*, which a lock file must not be: remove"
+        ):
+            open_lock(tmp_path / name)
+    assert not (tmp_path / "made.txt").exists()
+    os.close(open_lock(tmp_path / "new"))
+    (tmp_path / "new").write_text("kept")
+    os.close(open_lock(tmp_path / "new"))
+    assert (tmp_path / "new").read_text() == "kept"
