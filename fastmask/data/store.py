@@ -1,8 +1,10 @@
 """A store: what is trained on, prepared once, in memory-mapped shards of records of one size (docs/store.md)."""
 
+import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,11 +13,12 @@ from torch import Tensor
 
 from fastmask.data.images import images_of
 from fastmask.data.latents import Scaling, latents_of
-from fastmask.data.manifest import DATA_OFFSET, Manifest, Shard, read_manifest, sha256_of
+from fastmask.data.manifest import DATA_OFFSET, Manifest, Shard, StoredFile, read_manifest, sha256_of
+from fastmask.data.npy import parse_header
+from fastmask.files import open_regular
 
 _OPEN_SHARDS = 256  # mapped at a time; each takes two file descriptors
-
-Maps = tuple[NDArray[Any], NDArray[np.int32]]
+_NOT_FINITE = 0x7C00  # the bits of float16's infinity; larger ones are NaN
 
 
 class LatentStore:
@@ -55,7 +58,7 @@ class LatentStore:
         self._copies = copies if mirror else 1
         self._shards = [shard for shard in manifest.shards if shard.count]
         self._starts = np.cumsum([0] + [shard.count for shard in self._shards[:-1]])
-        self._maps: dict[int, Maps] = {}
+        self._maps: dict[int, MappedShard] = {}
         self._scaling = Scaling(manifest.scale, manifest.shift)
         self.shape = (channels // 2 if manifest.kind == "moments" else channels, height, width)
         self.num_classes = manifest.num_classes if num_classes is None else num_classes
@@ -69,17 +72,28 @@ class LatentStore:
         return {**self.__dict__, "_maps": {}}  # another process maps the files itself
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return the pixels, uint8 (B, C, H, W), or moments or latents, float16, and labels (B,) of these ids."""
+        """Return the pixels, uint8 (B, C, H, W), or moments or latents, float16, and labels (B,) of these ids.
+
+        Raises:
+            ValueError: a file that is not what the manifest says, a value that is not finite or a label that is not
+                below the number of classes; names the file.
+        """
         copies, numbers = np.divmod(ids, self.manifest.count)
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         rows = numbers - self._starts[shards]
         stored = np.empty((len(ids), *self.manifest.shape[1:]), self.manifest.dtype)
         labels = np.zeros(len(ids), np.int64)
+        for shard in np.unique(shards).tolist():
+            self._map(shard).check_length()
         for i, (shard, row, copy) in enumerate(zip(shards.tolist(), rows.tolist(), copies.tolist(), strict=True)):
-            records, shard_labels = self._map(shard)
-            stored[i] = records[row, copy]
+            mapped = self._map(shard)
+            stored[i] = mapped.records[row, copy]
             if self.num_classes:
-                labels[i] = shard_labels[row]
+                labels[i] = mapped.labels[row]
+        if stored.dtype == np.float16 and not _all_finite(stored):
+            bad = int(np.flatnonzero(~np.isfinite(stored).reshape(len(ids), -1).all(1))[0])
+            name = self._shards[shards[bad]].records.name
+            raise ValueError(f"{self._path / name}: record {rows[bad]} holds values that are not finite")
         return torch.from_numpy(stored), torch.from_numpy(labels)
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
@@ -89,23 +103,77 @@ class LatentStore:
         latents = latents_of(stored, seed, sample) if self.manifest.kind == "moments" else stored.float()
         return self._scaling.apply(latents)
 
-    def _map(self, number: int) -> Maps:
-        maps = self._maps.get(number)
-        if maps is None:
+    def _map(self, number: int) -> "MappedShard":
+        mapped = self._maps.get(number)
+        if mapped is None:
             if len(self._maps) >= _OPEN_SHARDS:
                 self._maps.pop(next(iter(self._maps)))
-            maps = self._maps[number] = map_shard(self._path, self.manifest, self._shards[number])
-        return maps
+            mapped = self._maps[number] = map_shard(self._path, self.manifest, self._shards[number])
+        return mapped
 
 
-def map_shard(store: Path, manifest: Manifest, shard: Shard) -> Maps:
-    """Return a shard's records (n, copies, channels, height, width) and labels (n,), both mapped from their files."""
-    found = []
-    for file, dtype, shape in ((shard.records, manifest.dtype, manifest.shape), (shard.labels, "int32", ())):
-        little_endian = np.dtype(dtype).newbyteorder("<")
-        shape = (shard.count, *shape)
-        found.append(np.asarray(np.memmap(store / file.name, little_endian, "r", DATA_OFFSET, shape)))
-    return found[0], found[1]
+class MappedShard(NamedTuple):
+    """A shard's records (n, copies, channels, height, width) and labels (n,), both mapped from their files."""
+
+    records: NDArray[Any]
+    labels: NDArray[np.int32]
+    files: list[tuple[Path, mmap.mmap]]
+
+    def check_length(self) -> None:
+        """Raise a ValueError if a file has been cut since it was mapped: reading what is gone would end the process."""
+        for path, mapped in self.files:
+            if mapped.size() < len(mapped):
+                raise ValueError(
+                    f"{path} was cut to {mapped.size():,} of {len(mapped):,} bytes while it was in use: copy it again"
+                )
+
+
+def map_shard(store: Path, manifest: Manifest, shard: Shard) -> MappedShard:
+    """Return a shard, mapped into memory.
+
+    Raises:
+        ValueError: a file that is not as long, or not of the type and shape, as the manifest says, or a label that is
+            not below the number of classes.
+    """
+    records, records_map = _map_file(store, shard.records, manifest.dtype, (shard.count, *manifest.shape))
+    labels, labels_map = _map_file(store, shard.labels, "int32", (shard.count,))
+    highest = manifest.num_classes - 1
+    if manifest.num_classes and len(labels) and not 0 <= labels.min() <= labels.max() <= highest:
+        row = int(np.flatnonzero((labels < 0) | (labels > highest))[0])
+        raise ValueError(
+            f"{store / shard.labels.name}: record {row} has label {labels[row]}, which is outside 0 .. {highest}"
+        )
+    files = [(store / shard.records.name, records_map), (store / shard.labels.name, labels_map)]
+    return MappedShard(records, labels, files)
+
+
+def _map_file(store: Path, file: StoredFile, dtype: str, shape: tuple[int, ...]) -> tuple[NDArray[Any], mmap.mmap]:
+    path = store / file.name
+    descriptor = open_regular(path)
+    try:
+        length = os.fstat(descriptor).st_size
+        if length != file.bytes:
+            raise ValueError(f"{path} has {length:,} bytes instead of {file.bytes:,}: copy it again")
+        mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+    expected, header = np.dtype(dtype).newbyteorder("<"), parse_header(mapped[:DATA_OFFSET], str(path))
+    if header != (expected, False, shape, DATA_OFFSET):
+        raise ValueError(
+            f"{path} holds {header.dtype} of shape {header.shape} by its header, and {expected} of shape {shape} by "
+            f"the manifest"
+        )
+    if not shape[0]:
+        return np.empty(shape, expected), mapped  # numpy takes no view of nothing
+    return np.frombuffer(mapped, expected, offset=DATA_OFFSET).reshape(shape), mapped
+
+
+def _all_finite(values: NDArray[np.float16]) -> bool:
+    """Return whether values are neither infinite nor NaN, by the largest bit patterns of either sign."""
+    if not values.size:
+        return True
+    # As signed integers the positive values are in order, as unsigned ones the negative values are, above all others.
+    return bool(values.view(np.int16).max() < _NOT_FINITE and values.view(np.uint16).max() < _NOT_FINITE + 0x8000)
 
 
 def damaged_files(store: Path, manifest: Manifest) -> Iterator[str]:

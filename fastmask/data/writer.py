@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -18,17 +18,21 @@ from numpy.typing import NDArray
 from fastmask.data.manifest import (
     DATA_OFFSET,
     MANIFEST,
+    MAX_CLASSES,
     UNFINISHED,
     Manifest,
     Shard,
     StoredFile,
     check_length,
+    npy_header,
+    parse_manifest,
+    parse_object,
+    parse_shard,
     sha256_of,
-    shard_from_fields,
 )
 from fastmask.data.store import map_shard
 from fastmask.distributed import Ranks, from_first, meeting
-from fastmask.files import sync, whole_file, write_durably
+from fastmask.files import open_lock, read_regular, sync, whole_file, write_durably
 
 _LOCK = ".lock"
 
@@ -41,16 +45,27 @@ class ShardWriter:
         skipped: names of the items that could not be read; add to it.
     """
 
-    def __init__(self, records: BinaryIO, manifest: Manifest) -> None:
+    def __init__(self, records: BinaryIO, manifest: Manifest, num_classes: int = 0) -> None:
         self._records, self._manifest = records, manifest
+        self._num_classes = num_classes or MAX_CLASSES
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._labels: list[NDArray[np.int32]] = []
         self.skipped: list[str] = []
         self.count = 0
         records.write(bytes(DATA_OFFSET))
 
-    def add(self, records: NDArray[Any], labels: NDArray[Any]) -> None:
-        """Append records (B, copies, channels, height, width) and their labels (B,)."""
+    def add(self, records: NDArray[Any], labels: NDArray[Any], name: Callable[[int], str] | None = None) -> None:
+        """Append records (B, copies, channels, height, width) and their labels (B,), integers.
+
+        Args:
+            records: as the manifest says.
+            labels: of the records.
+            name: returns what the record of an index into these is called, for messages.
+
+        Raises:
+            ValueError: records or labels that the store cannot hold, or a disk that cannot be written.
+        """
+        self._check_labels(labels, name or "record {} of a batch".format)
         if records.shape != (len(labels), *self._manifest.shape) or records.dtype != self._dtype:
             raise ValueError(f"records of {records.dtype} {records.shape} are not those of the store")
         with _told(self._records.name):
@@ -58,14 +73,28 @@ class ShardWriter:
         self._labels.append(labels.astype("<i4"))
         self.count += len(labels)
 
+    def _check_labels(self, labels: NDArray[Any], name: Callable[[int], str]) -> None:
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"labels must be integers, not {labels.dtype}")
+        bad = np.flatnonzero((labels < 0) | (labels >= self._num_classes))
+        if len(bad):
+            raise ValueError(
+                f"{name(int(bad[0]))} has label {labels[bad[0]]}, which is outside 0 .. {self._num_classes - 1}, "
+                + (
+                    "the largest that a store holds"
+                    if self._num_classes == MAX_CLASSES
+                    else "the classes of the source"
+                )
+            )
+
     def close(self, labels: Path) -> None:
         """Put the header in front of the records, and write the labels beside."""
         self._records.seek(0)
-        self._records.write(_header(self._dtype, (self.count, *self._manifest.shape)))
+        self._records.write(npy_header(self._dtype, (self.count, *self._manifest.shape)))
         sync(self._records)
         values = np.concatenate([np.empty(0, "<i4"), *self._labels])
         with whole_file(labels) as partial, partial.open("wb") as file:
-            file.write(_header(values.dtype, values.shape))
+            file.write(npy_header(values.dtype, values.shape))
             file.write(values.data)
             sync(file)
 
@@ -82,13 +111,15 @@ class StoreWriter:
         items: of the source.
         shard_size: items per shard.
         ranks: the processes that write it; all must enter and finish.
+        num_classes: labels must be below it; 0 if that is not known.
 
     Attributes:
         before: items of the shards that were finished on entering.
         todo: numbers of the shards that this rank is to write, of those not finished.
 
     Raises:
-        ValueError: on entering: the store is finished, is made of something else or is being written.
+        ValueError: a manifest that no reader would take; on entering: the store is finished, is made of something
+            else or is being written.
     """
 
     def __init__(
@@ -98,7 +129,10 @@ class StoreWriter:
         items: int,
         shard_size: int,
         ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+        num_classes: int = 0,
     ) -> None:
+        parse_manifest(manifest.to_json().encode(), path / MANIFEST)  # not after days of encoding
+        self._num_classes = num_classes
         self.path, self._manifest, self._items, self._shard_size = path, manifest, items, shard_size
         self._ranks, self._lock = ranks, -1
         self._thread = ThreadPoolExecutor(max_workers=1)
@@ -143,9 +177,9 @@ class StoreWriter:
         if not path.exists():
             return None
         try:
-            shard = shard_from_fields(json.loads(path.read_text()))
+            shard = parse_shard(read_regular(path), path)
             check_length(self.path, shard, self._manifest)
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             return None  # it is done again
         return shard
 
@@ -163,7 +197,7 @@ class StoreWriter:
             with _told(records):
                 file = stack.enter_context(whole_file(records)).open("wb")
                 stack.callback(_told(records)(file.close))  # which writes what is left
-                writer = ShardWriter(file, self._manifest)
+                writer = ShardWriter(file, self._manifest, self._num_classes)
             yield writer
             self._wait()
             opened = stack.pop_all()
@@ -255,7 +289,7 @@ class StoreWriter:
         does not keep the store locked. A second writer in the same process is not kept out.
         """
         if self._lock < 0:
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock = open_lock(self.path / _LOCK)
         try:
             fcntl.lockf(self._lock, kind | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -266,7 +300,11 @@ class StoreWriter:
 
     def _plan(self) -> dict[str, Any]:
         """Return what the store is made of, which may not change until it is finished."""
-        return {"items": self._items, "shard_size": self._shard_size, **json.loads(self._manifest.to_json())}
+        return {
+            "items": self._items,
+            "shard_size": self._shard_size,
+            **json.loads(json.dumps(self._manifest.to_fields())),
+        }
 
     def _changed(self, before: dict[str, Any]) -> str:
         """Return in what this store differs from another plan, "" if it does not."""
@@ -284,9 +322,9 @@ class StoreWriter:
         path = self.path / UNFINISHED
         if path.exists():
             try:
-                before = json.loads(path.read_text())
+                before = parse_object(read_regular(path), path)
             except ValueError as error:
-                raise ValueError(f"{path} is damaged ({error}): delete {self.path} and begin anew") from error
+                raise ValueError(f"{error}: delete {self.path} and begin anew") from error
             if changed := self._changed(before):
                 raise ValueError(
                     f"{self.path} holds an unfinished store of something else ({changed}): give what it was begun "
@@ -309,10 +347,3 @@ def _told(path: Path | str) -> Iterator[None]:
             f"{error.filename or path} cannot be written: {error.strerror or error}; finished shards are kept, "
             f"and the same command goes on"
         ) from error
-
-
-def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """Return the first `DATA_OFFSET` bytes of an .npy of version 1.0."""
-    said = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"
-    text = said.ljust(DATA_OFFSET - 11).encode() + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text

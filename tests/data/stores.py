@@ -1,8 +1,10 @@
 """Small stores for tests."""
 
+import json
+
 import numpy as np
 
-from fastmask.data.manifest import Manifest
+from fastmask.data.manifest import Manifest, checksum_of
 from fastmask.data.writer import StoreWriter
 
 
@@ -50,3 +52,14 @@ def write(path, about=None, count=10, shard_size=4, skip=(), class_names=("a", "
                     else:
                         shard.add(records[item : item + 1], labels[item : item + 1])
         return writer.finish(list(class_names))
+
+
+def edit_manifest(store, edit, signed=True):
+    """Change the fields of a store's manifest by a function, with the checksum of what comes of it or without one."""
+    path = store / "manifest.json"
+    fields = json.loads(path.read_text())
+    edit(fields)
+    fields.pop("checksum", None)
+    if signed:
+        fields["checksum"] = checksum_of(fields)
+    path.write_text(json.dumps(fields))

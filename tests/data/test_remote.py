@@ -2,7 +2,6 @@ import errno
 import functools
 import http.server
 import importlib.util
-import json
 import multiprocessing
 import os
 import shutil
@@ -17,7 +16,7 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
-from stores import manifest, records_of, write
+from stores import edit_manifest, manifest, records_of, write
 
 from fastmask import prepare, train
 from fastmask.checkpoint import checkpoints
@@ -101,13 +100,6 @@ def change(path, place=-1):
     data = bytearray(path.read_bytes())
     data[place] ^= 1
     path.write_bytes(data)
-
-
-def change_manifest(store, edit):
-    path = store / "manifest.json"
-    fields = json.loads(path.read_text())
-    edit(fields)
-    path.write_text(json.dumps(fields))
 
 
 def assert_records(path_or_url):
@@ -271,7 +263,7 @@ def test_only_what_changed_is_fetched_again(url, tmp_path, capsys):
     store, other = tmp_path / "store", tmp_path / "other"
     change(other / "00001.npy")
     digest = remote.hashlib.sha256((other / "00001.npy").read_bytes()).hexdigest()
-    change_manifest(other, lambda fields: fields["shards"][1]["records"].update(sha256=digest))
+    edit_manifest(other, lambda fields: fields["shards"][1]["records"].update(sha256=digest))
     shutil.rmtree(store)
     other.rename(store)
     assert "6 files of 0.00 GB, 1 of them (0.00 GB) not yet in" in RemoteStore(url).plan()
@@ -297,7 +289,7 @@ def test_only_what_changed_is_fetched_again(url, tmp_path, capsys):
 def test_a_new_manifest_of_the_same_files(url, tmp_path):
     folder = local_copy(url)
     fetched()
-    change_manifest(tmp_path / "store", lambda fields: fields.update(class_names=["x", "y", "z"]))
+    edit_manifest(tmp_path / "store", lambda fields: fields.update(class_names=["x", "y", "z"]))
     assert open_data(url, image_size=32, num_classes=None, mirror=False).class_names == ["x", "y", "z"]
     assert fetched() == []
     assert content(folder) == content(tmp_path / "store")
@@ -348,7 +340,7 @@ def test_a_missing_backend():
 
 @pytest.mark.parametrize("name", ["../evil.npy", "/tmp/evil.npy", ".lock", "..", "a/b.npy", "a\\b.npy", "", "x\0", 7])
 def test_names_that_lead_elsewhere(url, tmp_path, cache, name):
-    change_manifest(tmp_path / "store", lambda fields: fields["shards"][0]["records"].update(name=name))
+    edit_manifest(tmp_path / "store", lambda fields: fields["shards"][0]["records"].update(name=name))
     with pytest.raises(ValueError, match=rf"{url}/manifest\.json is damaged"):
         local_copy(url)
     assert fetched() == []

@@ -1,11 +1,14 @@
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from stores import manifest, records_of, write
+from stores import edit_manifest, manifest, records_of, write
 
 from fastmask.data import LatentStore, batches, open_data, store
 from fastmask.data.images import images_of
@@ -181,3 +184,101 @@ def test_the_page_reads_a_store_in_ten_lines(tmp_path, monkeypatch):
     assert np.array_equal(scope["records"], records[8:])
     assert np.array_equal(scope["labels"], labels[8:])
     assert scope["manifest"]["count"] == 10
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("place", [0, 3, -1])
+def test_values_that_are_not_finite_are_refused(tmp_path, value, place):
+    about = write(tmp_path / "store")
+    path = tmp_path / "store" / "00001.npy"
+    records = np.lib.format.open_memmap(path, "r+")
+    records[2].flat[place] = value
+    records.flush()
+    data = opened(tmp_path / "store", mirror=True)
+    bad = 6 if place >= 0 else 16  # the last value is of the mirror image
+    assert about.count == 10
+    data.read(np.array([i for i in range(20) if i != bad]))
+    with pytest.raises(ValueError, match=r"store/00001\.npy: record 2 holds values that are not finite"):
+        data.read(np.array([3, bad]))
+
+
+def test_the_largest_values_of_either_sign_are_finite(tmp_path, monkeypatch):
+    largest = np.finfo(np.float16).max
+    values = np.resize(np.array([largest, -largest, 0, -0.0, 1e-7], np.float16), (10, *manifest().shape))
+    monkeypatch.setattr("stores.records_of", lambda about, count: (values, np.zeros(count, int)))
+    write(tmp_path / "store", class_names=[])
+    assert np.array_equal(opened(tmp_path / "store").read(np.arange(10))[0].numpy(), values[:, 0])
+
+
+@pytest.mark.parametrize("label", [-1, 3, 2**31 - 1])
+def test_labels_outside_the_classes_are_refused(tmp_path, label):
+    write(tmp_path / "store")
+    labels = np.lib.format.open_memmap(tmp_path / "store" / "00001.labels.npy", "r+")
+    labels[1] = label
+    labels.flush()
+    data = opened(tmp_path / "store")
+    data.read(np.arange(4))
+    with pytest.raises(
+        ValueError, match=rf"store/00001\.labels\.npy: record 1 has label {label}, which is outside 0 \.\. 2$"
+    ):
+        data.read(np.array([0, 7]))
+
+
+@pytest.mark.parametrize("name", ["00001.npy", "00001.labels.npy"])
+def test_a_file_of_another_shape_or_type(tmp_path, name):
+    """Of the right length: a manifest without a checksum may have been edited, and a shard be another store's."""
+    write(tmp_path / "store")
+    path = tmp_path / "store" / name
+    values = np.load(path)
+    np.save(path, values.reshape(2, -1, *values.shape[1:]) if values.ndim == 1 else values.swapaxes(1, 2))
+    data = opened(tmp_path / "store")
+    with pytest.raises(ValueError, match=rf"{name} holds .* of shape .* by its header, and .* by the manifest"):
+        data.read(np.arange(10))
+    edit_manifest(tmp_path / "store", lambda fields: fields.update(shape=[1, 16, 4, 4]), signed=False)
+    with pytest.raises(ValueError, match=r"00000\.npy holds float16 of shape \(4, 2, 8, 4, 4\) by its header"):
+        opened(tmp_path / "store").read(np.arange(4))
+
+
+@pytest.mark.parametrize("name", ["00001.npy", "00001.labels.npy"])
+def test_a_file_that_changed_after_the_store_was_opened(tmp_path, name):
+    write(tmp_path / "store")
+    path = tmp_path / "store" / name
+    data = opened(tmp_path / "store")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=rf"store/{name} has {len(content) - 1:,} bytes instead of {len(content):,}"):
+        data.read(np.arange(10))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=rf"store/{name} is not a regular file"):
+        data.read(np.arange(10))
+
+
+CUT = """
+import sys
+from pathlib import Path
+import numpy as np
+from fastmask.data import LatentStore
+
+store = Path(sys.argv[1])
+data = LatentStore(store, 32, None, False)
+data.read(np.arange(3000))
+with open(store / "00000.npy", "r+b") as file:
+    file.truncate(300)
+try:
+    data.read(np.array([2999]))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_shard_that_is_cut_while_it_is_mapped(tmp_path):
+    """Reading what is gone would be a SIGBUS, so another process does it."""
+    write(tmp_path / "store", count=3000, shard_size=3000)
+    found = subprocess.run(
+        [sys.executable, "-c", CUT, str(tmp_path / "store")], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found
+    assert re.fullmatch(
+        r".*store/00000\.npy was cut to 300 of [\d,]+ bytes while it was in use: copy it again\n", found.stdout
+    )

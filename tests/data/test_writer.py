@@ -8,7 +8,7 @@ import pytest
 from stores import manifest, records_of, write
 
 from fastmask.data import writer
-from fastmask.data.manifest import DATA_OFFSET, read_manifest
+from fastmask.data.manifest import read_manifest
 from fastmask.data.writer import StoreWriter
 from fastmask.distributed import Ranks
 
@@ -173,12 +173,7 @@ def test_records_of_another_shape(tmp_path):
         pytest.raises(ValueError, match=r"records of float16 \(2, 2, 8, 4, 5\) are not those of the store"),
         store.shard(0) as shard,
     ):
-        shard.add(np.zeros((2, 2, 8, 4, 5), np.float16), np.zeros(2))
-
-
-def test_a_header_always_fits():
-    header = writer._header(np.dtype("<f2"), (2**40, 2, 2**10, 2**12, 2**12))
-    assert len(header) == DATA_OFFSET
+        shard.add(np.zeros((2, 2, 8, 4, 5), np.float16), np.zeros(2, int))
 
 
 class Meeting:
@@ -240,3 +235,73 @@ def test_ranks_that_would_write_something_else(tmp_path, monkeypatch):
         StoreWriter(tmp_path, manifest(decoder="dali"), 20, 2, Ranks(1, 2, 1)),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_classes", "message"),
+    [
+        (
+            [0, 1, 2**32 + 1],
+            0,
+            r"photo 2 has label 4294967297, which is outside 0 \.\. 999999, the largest that a store",
+        ),
+        ([0, 2**31, 1], 0, "photo 1 has label 2147483648, which is outside"),
+        ([0, 10**6, 1], 0, "photo 1 has label 1000000, which is outside"),
+        ([-1, 0, 1], 0, "photo 0 has label -1, which is outside"),
+        ([0, 1, 3], 3, r"photo 2 has label 3, which is outside 0 \.\. 2, the classes of the source"),
+        ([0.0, 1.0, 2.0], 0, "labels must be integers, not float64"),
+        ([True, False, True], 0, "labels must be integers, not bool"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path, labels, num_classes, message):
+    """They are 32 bits wide in the store, where 4294967297 would have become 1."""
+    about = manifest()
+    with (
+        StoreWriter(tmp_path, about, 3, 3, num_classes=num_classes) as store,
+        pytest.raises(ValueError, match=message),
+        store.shard(0) as shard,
+    ):
+        shard.add(records_of(about, 3)[0], np.array(labels), "photo {}".format)
+    assert not (tmp_path / "00000.npy").exists()
+
+
+def test_the_largest_label(tmp_path):
+    about = manifest()
+    with StoreWriter(tmp_path, about, 3, 3, num_classes=3) as store:
+        with store.shard(0) as shard:
+            shard.add(records_of(about, 3)[0], np.array([0, 2, 2], np.uint64))
+        assert store.finish(["a", "b", "c"]).class_counts == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scale": 0.0}, "scale"),
+        ({"scale": float("nan")}, "Out of range float values are not JSON compliant"),
+        ({"scale": [1.0, 2.0]}, "scale has 2 values for 4 channels"),
+        ({"image_size": 33}, "cannot be float16 of shape"),
+    ],
+)
+def test_a_store_that_nobody_could_open_is_not_begun(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        StoreWriter(tmp_path / "store", manifest(**fields), 4, 4)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_lock_that_is_a_link(tmp_path):
+    """The holder's name is written into the lock, which would overwrite the file at the other end."""
+    (tmp_path / "thesis.txt").write_text("precious")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".lock").symlink_to(tmp_path / "thesis.txt")
+    with pytest.raises(ValueError, match=r"\.lock is a symbolic link, which a lock file must not be: remove it"):
+        write(tmp_path / "store")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "[" * 100_000, '{"items": ' + "9" * 5000 + "}"], ids=range(4))
+def test_an_unfinished_store_that_is_damaged(tmp_path, content):
+    with StoreWriter(tmp_path, manifest(), 10, 4):
+        pass
+    (tmp_path / "unfinished.json").write_text(content)
+    with pytest.raises(ValueError, match=r"unfinished\.json is damaged .*: delete .* and begin anew"):
+        write(tmp_path)
