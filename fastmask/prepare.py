@@ -1,5 +1,6 @@
 """`python -m fastmask.prepare`: makes a store of any images, checked; goes on where it stopped."""
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -20,11 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.console import say
 from fastmask.data.autoencoder import Autoencoder
-from fastmask.data.check import check_store
+from fastmask.data.check import FITTING, check_store
 from fastmask.data.dali import JpegDecoder, pick_decoder
 from fastmask.data.decoding import Decoded, decoded, read_ahead
-from fastmask.data.importers import Latents, open_latents
-from fastmask.data.latents import DOWNSAMPLING, Scaling
+from fastmask.data.importers import HalfRecords, Latents, open_latents
+from fastmask.data.latents import ScaledBy, Scaling, number_or_list, sample_records, shown
 from fastmask.data.manifest import Manifest
 from fastmask.data.remote import is_url, local_copy
 from fastmask.data.sources import Source, open_source
@@ -43,7 +44,8 @@ class PrepareConfig:
 
     source: tyro.conf.Positional[str] = ""
     """A folder of images (class = sub-folder, or labels.json), WebDataset or ImageNet tars, parquet, IDX or .npz.
-    Latents of MaskDiT (LMDB or tars), fast-DiT (.npy) and EDM2 (zip or folder) are taken over."""
+    Latents of MaskDiT (LMDB or tars), fast-DiT (.npy), EDM2 and REPA (zip or folder), LightningDiT (safetensors) and
+    an .npz of `moments` are imported."""
     store: tyro.conf.Positional[str] = ""
     """Folder of the store; the same command goes on where it stopped."""
     check: str = ""
@@ -57,6 +59,12 @@ class PrepareConfig:
     to draw its images with --check."""
     mirror: bool = True
     """Store latents of mirrored images too."""
+    latents: Literal["auto", "edm2", "repa"] = "auto"
+    """Whose imported latents they are, of the projects that share EDM2's layout; auto: told by their mean."""
+    latent_scale: tuple[float, ...] = ()
+    """Scale of imported latents, which are trained on as (latent - shift) * scale: one number, or one per channel."""
+    latent_shift: tuple[float, ...] = ()
+    """Shift of imported latents, given together with the scale; 0 for none."""
     batch_size: int = 32
     """Images decoded, and encoded, at a time."""
     decoder: Literal["auto", "dali", "pil"] = "auto"
@@ -93,14 +101,20 @@ def main(argv: Sequence[str]) -> None:
     if config.num_workers < 0:
         raise ValueError(f"num_workers must be at least 0, not {config.num_workers}")
     with _one_speaks(ranks):
-        latents = open_latents(Path(config.source))
+        latents = open_latents(Path(config.source), None if config.latents == "auto" else config.latents)
         if latents is None:
+            if config.latent_scale or config.latent_shift:
+                raise ValueError(
+                    f"--latent-scale and --latent-shift are of imported latents: {config.source} holds none"
+                )
             job = _encode(config, open_source(Path(config.source)), device)
         else:
-            job = _take_over(config, latents)
+            job = _import(config, latents)
     with (
         process_group(ranks, device),
-        StoreWriter(Path(config.store), job.manifest, job.items, config.shard_size, ranks) as writer,
+        StoreWriter(
+            Path(config.store), job.manifest, job.items, config.shard_size, ranks, num_classes=len(job.class_names)
+        ) as writer,
     ):
         fill(writer, config, job, ranks)
         manifest = writer.finish(job.class_names)
@@ -129,6 +143,7 @@ class Job(NamedTuple):
         class_names: as far as they are known.
         read: yields what is read of each part of the source, in order.
         record: returns the records, (n, copies, channels, height, width), of values that were read.
+        name: returns what an item is called.
     """
 
     manifest: Manifest
@@ -136,6 +151,7 @@ class Job(NamedTuple):
     class_names: list[str]
     read: Callable[[list[range]], Generator[Decoded]]
     record: Callable[[Any], NDArray[Any]]
+    name: Callable[[int], str]
 
 
 def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
@@ -160,7 +176,7 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
     if config.space == "pixel":
         shape = (1, source.channels, config.image_size, config.image_size)
         manifest = Manifest(kind="pixels", dtype="uint8", shape=shape, **about)
-        return Job(manifest, len(source), source.class_names, read, _as_records)
+        return Job(manifest, len(source), source.class_names, read, _as_records, source.name)
     name = config.vae or _VAE
     encoder = Autoencoder(name, device)
     side = encoder.side(config.image_size)
@@ -176,38 +192,90 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
         **about,
     )
     record = functools.partial(encoder.moments, mirror=config.mirror)
-    return Job(manifest, len(source), source.class_names, read, record)
+    return Job(manifest, len(source), source.class_names, read, record, source.name)
 
 
-def _take_over(config: PrepareConfig, latents: Latents) -> Job:
+def _import(config: PrepareConfig, latents: Latents) -> Job:
     """Return the job of storing latents that were extracted before."""
     if not len(latents):
         raise ValueError(f"{config.source} holds no latents")
-    shape = latents.read(0)[0].shape
+    if config.space == "pixel":
+        raise ValueError(f"{config.source} holds latents ({latents.kind}), of which --space pixel cannot be made")
+    records = [record for record, _ in sample_records(latents.read, len(latents))]
+    shape = collections.Counter(record.shape for record in records).most_common(1)[0][0]
     copies, channels, side, width = shape
-    mirrored = "with" if copies == 2 else "without"
-    say(f"{config.source}: {latents.kind}, {len(latents):,} {latents.holds} {shape[1:]} {mirrored} mirror images")
+    kept = copies if config.mirror else 1
+    flips = "with" if copies == 2 else "without"
+    lines = [f"{latents.kind}, {len(latents):,} {latents.holds} {shape[1:]} {flips} mirror images", *latents.notes]
+    if kept < copies:
+        lines.append("left out: the latents of mirror images, as --no-mirror asks")
+    for line in lines:
+        say(f"{config.source}: {line}")
     if side != width or (latents.holds == "moments" and channels % 2):
         raise ValueError(f"{config.source}: {latents.holds} of shape {shape[1:]} are not those of square images")
-    image_size = side * DOWNSAMPLING
-    if config.image_size != image_size:
-        raise ValueError(
-            f"{config.source} holds latents of images of side {image_size}: give --image-size {image_size}"
-        )
+    scaled_by = _scaled_by(config, latents, channels // 2 if latents.holds == "moments" else channels)
+    say(f"{config.source}: {scaled_by}")
+    _say_statistics(config, latents, scaled_by, [record for record in records if record.shape == shape])
     manifest = Manifest(
         kind=latents.holds,
         dtype="float16",
-        shape=(copies, channels, side, side),
-        image_size=image_size,
+        shape=(kept, channels, side, side),
+        image_size=_imported_size(config, latents, side),
         crop="imported",
         **_UNCOUNTED,
-        vae=latents.vae,
-        scale=latents.scale,
-        shift=latents.shift,
+        vae=config.vae or latents.vae,
+        scale=scaled_by.scale,
+        shift=scaled_by.shift,
         source=_origin(config, latents.kind, len(latents), latents.name),
     )
-    read = functools.partial(read_ahead, latents.read, latents.name, num_workers=config.num_workers)
-    return Job(manifest, len(latents), [], read, _as_float16)
+    read = HalfRecords(latents, shape, kept)
+    ahead = functools.partial(read_ahead, read, latents.name, num_workers=config.num_workers)
+    return Job(manifest, len(latents), [], ahead, np.asarray, latents.name)
+
+
+def _scaled_by(config: PrepareConfig, latents: Latents, channels: int) -> ScaledBy:
+    """Return what imported latents are trained on with: what the flags say, or what the layout does."""
+    given = [list(config.latent_scale), list(config.latent_shift)]
+    if not any(given):
+        if latents.scaled_by is None:
+            raise ValueError(f"{config.source}: {latents.unscaled}: give --latent-scale and --latent-shift")
+        return latents.scaled_by
+    if any(len(values) not in (1, channels) for values in given):
+        raise ValueError(
+            f"--latent-scale and --latent-shift go together (0 is no shift), one number or one for each of {channels} "
+            f"channels: they have {len(given[0])} and {len(given[1])}"
+        )
+    return ScaledBy(number_or_list(given[0]), number_or_list(given[1]), "--latent-scale and --latent-shift")
+
+
+def _imported_size(config: PrepareConfig, latents: Latents, side: int) -> int:
+    """Return the side of the images that latents of a side are of."""
+    known = side * latents.downsampling if latents.downsampling else 0
+    size = config.image_size or known
+    if known and size != known:
+        raise ValueError(f"{config.source} holds latents of images of side {known}: give --image-size {known}")
+    if not size or size % side:
+        raise ValueError(
+            f"{config.source} holds latents of side {side}, and does not say of what images: give their side, "
+            f"--image-size {side} times the downsampling of the VAE"
+        )
+    say(f"{config.source}: latents of side {side} of images of side {size}, a downsampling of {size // side}")
+    return size
+
+
+def _say_statistics(config: PrepareConfig, latents: Latents, scaled_by: ScaledBy, records: list[NDArray[Any]]) -> None:
+    """Say mean and deviation of some latents as they are trained on: those of another scale show there."""
+    alike = torch.from_numpy(np.stack([record[0] for record in records])).float()
+    means = alike.chunk(2, dim=1)[0] if latents.holds == "moments" else alike
+    scaled = Scaling(scaled_by.scale, scaled_by.shift).apply(means)
+    mean, std = (shown(values.tolist()) for values in (scaled.mean((0, 2, 3)), scaled.std((0, 2, 3))))
+    say(f"{config.source}: as trained on, of {len(scaled)} latents: mean {mean}, standard deviation {std} per channel")
+    low, high = FITTING
+    if not low <= float(scaled.std()) <= high:
+        say(
+            f"warning: {config.source}: the standard deviation is not near 1 as trained on: are scale and shift those "
+            f"of these latents?"
+        )
 
 
 def _origin(config: PrepareConfig, kind: str, count: int, name: Callable[[int], str]) -> dict[str, Any]:
@@ -219,14 +287,6 @@ def _origin(config: PrepareConfig, kind: str, count: int, name: Callable[[int], 
 
 def _as_records(pixels: NDArray[Any] | torch.Tensor) -> NDArray[np.uint8]:
     records: NDArray[np.uint8] = torch.as_tensor(pixels).cpu().numpy()[:, None]
-    return records
-
-
-def _as_float16(values: NDArray[Any]) -> NDArray[np.float16]:
-    with np.errstate(over="ignore"):
-        records = values.astype(np.float16)
-    if not np.isfinite(records).all():
-        raise ValueError("some latents are not finite in float16: are they what their layout says?")
     return records
 
 
@@ -250,7 +310,7 @@ def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> 
                         say(f"left out: {line}")
                         shard.skipped.append(name)
                     if len(batch.labels):
-                        shard.add(job.record(batch.values), batch.labels)
+                        shard.add(job.record(batch.values), batch.labels, functools.partial(_name, job, part, batch))
                     own += len(part)
                     progress.update(elsewhere + own)
             elsewhere = writer.items_elsewhere()
@@ -259,6 +319,12 @@ def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> 
     with _one_speaks(ranks):
         if ranks.count > 1 and progress.done < job.items:
             say("this process's shards are filled, the others' are waited for")
+
+
+def _name(job: Job, part: range, batch: Decoded, index: int) -> str:
+    """Return what a record of a batch is called, of those that could be read."""
+    bad = {name for name, _ in batch.bad}
+    return [name for name in map(job.name, part) if name not in bad][index]
 
 
 def check(store: Path, vae: str, device: torch.device) -> None:

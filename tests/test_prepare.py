@@ -314,46 +314,22 @@ def test_the_sheet_of_latents_is_decoded(folder, tmp_path, capsys):
     assert shown.shape != decoded.shape or not np.array_equal(shown, decoded)
 
 
-def edm2(folder, values):
-    """Write latents in EDM2's layout."""
-    (folder / "0").mkdir(parents=True)
-    for i, value in enumerate(values):
-        np.save(folder / "0" / f"{i}.npy", value)
-    labels = [[f"0/{i}.npy", i % 2] for i in range(len(values))]
-    (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
-    return folder
+def test_flags_of_imported_latents_are_not_for_images(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"--latent-scale and --latent-shift are of imported latents: .* holds none"):
+        prepare(folder, tmp_path / "store", "--latent-scale", "1", "--latent-shift", "0")
+    with pytest.raises(ValueError, match="--latents edm2 decides between projects with EDM2's layout"):
+        prepare(folder, tmp_path / "store", "--latents", "edm2")
 
 
-def test_latents_are_taken_over(tmp_path, capsys):
-    mean = np.random.default_rng(0).normal(0, 4, (7, 4, 2, 2)).astype(np.float32)
-    source = edm2(tmp_path / "edm2", np.concatenate([mean, np.full_like(mean, 1e-6)], 1))
-    manifest = prepare(source, tmp_path / "store")
-    assert (manifest.kind, manifest.shape, manifest.class_counts) == ("moments", (1, 8, 2, 2), [4, 3])
-    assert manifest.source["kind"] == "edm2"
-    data = open_data(str(tmp_path / "store"), image_size=16, num_classes=None, mirror=False)
-    images = data.to_images(data.read(np.arange(7))[0], 0, torch.arange(7)).numpy()
-    scale = 0.5 / np.array([4.17, 4.62, 3.71, 3.28])[:, None, None]
-    shift = np.array([5.81, 3.25, 0.12, -2.15])[:, None, None]
-    np.testing.assert_allclose(images, (mean - shift) * scale, rtol=1e-3, atol=2e-3)
-    main(["--check", str(tmp_path / "store")])
-    said = capsys.readouterr().out
-    assert "edm2, 7 moments (8, 2, 2) without mirror images" in said
-    assert "the sheet shows latents as they are: " in said
-    with pytest.raises(ValueError, match="holds latents of images of side 16: give --image-size 16"):
-        prepare(source, tmp_path / "other", "--image-size", "256")
-
-
-def test_latents_that_cannot_be_taken_over(tmp_path):
-    values = np.ones((4, 8, 2, 2), np.float32)
-    values[2] = np.inf
-    with pytest.raises(ValueError, match="not finite in float16"):
-        prepare(edm2(tmp_path / "a", values), tmp_path / "store")
-    with pytest.raises(ValueError, match=r"moments of shape \(8, 2, 3\) are not those of square images"):
-        prepare(edm2(tmp_path / "b", np.ones((1, 8, 2, 3), np.float32)), tmp_path / "other")
-    source = edm2(tmp_path / "c", values)
-    (source / "dataset.json").write_text('{"labels": []}')
-    with pytest.raises(ValueError, match="holds no latents"):
-        prepare(source, tmp_path / "other")
+def test_a_label_outside_the_classes_names_the_image(folder, tmp_path, monkeypatch):
+    source = open_source(folder)
+    source._labels[7] = 2  # of two classes
+    monkeypatch.setattr("fastmask.prepare.open_source", lambda *arguments, **options: source)
+    (folder / "cat" / "04.png").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=rf"{source.name(7)} has label 2, which is outside 0 \.\. 1, the classes of the"
+    ):
+        prepare(folder, tmp_path / "store", "--on-bad", "skip")
 
 
 def test_the_manifest_names_the_source(folder, tmp_path):

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmask.data.latents import shown
 from fastmask.data.manifest import MANIFEST, Manifest, parse_object, read_manifest
 from fastmask.data.store import LatentStore, damaged_files, map_shard
 from fastmask.files import read_regular
 
 _SAMPLED = 2048  # records that statistics are taken of, evenly spread
-_FITTING = 0.4, 2.0  # standard deviations that training expects, at most
+FITTING = 0.4, 2.0  # standard deviations that training expects, at most
 
 
 class Found(NamedTuple):
@@ -46,8 +47,8 @@ def check_store(path: Path) -> Found:
     ]
     if manifest.kind != "pixels":
         lines.append(
-            f"VAE {manifest.vae}, sha256 {manifest.vae_sha256[:12] or 'unknown'}, scale {_shown(manifest.scale)}, "
-            f"shift {_shown(manifest.shift)}"
+            f"VAE {manifest.vae}, sha256 {manifest.vae_sha256[:12] or 'unknown'}, scale {shown(manifest.scale)}, "
+            f"shift {shown(manifest.shift)}"
         )
     skipped = [name for shard in manifest.shards for name in shard.skipped]
     if skipped:
@@ -62,7 +63,7 @@ def check_store(path: Path) -> Found:
         images, upright = _sample(path, manifest)
     except ValueError as error:
         return Found(manifest, lines, warnings, damaged or [str(error)], torch.empty(0))
-    mean, std = (_shown(values.tolist()) for values in (images.mean((0, 2, 3)), images.std((0, 2, 3))))
+    mean, std = (shown(values.tolist()) for values in (images.mean((0, 2, 3)), images.std((0, 2, 3))))
     lines.append(f"as trained on, of {len(images):,} images: mean {mean}, standard deviation {std} per channel")
     return Found(manifest, lines, warnings + _warnings(manifest, images), damaged, images[upright])
 
@@ -103,9 +104,9 @@ def _warnings(manifest: Manifest, images: Tensor) -> list[str]:
     if empty:
         found.append(f"{empty} of {manifest.num_classes} classes have no record")
     std = float(images.std())
-    if manifest.kind != "pixels" and not _FITTING[0] <= std <= _FITTING[1]:
+    if manifest.kind != "pixels" and not FITTING[0] <= std <= FITTING[1]:
         found.append(
-            f"the scale {_shown(manifest.scale)} brings the latents to a standard deviation of {std:.3g}, not near 1: "
+            f"the scale {shown(manifest.scale)} brings the latents to a standard deviation of {std:.3g}, not near 1: "
             f"is it that of another VAE?"
         )
     flat = (images.flatten(1).std(1) == 0).sum()
@@ -123,7 +124,3 @@ def _classes(manifest: Manifest) -> list[str]:
         f"{len(counts)} classes of {int(np.median(counts)):,} records in the middle, from {counts[fewest]:,} "
         f"({names[fewest]}) to {counts[most]:,} ({names[most]})"
     ]
-
-
-def _shown(values: float | list[float]) -> str:
-    return " ".join(f"{value:.5g}" for value in (values if isinstance(values, list) else [values]))

@@ -14,6 +14,7 @@ from fastmask.data.dali import DecoderName, pick_decoder
 from fastmask.data.digits import Digits
 from fastmask.data.images import ImageArray
 from fastmask.data.imageset import ImageSet
+from fastmask.data.importers import layout_of
 from fastmask.data.latents import Moments, Synthetic
 from fastmask.data.manifest import MANIFEST, UNFINISHED
 from fastmask.data.npz import read_npz
@@ -74,7 +75,7 @@ def open_data(
         data: "digits", "synthetic" (random latents), a store (docs/store.md) or its URL, an `.npz` with `images`
             (pixels) or `moments` (of the VAE's latents) and perhaps `labels`, or images in any form that
             `fastmask.prepare` takes.
-        image_size: side of the images in pixels; latents have an eighth of it.
+        image_size: side of the images in pixels.
         num_classes: labels must be below it; None takes it from the data, 0 leaves the labels out.
         mirror: mirror each image with probability one half.
         decoder: of JPEG files; "auto" is DALI if it is installed.
@@ -101,18 +102,28 @@ def open_data(
             remote.fetch()
         else:
             say(f"{data}: {remote.plan()}")
+        say(f"{data}: {store.describe()}")
         return store
     if data == "digits":
         return Digits(image_size, num_classes, mirror)
     if data == "synthetic":
         return Synthetic(image_size, num_classes or 0)
     if is_store:
-        return LatentStore(path, image_size, num_classes, mirror)
+        store = LatentStore(path, image_size, num_classes, mirror)
+        say(f"{data}: {store.describe()}")
+        return store
     if path.suffix == ".npz" and path.is_file() and not vae:
         arrays = read_npz(path, num_classes)
         if "moments" in arrays:
-            return Moments(path, arrays, image_size, mirror)
+            moments = Moments(path, arrays, image_size, mirror)
+            say(f"{data}: {moments.describe()}")
+            return moments
         return ImageArray(path, arrays, image_size, mirror)
+    if layout := layout_of(path):
+        raise ValueError(
+            f"--data {data} holds latents ({layout}): make a store of them by python -m fastmask.prepare {data} STORE, "
+            f"and give that"
+        )
     if path.exists():
         source, chosen = open_source(path), pick_decoder(decoder)
         encoder = Autoencoder(vae, device) if vae else None

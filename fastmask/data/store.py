@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmask.data.images import images_of
-from fastmask.data.latents import Scaling, latents_of
+from fastmask.data.latents import ScaledBy, Scaling, latents_of
 from fastmask.data.manifest import DATA_OFFSET, Manifest, Shard, StoredFile, read_manifest, sha256_of
 from fastmask.data.npy import parse_header
 from fastmask.files import open_regular
@@ -67,6 +67,20 @@ class LatentStore:
 
     def __len__(self) -> int:
         return self.manifest.count * self._copies
+
+    def describe(self) -> str:
+        """Return what the store holds, in one line."""
+        manifest, names = self.manifest, self.class_names
+        classes = (
+            f"{len(names):,} classes ({', '.join(names[:3])}{', ...' if names[3:] else ''})" if names else "no labels"
+        )
+        skipped = sum(len(shard.skipped) for shard in manifest.shards)
+        line = f"a store of {manifest.count:,} {manifest.kind} {manifest.shape}, {classes}"
+        if skipped:
+            line += f", {skipped:,} images left out when it was made"
+        if manifest.kind == "pixels":
+            return line
+        return f"{line}, {ScaledBy(manifest.scale, manifest.shift, f'its manifest; VAE {manifest.vae}')}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # another process maps the files itself

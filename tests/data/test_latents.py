@@ -4,7 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from fastmask.data.latents import Moments, Scaling, Synthetic
+from fastmask.data.importers import open_latents
+from fastmask.data.latents import (
+    Moments,
+    ScaledBy,
+    Scaling,
+    Synthetic,
+    check_label,
+    check_latent,
+    holds_moments,
+    latents_of,
+    number_or_list,
+    sample_records,
+    shown,
+)
+from fastmask.data.npz import read_npz
 from fastmask.kernels import random_normal
 
 PATH = Path("some.npz")
@@ -62,18 +76,147 @@ def test_without_labels_there_are_no_classes():
 @pytest.mark.parametrize(
     ("moments", "image_size", "mirror", "message"),
     [
-        (moments_of(), 64, False, r"of shape \(N, 8, 8, 8\) for image_size 64, not float32 of shape \(5, 8, 4, 4\)"),
-        (moments_of()[:, :4], 32, False, r"not float32 of shape \(5, 4, 4, 4\)"),
+        (
+            moments_of(),
+            64,
+            False,
+            "holds moments of side 4, which are not those of image_size 64 at a downsampling of 8",
+        ),
+        (moments_of(), 35, False, "holds moments of side 4, which are not those of image_size 35"),
+        (moments_of()[:, :7], 32, False, r"of shape \(N, 2C, h, w\), .* not float32 of shape \(5, 7, 4, 4\)"),
+        (moments_of()[..., :3], 32, False, r"of shape \(5, 8, 4, 3\) are not those of square images"),
+        (moments_of()[0], 32, False, r"not float32 of shape \(8, 4, 4\)"),
+        (moments_of()[..., :0, :0], 32, False, "are not those of square images"),
         (moments_of().astype(np.float64), 32, False, "must be float16 or float32 .*, not float64"),
         (moments_of().astype(np.int32), 32, False, "must be float16 or float32 .*, not int32"),
         (moments_of().astype(">f4"), 32, False, "must be float16 or float32 .*, not >f4"),
-        (moments_of(), 35, False, "image_size must be a multiple of 8 for latents, not 35"),
+        (
+            moments_of()[:, :4],
+            32,
+            False,
+            "holds moments of 2 channels, whose scale is not known: write arrays `scale` and",
+        ),
         (moments_of(), 32, True, "a mirrored latent is not that of the mirrored image"),
     ],
 )
 def test_what_cannot_be_trained_on(moments, image_size, mirror, message):
     with pytest.raises(ValueError, match=message):
         Moments(PATH, {"moments": moments}, image_size, mirror)
+
+
+def wide(**arrays):
+    """Return moments of a VAE of 16 channels that divides sides by 16."""
+    moments = np.random.default_rng(0).standard_normal((5, 32, 4, 4)).astype(np.float16)
+    return {"moments": moments, **arrays}
+
+
+@pytest.mark.parametrize("scale", [0.3611, np.linspace(0.2, 0.5, 16, dtype=np.float32)])
+def test_moments_of_any_channels_and_downsampling(scale):
+    arrays = wide(scale=np.array(scale), shift=np.array(0.1159))
+    data = Moments(PATH, arrays, 64, False)
+    assert data.shape == (16, 4, 4)
+    stored, sample = data.read(np.arange(5))[0], torch.arange(5)
+    exact = (latents_of(stored, 3, sample).numpy() - 0.1159) * np.reshape(scale, (-1, 1, 1))
+    np.testing.assert_allclose(data.to_images(stored, 3, sample).numpy(), exact, rtol=1e-5, atol=1e-6)
+    assert data.describe().startswith("5 moments (32, 4, 4) of images downsampled by 16, 0 classes, scale 0.")
+    assert data.describe().endswith("shift 0.1159 (the file's `scale` and `shift`)")
+
+
+def test_the_default_scale_is_said():
+    said = Moments(PATH, {"moments": moments_of()}, 32, False).describe()
+    assert said == (
+        "5 moments (8, 4, 4) of images downsampled by 8, 0 classes, scale 0.18215, shift 0 (Stable Diffusion's KL-f8, "
+        "since the file holds no `scale` and `shift`)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (
+            {},
+            "holds moments of 16 channels, whose scale is not known: .*fastmask.prepare with --latent-scale and",
+        ),
+        ({"scale": np.ones(16)}, r"holds `scale` alone: `scale` and `shift` go together \(0 is no shift\)"),
+        ({"shift": np.ones(16)}, "holds `shift` alone"),
+        (
+            {"scale": np.ones(8), "shift": np.zeros(1)},
+            r"`scale` must be a finite float above 0, .* 16 channels, not float64",
+        ),
+        ({"scale": np.zeros(1), "shift": np.zeros(1)}, "`scale` must be a finite float above 0"),
+        ({"scale": np.ones(1, int), "shift": np.zeros(1)}, "`scale` must be a finite float above 0"),
+        ({"scale": np.array([np.nan]), "shift": np.zeros(1)}, "`scale` must be a finite float above 0"),
+        ({"scale": np.ones(1), "shift": np.array([np.inf])}, "`shift` must be a finite float, or one for each"),
+    ],
+)
+def test_a_scale_that_is_not_known(arrays, message):
+    with pytest.raises(ValueError, match=message):
+        Moments(PATH, wide(**arrays), 64, False)
+
+
+def test_values_that_are_not_finite():
+    moments = moments_of()
+    moments[3, 5, 0, 1] = np.inf
+    data = Moments(PATH, {"moments": moments}, 32, False)
+    data.read(np.array([0, 1, 2, 4]))
+    with pytest.raises(ValueError, match=r"some\.npz: moments 3 hold values that are not finite"):
+        data.read(np.array([0, 3]))
+
+
+def test_the_same_file_as_what_a_store_is_made_of(tmp_path):
+    path = tmp_path / "some.npz"
+    np.savez(path, moments=moments_of(), labels=np.array([3, 1, 0, 2, 2]))
+    assert holds_moments(path)
+    latents = open_latents(path)
+    assert (latents.kind, latents.holds, latents.downsampling, len(latents)) == ("npz-moments", "moments", 8, 5)
+    record, label = latents.read(4)
+    assert np.array_equal(record, moments_of()[4:])
+    assert (label, latents.name(4)) == (2, f"{path}, moments 4")
+    assert latents.scaled_by.scale == 0.18215
+    np.savez(path, **wide())
+    latents = open_latents(path)
+    assert (latents.scaled_by, latents.downsampling) == (None, None)
+    assert latents.unscaled == f"{path} holds no arrays `scale` and `shift`"
+    np.savez(path, **wide(scale=np.ones(16), shift=np.zeros(16)))
+    assert open_latents(path).scaled_by == ScaledBy([1.0] * 16, [0.0] * 16, "the file's `scale` and `shift`")
+    assert Moments(path, read_npz(path, None), 128, False).shape == (16, 4, 4)
+    np.savez(path, images=np.zeros((1, 4, 4, 3), np.uint8))
+    assert not holds_moments(path)
+
+
+def test_a_sample_of_records():
+    asked = []
+
+    def read(item):
+        asked.append(item)
+        if item == 0:
+            raise OSError("gone")
+        return np.full((1, 4, 2, 2), np.nan if item == 999 else item), 0
+
+    found = sample_records(read, 1000)
+    assert (len(asked), min(asked), max(asked)) == (64, 0, 999)
+    assert [int(record[0, 0, 0, 0]) for record, _ in found] == [item for item in asked if item not in (0, 999)]
+    with pytest.raises(ValueError, match=r"^gone$"):
+        sample_records(read, 1)
+
+
+def test_labels_and_latents_that_are_none():
+    assert check_label(999_999, "a") == 999_999
+    for label in (-1, 10**6, 2**32 + 1):
+        with pytest.raises(ValueError, match=rf"^a has label {label}, which is outside 0 \.\. 999999$"):
+            check_label(label, "a")
+    values = np.zeros((3, 4, 4), np.float16)
+    assert check_latent(values, "a") is values
+    for other, even in ((values, True), (values[0], False), (values[:0], False), (values.astype(int), False)):
+        with pytest.raises(ValueError, match=r"^a holds no latent, but (float16|int64) of shape "):
+            check_latent(other, "a", even=even)
+
+
+def test_numbers_for_a_line():
+    assert shown(0.18215) == "0.18215"
+    assert shown([0.5, 1 / 3]) == "0.5 0.33333"
+    assert number_or_list([2.0]) == 2.0
+    assert number_or_list([1.0, 2.0]) == [1.0, 2.0]
 
 
 def test_synthetic_is_a_function_of_the_id():

@@ -1,10 +1,17 @@
+import io
+import os
 import pickle
+import resource
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fastmask.data.npz import read_npz
+from fastmask.data import npz
+from fastmask.data.npz import free_memory, read_npz
 
 IMAGES = np.arange(4 * 2 * 2 * 3, dtype=np.uint8).reshape(4, 2, 2, 3)
 
@@ -29,9 +36,36 @@ def test_highest_label_of_a_small_type_does_not_wrap(tmp_path):
     assert read_npz(written(tmp_path, images=IMAGES, labels=labels), None)["num_classes"] == 256
 
 
-def test_compressed_and_other_arrays_beside(tmp_path):
+def test_compressed_and_other_arrays_beside(tmp_path, capsys):
     path = written(tmp_path, compressed=True, moments=np.ones((4, 8, 2, 2), np.float16), names=np.array(["a", "b"]))
     assert read_npz(path, None).keys() == {"moments"}
+    assert capsys.readouterr().out == f"{path}: left out: names\n"
+
+
+def test_scale_and_shift_come_with_moments(tmp_path, capsys):
+    arrays = {"moments": np.ones((4, 8, 2, 2), np.float16), "scale": np.ones(4), "shift": np.float32(0.5)}
+    assert read_npz(written(tmp_path, **arrays), None).keys() == {"moments", "scale", "shift"}
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "values", [IMAGES.transpose(3, 1, 2, 0), np.asfortranarray(IMAGES), IMAGES[:, ::2], IMAGES[:1]]
+)
+def test_arrays_in_any_order_in_memory(tmp_path, values):
+    for compressed in (False, True):
+        assert np.array_equal(read_npz(written(tmp_path, compressed, images=values), None)["images"], values)
+
+
+@pytest.mark.parametrize("name", ["label", "mabels", "y"])
+def test_labels_of_another_name_are_not_left_out_in_silence(tmp_path, name):
+    path = written(tmp_path, images=IMAGES, **{name: np.arange(4)})
+    with pytest.raises(
+        ValueError, match=f"holds no `labels`, but `{name}`, 4 integers: give them the name `labels`, or"
+    ):
+        read_npz(path, None)
+    assert read_npz(path, 0).keys() == {"images"}
+    both = written(tmp_path, images=IMAGES, labels=np.zeros(4, int), **{name: np.arange(4)})
+    assert not read_npz(both, None)["labels"].any()
 
 
 def test_num_classes_may_exceed_the_labels(tmp_path):
@@ -59,12 +93,14 @@ def test_no_classes_leaves_the_labels_out(tmp_path):
         ({"images": IMAGES, "labels": np.arange(3)}, None, r"must be 4 integers, not int64 of shape \(3,\)"),
         ({"images": IMAGES, "labels": np.zeros((4, 1), int)}, None, r"must be 4 integers, not int64 of shape \(4, 1\)"),
         ({"images": IMAGES, "labels": np.zeros(4)}, None, r"must be 4 integers, not float64 of shape \(4,\)"),
-        ({"images": IMAGES, "labels": np.zeros(4, bool)}, None, "must be 4 integers, not bool"),
+        ({"images": IMAGES, "labels": np.zeros(4, bool)}, None, "`labels` is not a numpy array of numbers"),
+        ({"images": IMAGES, "labels": np.array(["cat"] * 4)}, None, "`labels` is not a numpy array of numbers"),
+        ({"images": IMAGES, "labels": np.array([0, 10**6, 1, 2])}, None, "label 1000000 is outside 0 .. 999999"),
         ({"images": IMAGES, "labels": np.array([0, 3, 1, 2])}, 3, "label 3 is outside 0 .. 2"),
         ({"images": IMAGES, "labels": np.array([0, -1, 1, 127], np.int8)}, None, "label -1 is outside 0 .. "),
         ({"images": IMAGES, "labels": np.array([0, -1, 1, 2])}, 3, "label -1 is outside 0 .. 2"),
         ({"images": IMAGES, "labels": np.array([0, 2**63, 1, 2], np.uint64)}, None, f"label {2**63} is outside"),
-        ({"images": np.array([{}, 1], object)}, None, "cannot be read as an .npz of plain arrays: Object arrays"),
+        ({"images": np.array([{}, 1], object)}, None, "`images` is not a numpy array of numbers"),
     ],
 )
 def test_arrays_that_do_not_fit(tmp_path, arrays, num_classes, message):
@@ -115,3 +151,77 @@ def test_a_damaged_file_never_escapes(tmp_path, compressed):
             refused.append(str(error))
     assert len(refused) > 100
     assert all(message.startswith(str(path)) for message in refused)
+
+
+def claiming(path, shape, content=b"1234"):
+    """Write an `.npz` whose images are as large as a header says, and no larger in the file than what is given."""
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("images.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content)
+    return path
+
+
+def test_a_header_that_claims_200_tb(tmp_path):
+    path = claiming(tmp_path / "data.npz", (10**9, 256, 256, 3))
+    with pytest.raises(
+        ValueError, match=r"`images` has 132 bytes, not those of uint8 of shape \(1000000000, 256, 256, 3"
+    ):
+        read_npz(path, None)
+
+
+def test_more_than_the_memory_holds(tmp_path, monkeypatch):
+    """12 GB deflate to 12 MB."""
+    path = claiming(tmp_path / "data.npz", (200, 100, 100, 3), bytes(6 * 10**6))
+    assert path.stat().st_size < 10**4
+    monkeypatch.setattr(npz, "free_memory", lambda: 5 * 10**6)
+    with pytest.raises(ValueError, match=r"data\.npz takes 0\.0 GB of memory, and 0\.0 GB are free: give it in parts"):
+        read_npz(path, None)
+    monkeypatch.setattr(npz, "free_memory", lambda: None)
+    assert read_npz(path, None)["images"].shape == (200, 100, 100, 3)
+
+
+CODE = """
+import resource, sys
+from pathlib import Path
+from fastmask.data.npz import read_npz
+
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)
+try:
+    read_npz(Path(sys.argv[1]), None)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_memory_that_cannot_be_had_is_one_line(tmp_path):
+    path = claiming(tmp_path / "data.npz", (1000, 400, 400, 3), bytes(480 * 10**6))
+    found = subprocess.run([sys.executable, "-c", CODE, str(path)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found
+    assert found.stdout.endswith("`images` takes 0.5 GB of memory, which cannot be had\n")
+
+
+def test_free_memory():
+    free = free_memory()
+    total = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    assert free is None if not Path("/proc/meminfo").exists() else 0 < free <= total
+
+
+def test_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "data.npz")
+    with pytest.raises(ValueError, match=r"is not an \.npz file"):
+        read_npz(tmp_path / "data.npz", None)
+
+
+def test_pickles_are_never_loaded(tmp_path, capsys):
+    class Harm:
+        def __reduce__(self):
+            return print, ("harm",)
+
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.array([Harm()], object), allow_pickle=True)
+    with zipfile.ZipFile(tmp_path / "data.npz", "w") as written:
+        written.writestr("images.npy", file.getvalue())
+    with pytest.raises(ValueError, match="`images` is not a numpy array of numbers"):
+        read_npz(tmp_path / "data.npz", None)
+    assert capsys.readouterr().out == ""

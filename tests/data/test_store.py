@@ -186,6 +186,18 @@ def test_the_page_reads_a_store_in_ten_lines(tmp_path, monkeypatch):
     assert scope["manifest"]["count"] == 10
 
 
+def test_what_is_recognised_is_said(tmp_path, capsys):
+    write(tmp_path / "store", manifest(vae="some/vae"), skip=(4, 5), class_names=["a", "b", "c", "d"])
+    open_data(str(tmp_path / "store"), image_size=32, num_classes=None, mirror=False)
+    assert capsys.readouterr().out == (
+        f"{tmp_path / 'store'}: a store of 8 moments (2, 8, 4, 4), 4 classes (a, b, c, ...), 2 images left out when it "
+        f"was made, scale 0.5, shift 0.25 (its manifest; VAE some/vae)\n"
+    )
+    write(tmp_path / "pixels", manifest("pixels"), class_names=[], count=1)
+    open_data(str(tmp_path / "pixels"), image_size=8, num_classes=None, mirror=False)
+    assert capsys.readouterr().out.endswith("pixels: a store of 1 pixels (1, 3, 8, 8), no labels\n")
+
+
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
 @pytest.mark.parametrize("place", [0, 3, -1])
 def test_values_that_are_not_finite_are_refused(tmp_path, value, place):
