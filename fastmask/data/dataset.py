@@ -101,8 +101,8 @@ def open_data(
         if fetch:
             remote.fetch()
         else:
-            say(f"{data}: {remote.plan()}")
-        say(f"{data}: {store.describe()}")
+            say(f"{remote.url}: {remote.plan()}")
+        say(f"{remote.url}: {store.describe()}")
         return store
     if data == "digits":
         return Digits(image_size, num_classes, mirror)

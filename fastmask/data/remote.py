@@ -16,14 +16,21 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastmask.console import say
-from fastmask.data.manifest import MANIFEST, StoredFile, parse_manifest, read_manifest
-from fastmask.files import sync, whole_file, write_durably
+from fastmask.data.manifest import MANIFEST, MAX_BYTES, StoredFile, parse_manifest, read_manifest
+from fastmask.data.stalls import within
+from fastmask.files import open_lock, read_regular, sync, whole_file, write_durably
 
 _BLOCK = 8 << 20  # bytes asked for at a time
 _IN_FLIGHT = 4  # files at once: one connection alone seldom fills the line
 _SAY_EVERY = 5.0  # seconds
 _FETCHING = ".fetching.json"
 _LOCK = ".lock"
+
+
+# What stands before the host in a URL and after its path: passwords, tokens, signatures.
+_PASSWORD = re.compile(r"(://[^/?#@:]*):[^/?#]*@")
+_TOKEN = re.compile(r"(https?://)[^/?#@:]+@")
+_QUERY = re.compile(r"([?&][^=&#\s]*=)[^&#\s]*")
 
 
 class _NoAnswerError(ValueError):
@@ -33,6 +40,11 @@ class _NoAnswerError(ValueError):
 def is_url(data: str) -> bool:
     """Return whether a name of data is a URL, such as s3://bucket/store."""
     return "://" in data
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL, or a line that holds one, without passwords, tokens and the values of a query."""
+    return _QUERY.sub(r"\1***", _TOKEN.sub(r"\1***@", _PASSWORD.sub(r"\1:***@", url)))
 
 
 def local_copy(url: str) -> Path:
@@ -66,7 +78,7 @@ class RemoteStore:
         url: of the store's folder.
 
     Attributes:
-        url: of the store's folder.
+        url: of the store's folder, as it may be printed.
         folder: of the copy, which may not be there yet.
         manifest: the one at the URL. If nothing answers there, the one of the copy if that is whole.
 
@@ -75,11 +87,12 @@ class RemoteStore:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self.folder = _cache() / _folder_name(self.url)
+        url = url.rstrip("/")
+        self.url = without_secrets(url)
+        self.folder = _cache() / _folder_name(url)
         with _one_line(self.url):
             reader = importlib.import_module("fsspec.core")  # late: what trains on files of this machine does without
-            self._files_there, self._root = reader.url_to_fs(self.url, **_options(self.url))
+            self._files_there, self._root = reader.url_to_fs(url, **_options(url))
         self._content = self._read_manifest()
         self.manifest = parse_manifest(self._content, f"{self.url}/{MANIFEST}")
         self._files = [file for shard in self.manifest.shards for file in (shard.records, shard.labels)]
@@ -123,7 +136,12 @@ class RemoteStore:
         where = f"{self.url}/{MANIFEST}"
         try:
             with _one_line(where):
-                return bytes(self._files_there.cat_file(f"{self._root}/{MANIFEST}"))
+                content = bytearray()
+                for block in within(self._read(f"{self._root}/{MANIFEST}")):
+                    content += block
+                    if len(content) > MAX_BYTES:
+                        raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+                return bytes(content)
         except _NoAnswerError as error:
             path = self.folder / MANIFEST
             try:
@@ -137,13 +155,13 @@ class RemoteStore:
                     f"{error}; {self.folder} is a whole copy of {day}: where several machines train, give its path"
                 ) from error
             say(f"warning: {error}: going on with the copy of {day} in {self.folder}")
-            return path.read_bytes()
+            return read_regular(path, MAX_BYTES)
 
     def _there(self) -> dict[str, str]:
         """Return the checksums of the files in the copy's folder by their names; some of them may be missing."""
         for path in (self.folder / MANIFEST, self.folder / _FETCHING):
             with contextlib.suppress(OSError, ValueError):
-                shards = parse_manifest(path.read_bytes(), path).shards
+                shards = parse_manifest(read_regular(path, MAX_BYTES), path).shards
                 return {file.name: file.sha256 for shard in shards for file in (shard.records, shard.labels)}
         return {}
 
@@ -157,14 +175,15 @@ class RemoteStore:
 
     def _is_whole(self) -> bool:
         path = self.folder / MANIFEST
-        return path.exists() and path.read_bytes() == self._content and not self._lacking()
+        return path.exists() and read_regular(path, MAX_BYTES) == self._content and not self._lacking()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context((self.folder / _LOCK).open("w"))
+                lock = open_lock(self.folder / _LOCK)
+                stack.callback(os.close, lock)
                 progress = _Progress(self.folder, self._files)
                 while not _lock(lock):
                     progress()
@@ -236,9 +255,14 @@ class RemoteStore:
 
     def _blocks(self, name: str) -> Iterator[bytes]:
         """Yield the content of a file at the URL."""
+        where = f"{self.url}/{name}"
+        with _one_line(where):
+            yield from within(self._read(f"{self._root}/{name}"))
+
+    def _read(self, path: str) -> Iterator[bytes]:
         # 0 is one stream: not every web server can begin in the middle of a file.
-        size, path = 0 if _is_web(self.url) else _BLOCK, f"{self._root}/{name}"
-        with _one_line(f"{self.url}/{name}"), self._files_there.open(path, "rb", block_size=size) as file:
+        size = 0 if _is_web(self.url) else _BLOCK
+        with self._files_there.open(path, "rb", block_size=size) as file:
             while block := file.read(_BLOCK):
                 yield block
 
@@ -276,13 +300,14 @@ def _one_line(where: str) -> Iterator[None]:
         yield
     except ImportError as error:
         missing = getattr(error.__cause__ or error, "name", None)
-        raise ValueError(f"{where} cannot be read: {f'pip install {missing}' if missing else error}") from error
+        said = f"pip install {missing}" if missing else without_secrets(str(error))
+        raise ValueError(f"{where} cannot be read: {said}") from error
     except Exception as error:
         # Every backend raises kinds of its own. Of HTTP fsspec says that there is no file, whatever the cause.
         cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
-        if isinstance(cause, (FileNotFoundError, KeyError)):
+        if isinstance(cause, (FileNotFoundError, KeyError)) or getattr(cause, "status", None) in (404, 410):
             raise ValueError(f"{where} does not exist: is that the URL of a whole store?") from error
-        said = " ".join(f"{type(cause).__name__}: {cause}".split()).removesuffix(":")
+        said = without_secrets(" ".join(f"{type(cause).__name__}: {cause}".split())).removesuffix(":")
         line = f"{where} cannot be read ({said})"
         raise (_NoAnswerError if _no_answer(cause) else ValueError)(line) from error
 
@@ -307,7 +332,7 @@ def _no_answer(error: BaseException) -> bool:
     return any(word in kind.__name__ for kind in type(error).__mro__ for word in ("Connection", "Timeout"))
 
 
-def _lock(file: IO[Any]) -> bool:
+def _lock(file: int) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -328,6 +353,6 @@ def _cache() -> Path:
 
 
 def _folder_name(url: str) -> str:
-    """Return a name that can be read, and that no other URL has."""
-    last = re.sub(r"[^\w.-]", "-", url.rpartition("/")[2]).lstrip(".")
+    """Return a name that can be read, that no other URL has, and that holds nothing of a query."""
+    last = re.sub(r"[^\w.-]", "-", re.split(r"[?#]", url)[0].rpartition("/")[2]).lstrip(".")
     return f"{last}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"

@@ -80,7 +80,8 @@ class LatentStore:
             line += f", {skipped:,} images left out when it was made"
         if manifest.kind == "pixels":
             return line
-        return f"{line}, {ScaledBy(manifest.scale, manifest.shift, f'its manifest; VAE {manifest.vae}')}"
+        said_by = f"its manifest; VAE {manifest.vae}" if manifest.vae else "its manifest"
+        return f"{line}, {ScaledBy(manifest.scale, manifest.shift, said_by)}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # another process maps the files itself
