@@ -83,6 +83,11 @@ def sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
+def cache_folder() -> Path:
+    """Return the folder for what can be had again: that of the environment's FASTMASK_CACHE, or ~/.cache/fastmask."""
+    return Path(os.environ.get("FASTMASK_CACHE") or "~/.cache/fastmask").expanduser()
+
+
 def open_regular(path: Path | str) -> int:
     """Return a descriptor that reads a regular file.
 

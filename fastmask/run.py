@@ -21,6 +21,7 @@ from fastmask.cost import Gpu, gpu_named
 from fastmask.counts import forward_macs
 from fastmask.data import DataSet, batches
 from fastmask.data.loader import Batch
+from fastmask.data.verify import verifier_of
 from fastmask.diffusion import EDMPrecond, draw_samples
 from fastmask.distributed import Ranks, all_max, shard
 from fastmask.ema import EMA, PowerEMA
@@ -58,6 +59,7 @@ class Run:
         self.run_dir, device = Path(config.run_dir), torch.device(config.device)
         newest = None if anew else newest_good(self.run_dir, say)
         self.changes = [] if anew else open_run(config, newest, ranks)
+        self._verifier = None if anew else verifier_of(dataset, ranks)
         channels, size, _ = dataset.shape
         self.net = EDMPrecond(build_model(config, channels, size), config.sigma_data).to(device)
         shard(self.net.model, config.parallel, DTYPES.get(config.precision), device, ranks)
@@ -179,6 +181,7 @@ class Run:
             step_size=config.batch_size,
             rank=self.ranks.rank,
             ranks=self.ranks.count,
+            verifier=self._verifier,
         )
 
     def _enter_stage(self, before: int) -> int:

@@ -20,6 +20,7 @@ from fastmask.data.dataset import DataSet
 from fastmask.data.decoding import as_it_is, end_with_parent
 from fastmask.data.imageset import ImageSet
 from fastmask.data.order import shuffled
+from fastmask.data.verify import Verifier
 
 Batch = tuple[Tensor, Tensor]
 
@@ -47,6 +48,7 @@ def batches(
     step_size: int | None = None,
     rank: int = 0,
     ranks: int = 1,
+    verifier: Verifier | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield what is stored of samples ``start`` .. ``stop - 1`` of a run and their labels, in order, on a device.
 
@@ -64,9 +66,10 @@ def batches(
         step_size: samples of a step on all ranks, a multiple of ``ranks * batch_size``; None: that product.
         rank: whose part to read.
         ranks: how many share the samples.
+        verifier: of the data set's files, which is asked at each batch.
 
     Raises:
-        ValueError: a sample that cannot be read.
+        ValueError: a sample that cannot be read, or a file that is not what was written.
     """
     step_size = ranks * batch_size if step_size is None else step_size
     if step_size % (ranks * batch_size):
@@ -91,7 +94,10 @@ def batches(
     if dali:
         parts = dali.decoded(source, batch_size, device, max(1, num_workers))
     try:
-        yield from to_gpu(parts, device) if device.type == "cuda" else parts
+        for batch in to_gpu(parts, device) if device.type == "cuda" else parts:
+            if verifier:
+                verifier.poll()
+            yield batch
     except ValueError as error:
         traceback.clear_frames(error.__traceback__)  # they hold the workers too
         # From a worker the message arrives below the worker's traceback.

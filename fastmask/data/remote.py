@@ -13,12 +13,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fastmask.console import say
 from fastmask.data.manifest import MANIFEST, MAX_BYTES, StoredFile, parse_manifest, read_manifest
 from fastmask.data.stalls import within
-from fastmask.files import open_lock, read_regular, sync, whole_file, write_durably
+from fastmask.files import cache_folder, open_lock, read_regular, sync, whole_file, write_durably
 
 _BLOCK = 8 << 20  # bytes asked for at a time
 _IN_FLIGHT = 4  # files at once: one connection alone seldom fills the line
@@ -89,7 +89,7 @@ class RemoteStore:
     def __init__(self, url: str) -> None:
         url = url.rstrip("/")
         self.url = without_secrets(url)
-        self.folder = _cache() / _folder_name(url)
+        self.folder = cache_folder() / _folder_name(url)
         with _one_line(self.url):
             reader = importlib.import_module("fsspec.core")  # late: what trains on files of this machine does without
             self._files_there, self._root = reader.url_to_fs(url, **_options(url))
@@ -346,10 +346,6 @@ def _length(path: Path) -> int:
         return path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return -1
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("FASTMASK_CACHE") or "~/.cache/fastmask").expanduser()
 
 
 def _folder_name(url: str) -> str:

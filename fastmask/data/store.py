@@ -35,6 +35,10 @@ class LatentStore:
         mirror: mirror each image with probability one half.
         manifest: of the store, where it is known before its files are there; None reads it, and looks at the files.
 
+    Attributes:
+        path: the store's folder.
+        manifest: the store's.
+
     Raises:
         ValueError: a store that is damaged, or not one of what is asked for.
     """
@@ -54,7 +58,7 @@ class LatentStore:
         if not manifest.count:
             raise ValueError(f"{path} holds no records")
         copies, channels, height, width = manifest.shape
-        self._path, self._mirror = path, mirror
+        self.path, self._mirror = path, mirror
         self._copies = copies if mirror else 1
         self._shards = [shard for shard in manifest.shards if shard.count]
         self._starts = np.cumsum([0] + [shard.count for shard in self._shards[:-1]])
@@ -108,7 +112,7 @@ class LatentStore:
         if stored.dtype == np.float16 and not _all_finite(stored):
             bad = int(np.flatnonzero(~np.isfinite(stored).reshape(len(ids), -1).all(1))[0])
             name = self._shards[shards[bad]].records.name
-            raise ValueError(f"{self._path / name}: record {rows[bad]} holds values that are not finite")
+            raise ValueError(f"{self.path / name}: record {rows[bad]} holds values that are not finite")
         return torch.from_numpy(stored), torch.from_numpy(labels)
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
@@ -123,7 +127,7 @@ class LatentStore:
         if mapped is None:
             if len(self._maps) >= _OPEN_SHARDS:
                 self._maps.pop(next(iter(self._maps)))
-            mapped = self._maps[number] = map_shard(self._path, self.manifest, self._shards[number])
+            mapped = self._maps[number] = map_shard(self.path, self.manifest, self._shards[number])
         return mapped
 
 
