@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,7 @@ def test_a_time_box_ends_what_a_compiler_would_swallow():
 def test_what_a_part_spares_goes_to_the_later_ones(campaign):
     assert share(60, [1, 2, 3]) == 10
     boxes = []
+    campaign.recover = lambda what: None  # which takes a moment
     parts = {name: part(lambda c: boxes.append(c.left())) for name in ("a", "b", "c")}
     run_parts(campaign, parts, time.monotonic() + 60)
     assert boxes == pytest.approx([20, 30, 60], abs=0.5)
@@ -188,6 +190,92 @@ def test_a_lost_gpu_ends_the_process_and_a_new_one_takes_over(tmp_path, monkeypa
     (file,) = tmp_path.glob("*.jsonl")
     assert command[command.index("--run") + 1] == next(rows.read(file))["run"]
     assert float(command[command.index("--until") + 1]) > time.monotonic()
+    assert command[command.index("--from-part") + 1] == "device"
+
+
+def test_the_parts_before_the_one_that_was_lost_do_not_get_their_time_again(tmp_path, monkeypatch):
+    ran = []
+    for name in ("device", "tests", "digits"):
+        monkeypatch.setitem(PARTS, name, part(lambda c, name=name: ran.append(name)))
+    assert main(["--parts", "device,tests,digits", "--out", str(tmp_path), "--from-part", "tests"]) == 0
+    assert ran == ["tests", "digits"]
+
+
+@pytest.fixture
+def on_a_gpu(campaign, monkeypatch):
+    """Return a campaign on a GPU that is made up: what it says of streams, and whether it answers, can be set."""
+    gpu = SimpleNamespace(stream="default", answers=True)
+
+    def synchronize(device=None):
+        if not gpu.answers:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    campaign.device, campaign.gpu = torch.device("cuda"), gpu
+    monkeypatch.setattr(rows, "machine", lambda device: campaign.machine)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", synchronize)  # waits for the GPU as well
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: gpu.stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    return campaign
+
+
+def fail(campaign, variant="ours", **changed):
+    """Attempt a case in vain, after which the GPU has changed."""
+    with campaign.attempt("step", variant, preset="a"):
+        vars(campaign.gpu).update(changed)
+        raise RuntimeError("no such luck")
+
+
+def test_an_error_of_one_case_does_not_end_the_process(on_a_gpu):
+    fail(on_a_gpu)
+    assert len(on_a_gpu.find("failure")) == 1
+
+
+def test_a_gpu_that_answers_no_more_is_lost_whatever_asks_it_first(on_a_gpu):
+    """To give memory back waits for the GPU too, and raises the error first."""
+    with pytest.raises(DeviceLostError, match="RuntimeError: no such luck"):
+        fail(on_a_gpu, answers=False)
+    assert on_a_gpu.is_done("step", "ours", preset="a")  # so the next process goes on behind it
+
+
+def test_a_failed_capture_ends_the_process(on_a_gpu):
+    """Its stream stays the current one; what is measured after it in this process would not be right."""
+    with pytest.raises(DeviceLostError, match="a capture failed: RuntimeError: no such luck"):
+        fail(on_a_gpu, "ours graphs", stream="of the capture")
+    assert on_a_gpu.is_done("step", "ours graphs", preset="a")
+
+
+@pytest.mark.parametrize(("names", "lost"), [(("slow", "next"), True), (("slow",), False)])
+def test_a_capture_that_the_clock_ends_goes_on_with_the_next_part_in_a_new_process(on_a_gpu, names, lost):
+    def slow(c):
+        c.gpu.stream = "of the capture"
+        time.sleep(5)
+
+    ran = []
+    parts = {name: {"slow": part(slow), "next": part(ran.append)}[name] for name in names}
+    if lost:
+        with pytest.raises(DeviceLostError, match="a capture failed: at the end of slow") as error:
+            run_parts(on_a_gpu, parts, time.monotonic() + 0.4)
+        assert error.value.part == "next"
+    else:
+        run_parts(on_a_gpu, parts, time.monotonic() + 0.2)
+    assert not ran
+
+
+def test_a_part_that_loses_the_gpu_outside_its_cases_is_left_in_the_next_process(on_a_gpu):
+    def lose(c):
+        tried.append(c)
+        c.gpu.answers = False
+        raise RuntimeError("illegal")
+
+    tried = []
+    with pytest.raises(DeviceLostError) as error:
+        run_parts(on_a_gpu, {"bad": part(lose), "next": part(tried.append)}, time.monotonic() + 10)
+    assert error.value.part == "bad"
+    on_a_gpu.gpu.answers = True
+    run_parts(on_a_gpu, {"bad": part(lose), "next": part(tried.append)}, time.monotonic() + 10)
+    assert len(tried) == 2
 
 
 def test_an_interrupt_keeps_the_rows(tmp_path, monkeypatch, capsys):

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
+from fake_gpu import Cuda
 
 from bench import rows
-from bench.kernels import OPS, _cuda, all_cases, cases, figures
+from bench.kernels import OPS, _cuda, _graph, all_cases, cases, figures
 from bench.kernels._cases import Op, case_of, shapes_of
-from bench.kernels._graph import Graphed
+from bench.kernels._graph import CaptureFailedError, Graphed
 from fastmask.kernels.modulate_norm import modulate_norm_reference
 
 CPU = torch.device("cpu")
@@ -210,8 +211,59 @@ def test_a_replayed_call_gives_what_it_gives_when_launched():
 
 
 @pytest.mark.gpu
-def test_a_call_that_waits_for_the_gpu_is_launched_and_says_so():
-    x = torch.ones(4, device="cuda")
-    graphed = Graphed(lambda: (x * x.sum().item(),))
+def test_a_call_that_waits_for_the_gpu_is_refused_or_launched():
+    """In a process of its own: before torch 2.12 the failed capture would stay with the tests after this one."""
+    program = """
+import torch
+from bench.kernels._graph import RECOVERS, CaptureFailedError, Graphed
+x = torch.ones(4, device="cuda")
+graphed = Graphed(lambda: (x * x.sum().item(),))
+try:
     assert torch.equal(graphed()[0], x * 4)
-    assert graphed.timed.startswith("launches")
+    assert RECOVERS and torch.cuda.current_stream() == torch.cuda.default_stream()
+except CaptureFailedError:
+    assert not RECOVERS
+    raise SystemExit  # what the process is good for ends here
+assert graphed.timed.startswith("launches")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=rows.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_failed_capture_is_launched_where_torch_recovers(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    monkeypatch.setattr(_graph, "RECOVERS", True)
+    graphed = Graphed(cuda.reads())
+    assert torch.equal(graphed()[0], torch.ones(1))
+    assert graphed.timed == f"launches, as no graph could be captured: {cuda.WHY}"
+    assert cuda.current is cuda.default
+    graphed()
+    assert cuda.captures == 1
+
+
+def test_a_failed_capture_ends_the_process_where_torch_does_not_recover(monkeypatch):
+    cuda = Cuda(monkeypatch)
+    monkeypatch.setattr(_graph, "RECOVERS", False)
+    graphed = Graphed(cuda.reads())
+    with pytest.raises(CaptureFailedError, match=f"^no graph could be captured: {cuda.WHY}; torch .* `host`$"):
+        graphed()
+    # The next process knows it, and captures nothing.
+    cuda = Cuda(monkeypatch)
+    known = Graphed(cuda.reads(), graphed.refused)
+    assert torch.equal(known()[0], torch.ones(1))
+    assert known.timed == graphed.timed == f"launches, as no graph could be captured: {graphed.refused}"
+    assert cuda.captures == 0
+
+
+def test_too_little_memory_is_not_a_call_that_cannot_be_captured(monkeypatch):
+    cuda = Cuda(monkeypatch)
+
+    def call():
+        if cuda.captures:
+            raise torch.OutOfMemoryError("too large")
+        return (torch.ones(1),)
+
+    graphed = Graphed(call)
+    with pytest.raises(torch.OutOfMemoryError):
+        graphed()
+    assert not graphed.refused

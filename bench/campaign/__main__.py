@@ -20,7 +20,7 @@ import torch
 from bench import rows
 from bench.campaign import STARTED, device, digits, gate, kernels, steps, table, tune
 from bench.campaign.clock import TimeUp, share, time_box
-from bench.campaign.state import Campaign, DeviceLostError, release
+from bench.campaign.state import Campaign, DeviceLostError
 
 _NAME = "python -m bench.campaign"
 _RESERVE = 10.0  # seconds for the table, and for what a time box overruns
@@ -80,14 +80,15 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     code = 0
     try:
-        run_parts(campaign, chosen, until)
+        names = list(chosen)
+        left = names[names.index(options.from_part) :] if options.from_part else names
+        run_parts(campaign, {name: chosen[name] for name in left}, until)
     except KeyboardInterrupt:
         code = 130
-        campaign.say(f"interrupted: the {campaign.written} rows of this call are in {path}; the same command goes on")
+        campaign.say(f"interrupted: the {campaign.stored()} rows of this call are in {path}; the same command goes on")
     except DeviceLostError as error:
-        campaign.say(f"the GPU stopped answering ({error}): going on in a new process")
-        sys.stdout.flush()
-        again = [*argv, "--run", campaign.run, "--until", str(until)]
+        campaign.say(f"this process can measure no more ({error}): a new one goes on with {error.part}")
+        again = [*argv, "--run", campaign.run, "--until", str(until), "--from-part", error.part]
         os.execv(sys.executable, [sys.executable, "-m", "bench.campaign", *again])
     campaign.say("\n" + table.write(campaign.rows, path.with_suffix(".md")))
     missing = {name: len(part.todo(campaign)) for name, part in chosen.items()}
@@ -95,12 +96,15 @@ def main(argv: Sequence[str]) -> int:
         said = ", ".join(f"{name} {count}" for name, count in missing.items() if count)
         campaign.say(f"not measured ({said}): the same command goes on")
     failed = sum(row["run"] == campaign.run for row in campaign.find("failure"))
-    campaign.say(f"{campaign.written} rows in {time.monotonic() - STARTED:.0f} s, {failed} failures: {path}")
+    campaign.say(f"{campaign.stored()} rows in {time.monotonic() - STARTED:.0f} s, {failed} failures: {path}")
     return code or min(1, failed)
 
 
 def run_parts(campaign: Campaign, chosen: dict[str, Part], until: float) -> None:
-    """Run the parts one after the other, each in its share of the time that is left."""
+    """Run the parts one after the other, each in its share of the time that is left.
+
+    A DeviceLostError names the part that a new process is to begin with.
+    """
     names = list(chosen)
     for i, name in enumerate(names):
         left = max(0.0, until - time.monotonic())
@@ -108,11 +112,31 @@ def run_parts(campaign: Campaign, chosen: dict[str, Part], until: float) -> None
         campaign.say(f"{name}: {chosen[name].what}, at most {box:.0f} s")
         campaign.until = time.monotonic() + box
         try:
-            with time_box(box), campaign.attempt("part", part=name):
-                chosen[name].run(campaign)
-        except TimeUp:
+            over = run_part(campaign, name, chosen[name], box)
+        except DeviceLostError as error:
+            error.part = name
+            raise
+        if over:
             campaign.say(f"  the {box:.0f} s are over")
-            release()
+        try:
+            campaign.recover(f"at the end of {name}")
+        except DeviceLostError as error:
+            if name == names[-1]:
+                return  # nothing is left to measure
+            error.part = names[i + 1]
+            raise
+
+
+def run_part(campaign: Campaign, name: str, part: Part, box: float) -> bool:
+    """Run a part and return whether it was stopped as its time was up, after which memory can be given back."""
+    if campaign.failed_now("part", part=name):
+        return False  # it has ended the process before this one
+    try:
+        with time_box(box), campaign.attempt("part", part=name):
+            part.run(campaign)
+    except TimeUp:
+        return True
+    return False
 
 
 def print_plan(campaign: Campaign, chosen: dict[str, Part], minutes: float) -> None:
@@ -135,8 +159,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     parser.add_argument("--out", type=Path, help="folder of the rows and the table")
     parser.add_argument("--record-digits", action="store_true", help="make the curve that `digits` is compared with")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # these two: for a process that takes over
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # these three: for a process that takes over
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--from-part", help=argparse.SUPPRESS)
     parser.error = _error  # type: ignore[method-assign]
     options = parser.parse_args(argv)
     unknown = [part for part in options.parts if part not in PARTS]

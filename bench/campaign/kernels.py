@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from bench import rows
-from bench.campaign.state import Campaign, release
-from bench.kernels import OPS, figures, forms
+from bench.campaign.state import Campaign, DeviceLostError, release
+from bench.kernels import OPS, Case, figures, forms
 from bench.kernels import make as make_case
+from bench.kernels._graph import CaptureFailedError
 
 # preset, and whether the compiled reference is among the variants
 _PASSES = (("xl2-in256", False), ("xl2-in256", True), ("b2-in256", False), ("s2-in256", False), ("xl2-in512", False))
@@ -26,7 +27,7 @@ def wanted(campaign: Campaign) -> Iterator[dict[str, Any]]:
                 if campaign.miniature and (form, direction) != forms(op)[-1]:
                     continue  # one of each op
                 case = {"preset": preset, "file": op, "form": form, "direction": direction}
-                if not campaign.is_done("kernel", "compiled" if compiled else "reference", **case):
+                if not campaign.is_done("kernel", "compiled" if compiled else "ours", **case):
                     yield {**case, "compiled": compiled}
 
 
@@ -52,14 +53,20 @@ def run(campaign: Campaign) -> None:
 
 
 def measure(campaign: Campaign, key: dict[str, Any], compiled: bool, bandwidth: float) -> None:
-    """Check a case, time its variants in turn and store a row for each."""
-    case = make_case(key["file"], key["form"], key["direction"], key["preset"], campaign.device, None)
-    if not compiled:
-        case.variants.pop("compiled", None)  # before the check, which would call it
+    """Check a case, time the variants that are right in turn and store a row for each."""
     torch.set_float32_matmul_precision("highest")
-    case.check()
+    refused = {row["variant"]: row["reason"] for row in campaign.find("uncaptured", torch=torch.__version__, **key)}
+    where = key["file"], key["form"], key["direction"], key["preset"], campaign.device, None
+    case = make_case(*where, compiler=compiled, refused=refused)
     times = {"rounds": 2, "warmup": 1} if campaign.miniature else {"rounds": 30, "warmup": 3}
-    timings = rows.measure(case.variants, campaign.device, **times)
+    try:
+        keep_right(campaign, case, key)
+        timings = rows.measure(case.variants, campaign.device, **times)
+    except CaptureFailedError as error:
+        for name, call in case.variants.items():
+            if name not in refused and getattr(call, "refused", ""):
+                campaign.store("uncaptured", {"bench_of": "kernel", **key}, name, {"reason": call.refused})
+        raise DeviceLostError(f"{case.op}: {error}") from error
     said = {name: getattr(case, name) for name in ("op", "direction", "shape", "dtype", "preset")}
     for name, found in figures(case, timings, bandwidth).items():
         campaign.store("kernel", said, name, {**found, "file": key["file"], "form": key["form"]})
@@ -68,3 +75,18 @@ def measure(campaign: Campaign, key: dict[str, Any], compiled: bool, bandwidth: 
             campaign.store("absent", {"bench_of": "kernel", **key}, name, {"reason": reason})
     times_said = ", ".join(f"{name} {timing.median_ms:.3f}" for name, timing in timings.items())
     campaign.say(f"  {case.op} {key['form']} {case.direction} {case.shape}: {times_said} ms")
+
+
+def keep_right(campaign: Campaign, case: Case, key: dict[str, Any]) -> None:
+    """Take the variants out of a case that fail or are inaccurate: each is a failure, and the others are timed.
+
+    What has failed in this call already is not tried again: it may have ended the process before this one.
+    """
+    right = set()
+    failed = {row["variant"] for row in campaign.failed_now("kernel", **key)}
+    for name in [name for name in case.variants if name not in failed]:
+        with campaign.attempt("kernel", name, **key):
+            case.check(name)
+            right.add(name)
+    for name in case.variants.keys() - right:
+        del case.variants[name]

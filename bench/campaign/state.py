@@ -15,11 +15,18 @@ from typing import Any
 import torch
 
 from bench import rows
+from bench.kernels._graph import CaptureFailedError
 from fastmask.cost import gpu_named
 
 
 class DeviceLostError(RuntimeError):
-    """The GPU answers no more in this process, as after an illegal access; a new process may go on."""
+    """This process can use the GPU no more, as after an illegal access or a failed capture; a new one may go on.
+
+    Attributes:
+        part: the part of the campaign that the new one begins with.
+    """
+
+    part = ""
 
 
 def peak_tflops(device_name: str) -> int | None:
@@ -55,7 +62,6 @@ class Campaign:
         self.machine = rows.machine(device)
         self.triton = _version("triton")
         self.code = code_hash()
-        self.written = 0
         self.until = time.monotonic()
         files = dict.fromkeys(file.resolve() for file in (*earlier, path) if file.exists())
         self.rows = [row for file in files for row in rows.read(file)]
@@ -76,7 +82,10 @@ class Campaign:
         if self.miniature:
             row["miniature"] = True  # shapes of no meaning, to test this code
         self.rows.append(rows.append(row, self.device, self.path))
-        self.written += 1
+
+    def stored(self) -> int:
+        """Return how many rows this call has stored, in this process and in those that it took over from."""
+        return sum(row.get("run") == self.run for row in self.rows)
 
     def find(self, bench: str, variant: str | None = None, **said: Any) -> list[rows.Row]:
         """Return the rows of this device and code that say this, in their case or beside it, oldest first."""
@@ -100,6 +109,21 @@ class Campaign:
         """Return the failures of this call, of this process and of one that it took over from."""
         return self.find("failure", bench_of=bench, run=self.run, **case)
 
+    def recover(self, what: str) -> None:
+        """Give memory back after an error; a DeviceLostError if this process can measure no more.
+
+        Args:
+            what: the error, for the message.
+        """
+        try:
+            release()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        except RuntimeError as lost:
+            raise DeviceLostError(what) from lost
+        if self.device.type == "cuda" and capture_failed(self.device):
+            raise DeviceLostError(f"a capture failed: {what}")
+
     def attempt(self, bench: str, variant: str = "all", **case: Any) -> "Attempt":
         """Return a context in which an error is reported and stored, and does not end the campaign."""
         return Attempt(self, bench, variant, case)
@@ -117,7 +141,7 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> bool:
-        if not isinstance(error, Exception) or isinstance(error, DeviceLostError):
+        if not isinstance(error, Exception) or isinstance(error, (DeviceLostError, CaptureFailedError)):
             return False
         said = (str(error).strip().splitlines() or [""])[0][:300]
         at = traceback.extract_tb(where)[-1]
@@ -125,12 +149,7 @@ class Attempt:
         name = " ".join(str(value) for value in self.case.values())
         self.campaign.say(f"  failed: {self.bench} {name}: {line}")
         self.campaign.store("failure", {"bench_of": self.bench, **self.case}, self.variant, {"error": line})
-        release()
-        if self.campaign.device.type == "cuda":
-            try:
-                torch.cuda.synchronize(self.campaign.device)
-            except RuntimeError as lost:
-                raise DeviceLostError(line) from lost
+        self.campaign.recover(line)
         return True
 
 
@@ -139,6 +158,14 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def capture_failed(device: torch.device) -> bool:
+    """Return whether an error has ended a capture, which leaves its stream the current one.
+
+    PyTorch before 2.12 does not recover from that: memory is not given back, random numbers may be refused.
+    """
+    return torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
 
 
 def release() -> None:

@@ -10,7 +10,7 @@ other programs:
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -39,10 +39,21 @@ def forms(op: str) -> list[tuple[str, str]]:
     return [(form, direction) for form in module.FORMS for direction in getattr(module, "DIRECTIONS", DIRECTIONS)]
 
 
-def make(op: str, form: str, direction: str, preset: str, device: torch.device, dtype: torch.dtype | None) -> Case:
-    """Return one case; arguments as in `cases`."""
+def make(
+    op: str,
+    form: str,
+    direction: str,
+    preset: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    compiler: bool = True,
+    refused: Mapping[str, str] | None = None,
+) -> Case:
+    """Return one case; arguments as in `cases` and `case_of`."""
     shapes = shapes_of(preset, device, dtype)
-    return case_of(importlib.import_module(f"bench.kernels.bench_{op}").FORMS[form](shapes), direction, shapes)
+    made = importlib.import_module(f"bench.kernels.bench_{op}").FORMS[form](shapes)
+    return case_of(made, direction, shapes, compiler=compiler, refused=refused)
 
 
 def cases(op: str, preset: str, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Case]:

@@ -108,7 +108,7 @@ class Case(NamedTuple):
         least_bytes: forward every input and result once; backward the gradients of the results, the inputs that the
             derivative depends on, and the gradients of inputs.
         flops: of matrix products and attention; 0 if there are none.
-        check: raises an AssertionError when a variant is inaccurate.
+        check: raises an AssertionError when a variant is inaccurate, of those that are named, or without names of all.
     """
 
     op: str
@@ -120,7 +120,7 @@ class Case(NamedTuple):
     missing: dict[str, str]
     least_bytes: int
     flops: int
-    check: Callable[[], None]
+    check: Callable[..., None]
 
 
 def shapes_of(preset: str, device: torch.device, dtype: torch.dtype | None = None) -> Shapes:
@@ -169,8 +169,18 @@ def compiled(function: Call, device: torch.device) -> Call:
     return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 
 
-def case_of(op: Op, direction: str, shapes: Shapes) -> Case:
-    """Return an op in one direction with all its variants."""
+def case_of(
+    op: Op, direction: str, shapes: Shapes, *, compiler: bool = True, refused: Mapping[str, str] | None = None
+) -> Case:
+    """Return an op in one direction with its variants.
+
+    Args:
+        op: at its shape.
+        direction: one of `DIRECTIONS`.
+        shapes: what the op was made from.
+        compiler: whether the compiled reference is one of them, which takes by far the longest.
+        refused: by variant, why it cannot be captured, where that is known.
+    """
     both = direction == "forward_backward"
     on_gpu = shapes.device.type == "cuda"
     with torch.no_grad():
@@ -178,21 +188,23 @@ def case_of(op: Op, direction: str, shapes: Shapes) -> Case:
     grads = [shapes.normal(*result.shape, dtype=result.dtype) for result in results if result.is_floating_point()]
 
     functions: dict[str, Call | str] = {"reference": op.reference}
-    if on_gpu or (both and op.compile_on_cpu):
+    if compiler and (on_gpu or (both and op.compile_on_cpu)):
         functions["compiled"] = compiled(op.reference, shapes.device)
-    else:
+    elif compiler:
         functions["compiled"] = "on a CPU only forward+backward of the norms, the loss and gelu are, to save time"
     kernels = [row for row in backends() if row.device == shapes.device.type and row.op.startswith(op.kernel)]
     gaps = [row.reason for row in kernels if row.kernel == "none" and op.kernel]
     functions["ours"] = gaps[0] if gaps else op.fused
     functions |= {name: other for name, other in op.others.items() if both or name not in op.backward_only}
+    if not compiler:
+        functions.pop("compiled", None)  # for which an op may have a reason of its own
 
     variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     checked: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     for name, function in functions.items():
         if not isinstance(function, str):
             call = functools.partial(_run, function, op.inputs, op.options, op.leaves, grads if both else None)
-            variants[name] = Graphed(call) if on_gpu and name not in op.host else call
+            variants[name] = Graphed(call, (refused or {}).get(name, "")) if on_gpu and name not in op.host else call
             once = functools.partial(_run_fresh, function, op)
             checked[name] = once if op.in_place else variants[name]
     needed = {name: t.nbytes * op.part.get(name, 1) for name, t in op.inputs.items()}
@@ -210,7 +222,7 @@ def case_of(op: Op, direction: str, shapes: Shapes) -> Case:
         missing={name: function for name, function in functions.items() if isinstance(function, str)},
         least_bytes=int(least),
         flops=op.flops + both * op.backward_flops,
-        check=functools.partial(_check, op, direction, checked, grads if both else None),
+        check=_Gate(op, direction, variants, checked, grads if both else None),
     )
 
 
@@ -266,21 +278,48 @@ def _run_fresh(function: Call, op: Op) -> tuple[Tensor, ...]:
     return _run(function, _fresh(op), op.options, op.leaves, None)
 
 
-def _check(
-    op: Op,
-    direction: str,
-    variants: dict[str, Callable[[], tuple[Tensor, ...]]],
-    grads: list[Tensor] | None,
-) -> None:
-    """Hold every variant to the reference in float64."""
-    inputs = {name: t.double() if t.is_floating_point() else t for name, t in op.inputs.items()}
-    options = {name: torch.float64 if name == "out_dtype" else value for name, value in op.options.items()}
-    exact = _run(op.reference, inputs, options, op.leaves, None if grads is None else [g.double() for g in grads])
-    eager = _run(op.reference, _fresh(op), op.options, op.leaves, grads)
-    labels = [f"result {i}" for i in range(len(exact))]
-    if grads is not None:
-        labels[len(grads) :] = [f"gradient of {name}" for name in op.leaves]
-    for name, call in variants.items():
-        for label, actual, true, by_eager in zip(labels, call(), exact, eager, strict=True):
-            wrong = complaint(name, actual, true, by_eager)
-            assert not wrong, f"{op.name} {direction}, {op.shape}: {name}, {label}: {wrong}"
+class _Gate:
+    """Holds variants to the reference in float64.
+
+    Args:
+        op: what is checked.
+        direction: of the case.
+        variants: those of the case; what is taken out of them is not checked.
+        calls: by variant, a call that leaves the inputs as they are.
+        grads: of the results; None without backward.
+    """
+
+    def __init__(
+        self,
+        op: Op,
+        direction: str,
+        variants: Mapping[str, Callable[[], tuple[Tensor, ...]]],
+        calls: Mapping[str, Callable[[], tuple[Tensor, ...]]],
+        grads: list[Tensor] | None,
+    ):
+        self._op, self._direction, self._variants, self._calls, self._grads = op, direction, variants, calls, grads
+
+    def __call__(self, *names: str) -> None:
+        """Raise an AssertionError for the first inaccurate variant, of some or of all."""
+        op = self._op
+        for name in names or tuple(self._variants):
+            for label, actual, exact, eager in zip(self._labels, self._calls[name](), *self._right, strict=True):
+                wrong = complaint(name, actual, exact, eager)
+                assert not wrong, f"{op.name} {self._direction}, {op.shape}: {name}, {label}: {wrong}"
+
+    @functools.cached_property
+    def _right(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The reference's results in float64, and in the dtypes of the inputs."""
+        op, grads = self._op, self._grads
+        inputs = {name: t.double() if t.is_floating_point() else t for name, t in op.inputs.items()}
+        options = {name: torch.float64 if name == "out_dtype" else value for name, value in op.options.items()}
+        doubled = None if grads is None else [g.double() for g in grads]
+        exact = _run(op.reference, inputs, options, op.leaves, doubled)
+        return exact, _run(op.reference, _fresh(op), op.options, op.leaves, grads)
+
+    @functools.cached_property
+    def _labels(self) -> list[str]:
+        labels = [f"result {i}" for i in range(len(self._right[0]))]
+        if self._grads is not None:
+            labels[len(self._grads) :] = [f"gradient of {name}" for name in self._op.leaves]
+        return labels
