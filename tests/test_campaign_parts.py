@@ -14,7 +14,7 @@ from bench import rows
 from bench.campaign import digits, gate, steps, table, tune
 from bench.campaign.state import Campaign, peak_tflops
 from bench.kernels import shapes_of
-from fastmask.kernels import modulate_norm
+from fastmask.kernels import backends, modulate_norm
 
 CPU = torch.device("cpu")
 
@@ -133,6 +133,17 @@ def test_tuning_times_the_launchers_under_each_setting(campaign, monkeypatch):
     present = tune.row_settings(16)
     assert {(s.num_warps, s.rows_forward) for s in seen} >= {(1, 8), (1, 16), (2, 8), (2, 16)}
     assert launcher().row_settings(16) == present  # as it was
+
+
+def test_native_kernels_are_not_tuned(campaign, monkeypatch, capsys):
+    """They run on a CPU without an interpreter, and have no such settings."""
+    native = [row._replace(kernel="native") for row in backends() if row.device == "cpu"]
+    monkeypatch.setattr("fastmask.kernels.backends", lambda: native)
+    assert gate.fused_runs(CPU)
+    monkeypatch.setattr(tune, "tune", lambda *_: pytest.fail("tuned what does not run"))
+    assert tune.todo(campaign) == []
+    tune.run(campaign)
+    assert "nothing to tune: no Triton kernel runs here" in capsys.readouterr().out
 
 
 def launcher():

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from bench import rows
-from bench.campaign.gate import fused_runs
 from bench.campaign.state import Campaign, release
 from fastmask.presets import PRESETS
 
@@ -38,15 +37,15 @@ def widths(campaign: Campaign) -> list[int]:
 
 def todo(campaign: Campaign) -> list[str]:
     """Return the widths that are not tuned yet."""
-    if not fused_runs(campaign.device):
+    if not triton_runs(campaign.device):
         return []
     return [f"D={width}" for width in widths(campaign) if not campaign.is_done("tune", width=width)]
 
 
 def run(campaign: Campaign) -> None:
     """Tune the widths that are not yet."""
-    if not fused_runs(campaign.device):
-        campaign.say("  nothing to tune: no kernel runs here (on a CPU set TRITON_INTERPRET=1)")
+    if not triton_runs(campaign.device):
+        campaign.say("  nothing to tune: no Triton kernel runs here (on a CPU set TRITON_INTERPRET=1)")
         return
     wrong = [op for op in OPS if campaign.failed_now("check", op=op)]
     if wrong:
@@ -57,6 +56,13 @@ def run(campaign: Campaign) -> None:
             with campaign.attempt("tune", width=width):
                 release()
                 tune(campaign, width)
+
+
+def triton_runs(device: torch.device) -> bool:
+    """Return whether the Triton kernels of these ops run on a device: on a GPU, or interpreted."""
+    rows = importlib.import_module("fastmask.kernels").backends()
+    found = {row.op.removesuffix("_fwd") for row in rows if (row.device, row.kernel) == (device.type, "triton")}
+    return found.issuperset(OPS)
 
 
 def tune(campaign: Campaign, width: int) -> None:
