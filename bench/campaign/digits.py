@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench import rows
 from bench.campaign.state import Campaign
+from bench.train.steps import as_trained
 from fastmask.config import TrainConfig, build_model, preset_config
 from fastmask.data.loader import sample_ids
 from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
@@ -56,12 +57,16 @@ def load_scans() -> tuple[Tensor, Tensor]:
 
 def train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
     """Return the loss of each step. Chance is a function of the seed: the same on every device, but for rounding."""
+    with as_trained(config):
+        return _train(config, device, bf16)
+
+
+def _train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
     scans, labels = load_scans()
     torch.manual_seed(config.seed)
     net = EDMPrecond(build_model(config, 1, 8), config.sigma_data).to(device)  # made on the CPU: the same weights
     objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
     optimizer = make_optimizer(net, config, [EMA(net, config.ema_decay)])
-    torch.set_float32_matmul_precision("highest")
     length = net.model.length
     losses = []
     for step in range(config.max_steps):

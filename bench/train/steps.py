@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ from fastmask.distributed import Ranks
 from fastmask.ema import EMA
 from fastmask.masking import GROUP, kept_count
 from fastmask.model import MaskDiT
+from fastmask.numerics import set_numerics
 from fastmask.optim import make_optimizer
 from fastmask.presets import PRESETS
 from fastmask.step import TrainingStep
@@ -63,6 +65,20 @@ class Steps(NamedTuple):
     forward_gmac: float
 
 
+class Makers(NamedTuple):
+    """A case whose stacks are still to be made.
+
+    Attributes:
+        case: preset, image size, form, batch, precision.
+        makers: by name, what makes the call to time; each holds memory from then on, and compiles at its first call.
+        forward_gmac: of one image.
+    """
+
+    case: dict[str, Any]
+    makers: dict[str, Callable[[], Callable[[], Any]]]
+    forward_gmac: float
+
+
 def config_of(size: str, image_size: int, form: str) -> TrainConfig:
     """Return the configuration of a size ("s2", "b2", "l2", "xl2") in a form; the dense one is a DiT."""
     if size not in ("s2", "b2", "l2", "xl2", "h2") or form not in FORMS:
@@ -83,7 +99,25 @@ def steps(
     stacks: Sequence[str] = STACKS,
     bf16: bool = False,
 ) -> Steps:
-    """Return the training steps of a case.
+    """Return the training steps of a case, all of them made; arguments as in `makers`."""
+    found = makers(size, image_size, form, batch, device, stacks=stacks, bf16=bf16)
+    return Steps(found.case, {name: make() for name, make in found.makers.items()}, found.forward_gmac)
+
+
+def makers(
+    size: str,
+    image_size: int,
+    form: str,
+    batch: int,
+    device: torch.device,
+    *,
+    stacks: Sequence[str] = STACKS,
+    bf16: bool = False,
+) -> Makers:
+    """Return what makes the training steps of a case.
+
+    Ours run under the numerics of the trainer, the plain baseline under those of the process: PyTorch's own. Trained
+    deterministically it would be slower, as its gathers sort their indices then.
 
     Ours and the plain baseline share weights, moments and average, so that both fit where one does; but for graphs,
     which hold addresses of gradients that the others free. Each stack draws its own noise and masks.
@@ -101,40 +135,51 @@ def steps(
     precision: Literal["bf16", "fp32"] = "bf16" if bf16 else "fp32"
     config = dataclasses.replace(config, device=str(device), precision=precision, batch_size=batch, micro_batch_size=0)
     side = image_size // 8
-    torch.manual_seed(0)
-    images = torch.randn(batch, 4, side, side, device=device) * config.sigma_data
-    labels = torch.randint(config.num_classes, (batch,), device=device)
-    trained = _Trained(config, device)
-    trainer = _plain_trainer(trained.net.model, config, bf16)
-    _share_state(trained, trainer)
-    length = trained.net.model.length
+    with torch.device("meta"):
+        model = build_model(config, 4, side)
+    length = model.length
     keep = kept_count(length, config.mask_ratio)
+
+    @functools.cache
+    def batch_of() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        images = torch.randn(batch, 4, side, side, device=device) * config.sigma_data
+        return images, torch.randint(config.num_classes, (batch,), device=device)
+
+    @functools.cache
+    def shared() -> tuple[_Trained, PlainTrainer]:
+        trained = _Trained(config, device)
+        trainer = _plain_trainer(trained.net.model, config, bf16)
+        _share_state(trained, trainer)
+        return trained, trainer
 
     def ours(trained: _Trained, **how: Any) -> Step:
         changed = dataclasses.replace(config, **{"compile": "none", "cuda_graphs": "off", **how})
         step = TrainingStep(trained.net, _Held(), changed, trained.optimizer, [trained.ema], Ranks())
-        data, offset = itertools.repeat((images, labels)), itertools.count(0, batch)
+        data, offset = itertools.repeat(batch_of()), itertools.count(0, batch)
 
         def update() -> None:
             step.update(keep)
             step.finish()
 
-        return Step(lambda: step.gradients(data, next(offset), keep), update)
+        numerics = as_trained(config)
+        return Step(numerics(lambda: step.gradients(data, next(offset), keep)), numerics(update))
 
     def plain(trainer: PlainTrainer) -> Step:
+        images, labels = batch_of()
         return Step(lambda: trainer.gradients(images, labels, keep if keep < length else None), trainer.update)
 
-    makers = {
-        "plain eager": lambda: plain(trainer),
-        "plain compiled": lambda: plain(trainer.compiled()),
-        "ours": lambda: ours(trained),
-        "ours compiled": lambda: ours(trained, compile="whole"),
-        "ours packed": lambda: ours(trained, mask_ratio_per_sample=PACKED),
+    found: dict[str, Callable[[], Callable[[], Any]]] = {
+        "plain eager": lambda: plain(shared()[1]),
+        "plain compiled": lambda: plain(shared()[1].compiled()),
+        "ours": lambda: ours(shared()[0]),
+        "ours compiled": lambda: ours(shared()[0], compile="whole"),
+        "ours packed": lambda: ours(shared()[0], mask_ratio_per_sample=PACKED),
         "ours graphs": lambda: ours(_Trained(config, device), compile="block", cuda_graphs="on"),
     }
-    variants: dict[str, Callable[[], Any]] = {name: make() for name, make in makers.items() if name in stacks}
+    found = {name: make for name, make in found.items() if name in stacks}
     if "ours" in stacks:
-        variants["products"] = products(variants["ours"], device)
+        found["products"] = lambda: as_trained(config)(products(ours(shared()[0]), device))
     case = {
         "preset": config.preset,
         "image_size": image_size,
@@ -142,7 +187,23 @@ def steps(
         "batch": batch,
         "precision": precision,
     }
-    return Steps(case, variants, forward_macs(trained.net.model, keep) / 1e9)
+    return Makers(case, found, forward_macs(model, keep) / 1e9)
+
+
+@contextlib.contextmanager
+def as_trained(config: TrainConfig) -> Iterator[None]:
+    """Run what is inside, or a function that this decorates, under the numerics that the trainer sets."""
+    precision = torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    set_numerics(config)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic, warn_only=only_warned)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def stacks_of(device: torch.device, form: str, batch: int) -> list[str]:
@@ -158,6 +219,7 @@ class _Trained:
     """A network of a configuration, and what moves it."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        torch.manual_seed(0)  # the same weights whichever stack is made first
         with device:
             model = build_model(config, 4, config.image_size // 8)
         for parameter in model.parameters():  # zero-initialised layers would make part of the step trivial
