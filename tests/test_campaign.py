@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import rows
-from bench.campaign import gate, steps
+from bench.campaign import gate
 from bench.campaign.__main__ import PARTS, Part, main, run_parts
 from bench.campaign.clock import TimeUp, share, time_box
 from bench.campaign.state import Campaign, DeviceLostError
@@ -57,6 +57,20 @@ def test_it_needs_nothing_but_torch_and_numpy(tmp_path, bare_machine):
     assert [row["bench"] for row in rows.read(file)] == ["device", "digits"]
     assert all(row["miniature"] and row["code"] and row["run"] for row in rows.read(file))
     assert "A miniature on a CPU" in file.with_suffix(".md").read_text()
+
+
+@pytest.mark.once
+def test_the_miniature_does_every_part_there(tmp_path, bare_machine):
+    command = [sys.executable, "-m", "bench.campaign", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=bare_machine, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not measured" not in done.stdout
+    assert ", 0 failures: " in done.stdout
+    (file,) = (tmp_path / "out").glob("*.jsonl")
+    stored = list(rows.read(file))
+    assert {row["bench"] for row in stored} == {"device", "step", "check", "kernel", "absent", "tune", "digits"}
+    assert {row["variant"] for row in stored if row["bench"] == "step"} == {"ours", "plain eager", "products"}
+    assert {row["case"]["of"] for row in stored if row["bench"] == "check"} == {"network", "ops", "pytest"}
 
 
 @pytest.mark.once
@@ -293,7 +307,7 @@ def test_an_interrupt_keeps_the_rows(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--parts", "tune,kernel"], "--parts: there is no 'kernel'; there are device, tests"),
+        (["--parts", "tune,kernel"], "--parts: there is no 'kernel'; there are device, steps"),
         (["--minutes", "0"], "--minutes must be above 0, not 0.0"),
         (["--minutes", "nine"], "argument --minutes: invalid float value: 'nine'"),
         (["--out", __file__], "is a file: name a folder"),
@@ -326,16 +340,3 @@ def test_a_plan_says_what_is_left_and_writes_nothing(tmp_path, capsys):
     assert sum(seconds) == pytest.approx(4 * 60 - 10, abs=2)
     assert "s2 32 masked-0.5" in out
     assert not list(tmp_path.iterdir())
-
-
-def test_on_a_gpu_the_published_size_comes_first(campaign):
-    campaign.miniature = False
-    wanted = list(steps.wanted(campaign))
-    assert len(wanted) == 4 * 2 * 3 * 2 == len(set(wanted))
-    assert wanted[:3] == [
-        ("xl2", 256, "masked-0.5", False),
-        ("xl2", 256, "dense", False),
-        ("xl2", 256, "masked-0.5", True),
-    ]
-    campaign.store("step", {**steps.key("xl2", 256, "dense", campaign), "batch": 64}, "ours", {})
-    assert ("xl2", 256, "dense", False) not in list(steps.wanted(campaign))

@@ -4,15 +4,13 @@ import functools
 import itertools
 import re
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 
 from bench import rows
 from bench.campaign import digits, gate, steps, table, tune
-from bench.campaign.state import Campaign, peak_tflops
+from bench.campaign.state import Campaign
 from bench.kernels import shapes_of
 from fastmask.kernels import backends, modulate_norm
 
@@ -153,49 +151,6 @@ def launcher():
 def measure_once(seen, variants, device, **options):
     seen.append(launcher().row_settings(16))
     return {name: rows.Timing(1.0 + i, 1.0, 2.0, 1) for i, name in enumerate(variants)}
-
-
-def test_the_largest_batch_that_fits():
-    tried = []
-
-    def call(batch, limit):
-        tried.append(batch)
-        if batch > limit:
-            raise torch.OutOfMemoryError
-        return batch
-
-    assert steps.largest_batch(functools.partial(call, limit=20), 64) == 16
-    assert tried == [64, 32, 16]
-    with pytest.raises(ValueError, match="too little memory for a batch of one image"):
-        steps.largest_batch(functools.partial(call, limit=0), 4)
-
-
-def test_steps_are_stored_with_what_they_are_worth(campaign, monkeypatch):
-    case = {**steps.key("s2", 32, "masked-0.5", campaign), "batch": 2}
-    made = steps.Steps(case, {"plain eager": lambda: 0, "ours": lambda: 0}, 2.5)
-    monkeypatch.setattr(steps, "steps", lambda *_, **__: made)
-    steps.measure(campaign, "s2", 32, "masked-0.5", False)
-    assert [row["variant"] for row in campaign.rows] == ["plain eager", "ours"]
-    assert all(row["images_per_s"] > 0 and row["forward_gmac"] == 2.5 and "mfu" not in row for row in campaign.rows)
-    assert not list(steps.wanted(campaign))
-    assert "| s2-in256 | 32 | masked-0.5 | 2 | fp32 | ours |" in table.render(campaign.rows)
-
-
-def test_mfu_is_of_a_peak_that_is_known():
-    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
-    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312
-    for unknown in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100 MIG 1g.5gb", "NVIDIA GB200", "AMD EPYC"):
-        assert peak_tflops(unknown) is None
-    # The goal for XL/2 at 256x256 with half the patches: 1,219 images/s of an H100 are about half its peak.
-    assert steps.mfu(65.45, 1219, 989) == pytest.approx(0.484, abs=1e-3)
-
-
-def test_launches_are_kernels_and_not_copies():
-    names = [("gemm", DeviceType.CUDA), ("Memcpy HtoD", DeviceType.CUDA), ("aten::mm", DeviceType.CPU)]
-    events = [SimpleNamespace(name=name, device_type=kind) for name, kind in names]
-    events.append(SimpleNamespace(name="step", device_type=DeviceType.CUDA, is_user_annotation=True))
-    assert steps.count_kernels(events) == 1
-    assert steps.count_kernels(events[2:]) is None
 
 
 # The digits

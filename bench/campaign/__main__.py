@@ -43,12 +43,12 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "device": Part(15, "name the device, measure a copy and a product", device.todo, device.run),
+    "device": Part(10, "name the device, measure a copy and a product", device.todo, device.run),
+    "steps": Part(330, "training steps, ours and plain, compiled and eager", steps.todo, steps.run),
     "tests": Part(85, "every op against float64, then pytest -m gpu", gate.todo, gate.run),
-    "tune": Part(45, "launch settings of the row kernels", tune.todo, tune.run),
-    "kernels": Part(105, "kernels beside reference and compiler", kernels.todo, kernels.run),
-    "steps": Part(235, "training steps, ours and plain, eager and compiled", steps.todo, steps.run),
-    "digits": Part(35, "a real training run beside the CPU's", digits.todo, digits.run),
+    "kernels": Part(60, "kernels beside reference and compiler", kernels.todo, kernels.run),
+    "tune": Part(25, "launch settings of the row kernels", tune.todo, tune.run),
+    "digits": Part(20, "a real training run beside the CPU's", digits.todo, digits.run),
 }
 
 

@@ -112,11 +112,13 @@ class Campaign:
     def recover(self, what: str) -> None:
         """Give memory back after an error; a DeviceLostError if this process can measure no more.
 
+        What was compiled is kept: others that are being measured would compile again.
+
         Args:
             what: the error, for the message.
         """
         try:
-            release()
+            free()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         except RuntimeError as lost:
@@ -172,6 +174,11 @@ def release() -> None:
     """Give memory back, and forget what was compiled."""
     if "torch._dynamo" in sys.modules:  # its import takes seconds
         torch._dynamo.reset()
+    free()
+
+
+def free() -> None:
+    """Give memory back that nobody holds."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

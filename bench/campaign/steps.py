@@ -1,6 +1,13 @@
-"""Whole training steps on random latents at the largest batch that fits, the most important first."""
+"""Whole training steps on random latents at the largest batch that fits, the most important first.
 
-from collections.abc import Callable, Iterator
+A stack is made when it is its turn, timed alone, and its row is stored before the next one is made, which may take
+minutes: a box that ends keeps what it has paid for. Those that the memory holds together are then timed in turn, and
+their rows are stored again; a row says what it was timed in turn with.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +17,27 @@ from torch.profiler import ProfilerActivity, profile
 from bench import rows
 from bench.campaign.gate import network_is_right
 from bench.campaign.state import Campaign, peak_tflops, release
-from bench.train.steps import Steps, config_of, stacks_of, steps
+from bench.train.steps import config_of, makers, stacks_of
 from fastmask.config import build_model
+from fastmask.cost import memory_of
 from fastmask.counts import trainable_parameters
+from fastmask.masking import GROUP
+from fastmask.model import MaskDiT
+from fastmask.presets import PRESETS
 
 _SIZES = (("xl2", 256), ("xl2", 512), ("b2", 256), ("l2", 256), ("s2", 256), ("b2", 512), ("l2", 512), ("s2", 512))
-_FORMS = (("masked-0.5", False), ("dense", False), ("masked-0.5", True), ("dense", True))
+# The one that the project is judged by comes first, though it takes longest.
+_FORMS = (("masked-0.5", True), ("masked-0.5", False), ("dense", False), ("dense", True))
 _FORMS += (("masked-0.75", False), ("masked-0.75", True))
+_STACKS = {  # by whether they compile
+    True: ("ours graphs", "plain compiled", "ours compiled"),
+    False: ("ours", "plain eager", "products", "ours packed"),
+}
 _START = {"s2": 1024, "b2": 512, "l2": 256, "xl2": 256}  # images at 256x256; a quarter at 512x512
-_SECONDS = {False: 12, True: 45}  # a case is not begun with less than this left
+# Seconds until a stack's first step is done, as predicted: of each block of the network, and besides.
+_READY = {"ours graphs": (0.0, 40.0), "plain compiled": (4.0, 0.0), "ours compiled": (4.0, 0.0)}
+_READY_EAGER = (0.0, 5.0)
+_TIMING = 5.0  # and until its row is stored
 
 
 def wanted(campaign: Campaign) -> Iterator[tuple[str, int, str, bool]]:
@@ -26,9 +45,20 @@ def wanted(campaign: Campaign) -> Iterator[tuple[str, int, str, bool]]:
     sizes, forms = (_SIZES, _FORMS) if not campaign.miniature else ([("s2", 32)], [("masked-0.5", False)])
     for size, image_size in sizes:
         for form, compiled in forms:
-            case = key(size, image_size, form, campaign)
-            if not campaign.is_done("step", "ours compiled" if compiled else "ours", **case):
+            if missing(campaign, size, image_size, form, compiled):
                 yield size, image_size, form, compiled
+
+
+def missing(campaign: Campaign, size: str, image_size: int, form: str, compiled: bool) -> list[str]:
+    """Return the stacks of a case that have no row."""
+    case = key(size, image_size, form, campaign)
+    return [s for s in stacks(campaign, form, compiled) if not campaign.is_done("step", s, **case)]
+
+
+def stacks(campaign: Campaign, form: str, compiled: bool) -> list[str]:
+    """Return the stacks of a form, the most important first."""
+    there = {*stacks_of(campaign.device, form, GROUP), "products"}
+    return [stack for stack in _STACKS[compiled] if stack in there]
 
 
 def key(size: str, image_size: int, form: str, campaign: Campaign) -> dict[str, Any]:
@@ -49,71 +79,210 @@ def run(campaign: Campaign) -> None:
         campaign.say("  no step is timed: the network failed its check")
         return
     for size, image_size, form, compiled in list(wanted(campaign)):
-        if not campaign.miniature and campaign.left() < _SECONDS[compiled]:
-            return
         case = key(size, image_size, form, campaign)
-        with campaign.attempt("step", "ours compiled" if compiled else "ours", **case):
+        soonest = min(ready_after(campaign, stack, case["preset"]) for stack in stacks(campaign, form, compiled))
+        if not campaign.miniature and campaign.left() < soonest + _TIMING:
+            continue  # a smaller one may fit
+        with campaign.attempt("step", "case", **case):
             measure(campaign, size, image_size, form, compiled)
 
 
 def measure(campaign: Campaign, size: str, image_size: int, form: str, compiled: bool) -> None:
-    """Time the steps of a case at the largest batch that fits, and store a row for each variant."""
-    release()
-    earlier = campaign.find("step", "ours", **key(size, image_size, form, campaign))
-    batch = 2 if campaign.miniature else _START[size] * 256**2 // image_size**2
-    batch = earlier[-1]["case"]["batch"] if earlier else batch  # that of the eager steps, to compare with
+    """Time the stacks of a case at the largest batch that fits, and store their rows.
 
-    def at(batch: int) -> tuple[Steps, dict[str, dict[str, Any]]]:
-        stacks = [s for s in stacks_of(campaign.device, form, batch) if s.endswith(("compiled", "graphs")) == compiled]
-        case = steps(size, image_size, form, batch, campaign.device, stacks=stacks, bf16=not campaign.miniature)
-        return case, timed(campaign, case, size, image_size, form, batch)
-
-    case, found = largest_batch(at, batch)
-    for name, figures in found.items():
-        campaign.store("step", case.case, name, figures)
-    said = ", ".join(f"{name} {figures['images_per_s']:.1f}" for name, figures in found.items())
-    campaign.say(f"  {size} {image_size} {form}, batch {case.case['batch']}: {said} images/s")
-
-
-def largest_batch(call: Callable[[int], Any], start: int) -> Any:
-    """Return what a call gives at the largest of start, start / 2, ... 1 for which the memory is enough."""
-    batch = start
-    while batch:
-        try:
-            return call(batch)
-        except torch.OutOfMemoryError:
-            pass  # leave the handler first: the error holds what has filled the memory
+    Stacks without a row come first. Where one does not fit alone, it and those after it get half the batch; then those
+    before it as well, to compare with, if there is time.
+    """
+    first = missing(campaign, size, image_size, form, compiled)
+    waiting = first + [stack for stack in stacks(campaign, form, compiled) if stack not in first]
+    batch = first_batch(campaign, size, image_size, form, first)
+    while waiting and batch:
         release()
+        waiting = Together(campaign, size, image_size, form, batch, compiled).measure(waiting)
         batch //= 2
-    raise ValueError("too little memory for a batch of one image")
+    if waiting:
+        raise ValueError(f"too little memory for a batch of one image: {waiting[0]}")
 
 
-def timed(
-    campaign: Campaign, case: Steps, size: str, image_size: int, form: str, batch: int
-) -> dict[str, dict[str, Any]]:
-    """Return the figures of each variant; times first, in turn, then memory and launches of one step each."""
-    times = {"rounds": 2, "warmup": 1} if campaign.miniature else {"rounds": 7, "warmup": 2}
-    timings = rows.measure(case.variants, campaign.device, **times)
+def first_batch(campaign: Campaign, size: str, image_size: int, form: str, waiting: Sequence[str]) -> int:
+    """Return the batch to begin with: that of the case's rows or what should fit, unless it has proved too large.
+
+    Args:
+        campaign: whose rows are asked.
+        size: of the network.
+        image_size: in pixels.
+        form: masked or dense.
+        waiting: the stacks that it is for.
+    """
+    if campaign.miniature:
+        return 2
+    case = key(size, image_size, form, campaign)
+    too_large = [row["case"]["batch"] for row in campaign.find("too large", **case) if row["variant"] in waiting]
+    earlier = [row["case"]["batch"] for row in campaign.find("step", **case)]
+    needed = memory_of(network(size, image_size, form), config_of(size, image_size, form).mask_ratio, "bf16")
+    fits = needed.largest_batch(torch.cuda.get_device_properties(campaign.device).total_memory)
+    batch = _START[size] * 256**2 // image_size**2
+    while batch > 1 and batch > fits:
+        batch //= 2
+    batch = earlier[-1] if earlier else batch
+    while batch > 1 and batch >= min(too_large, default=batch + 1):
+        batch //= 2
+    return batch
+
+
+@functools.cache
+def network(size: str, image_size: int, form: str) -> MaskDiT:
+    """Return the network of a case without memory."""
     with torch.device("meta"):
-        model = build_model(config_of(size, image_size, form), 4, image_size // 8)
-    resident = 16 * trainable_parameters(model)
-    peak = peak_tflops(campaign.machine["device"]) if not campaign.miniature else None
-    found = {}
-    for name, timing in timings.items():
-        per_second = batch / timing.median_ms * 1e3
-        figures: dict[str, Any] = {
+        return build_model(config_of(size, image_size, form), 4, image_size // 8)
+
+
+def ready_after(campaign: Campaign, stack: str, preset: str) -> float:
+    """Return the seconds until the first step of a stack is done: as predicted, or at the pace of the last like it."""
+    base = _predicted(stack, preset)
+    alike = [row for row in campaign.find("step") if _READY.get(row["variant"]) == _READY.get(stack)]
+    if not alike:
+        return base
+    return base * alike[-1]["ready_s"] / _predicted(alike[-1]["variant"], alike[-1]["case"]["preset"])
+
+
+def _predicted(stack: str, preset: str) -> float:
+    per_block, besides = _READY.get(stack, _READY_EAGER)
+    return per_block * (PRESETS[preset]["depth"] + PRESETS[preset]["decoder_depth"]) + besides
+
+
+class Together:
+    """The stacks of a case at one batch, of which those are kept that the memory holds together.
+
+    Args:
+        campaign: which the rows are of.
+        size: of the network.
+        image_size: in pixels.
+        form: masked or dense.
+        batch: images.
+        compiled: whether these stacks compile.
+    """
+
+    def __init__(self, campaign: Campaign, size: str, image_size: int, form: str, batch: int, compiled: bool):
+        self.campaign, self.device = campaign, campaign.device
+        self.batch, self.compiled = batch, compiled
+        self.key = key(size, image_size, form, campaign)
+        self.name = f"{size} {image_size} {form}, batch {batch}"
+        there = stacks_of(campaign.device, form, batch)
+        self.made = makers(size, image_size, form, batch, campaign.device, stacks=there, bf16=not campaign.miniature)
+        self.resident = 16 * trainable_parameters(network(size, image_size, form))
+        self.rounds = {"rounds": 2, "warmup": 1} if campaign.miniature else {"rounds": 7, "warmup": 1}
+        self.calls: dict[str, Callable[[], Any]] = {}
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.alone: dict[str, rows.Timing] = {}  # of those that were not timed in turn yet
+
+    def measure(self, names: Sequence[str]) -> list[str]:
+        """Measure stacks; return those that are left if the batch is too large for one, which is the first of them."""
+        left: list[str] = []
+        for i, name in enumerate(names):
+            if left or not self.begins(name):
+                continue
+            with self.campaign.attempt("step", name, **self.key):
+                if not self.add(name):
+                    self.campaign.store("too large", {**self.key, "batch": self.batch}, name, {})
+                    self.campaign.say(f"  {self.name} is too large for {name}")
+                    self.campaign.recover(f"too little memory for {name}")  # which may have cut a capture
+                    left = [*names[i:], *names[:i]]
+                elif self.compiled:  # before the next one, which takes minutes and may not end
+                    self.compare()
+        self.compare()
+        for name, timing in self.alone.items():
+            if "launches" in self.figures[name]:
+                self.store(name, timing, [])
+        return left
+
+    def begins(self, name: str) -> bool:
+        """Return whether a stack is to be measured now; says why not."""
+        campaign = self.campaign
+        if any(row["variant"] == name for row in campaign.failed_now("step", **self.key)):
+            return False
+        if name not in self.made.makers:
+            reason = f"a batch of {self.batch} is not made of groups of {GROUP}"
+            campaign.store("absent", {"bench_of": "step", **self.key}, name, {"reason": reason})
+            return False
+        needed = ready_after(campaign, name, self.key["preset"]) + _TIMING
+        if not campaign.miniature and campaign.left() < needed:
+            campaign.say(f"  {self.name}: {name} takes some {needed:.0f} s, {campaign.left():.0f} s are left")
+            return False
+        return True
+
+    def add(self, name: str) -> bool:
+        """Measure a stack alone, without those that are there if memory is short; return whether it fits."""
+        step = None
+        while True:
+            try:
+                before = held(self.device) if self.device.type == "cuda" else 0
+                began = time.monotonic()
+                step = step or self.made.makers[name]()
+                self.time_alone(name, step, before, began)
+            except torch.OutOfMemoryError:
+                if not self.calls:
+                    return False
+            else:
+                self.calls[name] = step
+                return True
+            # Leave the handler first: the error holds what has filled the memory. What was compiled is kept, but for a
+            # graph whose capture may have been cut.
+            self.calls.clear()
+            step = None if name == "ours graphs" else step
+            self.campaign.recover(f"too little memory for {name} beside others")
+
+    def time_alone(self, name: str, step: Callable[[], Any], before: int, began: float) -> None:
+        """Time a stack and store its row; then count what it launches, for the next row.
+
+        Args:
+            name: of the stack.
+            step: its step, which compiles when it is called first, and captures graphs when it is called again.
+            before: bytes that were held before it was made.
+            began: when that was.
+        """
+        on_gpu = self.device.type == "cuda"
+        step()
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        figures = self.figures[name] = {"ready_s": round(time.monotonic() - began, 2), "optimizer": True}
+        step()
+        if on_gpu:
+            resident = self.resident if name != "products" else 0
+            graphs = name == "ours graphs"
+            peak = held(self.device) - before if graphs else taken_by(step, self.device) + resident
+            figures |= {"step_gb": round((peak - resident) / 1e9, 3), "peak_gb": round(peak / 1e9, 3)}
+        self.alone[name] = rows.measure({name: step}, self.device, **self.rounds)[name]
+        self.store(name, self.alone[name], [])
+        if on_gpu:
+            figures["launches"] = launches(step)
+
+    def compare(self) -> None:
+        """Time in turn the stacks that the memory holds together, and store their rows again."""
+        if len(self.calls) < 2 or not self.alone.keys() & self.calls.keys():
+            return
+        with self.campaign.attempt("step", "in turn", **self.key):
+            timings = rows.measure(self.calls, self.device, **self.rounds)
+            for name, timing in timings.items():
+                self.store(name, timing, [other for other in timings if other != name])
+                self.alone.pop(name, None)
+
+    def store(self, name: str, timing: rows.Timing, others: list[str]) -> None:
+        """Store the row of a stack that was timed in turn with others."""
+        per_second = self.batch / timing.median_ms * 1e3
+        figures = {
             **timing._asdict(),
             "images_per_s": round(per_second, 3),
-            "forward_gmac": round(case.forward_gmac, 3),
-            "optimizer": True,
+            "forward_gmac": round(self.made.forward_gmac, 3),
+            **self.figures[name],
+            "in_turn_with": others,
         }
+        peak = None if self.campaign.miniature else peak_tflops(self.campaign.machine["device"])
         if peak:
-            figures |= {"mfu": round(mfu(case.forward_gmac, per_second, peak), 4), "peak_tflops_bf16": peak}
-        if campaign.device.type == "cuda":
-            figures |= memory(case.variants[name], campaign.device, resident if name != "products" else 0)
-            figures |= {"launches": launches(case.variants[name])}
-        found[name] = figures
-    return found
+            figures |= {"mfu": round(mfu(self.made.forward_gmac, per_second, peak), 4), "peak_tflops_bf16": peak}
+        self.campaign.store("step", self.made.case, name, figures)
+        how = f"in turn with {', '.join(others)}" if others else f"alone, ready after {figures['ready_s']:.0f} s"
+        self.campaign.say(f"  {self.name}: {name} {per_second:.1f} images/s, {how}")
 
 
 def mfu(forward_gmac: float, images_per_s: float, peak_tflops: float) -> float:
@@ -121,19 +290,21 @@ def mfu(forward_gmac: float, images_per_s: float, peak_tflops: float) -> float:
     return 6 * forward_gmac * 1e9 * images_per_s / (peak_tflops * 1e12)
 
 
-def memory(step: Callable[[], Any], device: torch.device, resident: int) -> dict[str, float]:
-    """Return the most memory that a step took beside what was there, and that with its own weights, moments and EMA.
-
-    Programs share weights, moments and average, so what a step holds in between is counted and not measured, 16 bytes
-    per parameter. Gradients are part of what the step takes.
-    """
+def taken_by(step: Callable[[], Any], device: torch.device) -> int:
+    """Return the most bytes that a step takes beside what is there; a graph's replay takes those of its pool alone."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step()
     torch.cuda.synchronize(device)
-    taken = torch.cuda.max_memory_allocated(device) - before
-    return {"step_gb": round(taken / 1e9, 3), "peak_gb": round((taken + resident) / 1e9, 3)}
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def held(device: torch.device) -> int:
+    """Return the bytes that the allocator cannot give back, those in the pools of graphs among them."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 def launches(step: Callable[[], Any]) -> int | None:

@@ -81,11 +81,11 @@ def _kernels(rows: list[Row]) -> Iterator[str]:
 
 def _steps(rows: list[Row]) -> Iterator[str]:
     columns = ["preset", "image", "form", "batch", "precision", "variant", "ms [p20, p80]", "images/s"]
-    columns += ["x plain", "x dense", "MFU", "peak GB", "launches"]
+    columns += ["x plain", "x dense", "MFU", "peak GB", "launches", "ready s"]
     body = []
     for row in rows:
         case = row["case"]
-        plain = "plain compiled" if row["variant"].endswith("compiled") else "plain eager"
+        plain = "plain compiled" if row["variant"].endswith(("compiled", "graphs")) else "plain eager"
         beside = [other for other in rows if other["run"] == row["run"] and other["case"] == case]
         dense = [other for other in rows if other["run"] == row["run"] and _is_dense_of(other["case"], case)]
         body.append(
@@ -99,12 +99,16 @@ def _steps(rows: list[Row]) -> Iterator[str]:
                 f"{row['mfu']:.1%}" if row.get("mfu") and row["variant"] != "products" else None,
                 row.get("peak_gb"),
                 row.get("launches"),
+                row.get("ready_s"),
             ]
         )
     yield from _markdown("Training steps", columns, body)
     peaks = sorted({row["peak_tflops_bf16"] for row in rows if "peak_tflops_bf16" in row})
-    yield from ("", "`x plain` and `x dense` compare images/s of the same call; `products` is the bound of `ours`: its")
-    yield "matrix products and attention alone. Peak GB: what a step takes, measured, and 16 bytes per parameter."
+    yield from ("", "`x plain` and `x dense` compare images/s of the same call; ~ marks plain steps that were timed")
+    yield "before or after, and not in turn. Ours run under the trainer's numerics, which repeat bits, plain PyTorch"
+    yield "under its own. `products` is the bound of `ours`: its matrix products and attention alone. Peak GB: what a"
+    yield "step takes, measured, and 16 bytes per parameter; of graphs all that they hold. Ready: when the first step"
+    yield "was done."
     if peaks:
         yield f"MFU: 6 operations per MAC of the forward pass, of {peaks[0]} TFLOP/s (dense bf16)."
 
@@ -139,7 +143,11 @@ def _ms(row: Row) -> str:
 
 def _ratio(row: Row, others: list[Row], variant: str) -> str | None:
     other = next((other for other in others if other["variant"] == variant), None)
-    return f"{row['images_per_s'] / other['images_per_s']:.2f}" if other else None
+    if other is None:
+        return None
+    together = [row["variant"], *row.get("in_turn_with", [variant])]
+    apart = other["case"] == row["case"] and variant not in together
+    return f"{'~' if apart else ''}{row['images_per_s'] / other['images_per_s']:.2f}"
 
 
 def _is_dense_of(other: dict[str, Any], case: dict[str, Any]) -> bool:
