@@ -4,7 +4,7 @@ import pytest
 import torch
 from fake_gpu import Cuda
 
-from bench.campaign import kernels
+from bench.campaign import kernels, table
 from bench.campaign.state import Campaign, DeviceLostError
 from bench.kernels import _graph
 from bench.kernels._graph import Graphed
@@ -109,6 +109,10 @@ def test_what_cannot_be_captured_is_launched_by_the_next_process(campaign, monke
             "ours": f"launches, as no graph could be captured: {cuda.WHY}",
         }
         assert cuda.captures == 1
+    text = table.render(following.rows)
+    assert "| ours, launched |" in text
+    assert "| reference |" in text
+    assert "Launched: no graph could be captured" in text
 
 
 def test_what_lost_the_gpu_is_not_tried_again_by_the_next_process(campaign, monkeypatch):

@@ -43,11 +43,11 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "device": Part(10, "name the device, measure a copy and a product", device.todo, device.run),
+    "device": Part(15, "name the device, measure a copy and a product", device.todo, device.run),
     "steps": Part(330, "training steps, ours and plain, compiled and eager", steps.todo, steps.run),
     "tests": Part(85, "every op against float64, then pytest -m gpu", gate.todo, gate.run),
     "kernels": Part(60, "kernels beside reference and compiler", kernels.todo, kernels.run),
-    "tune": Part(25, "launch settings of the row kernels", tune.todo, tune.run),
+    "tune": Part(20, "launch settings of the row kernels", tune.todo, tune.run),
     "digits": Part(20, "a real training run beside the CPU's", digits.todo, digits.run),
 }
 

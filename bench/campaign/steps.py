@@ -213,11 +213,10 @@ class Together:
 
     def add(self, name: str) -> bool:
         """Measure a stack alone, without those that are there if memory is short; return whether it fits."""
-        step = None
+        step, began = None, time.monotonic()
         while True:
             try:
                 before = held(self.device) if self.device.type == "cuda" else 0
-                began = time.monotonic()
                 step = step or self.made.makers[name]()
                 self.time_alone(name, step, before, began)
             except torch.OutOfMemoryError:
@@ -239,7 +238,7 @@ class Together:
             name: of the stack.
             step: its step, which compiles when it is called first, and captures graphs when it is called again.
             before: bytes that were held before it was made.
-            began: when that was.
+            began: when it was begun with.
         """
         on_gpu = self.device.type == "cuda"
         step()

@@ -75,8 +75,11 @@ def _kernels(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         case = [row["case"].get(name) for name in ("op", "direction", "shape", "dtype")]
         rates = [row.get(name) for name in ("gb_per_s", "copy_percent", "tflop_per_s")]
-        body.append([*case, row["variant"], _ms(row), *rates])
+        launched = ", launched" if row.get("timed", "").startswith("launches") else ""
+        body.append([*case, row["variant"] + launched, _ms(row), *rates])
     yield from _markdown("Kernels", columns, body)
+    if any("launched" in cells[4] for cells in body):
+        yield from ("", "Launched: no graph could be captured, and the time is also that of launches from Python.")
 
 
 def _steps(rows: list[Row]) -> Iterator[str]:
