@@ -59,6 +59,7 @@ def test_a_red_check_is_a_failure_and_is_not_tuned(campaign, monkeypatch, capsys
     gate.check_ops(campaign, *next(gate.sets(campaign)))
     assert checked == ["masked_loss"]
     assert not campaign.find("check")
+    monkeypatch.setattr(tune, "triton_runs", lambda device: True)
     monkeypatch.setattr(tune, "tune", lambda *_: pytest.fail("timed what is wrong"))
     tune.run(campaign)
     assert "not tuned, as modulate_norm failed the check" in capsys.readouterr().out
