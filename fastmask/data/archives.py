@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from fastmask.data.fingerprint import of_files
 from fastmask.data.images import SUFFIXES
 
 _CLASS = re.compile(r"n\d{8}\.tar")
@@ -84,6 +85,11 @@ class WebDataset(_TarImages):
         """Return the content of an image and its label."""
         return _content(self._tars, self._images[item]), self._label(item) if self._labelled else 0
 
+    def fingerprint(self) -> str:
+        """Return what tells these members from others; of their labels a sample is read."""
+        names, sizes = [member.name for member in self._images], [member.size for member in self._images]
+        return of_files(names, sizes, [], self.read)
+
     def _label(self, item: int) -> int:
         member = self._labels[item]
         if member is None:
@@ -153,6 +159,11 @@ class ImageNetTar(_TarImages):
     def read(self, item: int) -> tuple[bytes, int]:
         """Return the content of an image and its label."""
         return _content(self._tars, self._images[item]), self._labels[item]
+
+    def fingerprint(self) -> str:
+        """Return what tells these members and labels from others."""
+        names, sizes = [member.name for member in self._images], [member.size for member in self._images]
+        return of_files(names, sizes, self._labels, self.read)
 
 
 def _members(number: int, path: Path, file: IO[bytes] | None = None, start: int = 0) -> list[Member]:

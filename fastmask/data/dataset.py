@@ -44,6 +44,10 @@ class DataSet(Protocol):
         """Return what is stored of the samples (B, ...), and their labels (B,) int64."""
         ...
 
+    def fingerprint(self) -> str:
+        """Return what tells the content from other content, wherever it lies; see `fastmask.data.fingerprint`."""
+        ...
+
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return what a batch is trained on, on the device of ``stored``.
 

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmask.data.fingerprint import of_arrays
+
 _HELD_OUT = 0.2
 
 
@@ -56,6 +58,10 @@ class Digits:
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return the scans (B, 1, 8, 8) and labels (B,) of these ids."""
         return self._images[ids], self._labels[ids]
+
+    def fingerprint(self) -> str:
+        """Return what tells these scans from others."""
+        return of_arrays(self._images.numpy(), self._labels.numpy())
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return the scans as they are: nothing is left to chance."""

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmask.data.fingerprint import of_arrays
 from fastmask.data.npz import Arrays
 from fastmask.kernels import random_uniform
 
@@ -113,6 +114,10 @@ class ImageArray:
         """Return the images, uint8 (B, C, H, W), and labels (B,) of these ids."""
         index = torch.from_numpy(ids)  # which copies whole records, where an index in brackets goes value by value
         return self._images.index_select(0, index), self._labels.index_select(0, index)
+
+    def fingerprint(self) -> str:
+        """Return what tells these images and labels from others."""
+        return of_arrays(self._images.numpy(), self._labels.numpy())
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return the images in [-1, 1], some of them mirrored."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmask.data.autoencoder import Autoencoder
 from fastmask.data.dali import JpegDecoder
 from fastmask.data.decoding import ImageReader, Part, by_dali, read_part
+from fastmask.data.fingerprint import fingerprint_of
 from fastmask.data.images import images_of
 from fastmask.data.latents import latents_of
 from fastmask.data.sources import Source
@@ -95,6 +96,10 @@ class ImageSet:
         if self._vae is None:
             return images
         return self._vae.scaling.apply(latents_of(self._vae.encode(images), seed, sample))
+
+    def fingerprint(self) -> str:
+        """Return what tells these images, labels and the VAE's weights from others."""
+        return fingerprint_of([self._decode.source.fingerprint(), self._vae.sha256 if self._vae else ""])
 
     def _read(self, ids: NDArray[np.int64], reader: ImageReader) -> Part:
         part = read_part(reader, ids.tolist())

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmask.data.fingerprint import fingerprint_of, of_arrays
 from fastmask.data.manifest import MAX_CLASSES
 from fastmask.data.npz import Arrays, read_npz
 from fastmask.kernels import random_normal, random_uniform
@@ -132,8 +133,8 @@ class Moments:
     """
 
     def __init__(self, path: Path, arrays: Arrays, image_size: int, mirror: bool) -> None:
-        moments, self.scaled_by = _checked_moments(path, arrays)
-        if self.scaled_by is None:
+        moments, scaled_by = _checked_moments(path, arrays)
+        if scaled_by is None:
             raise ValueError(
                 f"{path} holds moments of {moments.shape[1] // 2} channels, whose scale is not known: write arrays "
                 f"`scale` and `shift` into the file, or make a store of it by python -m fastmask.prepare with "
@@ -148,7 +149,7 @@ class Moments:
             )
         if mirror:
             raise ValueError(f"{path} holds latents, and a mirrored latent is not that of the mirrored image")
-        self._path = path
+        self._path, self.scaled_by = path, scaled_by
         self._moments = torch.from_numpy(moments)
         self._labels = torch.from_numpy(arrays.get("labels", np.zeros(len(moments), np.int64)))
         self._scaling = Scaling(self.scaled_by.scale, self.scaled_by.shift)
@@ -175,6 +176,11 @@ class Moments:
             bad = ids[int((~moments.isfinite()).flatten(1).any(1).nonzero()[0])]
             raise ValueError(f"{self._path}: moments {bad} hold values that are not finite")
         return moments, self._labels.index_select(0, index)
+
+    def fingerprint(self) -> str:
+        """Return what tells these moments, labels and their scale from others."""
+        moments, scaled_by = self._moments.numpy(), self.scaled_by
+        return of_arrays(moments, self._labels.numpy(), scaled_by.scale, scaled_by.shift)
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return latents (B, C, h, w) drawn from the moments, anew at each visit."""
@@ -269,6 +275,10 @@ class Synthetic:
         side = self.shape[1]
         latents = random_normal(0, sample, _CHANNELS * side * side, 0).view(-1, *self.shape)
         return latents, (random_uniform(0, sample, 1, 1)[:, 0] * self.num_classes).long()
+
+    def fingerprint(self) -> str:
+        """Return what tells these latents from others: they are functions of little."""
+        return fingerprint_of(["synthetic", self.shape, self.num_classes])
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return the latents as they are."""

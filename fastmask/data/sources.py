@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastmask.data.archives import ImageNetTar, WebDataset
+from fastmask.data.fingerprint import of_arrays, of_files, size_of
 from fastmask.data.images import SUFFIXES
 from fastmask.data.npz import read_npz
 from fastmask.data.tables import Table
@@ -49,6 +50,10 @@ class Source(Protocol):
 
     def read(self, item: int) -> tuple[Content, int]:
         """Return an image file's content, or pixels (H, W, C), and the label; an OSError or ValueError if damaged."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return what tells these images and labels from others, wherever they lie; see `fastmask.data.fingerprint`."""
         ...
 
 
@@ -149,6 +154,11 @@ class Folder:
         """Return the content of a file and its label."""
         return (self._path / self._files[item]).read_bytes(), self._labels[item]
 
+    def fingerprint(self) -> str:
+        """Return what tells these files and labels from others."""
+        sizes = [size_of(os.path.join(self._path, file)) for file in self._files]
+        return of_files(self._files, sizes, self._labels, self.read)
+
     def _label_by_file(self, path: Path, given: dict[str, int | str]) -> None:
         absent = [file for file in self._files if file not in given]
         if absent:
@@ -188,6 +198,10 @@ class Array:
     def read(self, item: int) -> tuple[Content, int]:
         """Return the pixels of an image and its label."""
         return self._images[item], int(self._labels[item])
+
+    def fingerprint(self) -> str:
+        """Return what tells these images and labels from others."""
+        return of_arrays(self._images, self._labels.astype(np.int64))
 
 
 def _npz(path: Path) -> Array:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmask.data.fingerprint import fingerprint_of
 from fastmask.data.images import images_of
 from fastmask.data.latents import ScaledBy, Scaling, latents_of
 from fastmask.data.manifest import DATA_OFFSET, Manifest, Shard, StoredFile, read_manifest, sha256_of
@@ -115,6 +116,13 @@ class LatentStore:
             raise ValueError(f"{self.path / name}: record {rows[bad]} holds values that are not finite")
         return torch.from_numpy(stored), torch.from_numpy(labels)
 
+    def fingerprint(self) -> str:
+        """Return what tells these records, labels and their scale from others, by the manifest's checksums."""
+        manifest = self.manifest
+        shards = [(shard.count, shard.records.sha256, shard.labels.sha256) for shard in manifest.shards if shard.count]
+        about = manifest.kind, manifest.dtype, manifest.shape, _numbers(manifest.scale), _numbers(manifest.shift)
+        return fingerprint_of([*about, *shards])
+
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return pixels in [-1, 1], some of them mirrored, or latents drawn from the moments, anew at each visit."""
         if self.manifest.kind == "pixels":
@@ -185,6 +193,10 @@ def _map_file(store: Path, file: StoredFile, dtype: str, shape: tuple[int, ...])
     if not shape[0]:
         return np.empty(shape, expected), mapped  # numpy takes no view of nothing
     return np.frombuffer(mapped, expected, offset=DATA_OFFSET).reshape(shape), mapped
+
+
+def _numbers(values: float | list[float]) -> list[float]:
+    return [float(value) for value in (values if isinstance(values, list) else [values])]
 
 
 def _all_finite(values: NDArray[np.float16]) -> bool:

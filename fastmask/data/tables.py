@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fastmask.data.fingerprint import of_tables
+
 _IMAGES = ("image", "img", "images", "jpg", "png")
 _LABELS = ("label", "labels", "cls", "class", "fine_label")
 
@@ -71,6 +73,10 @@ class Table:
         if not isinstance(content, bytes):
             raise ValueError(f"{self.name(item)} does not hold its image, only {value!r}: embed the files in the table")
         return content, label
+
+    def fingerprint(self) -> str:
+        """Return what tells these tables from others."""
+        return of_tables(self._files, [rows for _, _, rows in self._groups])
 
     def _place(self, item: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._starts, item, side="right")) - 1
