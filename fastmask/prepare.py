@@ -180,6 +180,8 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
     name = config.vae or _VAE
     encoder = Autoencoder(name, device)
     side = encoder.side(config.image_size)
+    scaled_by = ScaledBy(encoder.scale, encoder.shift, "its configuration")
+    say(f"VAE {name}: latents of {encoder.channels} channels, a downsampling of {encoder.downsampling}, {scaled_by}")
     manifest = Manifest(
         kind="moments",
         dtype="float16",
@@ -370,6 +372,11 @@ def _decoded(latents: torch.Tensor, manifest: Manifest, vae: str, device: torch.
         raise ValueError(f"--vae {name} decodes latents of {decoder.channels} channels, not {latents.shape[1]}")
     if manifest.vae_sha256 not in ("", decoder.sha256):
         say(f"warning: {name} has other weights than the VAE that encoded the images")
+    own = manifest.kind == "moments" and manifest.crop != "imported"
+    if own and (decoder.scale, decoder.shift) != (manifest.scale, manifest.shift):
+        theirs = ScaledBy(decoder.scale, decoder.shift, "its configuration")
+        mine = ScaledBy(manifest.scale, manifest.shift, "the manifest")
+        say(f"warning: {name} has {theirs}, and the store {mine}")
     say(f"decoding {len(latents)} latents on {device.type}")
     # Latents that others drew are stored as they scaled them, by what the VAE says.
     said = decoder if manifest.kind == "latents" else manifest

@@ -252,11 +252,13 @@ def test_check(folder, tmp_path, capsys):
     assert "sheet.png cannot be drawn: " in said.splitlines()[-1]
 
 
-def test_latents(folder, tmp_path):
+def test_latents(folder, tmp_path, capsys):
     small_vae().save_pretrained(tmp_path / "vae")
     flags = ("--space", "latent", "--vae", str(tmp_path / "vae"), "--device", "cpu")
     manifest = prepare(folder, tmp_path / "store", *flags)
     assert (manifest.kind, manifest.shape, manifest.scale) == ("moments", (2, 8, 2, 2), 0.18215)
+    said = capsys.readouterr().out
+    assert "vae: latents of 4 channels, a downsampling of 8, scale 0.18215, shift 0 (its configuration)" in said
     data = open_data(str(tmp_path / "store"), image_size=16, num_classes=None, mirror=True)
     assert (len(data), data.shape) == (24, (4, 2, 2))
     pixels, _ = ImageSet(open_source(folder), 16, None, False).read(np.arange(12))
@@ -304,6 +306,12 @@ def test_the_sheet_of_latents_is_decoded(folder, tmp_path, capsys):
         sheet("--vae", str(tmp_path / "wide"))
     with pytest.raises(ValueError, match=r"--vae .*nowhere cannot be loaded"):
         sheet("--vae", str(tmp_path / "nowhere"))
+    small_vae(scaling_factor=0.5).save_pretrained(tmp_path / "rescaled")
+    said = sheet("--vae", str(tmp_path / "rescaled"))[1]
+    assert (
+        f"warning: {tmp_path / 'rescaled'} has scale 0.5, shift 0 (its configuration), and the store scale 0.091"
+        in said
+    )
     prepare(folder, tmp_path / "16", "--space", "latent", "--vae", str(tmp_path / "wide"), "--device", "cpu")
     (tmp_path / "wide").rename(tmp_path / "not here")
     main(["--check", str(tmp_path / "16")])
