@@ -26,18 +26,21 @@ class EMA:
     Args:
         module: whose parameters are averaged; the average starts at their present values.
         decay: share of the average that stays at each update, once warmed up.
+        warmup: whether it warms up; one that starts from trained weights should not forget them.
 
     Attributes:
         decay: the same, of the present step.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, *, warmup: bool = True) -> None:
         self.decay = self._longest = decay
+        self._warmup = warmup
         self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in module.named_parameters()}
 
     def begin_step(self, step: int) -> None:
         """Set the decay of a step, counted from 1: min(decay, 0.5^(1 / h)) with a half-life h of 0.05 step."""
-        self.decay = min(self._longest, 0.5 ** (1 / (_WARMUP * step)))
+        if self._warmup:
+            self.decay = min(self._longest, 0.5 ** (1 / (_WARMUP * step)))
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:

@@ -63,7 +63,7 @@ class Run:
         channels, size, _ = dataset.shape
         self.net = EDMPrecond(build_model(config, channels, size), config.sigma_data).to(device)
         shard(self.net.model, config.parallel, DTYPES.get(config.precision), device, ranks)
-        self.ema = EMA(self.net, config.ema_decay)
+        self.ema = EMA(self.net, config.ema_decay, warmup=not config.init)
         self.profiles = [PowerEMA(self.net, width) for width in config.ema_widths]
         averages = [self.ema, *self.profiles]
         self.optimizer = make_optimizer(self.net, config, averages)
@@ -207,7 +207,7 @@ class Run:
             "samples": self.samples,
             "recent": self.recent,
             "changes": self.changes,
-            "ema_warmup": True,  # which averages of earlier versions had not
+            "ema_warmup": True,  # or it began with trained weights; averages of earlier versions began at random
         }
         weights = self.ema.weights
         checkpointer.save(self.step, self.net, weights, self.optimizer, state, self.profiles, snapshot=snapshot)

@@ -62,6 +62,12 @@ def test_an_average_warms_up():
     assert decays[5:] == [0.9999, 0.9999]  # whose half-life is 6931 steps
 
 
+def test_an_average_of_trained_weights_keeps_its_decay():
+    ema = EMA(torch.nn.Linear(1, 1), decay=0.9999, warmup=False)
+    ema.begin_step(1)
+    assert ema.decay == 0.9999
+
+
 def test_the_average_of_a_short_run_has_forgotten_how_it_began():
     module = torch.nn.Linear(1, 1, bias=False).double()
     ema = EMA(module, decay=0.9999)
