@@ -48,13 +48,16 @@ FIXED = {
 }
 
 
-def changes_of(stored: Mapping[str, Any], config: TrainConfig, run_dir: str) -> dict[str, tuple[Any, Any]]:
+def changes_of(
+    stored: Mapping[str, Any], config: TrainConfig, run_dir: str, *, same_data: bool = False
+) -> dict[str, tuple[Any, Any]]:
     """Return the fields that a resumed run changes and that are to be recorded: the value before, and the new one.
 
     Args:
         stored: the configuration that the run has had so far, as JSON read it.
         config: the one asked for now.
         run_dir: the run's folder, for the message.
+        same_data: the data at the new place were found to be those of the run.
 
     Raises:
         ValueError: a field differs that cannot change; names each, and why.
@@ -62,7 +65,11 @@ def changes_of(stored: Mapping[str, Any], config: TrainConfig, run_dir: str) -> 
     now, defaults = (json.loads(json.dumps(dataclasses.asdict(some))) for some in (config, TrainConfig()))
     before = {**defaults, **stored}  # a field that was added later had its default
     changed = {name: (before[name], value) for name, value in now.items() if before[name] != value}
-    fixed = [f"{name} {before[name]} -> {changed[name][1]} ({FIXED[name]})" for name in changed if name in FIXED]
+    fixed = [
+        f"{name} {before[name]} -> {changed[name][1]} ({FIXED[name]})"
+        for name in changed
+        if name in FIXED and not (name == "data" and same_data)
+    ]
     if fixed:
         raise ValueError(
             f"{run_dir} holds a run that cannot be resumed with {', '.join(fixed)}: give the old values, or another "

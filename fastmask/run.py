@@ -52,13 +52,15 @@ class Run:
         samples: number of the next sample: those trained on, and those left out after a loss spike.
         recent: mean losses of the last reports.
         changes: what was changed when the run was resumed, and at which steps.
+        fingerprint: of the data's content.
     """
 
     def __init__(self, config: TrainConfig, dataset: DataSet, ranks: Ranks, anew: bool = False) -> None:
         self.config, self.dataset, self.ranks = config, dataset, ranks
         self.run_dir, device = Path(config.run_dir), torch.device(config.device)
         newest = None if anew else newest_good(self.run_dir, say)
-        self.changes = [] if anew else open_run(config, newest, ranks)
+        self.fingerprint = dataset.fingerprint()
+        self.changes = [] if anew else open_run(config, newest, ranks, self.fingerprint)
         self._verifier = None if anew else verifier_of(dataset, ranks)
         channels, size, _ = dataset.shape
         self.net = EDMPrecond(build_model(config, channels, size), config.sigma_data).to(device)
@@ -207,6 +209,7 @@ class Run:
             "samples": self.samples,
             "recent": self.recent,
             "changes": self.changes,
+            "fingerprint": self.fingerprint,
             "ema_warmup": True,  # or it began with trained weights; averages of earlier versions began at random
         }
         weights = self.ema.weights
@@ -320,20 +323,29 @@ def sample_grid(net: EDMPrecond, config: TrainConfig) -> tuple[Tensor, int]:
     return samples, columns
 
 
-def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks) -> list[dict[str, Any]]:
+def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint: str) -> list[dict[str, Any]]:
     """Make the run folder, write what the run is to `run.json`, and return what has been changed since it began.
 
     Args:
         config: the resolved configuration.
         newest: the checkpoint to resume from, if there is one.
         ranks: the processes; the first one writes.
+        fingerprint: of the data, which tells them wherever they lie.
 
     Raises:
         ValueError: the folder holds another run.
     """
     run_dir = Path(config.run_dir)
     state = read_state(newest) if newest else _begun(run_dir)
-    changed = changes_of(state["config"], config, config.run_dir) if state else {}
+    trained_on = state.get("fingerprint")  # earlier versions compared the path alone
+    if trained_on not in (None, fingerprint):
+        raise ValueError(
+            f"{config.run_dir} holds a run on other images than {config.data} has now (were some added, removed or "
+            f"changed?): bring those back, or give another "
+            f"--run-dir, with --init {config.run_dir} to start from its weights"
+        )
+    same_data = trained_on == fingerprint
+    changed = changes_of(state["config"], config, config.run_dir, same_data=same_data) if state else {}
     changes: list[dict[str, Any]] = list(state.get("changes", [])) if newest else []
     step = step_of(newest) if newest else 0
     if newest and step < config.max_steps:
@@ -341,7 +353,13 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks) -> list[dic
             say(f"changed from step {step + 1} on: {name} {before} -> {value}")
             changes.append({"step": step, "field": name, "from": before, "to": value})
     if not ranks.rank and step < config.max_steps:
-        said = {"config": dataclasses.asdict(config), "changes": changes, "versions": versions(), "command": sys.argv}
+        said = {
+            "config": dataclasses.asdict(config),
+            "fingerprint": fingerprint,
+            "changes": changes,
+            "versions": versions(),
+            "command": sys.argv,
+        }
         with whole_file(run_dir / "run.json") as partial:
             partial.write_text(json.dumps(said, indent=2) + "\n")
     return changes

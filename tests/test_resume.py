@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from test_train import run, stats, weights
@@ -102,6 +103,39 @@ def test_the_data_order_is_that_of_the_samples_whatever_the_batch(tmp_path, monk
     run(tmp_path, "--batch-size", "16", steps=2, unmask=0)
     run(tmp_path, "--batch-size", "8", steps=5, unmask=0)
     assert seen == [0, 16, 32, 40, 48]
+
+
+def images_at(path, seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez(path, images=pixels, labels=np.arange(40) % 3)
+    return ["--data", str(path), "--patch-size", "4"]
+
+
+def test_data_are_told_by_their_content(tmp_path):
+    """Moved ones are the same, others at the same place are not."""
+    flags = images_at(tmp_path / "a.npz", seed=0)
+    run(tmp_path / "run", *flags, steps=2, unmask=0)
+    (tmp_path / "a.npz").rename(tmp_path / "b.npz")
+    moved = [*flags[:1], str(tmp_path / "b.npz"), *flags[2:]]
+    run(tmp_path / "run", *moved, steps=4, unmask=0)
+    assert recorded(tmp_path / "run")[0] == (2, "data", flags[1], moved[1])
+    images_at(tmp_path / "b.npz", seed=1)
+    message = f"run holds a run on other images than {moved[1]} has now"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", *moved, steps=6, unmask=0)
+
+
+def test_data_of_an_earlier_checkpoint_are_told_by_their_path(tmp_path):
+    flags = images_at(tmp_path / "a.npz", seed=0)
+    run(tmp_path / "run", *flags, steps=2, unmask=0)
+    folder = checkpoints(tmp_path / "run")[-1]
+    state = read_state(folder)
+    del state["format"], state["fingerprint"]
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "SHA256SUMS").unlink()
+    other = images_at(tmp_path / "b.npz", seed=0)
+    with pytest.raises(ValueError, match=r"cannot be resumed with data .*a.npz -> .*b.npz"):
+        run(tmp_path / "run", *other, steps=4, unmask=0)
 
 
 def test_a_changed_network_is_refused_and_nothing_is_touched(tmp_path):
