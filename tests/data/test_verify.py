@@ -7,6 +7,7 @@ import pytest
 import torch
 from stores import edit_manifest, write
 
+from fastmask import train
 from fastmask.data import LatentStore, batches, open_data, verify
 from fastmask.data.manifest import read_manifest
 from fastmask.data.verify import Compared, Verifier, verifier_of
@@ -224,3 +225,14 @@ def test_what_is_known(store, cache):
     assert compared.path.parent == cache
     (store / "00001.npy").unlink()
     assert file not in compared
+
+
+SMALL = "--width 16 --depth 1 --num-heads 2 --decoder-width 16 --decoder-depth 1 --decoder-num-heads 2 --device cpu"
+
+
+def test_training_ends_with_the_name_of_a_damaged_file(store, tmp_path, capsys):
+    flip(store / "00001.npy", 140)
+    flags = [*SMALL.split(), "--image-size", "32", "--batch-size", "4", "--max-steps", "100000", "--unmask-steps", "0"]
+    with pytest.raises(ValueError, match=r"store/00001\.npy is damaged: its SHA-256 is not that of the manifest"):
+        train.main(["--data", str(store), *flags, "--run-dir", str(tmp_path / "run")])
+    assert f"{store}: 6 files (0.00 GB) are compared with their checksums meanwhile" in capsys.readouterr().out
