@@ -49,7 +49,7 @@ test: venv lint
 		nvidia-dali-cuda130 diffusers pyarrow lmdb webdataset
 	touch $@
 
-NO_IMAGES := order.py remote.py writer.py
+NO_IMAGES := order.py remote.py remote_hostile.py stalls.py writer.py npy.py pickled.py manifest.py schema.py
 test-dali: .venv-dali/.done
 	.venv-dali/bin/python -m pytest -n 2 -p no:benchmark $(addprefix --ignore=tests/data/test_,$(NO_IMAGES)) \
 		tests/data tests/test_prepare.py tests/test_bench_stores.py
