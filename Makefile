@@ -16,8 +16,8 @@ DEMO := runs/digits-demo
 # The trainer is tested with the native kernels; all else with Triton's, interpreted, and the ops and the network with both.
 TRAINER_TESTS := $(addprefix tests/test_,train.py run.py step.py distributed.py crash.py)
 NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py silu_linear.py modulate_norm.py add_gated_norm.py norms.py \
-	norm_linear.py native.py impl.py position_table.py adamw_ema.py sample_mask.py masked_loss.py embed_kept_patches.py \
-	embed_natively.py restore_tokens.py) \
+	norm_linear.py native.py impl.py position_table.py hostile.py adamw_ema.py sample_mask.py masked_loss.py \
+	embed_kept_patches.py embed_natively.py restore_tokens.py) \
 	$(addprefix tests/test_,model.py golden.py packed.py optim.py) $(TRAINER_TESTS)
 
 .PHONY: demo test test-dali venv lint bench report kernels sanitize abi cuda emulated clean

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmask.kernels._dispatch import _NATIVE_OPS
+
 MAX_WIDTH = 8192
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -17,9 +19,11 @@ _debug = False
 
 
 def debug_indices(enabled: bool = True) -> None:
-    """Let the fused ops look at the values of their index lists, and raise a ValueError for one out of range.
+    """Let the fused ops look at the values of index lists and ``cu_seqlens``, and raise a ValueError for what is wrong.
 
-    Off by default, since a look makes every call wait for the device. Not under `torch.compile` or on fake tensors.
+    Off by default, since a look makes every call wait for a GPU. On a CPU they always look; a native kernel looks at
+    index lists by itself, and raises a RuntimeError. Not under `torch.compile` or on fake tensors, but that a native
+    kernel still looks.
     """
     global _debug
     _debug = enabled
@@ -30,13 +34,41 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def check_index_range(name: str, ids: Tensor, limit: int) -> None:
-    """Raise a ValueError for an index outside [0, ``limit``) while `debug_indices` is on."""
-    if not _debug or type(ids) is not Tensor or torch.compiler.is_compiling():
+def has_values(tensor: Tensor, *, anywhere: bool = False) -> bool:
+    """Return whether a tensor's values can be looked at without waiting for a device (``anywhere``: or with it).
+
+    Not while torch.compile traces, nor of fake tensors, which have none: checks of values stay out of graphs.
+    """
+    kind = tensor.device.type
+    there = kind == "cpu" or (anywhere and kind != "meta")
+    return there and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def check_index_range(name: str, ids: Tensor, limit: int, op: str) -> None:
+    """Raise a ValueError for an index outside [0, ``limit``), where `_looks_at` indices."""
+    if not _looks_at(ids, op):
         return
     bad = ids[(ids < 0) | (ids >= limit)]
     if bad.numel():
         raise ValueError(f"{name} of shape {tuple(ids.shape)} holds {int(bad[0])}, which is outside 0 .. {limit - 1}")
+
+
+def check_permutations(name: str, ids: Tensor, op: str) -> None:
+    """Raise a ValueError unless each sample's row is a permutation of its positions, where `_looks_at` indices."""
+    if not _looks_at(ids, op):
+        return
+    fits = (ids.sort(dim=1).values == torch.arange(ids.shape[1], device=ids.device)).all(1)
+    if not fits.all():
+        b = int((~fits).nonzero()[0])
+        raise ValueError(f"{name} must be a permutation of 0 .. {ids.shape[1] - 1} for each sample, and {b}'s is none")
+
+
+def _looks_at(ids: Tensor, op: str) -> bool:
+    """Return whether indices are looked at: if `debug_indices` is on, or ``op`` runs interpreted on a CPU.
+
+    A native kernel looks by itself.
+    """
+    return has_values(ids, anywhere=_debug) and (_debug or op not in _NATIVE_OPS)
 
 
 class Rows(NamedTuple):
@@ -62,6 +94,7 @@ def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
     if x.ndim != 2:
         raise ValueError(f"{name} must have shape (N, D) with cu_seqlens, not {tuple(x.shape)}")
     check_cu_seqlens(cu_seqlens)
+    check_bounds(cu_seqlens, x.shape[0], f"rows of {name}")
 
 
 def check_cu_seqlens(cu_seqlens: Tensor) -> None:
@@ -71,6 +104,33 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> None:
             f"cu_seqlens must be int32 or int64 of shape (B + 1,), not {cu_seqlens.dtype} of shape "
             f"{tuple(cu_seqlens.shape)}"
         )
+
+
+def check_bounds(cu_seqlens: Tensor, num_rows: int, what: str, most: int | None = None) -> None:
+    """Raise a ValueError unless the values of ``cu_seqlens`` rise from 0 to ``num_rows``.
+
+    They are looked at on a CPU at every call, and elsewhere while `debug_indices` is on; see `has_values`.
+
+    Args:
+        cu_seqlens: where packed samples begin, as `check_cu_seqlens` leaves it.
+        num_rows: N.
+        what: the name of the rows.
+        most: no sample may have more of them; None: any number.
+    """
+    if not has_values(cu_seqlens, anywhere=_debug):
+        return
+    rule = f"cu_seqlens must rise from 0 to the {num_rows} {what}"
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != num_rows:
+        raise ValueError(f"{rule}, not from {first} to {last}")
+    falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()
+    if falls.numel():
+        b = int(falls[0])
+        raise ValueError(f"{rule}, and it falls from {int(cu_seqlens[b])} to {int(cu_seqlens[b + 1])} at sample {b}")
+    counts = cu_seqlens.diff()
+    if most is not None and int(counts.max()) > most:
+        b = int(counts.argmax())
+        raise ValueError(f"cu_seqlens gives sample {b} {int(counts[b])} {what}, more than its {most} positions")
 
 
 def num_samples(x: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -131,7 +131,8 @@ def adamw_ema(
         raise ValueError(f"rates must have one value per average, {len(averages)}, not {len(rates)}")
     if len(steps) != len(params):
         raise ValueError(f"steps must have one tensor per parameter, {len(params)}, not {len(steps)}")
-    for name, tensor in (("lr", lr), ("factor", factor), ("found_inf", found_inf)):
+    named = {"lr": lr, "factor": factor, "found_inf": found_inf, **{f"steps[{i}]": t for i, t in enumerate(steps)}}
+    for name, tensor in named.items():
         if tensor is not None and tensor.numel() != 1:
             raise ValueError(f"{name} must hold one value, not {tensor.numel()}")
     check_impl(impl)
@@ -190,14 +191,18 @@ def adamw_ema(
 
 
 def _check(params: Sequence[Tensor], others: dict[str, Sequence[Tensor]]) -> None:
-    """Raise a ValueError that names the first tensor which is no contiguous one of its parameter's shape."""
+    """Raise a ValueError that names the first tensor which is no contiguous one of its parameter's shape and device."""
     shapes = [p.shape for p in params]
+    devices = [p.device for p in params]
     for name, tensors in {"params": params, **others}.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} must have one tensor per parameter, {len(params)}, not {len(tensors)}")
         if [t.shape for t in tensors] != shapes:
             i = next(i for i, t in enumerate(tensors) if t.shape != shapes[i])
             raise ValueError(f"{name}[{i}] must have shape {tuple(shapes[i])}, not {tuple(tensors[i].shape)}")
+        if [t.device for t in tensors] != devices:
+            i = next(i for i, t in enumerate(tensors) if t.device != devices[i])
+            raise ValueError(f"{name}[{i}] must be on {devices[i]}, like its parameter, not on {tensors[i].device}")
         if not all(map(Tensor.is_contiguous, tensors)):
             i = next(i for i, t in enumerate(tensors) if not t.is_contiguous())
             raise ValueError(f"{name}[{i}] of shape {tuple(shapes[i])} must be contiguous")

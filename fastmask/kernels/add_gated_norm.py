@@ -148,7 +148,8 @@ def add_gated_norm(
         scale: like ``gate``.
         norm: "layer" or "rms".
         eps: added to the variance (to the mean square for "rms").
-        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins.
+        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins. Values
+            are checked on a CPU, outside torch.compile.
         out_dtype: dtype of h; None is that of ``x``.
         impl: "fused" (float32, bfloat16, float16; D a multiple of 8 up to 8192), "reference", or None for the device's
             default.

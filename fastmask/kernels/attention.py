@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._attention_backends import AttentionBackend, attention_backends, call, refusal, sample_lengths
 from fastmask.kernels._dispatch import BackendUnavailableError, Impl, check_impl, public_op
-from fastmask.kernels._layout import check_cu_seqlens, check_devices
+from fastmask.kernels._layout import check_bounds, check_cu_seqlens, check_devices
 
 __all__ = ["AttentionBackend", "attention", "attention_backends", "attention_reference"]
 
@@ -120,7 +120,7 @@ def attention(
         k: keys, of the shape and dtype of ``q``.
         v: values, of the shape and dtype of ``q``.
         cu_seqlens: int32 (int64 is converted), shape (B + 1,), from 0 to N, not falling: where each packed sample
-            begins. Its values are checked where they are read on the host, and nowhere else.
+            begins. Values are checked on a CPU, and on a GPU where they are read on the host, outside torch.compile.
         max_seqlen: no packed sample is longer; None: N, which is always right, and slower on a GPU.
         backend: None for the first of these that takes the call, "torch" or "flash-attn"; any of them by name:
 
@@ -180,3 +180,4 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
     check_devices(q.device, k=k, v=v, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens)
+        check_bounds(cu_seqlens, q.shape[0], "rows of q")

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
 from fastmask.kernels._layout import (
     MAX_WIDTH,
+    check_bounds,
     check_cu_seqlens,
     check_devices,
     check_dtype,
@@ -205,7 +206,8 @@ def embed_kept_patches(
             GPU: shape (B, K), or (N,) with ``cu_seqlens``; None keeps all in order.
         patch_size: p.
         image_scale: shape (B,), multiplies each image (EDM's c_in); None is 1.
-        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins.
+        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins. Values
+            are checked on a CPU, outside torch.compile.
         shift: shape (B, D); with it and ``scale`` the modulated norm of the tokens is returned too.
         scale: like ``shift``.
         norm: "layer" or "rms".
@@ -226,7 +228,7 @@ def embed_kept_patches(
     check_devices(images.device, weight=weight, **others, ids_keep=ids_keep, cu_seqlens=cu_seqlens)
     _check_shapes(images, weight, others, patch_size)
     position = position_table(position)
-    _check_indices(ids_keep, cu_seqlens, images)
+    _check_indices(ids_keep, cu_seqlens, images, position.shape[0])
     native = _is_native(position, image_scale, images, weight, bias, shift, scale)
     if resolve_impl(impl, images.device, native) == "reference":
         return embed_kept_patches_reference(
@@ -234,7 +236,7 @@ def embed_kept_patches(
             cu_seqlens=cu_seqlens, shift=shift, scale=scale, norm=norm, eps=eps,
         )  # fmt: skip
     if ids_keep is not None:
-        check_index_range("ids_keep", ids_keep, position.shape[0])
+        check_index_range("ids_keep", ids_keep, position.shape[0], "embed_kept_patches_fwd")
     _check_fused({"images": images, "weight": weight, **others}, weight.shape[0])
     if shift is not None and scale is not None:
         shift, scale = (t if t.stride(-1) == 1 else t.contiguous() for t in (shift, scale))
@@ -276,7 +278,7 @@ def _check_shapes(images: Tensor, weight: Tensor, others: dict[str, Tensor | Non
         raise ValueError(f"shift and scale belong together, and {missing} is missing")
 
 
-def _check_indices(ids_keep: Tensor | None, cu_seqlens: Tensor | None, images: Tensor) -> None:
+def _check_indices(ids_keep: Tensor | None, cu_seqlens: Tensor | None, images: Tensor, length: int) -> None:
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens)
         if cu_seqlens.shape[0] != images.shape[0] + 1:
@@ -287,8 +289,11 @@ def _check_indices(ids_keep: Tensor | None, cu_seqlens: Tensor | None, images: T
         if ids_keep is None or ids_keep.ndim != 1:
             given = None if ids_keep is None else tuple(ids_keep.shape)
             raise ValueError(f"ids_keep must have shape (N,) with cu_seqlens, not {given}")
+        check_bounds(cu_seqlens, ids_keep.shape[0], "entries of ids_keep", length)
     elif ids_keep is not None and (ids_keep.ndim != 2 or ids_keep.shape[0] != images.shape[0]):
         raise ValueError(f"ids_keep must have shape ({images.shape[0]}, K), not {tuple(ids_keep.shape)}")
+    elif ids_keep is not None and ids_keep.shape[1] > length:
+        raise ValueError(f"ids_keep of shape {tuple(ids_keep.shape)} keeps more than the {length} positions of images")
     if ids_keep is not None and ids_keep.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids_keep must be int32 or int64, not {ids_keep.dtype} of shape {tuple(ids_keep.shape)}")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, _is_native, define_op, public_op, resolve_impl
-from fastmask.kernels._layout import check_cu_seqlens, check_devices, check_dtype
+from fastmask.kernels._layout import check_bounds, check_cu_seqlens, check_devices, check_dtype
 from fastmask.kernels.patches import patchify
 from fastmask.kernels.sample_mask import Mask
 
@@ -164,7 +164,8 @@ def masked_loss(
         images: clean images, shape (B, C, h * p, w * p).
         noised: images plus noise, the same shape.
         sigma: noise level of each sample, shape (B,).
-        mask: which positions the encoder saw, packed ones included; None is all of them.
+        mask: which positions the encoder saw, packed ones included; None is all of them. The values of its
+            ``cu_seqlens`` are checked on a CPU, outside torch.compile.
         patch_size: p.
         sigma_data: standard deviation of the data.
         impl: "fused" (fp32, bf16 or fp16 tensors and fp32 sigma, P up to 1024), "reference" (any floating dtype and
@@ -234,10 +235,16 @@ def _check_mask(mask: Mask, raw: Tensor) -> None:
     if mask.cu_seqlens is None:
         if mask.ids_keep.ndim != 2 or mask.ids_keep.shape[0] != batch:
             raise ValueError(f"mask.ids_keep must have shape ({batch}, K), not {tuple(mask.ids_keep.shape)}")
+        if mask.ids_keep.shape[1] > length:
+            given = tuple(mask.ids_keep.shape)
+            raise ValueError(f"mask.ids_keep of shape {given} keeps more than the {length} positions of a sample")
         return
     check_cu_seqlens(mask.cu_seqlens)
     if mask.cu_seqlens.shape[0] != batch + 1:
         raise ValueError(f"mask.cu_seqlens must have shape ({batch + 1},), not {tuple(mask.cu_seqlens.shape)}")
+    if mask.ids_keep.ndim != 1:
+        raise ValueError(f"mask.ids_keep must have shape (N,) with cu_seqlens, not {tuple(mask.ids_keep.shape)}")
+    check_bounds(mask.cu_seqlens, mask.ids_keep.shape[0], "entries of mask.ids_keep", length)
 
 
 def _check_fused(raw: Tensor, images: Tensor, noised: Tensor, sigma: Tensor) -> None:

@@ -23,10 +23,12 @@ from torch.autograd.function import once_differentiable
 from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
 from fastmask.kernels._layout import (
     as_rows,
+    check_bounds,
     check_cu_seqlens,
     check_devices,
     check_dtype,
     check_index_range,
+    check_permutations,
     check_tokens,
     needs_gradient,
     num_samples,
@@ -195,7 +197,8 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
         x: shape (B, L, D); copied first if not contiguous.
         ids_keep: int32 or int64, shape (B, K), or packed (N,) with ``cu_seqlens``: each sample's kept positions, in any
             order, each at most once.
-        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins.
+        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins. Values
+            are checked on a CPU, outside torch.compile.
         impl: "fused" (float32, bfloat16, float16; D a multiple of 8 up to 8192), "reference", or None for the device's
             default.
 
@@ -212,14 +215,17 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
     _check_indices("ids_keep", ids_keep)
     if cu_seqlens is None and (ids_keep.ndim != 2 or ids_keep.shape[0] != x.shape[0]):
         raise ValueError(f"ids_keep must have shape ({x.shape[0]}, K), not {tuple(ids_keep.shape)}")
+    if cu_seqlens is None and ids_keep.shape[1] > x.shape[1]:
+        raise ValueError(f"ids_keep of shape {tuple(ids_keep.shape)} keeps more than the {x.shape[1]} positions of x")
     if cu_seqlens is not None:
         if ids_keep.ndim != 1:
             raise ValueError(f"ids_keep must have shape (N,) with cu_seqlens, not {tuple(ids_keep.shape)}")
         check_cu_seqlens(cu_seqlens)
         _check_shape("cu_seqlens", cu_seqlens, (x.shape[0] + 1,), x)
+        check_bounds(cu_seqlens, ids_keep.shape[0], "entries of ids_keep", x.shape[1])
     if resolve_impl(impl, x.device, native_takes("gather_tokens_fwd", x)) == "reference":
         return gather_tokens_reference(x, ids_keep, cu_seqlens=cu_seqlens)
-    check_index_range("ids_keep", ids_keep, x.shape[1])
+    check_index_range("ids_keep", ids_keep, x.shape[1], "gather_tokens_fwd")
     rows = as_rows(x, cu_seqlens, {})
     whole = rows.x.view(x.shape)
     return _GatherTokens.apply(whole, ids_keep.contiguous(), rows.cu_seqlens)  # type: ignore[no-any-return,no-untyped-call]
@@ -252,7 +258,8 @@ def restore_tokens(
         position: shape (L, E), or (1, L, E).
         ids_restore: int32 or int64, shape (B, L), a permutation of [0, L) per sample: a value below K says that the
             position is kept, and which of the sample's rows of ``x`` it is. Undefined if it is no permutation.
-        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins.
+        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins. Values
+            are checked on a CPU, outside torch.compile.
         shift: per sample, shape (B, E); given together with ``scale``.
         scale: like ``shift``.
         norm: "layer" or "rms".
@@ -282,6 +289,10 @@ def restore_tokens(
         )
     _check_indices("ids_restore", ids_restore)
     _check_shape("ids_restore", ids_restore, (batch, position.shape[0]), x)
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, x.shape[0], "rows of x", position.shape[0])
+    elif x.shape[1] > position.shape[0]:
+        raise ValueError(f"x of shape {tuple(x.shape)} has more tokens than the {position.shape[0]} positions")
     if (shift is None) != (scale is None):
         raise ValueError(f"shift and scale belong together, and {'shift' if shift is None else 'scale'} is missing")
     if shift is not None and scale is not None:
@@ -291,7 +302,8 @@ def restore_tokens(
         return restore_tokens_reference(
             x, mask_token, position, ids_restore, cu_seqlens=cu_seqlens, shift=shift, scale=scale, norm=norm, eps=eps
         )
-    check_index_range("ids_restore", ids_restore, position.shape[0])
+    check_index_range("ids_restore", ids_restore, position.shape[0], "restore_tokens_fwd")
+    check_permutations("ids_restore", ids_restore, "restore_tokens_fwd")
     if needs_gradient(position):
         raise ValueError(f'position of shape {given} must not require a gradient: only impl="reference" has it')
     rows = as_rows(x, cu_seqlens, {})

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, define_op, public_op, resolve_impl
-from fastmask.kernels._layout import sample_of_row
+from fastmask.kernels._layout import has_values, sample_of_row
 from fastmask.kernels.philox import philox_words
 
 MAX_LENGTH = 16384
@@ -118,7 +118,7 @@ def sample_mask(
         batch: B.
         length: L.
         keep: K, 1 <= K <= L; or integer, shape (B,), on ``device``, a K for each sample, which makes ``ids_keep``
-            packed. These counts are checked on a CPU unless ``impl`` is "fused"; elsewhere other values are undefined
+            packed. These counts are checked on a CPU, outside torch.compile; elsewhere other values are undefined
             behaviour.
         seed: the run's seed, of which 64 bits count: an int, or int64 of shape () on ``device``.
         offset: global index of the first sample, like ``seed``: sample b gets the mask of index ``offset + b`` wherever
@@ -140,14 +140,14 @@ def sample_mask(
     _check_counts(batch, length, keep, total)
     _check_scalar("seed", seed)
     _check_scalar("offset", offset)
+    if isinstance(keep, Tensor):
+        _check_values(keep, length, total)
     for name, value in (("keep", keep), ("seed", seed), ("offset", offset)):
         if isinstance(value, Tensor) and not _is_on(value, device):
             raise ValueError(f"{name} must be on {device}, not on {value.device}")
     native = "sample_mask_fwd" in _NATIVE_OPS and device.type == "cpu" and length <= MAX_LENGTH
     if resolve_impl(impl, device, native) == "reference":
         return sample_mask_reference(batch, length, keep, seed=seed, offset=offset, device=device, total=total)
-    if impl is None and isinstance(keep, Tensor):
-        _check_values(keep, length, total)
     if length > MAX_LENGTH:
         raise ValueError(
             f'the fused kernel takes a length up to {MAX_LENGTH}, not {length}: impl="reference" takes any'
@@ -166,6 +166,8 @@ def sample_mask(
 
 
 def _check_counts(batch: int, length: int, keep: int | Tensor, total: int | None) -> None:
+    if batch < 0:
+        raise ValueError(f"batch must be at least 0, not {batch}")
     if not isinstance(keep, Tensor):
         if total is not None:
             raise ValueError(f"total goes with a keep per sample, of shape ({batch},), not with the number {keep}")
@@ -184,7 +186,7 @@ def _check_counts(batch: int, length: int, keep: int | Tensor, total: int | None
 
 
 def _check_values(keep: Tensor, length: int, total: int | None) -> None:
-    if keep.device.type != "cpu" or torch.compiler.is_compiling():
+    if not has_values(keep):
         return
     if ((keep < 1) | (keep > length)).any():
         raise ValueError(f"keep must be between 1 and the {length} positions for each sample, not {keep.tolist()}")

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "check.h"
 #include "parts.h"
 #include "rows.h"
 
@@ -15,9 +16,18 @@ struct Groups {
   int64_t count, rows;
   const int32_t* cu_seqlens;  // count + 1 of them, or null
 
-  Groups(int64_t num_rows, int64_t num_groups, const std::optional<Tensor>& cu)
+  // Throws unless the groups have all rows between them, and none of them more than `most`.
+  Groups(int64_t num_rows, int64_t num_groups, const std::optional<Tensor>& cu, int64_t most = kNoLimit)
       : count(num_groups), rows(num_rows), cu_seqlens(nullptr) {
-    if (cu.has_value()) cu_seqlens = static_cast<const int32_t*>(cu->const_data_ptr());
+    if (cu.has_value()) {
+      check_cu_seqlens(*cu, count, rows, most);
+      STD_TORCH_CHECK(cu->scalar_type() == ScalarType::Int, "cu_seqlens must be int32");
+      cu_seqlens = static_cast<const int32_t*>(cu->const_data_ptr());
+      return;
+    }
+    const bool even = count > 0 ? rows >= 0 && rows % count == 0 : rows == 0;
+    STD_TORCH_CHECK(even, rows, " rows cannot be shared among ", count, " groups");
+    STD_TORCH_CHECK(rows == 0 || rows / count <= most, rows / count, " rows to a sample are more than ", most);
   }
 
   int64_t begin(int64_t group) const { return cu_seqlens ? cu_seqlens[group] : rows / count * group; }

@@ -1,19 +1,19 @@
 // Lists of indices, int32 or int64.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdint>
+
+#include "check.h"
 
 namespace fastmask {
 
 class Indices {
  public:
-  // Throws for an index outside [0, limit), which would lead out of a tensor's memory.
+  // Throws for a list that is no list of integers, and for an index outside [0, limit).
   Indices(const char* name, const torch::stable::Tensor& tensor, int64_t limit) {
+    check_integers(name, tensor, tensor.sizes());
     const void* data = tensor.const_data_ptr();
-    const bool wide = tensor.scalar_type() == torch::headeronly::ScalarType::Long;
+    const bool wide = tensor.scalar_type() == ScalarType::Long;
     wide_ = wide ? static_cast<const int64_t*>(data) : nullptr;
     narrow_ = wide ? nullptr : static_cast<const int32_t*>(data);
     for (int64_t i = 0, count = tensor.numel(); i < count; ++i) {

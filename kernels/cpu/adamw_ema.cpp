@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -12,12 +11,10 @@
 #include <vector>
 
 #include "../common/adamw.h"
+#include "../common/check.h"
 
 namespace fastmask {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kPiece = 1024;  // values at a time: the new weights stay in the first cache for averages and copies
 constexpr int64_t kGrain = 32;    // pieces that are worth a thread
@@ -72,11 +69,38 @@ void update_piece(const Arrays& a, int64_t start, const float* rates, bool bfloa
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 float value(const Tensor& tensor) { return *static_cast<const float*>(tensor.const_data_ptr()); }
 
+// Throws unless there are `lists` tensors of the shape of each parameter, fp32 or all of one 16-bit dtype.
+void check_list(const char* name, const std::vector<Tensor>& params, const std::vector<Tensor>& tensors, size_t lists,
+                bool low = false) {
+  STD_TORCH_CHECK(tensors.size() == lists * params.size(), name, " must hold ", lists * params.size(), " tensors, not ",
+                  tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    check_floats(name, tensors[i], params[i % params.size()].sizes());
+    const ScalarType dtype = tensors[i].scalar_type();
+    const bool fits =
+        low ? dtype != ScalarType::Float && dtype == tensors[0].scalar_type() : dtype == ScalarType::Float;
+    STD_TORCH_CHECK(fits, name, low ? " must be all bfloat16 or all float16" : " must be float32");
+  }
+}
+
 void adamw_ema(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
                const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& averages,
                const std::vector<Tensor>& copies, const std::vector<Tensor>& steps, const Tensor& lr,
                const Tensor& rates, const std::optional<Tensor>& factor, const std::optional<Tensor>& found_inf,
                double beta1, double beta2, double eps, double weight_decay) {
+  check_dim("rates", rates, 1);
+  check_fp32("rates", rates, rates.sizes());
+  check_list("params", params, params, 1);
+  check_list("grads", params, grads, 1);
+  check_list("exp_avgs", params, exp_avgs, 1);
+  check_list("exp_avg_sqs", params, exp_avg_sqs, 1);
+  check_list("averages", params, averages, rates.numel());
+  if (!copies.empty()) check_list("copies", params, copies, 1, true);
+  STD_TORCH_CHECK(steps.size() == params.size(), "steps must hold ", params.size(), " tensors, not ", steps.size());
+  for (const Tensor& step : steps) check_value("steps", step);
+  check_value("lr", lr);
+  if (factor) check_value("factor", *factor);
+  if (found_inf) check_value("found_inf", *found_inf);
   if (found_inf && value(*found_inf) != 0.0f) return;
   const size_t count = params.size(), num_averages = rates.numel();
   const float* rate = static_cast<const float*>(rates.const_data_ptr());

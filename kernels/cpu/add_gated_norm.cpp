@@ -41,12 +41,25 @@ FASTMASK_SIMD void backward_row(const float* __restrict grad_new, const float* _
   if (h_again) modulate_row(x, s, shift, scale, h_again, width);
 }
 
+Groups check_norm(const Tensor& x, const Tensor& branch, const Tensor& gate, const Tensor& shift, const Tensor& scale,
+                  const std::optional<Tensor>& cu_seqlens) {
+  check_dim("x", x, 2);
+  check_dim("gate", gate, 2);
+  check_floats("x", x, x.sizes());
+  check_floats("branch", branch, x.sizes());
+  check_modulation("gate", gate, gate.size(0), x.size(1));
+  check_modulation("shift", shift, gate.size(0), x.size(1));
+  check_modulation("scale", scale, gate.size(0), x.size(1));
+  return Groups(x.size(0), gate.size(0), cu_seqlens);
+}
+
 std::tuple<Tensor, Tensor, Tensor> add_gated_norm_fwd(const Tensor& x, const Tensor& branch, const Tensor& gate,
                                                       const Tensor& shift, const Tensor& scale,
                                                       std::optional<Tensor> cu_seqlens, bool rms, double eps,
                                                       ScalarType out_dtype) {
-  const int64_t rows = x.size(0), width = x.size(1);
-  const Groups groups(rows, gate.size(0), cu_seqlens);
+  const Groups groups = check_norm(x, branch, gate, shift, scale, cu_seqlens);
+  check_dtype("out_dtype", out_dtype);
+  const int64_t rows = groups.rows, width = x.size(1);
   Tensor x_new = torch::stable::new_empty(x, x.sizes(), x.scalar_type());
   Tensor h = torch::stable::new_empty(x, x.sizes(), out_dtype);
   Tensor stats = torch::stable::new_empty(x, {2, rows}, ScalarType::Float);
@@ -75,8 +88,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_gated_norm_bwd(
     std::optional<Tensor> grad_new, const Tensor& grad_h, const Tensor& x_new, const Tensor& stats,
     const Tensor& branch, const Tensor& gate, const Tensor& shift, const Tensor& scale,
     std::optional<Tensor> cu_seqlens, bool rms, bool recompute) {
-  const int64_t rows = x_new.size(0), width = x_new.size(1);
-  const Groups groups(rows, gate.size(0), cu_seqlens);
+  const Groups groups = check_norm(x_new, branch, gate, shift, scale, cu_seqlens);
+  const int64_t rows = groups.rows, width = x_new.size(1);
+  check_floats("grad_h", grad_h, x_new.sizes());
+  if (grad_new.has_value()) check_floats("grad_new", *grad_new, x_new.sizes());
+  check_fp32("stats", stats, {2, rows});
   Tensor grad_x = torch::stable::new_empty(x_new, x_new.sizes(), x_new.scalar_type());
   Tensor grad_branch = torch::stable::new_empty(branch, branch.sizes(), branch.scalar_type());
   Tensor sums[3] = {torch::stable::new_empty(gate, gate.sizes(), gate.scalar_type()),

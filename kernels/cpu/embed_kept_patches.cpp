@@ -97,10 +97,10 @@ class KeptPatches {
  public:
   KeptPatches(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& ids_keep,
               const std::optional<Tensor>& image_scale, const std::optional<Tensor>& cu_seqlens, ScalarType dtype)
-      : values(weight.size(1) * weight.size(2) * weight.size(3)),
+      : values(checked(images, weight, ids_keep, image_scale, cu_seqlens, dtype)),
         length(images.size(2) * images.size(3) / (weight.size(2) * weight.size(3))),
         rows(ids_keep.has_value() ? ids_keep->numel() : images.size(0) * length),
-        samples(rows, images.size(0), cu_seqlens),
+        samples(rows, images.size(0), cu_seqlens, length),
         scale_(image_scale),
         dtype_(dtype),
         side_(weight.size(3)),
@@ -139,6 +139,28 @@ class KeptPatches {
   const Groups samples;
 
  private:
+  // Throws unless the arguments fit one another; returns how many values a patch has.
+  static int64_t checked(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& ids_keep,
+                         const std::optional<Tensor>& image_scale, const std::optional<Tensor>& cu_seqlens,
+                         ScalarType dtype) {
+    check_dim("images", images, 4);
+    check_dim("weight", weight, 4);
+    const int64_t batch = images.size(0), channels = images.size(1), side = weight.size(3);
+    check_floats("images", images, images.sizes());
+    check_floats("weight", weight, {weight.size(0), channels, side, side});
+    check_patches(images, side);
+    STD_TORCH_CHECK(weight.size(0) % 8 == 0, "the width must be a multiple of 8, not ", weight.size(0));
+    check_dtype("dtype", dtype);
+    if (image_scale.has_value()) check_floats("image_scale", *image_scale, {batch});
+    STD_TORCH_CHECK(ids_keep.has_value() || !cu_seqlens.has_value(), "cu_seqlens needs ids_keep");
+    if (ids_keep.has_value()) {
+      check_dim("ids_keep", *ids_keep, cu_seqlens.has_value() ? 1 : 2);
+      const bool fits = cu_seqlens.has_value() || ids_keep->size(0) == batch;
+      STD_TORCH_CHECK(fits, "ids_keep must have ", batch, " rows, not ", ids_keep->size(0));
+    }
+    return channels * side * side;
+  }
+
   int64_t first_pixel(int64_t sample, int64_t row) const {
     const int64_t columns = width_ / side_, at = position(row);
     return sample * image_ + at / columns * side_ * width_ + at % columns * side_;
@@ -202,8 +224,11 @@ std::tuple<Tensor, Tensor, Tensor> embed_kept_patches_fwd(const Tensor& images, 
                                                           std::optional<Tensor> scale, bool rms, double eps) {
   const KeptPatches kept(images, weight, ids_keep, image_scale, cu_seqlens, dtype);
   const int64_t rows = kept.rows, values = kept.values, width = weight.size(0);
+  check_floats("bias", bias, {width});
+  check_floats("position", position, {kept.length, width});
+  check_dtype("out_dtype", out_dtype);
+  const bool normed = check_modulations(shift, scale, images.size(0), width);
   const Tensor tiles = weight_tiles(weight, values, dtype);
-  const bool normed = shift.has_value();
   Tensor tokens = torch::stable::new_empty(images, {rows, width}, out_dtype);
   Tensor h = normed ? torch::stable::new_empty(images, {rows, width}, out_dtype)
                     : torch::stable::new_empty(images, {0}, out_dtype);
@@ -316,6 +341,8 @@ std::tuple<Tensor, Tensor> embed_kept_patches_bwd(const Tensor& grad, const Tens
                                                   ScalarType bias_dtype) {
   const KeptPatches kept(images, weight, ids_keep, image_scale, cu_seqlens, dtype);
   const int64_t values = kept.values, width = weight.size(0);
+  check_floats("grad", grad, {kept.rows, width});
+  check_dtype("bias_dtype", bias_dtype);
   const int64_t padded = padded_to(kTileRows, values);
   const Tensor patches = kept_patches(kept, images, padded);
   Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes(), weight.scalar_type());
@@ -346,6 +373,7 @@ Tensor embed_kept_patches_bwd_images(const Tensor& grad, const Tensor& images, c
                                      std::optional<Tensor> cu_seqlens, ScalarType dtype) {
   const KeptPatches kept(images, weight, ids_keep, image_scale, cu_seqlens, dtype);
   const int64_t values = kept.values, width = weight.size(0);
+  check_floats("grad", grad, {kept.rows, width});
   const int64_t padded = padded_to(kTileColumns, values);
   Tensor rows = scratch(weight, width * padded);
   std::fill_n(floats(rows), rows.numel(), 0.0f);

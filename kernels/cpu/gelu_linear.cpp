@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../common/check.h"
 #include "../common/gelu.h"
 #include "../common/rows.h"
 
@@ -36,6 +37,8 @@ void for_pieces(int64_t n, const F& f) {
 }
 
 Tensor gelu_fwd(const Tensor& x, std::optional<ScalarType> out_dtype) {
+  check_floats("x", x, x.sizes());
+  check_dtype("out_dtype", out_dtype.value_or(x.scalar_type()));
   const int64_t n = x.numel();
   Tensor y = torch::stable::new_empty(x, x.sizes(), out_dtype.value_or(x.scalar_type()));
   for_pieces(n, [&](int64_t begin, int64_t end) {
@@ -51,6 +54,8 @@ Tensor gelu_fwd(const Tensor& x, std::optional<ScalarType> out_dtype) {
 }
 
 std::tuple<Tensor, Tensor> gelu_bwd(const Tensor& grad, const Tensor& x) {
+  check_floats("x", x, x.sizes());
+  check_floats("grad", grad, x.sizes());
   const int64_t n = x.numel();
   Tensor grad_x = torch::stable::new_empty(x, x.sizes(), x.scalar_type());
   Tensor y = torch::stable::new_empty(grad, grad.sizes(), grad.scalar_type());

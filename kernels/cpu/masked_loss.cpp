@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/check.h"
 #include "../common/norm.h"
 #include "../common/rows.h"
 
@@ -77,6 +78,26 @@ struct Inputs {
             1.0 / (c_out_squared * values_of(kept)), 1.0 / values_of(dropped)};
   }
 };
+
+void check_inputs(const Tensor& raw, const Tensor& images, const Tensor& noised, const Tensor& sigma,
+                  const std::optional<Tensor>& ids_restore, const std::optional<Tensor>& cu_seqlens, int64_t num_kept,
+                  int64_t patch_size) {
+  check_dim("images", images, 4);
+  check_patches(images, patch_size);
+  const Sizes sizes(images, patch_size);
+  const int64_t length = sizes.bands * sizes.columns;
+  check_floats("images", images, images.sizes());
+  check_floats("noised", noised, images.sizes());
+  check_floats("raw", raw, {sizes.batch, length, sizes.values});
+  check_fp32("sigma", sigma, {sizes.batch});
+  if (ids_restore.has_value()) check_integers("ids_restore", *ids_restore, {sizes.batch, length});
+  if (cu_seqlens.has_value()) {
+    STD_TORCH_CHECK(ids_restore.has_value(), "cu_seqlens needs ids_restore");
+    check_cu_seqlens(*cu_seqlens, sizes.batch, kAnyNumber, length);
+  } else {
+    STD_TORCH_CHECK(0 <= num_kept && num_kept <= length, "num_kept must be between 0 and ", length, ", not ", num_kept);
+  }
+}
 
 // Puts a row of pixels in its places among the tokens of a band, which are laid out (p, p, C), channels fastest.
 FASTMASK_SIMD void spread_row(const float* __restrict pixels, float* __restrict tokens, const Sizes& sizes) {
@@ -185,6 +206,7 @@ std::tuple<Tensor, Tensor> masked_loss_fwd(const Tensor& raw, const Tensor& imag
                                            const Tensor& sigma, std::optional<Tensor> ids_restore,
                                            std::optional<Tensor> cu_seqlens, int64_t num_kept, int64_t patch_size,
                                            double sigma_data) {
+  check_inputs(raw, images, noised, sigma, ids_restore, cu_seqlens, num_kept, patch_size);
   const Inputs in{raw,
                   images,
                   noised,
@@ -224,6 +246,7 @@ Tensor masked_loss_bwd(const Tensor& grad_denoising, const Tensor& grad_reconstr
                        const Tensor& images, const Tensor& noised, const Tensor& sigma,
                        std::optional<Tensor> ids_restore, std::optional<Tensor> cu_seqlens, int64_t num_kept,
                        int64_t patch_size, double sigma_data) {
+  check_inputs(raw, images, noised, sigma, ids_restore, cu_seqlens, num_kept, patch_size);
   const Inputs in{raw,
                   images,
                   noised,
@@ -234,6 +257,8 @@ Tensor masked_loss_bwd(const Tensor& grad_denoising, const Tensor& grad_reconstr
                   sigma_data,
                   Sizes(images, patch_size)};
   const Sizes& s = in.sizes;
+  check_fp32("grad_denoising", grad_denoising, {s.batch});
+  check_fp32("grad_reconstruction", grad_reconstruction, {s.batch});
   const float* grad_kept = static_cast<const float*>(grad_denoising.const_data_ptr());
   const float* grad_dropped = static_cast<const float*>(grad_reconstruction.const_data_ptr());
   Tensor grad_raw = torch::stable::new_empty(raw, raw.sizes(), raw.scalar_type());

@@ -28,11 +28,21 @@ FASTMASK_SIMD void again_row(const float* x, Statistics s, const float* shift, c
   modulate_row(x, s, shift, scale, h, width);
 }
 
+Groups check_norm(const Tensor& x, const Tensor& shift, const Tensor& scale, const std::optional<Tensor>& cu_seqlens) {
+  check_dim("x", x, 2);
+  check_dim("shift", shift, 2);
+  check_floats("x", x, x.sizes());
+  check_modulation("shift", shift, shift.size(0), x.size(1));
+  check_modulation("scale", scale, shift.size(0), x.size(1));
+  return Groups(x.size(0), shift.size(0), cu_seqlens);
+}
+
 std::tuple<Tensor, Tensor> modulate_norm_fwd(const Tensor& x, const Tensor& shift, const Tensor& scale,
                                              std::optional<Tensor> cu_seqlens, bool rms, double eps,
                                              ScalarType out_dtype) {
-  const int64_t rows = x.size(0), width = x.size(1);
-  const Groups groups(rows, shift.size(0), cu_seqlens);
+  const Groups groups = check_norm(x, shift, scale, cu_seqlens);
+  check_dtype("out_dtype", out_dtype);
+  const int64_t rows = groups.rows, width = x.size(1);
   Tensor h = torch::stable::new_empty(x, x.sizes(), out_dtype);
   Tensor stats = torch::stable::new_empty(x, {2, rows}, ScalarType::Float);
   float* stat = static_cast<float*>(stats.mutable_data_ptr());
@@ -56,8 +66,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulate_norm_bwd(const Tensor& grad_
                                                              const Tensor& shift, const Tensor& scale,
                                                              std::optional<Tensor> cu_seqlens, bool rms,
                                                              bool recompute) {
-  const int64_t rows = x.size(0), width = x.size(1);
-  const Groups groups(rows, shift.size(0), cu_seqlens);
+  const Groups groups = check_norm(x, shift, scale, cu_seqlens);
+  const int64_t rows = groups.rows, width = x.size(1);
+  check_floats("grad_h", grad_h, x.sizes());
+  check_fp32("stats", stats, {2, rows});
   Tensor grad_x = torch::stable::new_empty(x, x.sizes(), x.scalar_type());
   Tensor sums[2] = {torch::stable::new_empty(shift, shift.sizes(), shift.scalar_type()),
                     torch::stable::new_empty(scale, scale.sizes(), scale.scalar_type())};

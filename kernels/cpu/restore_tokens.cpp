@@ -54,11 +54,17 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_fwd(const Tensor& x, const Ten
                                                       const Tensor& ids_restore, std::optional<Tensor> cu_seqlens,
                                                       std::optional<Tensor> shift, std::optional<Tensor> scale,
                                                       bool rms, double eps) {
+  check_dim("x", x, 2);
+  check_dim("ids_restore", ids_restore, 2);
   const int64_t batch = ids_restore.size(0), length = ids_restore.size(1), rows = batch * length, width = x.size(1);
-  const Groups samples(rows, batch, std::nullopt), kept(x.size(0), batch, cu_seqlens);
+  check_floats("x", x, x.sizes());
+  check_width(width);
+  check_floats("mask_token", mask_token, {width});
+  check_floats("position", position, {length, width});
+  const Groups samples(rows, batch, std::nullopt), kept(x.size(0), batch, cu_seqlens, length);
   const Indices ids("ids_restore", ids_restore, length);
+  const bool normed = check_modulations(shift, scale, batch, width);
   const std::vector<float> token = rounded_token(mask_token, x);
-  const bool normed = shift.has_value();
   Tensor restored = torch::stable::new_empty(x, {rows, width}, promoted(x.scalar_type(), position.scalar_type()));
   const auto if_normed = [&](std::initializer_list<int64_t> shape, ScalarType dtype) {
     return normed ? torch::stable::new_empty(x, shape, dtype) : torch::stable::new_empty(x, {0}, dtype);
@@ -92,6 +98,22 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_fwd(const Tensor& x, const Ten
   return {restored, h, stats};
 }
 
+// Throws unless every kept row has one position, whose gradient it receives.
+void check_rows_are_met_once(const Indices& ids, const Groups& kept, int64_t length) {
+  std::vector<std::uint8_t> met(kept.rows, 0);
+  int64_t count = 0;
+  for (int64_t sample = 0; sample < kept.count; ++sample) {
+    const int64_t first = kept.begin(sample), number = kept.begin(sample + 1) - first;
+    for (int64_t i = sample * length; i < (sample + 1) * length; ++i) {
+      if (ids[i] >= number) continue;
+      STD_TORCH_CHECK(!met[first + ids[i]], "ids_restore holds ", ids[i], " twice for sample ", sample);
+      met[first + ids[i]] = 1;
+      ++count;
+    }
+  }
+  STD_TORCH_CHECK(count == kept.rows, "ids_restore has places for ", count, " kept rows of ", kept.rows);
+}
+
 // Adds the partial sums of each sample's parts, (samples * parts, width), then those of the samples.
 Tensor sum_of_parts(const std::vector<float>& partial, int64_t samples, int64_t parts, const Tensor& like) {
   const int64_t width = like.size(0);
@@ -114,9 +136,17 @@ Tensor sum_of_parts(const std::vector<float>& partial, int64_t samples, int64_t 
 std::tuple<Tensor, Tensor> restore_tokens_bwd(const Tensor& grad_restored, std::optional<Tensor> grad_norm,
                                               const Tensor& mask_token, const Tensor& ids_restore,
                                               std::optional<Tensor> cu_seqlens, int64_t num_kept, ScalarType dtype) {
+  check_dim("mask_token", mask_token, 1);
+  check_dim("ids_restore", ids_restore, 2);
   const int64_t batch = ids_restore.size(0), length = ids_restore.size(1), width = mask_token.size(0);
-  const Groups samples(batch * length, batch, std::nullopt), kept(num_kept, batch, cu_seqlens);
+  check_width(width);
+  check_floats("mask_token", mask_token, {width});
+  check_floats("grad_restored", grad_restored, {batch * length, width});
+  if (grad_norm.has_value()) check_floats("grad_norm", *grad_norm, {batch * length, width});
+  check_dtype("dtype", dtype);
+  const Groups samples(batch * length, batch, std::nullopt), kept(num_kept, batch, cu_seqlens, length);
   const Indices ids("ids_restore", ids_restore, length);
+  check_rows_are_met_once(ids, kept, length);
   Tensor grad_x = torch::stable::new_empty(grad_restored, {num_kept, width}, dtype);
   std::vector<float> partial(batch * samples.parts_per_group() * width);
   samples.for_parts([&](const auto& each) {
@@ -138,9 +168,21 @@ std::tuple<Tensor, Tensor> restore_tokens_bwd(const Tensor& grad_restored, std::
   return {grad_x, sum_of_parts(partial, batch, samples.parts_per_group(), mask_token)};
 }
 
+// The rows that each sample keeps, of (B, K) or packed (N,) indices.
+Groups kept_rows(const Tensor& ids_keep, int64_t batch, int64_t length, const std::optional<Tensor>& cu_seqlens) {
+  STD_TORCH_CHECK(batch >= 0 && length >= 0, "batch and length must be at least 0, not ", batch, " and ", length);
+  check_dim("ids_keep", ids_keep, cu_seqlens.has_value() ? 1 : 2);
+  if (!cu_seqlens.has_value())
+    check_sizes("ids_keep", ids_keep, std::initializer_list<int64_t>{batch, ids_keep.size(1)});
+  return Groups(ids_keep.numel(), batch, cu_seqlens, length);
+}
+
 Tensor gather_tokens_fwd(const Tensor& x, const Tensor& ids_keep, std::optional<Tensor> cu_seqlens) {
+  check_dim("x", x, 3);
   const int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
-  const Groups samples(ids_keep.numel(), batch, cu_seqlens);
+  check_width(width);
+  check_floats("x", x, x.sizes());
+  const Groups samples = kept_rows(ids_keep, batch, length, cu_seqlens);
   const Indices ids("ids_keep", ids_keep, length);
   Tensor kept = cu_seqlens.has_value() ? torch::stable::new_empty(x, {ids_keep.size(0), width}, x.scalar_type())
                                        : torch::stable::new_empty(x, {batch, ids_keep.size(1), width}, x.scalar_type());
@@ -160,9 +202,16 @@ Tensor gather_tokens_fwd(const Tensor& x, const Tensor& ids_keep, std::optional<
 // Every row is written once, a dropped one with zeros.
 Tensor gather_tokens_bwd(const Tensor& grad, const Tensor& ids_keep, std::optional<Tensor> cu_seqlens, int64_t batch,
                          int64_t length) {
+  const Groups samples = kept_rows(ids_keep, batch, length, cu_seqlens);
+  check_dim("grad", grad, ids_keep.dim() + 1);
   const int64_t width = grad.size(grad.dim() - 1);
-  const Groups samples(ids_keep.numel(), batch, cu_seqlens), whole(batch * length, batch, std::nullopt);
+  check_width(width);
+  std::vector<int64_t> shape(ids_keep.sizes().begin(), ids_keep.sizes().end());
+  shape.push_back(width);
+  check_floats("grad", grad, shape);
   const Indices ids("ids_keep", ids_keep, length);
+  Tensor grad_x = torch::stable::new_empty(grad, {batch, length, width}, grad.scalar_type());
+  const Groups whole(batch * length, batch, std::nullopt);
   std::vector<int64_t> source(batch * length, -1);
   for (int64_t sample = 0; sample < batch; ++sample) {
     for (int64_t i = samples.begin(sample); i < samples.begin(sample + 1); ++i) {
@@ -171,7 +220,6 @@ Tensor gather_tokens_bwd(const Tensor& grad, const Tensor& ids_keep, std::option
       place = i;
     }
   }
-  Tensor grad_x = torch::stable::new_empty(grad, {batch, length, width}, grad.scalar_type());
   const int64_t bytes = width * static_cast<int64_t>(grad.element_size());
   const char* from = static_cast<const char*>(grad.const_data_ptr());
   char* to = static_cast<char*>(grad_x.mutable_data_ptr());

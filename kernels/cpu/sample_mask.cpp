@@ -2,21 +2,19 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "../common/check.h"
 #include "../common/philox.h"
 
 namespace fastmask {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 8192;  // positions that are worth a thread
 
@@ -70,6 +68,18 @@ int64_t write_lists(const std::uint32_t* keys, Threshold threshold, int64_t leng
 
 std::tuple<Tensor, Tensor> sample_mask_fwd(const Tensor& seed, const Tensor& offset, std::optional<Tensor> cu_seqlens,
                                            int64_t batch, int64_t length, int64_t keep, int64_t stream) {
+  check_integers("seed", seed, {});
+  check_integers("offset", offset, {});
+  const bool wide = seed.scalar_type() == ScalarType::Long && offset.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(wide, "seed and offset must be int64");
+  const bool fits = batch >= 0 && 0 <= length && length <= std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(fits, "masks of batch ", batch, " and length ", length, " cannot be drawn");
+  if (cu_seqlens) {
+    check_cu_seqlens(*cu_seqlens, batch, keep, length);
+    STD_TORCH_CHECK(cu_seqlens->scalar_type() == ScalarType::Int, "cu_seqlens must be int32");
+  } else {
+    STD_TORCH_CHECK(0 <= keep && keep <= length, "keep must be between 0 and ", length, ", not ", keep);
+  }
   Tensor ids_keep = cu_seqlens ? torch::stable::new_empty(seed, {keep}, ScalarType::Int)
                                : torch::stable::new_empty(seed, {batch, keep}, ScalarType::Int);
   Tensor ids_restore = torch::stable::new_empty(seed, {batch, length}, ScalarType::Int);
@@ -78,7 +88,7 @@ std::tuple<Tensor, Tensor> sample_mask_fwd(const Tensor& seed, const Tensor& off
   const std::uint64_t first_sample = *static_cast<const std::uint64_t*>(offset.const_data_ptr());
   int32_t* kept = static_cast<int32_t*>(ids_keep.mutable_data_ptr());
   int32_t* restore = static_cast<int32_t*>(ids_restore.mutable_data_ptr());
-  const int64_t counters = (length + 3) / 4, rows = ends ? keep : batch * keep;
+  const int64_t counters = (length + 3) / 4;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, length));
   torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
     std::vector<std::uint32_t> keys(4 * counters);
@@ -89,8 +99,7 @@ std::tuple<Tensor, Tensor> sample_mask_fwd(const Tensor& seed, const Tensor& off
       const Threshold threshold = find_threshold(keys.data(), length, num_kept);
       const int64_t count =
           write_lists(keys.data(), threshold, length, num_kept, positions.data(), restore + b * length);
-      // Counts that sum to more than there are rows must not be written behind them.
-      if (first >= 0 && first < rows) std::copy_n(positions.data(), std::min(count, rows - first), kept + first);
+      std::copy_n(positions.data(), count, kept + first);
     }
   });
   return {ids_keep, ids_restore};

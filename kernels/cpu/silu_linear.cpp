@@ -3,19 +3,17 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <vector>
 
+#include "../common/check.h"
 #include "../common/simd.h"
 
 namespace fastmask {
 namespace {
-
-using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 32;         // rows of the weight that are worth a thread
 constexpr int64_t kRowsPerPart = 256;  // of the weight, whose products with the gradient are added up apart
@@ -111,8 +109,17 @@ std::vector<float> silu(const Tensor& x) {
   return h;
 }
 
+void check_operands(const Tensor& x, const Tensor& weight) {
+  check_dim("x", x, 2);
+  check_dim("weight", weight, 2);
+  check_fp32("x", x, x.sizes());
+  check_fp32("weight", weight, {weight.size(0), x.size(1)});
+}
+
 Tensor silu_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check_operands(x, weight);
   const int64_t rows = x.size(0), width = x.size(1), out = weight.size(0);
+  check_fp32("bias", bias, {out});
   Tensor y = torch::stable::new_empty(x, {rows, out}, x.scalar_type());
   const std::vector<float> h = silu(x);
   const float *w = floats(weight), *b = floats(bias);
@@ -124,7 +131,9 @@ Tensor silu_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& bias
 }
 
 std::tuple<Tensor, Tensor, Tensor> silu_linear_bwd(const Tensor& grad, const Tensor& x, const Tensor& weight) {
+  check_operands(x, weight);
   const int64_t rows = x.size(0), width = x.size(1), out = weight.size(0);
+  check_fp32("grad", grad, {rows, out});
   Tensor grad_x = torch::stable::new_empty(x, x.sizes(), x.scalar_type());
   Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes(), weight.scalar_type());
   Tensor grad_bias = torch::stable::new_empty(weight, {out}, weight.scalar_type());

@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import math
 from itertools import combinations
@@ -207,11 +208,14 @@ def test_fused_writes_every_index_and_none_behind_the_lists(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", poisoned)
         masks = [draw(3, 7, 4, impl="fused"), draw(3, 7, counts, total=13, impl="fused")]
-        draw(3, 7, counts, total=10, impl="fused")
+        # An op that is called by itself with counts that sum to more than its total; a native one raises.
+        ends = torch.tensor([0, 2, 8, 13], dtype=torch.int32, device=DEVICE)
+        with pytest.raises(RuntimeError, match="cu_seqlens must end with 10") if NATIVE else contextlib.nullcontext():
+            scalar = torch.tensor(0, device=DEVICE)
+            contract.sample_mask_fwd(scalar, scalar, ends, 3, 7, 10, 0)
     assert len(buffers) == (0 if NATIVE else 6)  # a native kernel allocates for itself: `make sanitize` looks there
     for mask, right in zip(masks, expected, strict=True):
         assert_same(mask, right)
-    # The last call's counts sum to more than its total.
     for buffer in buffers:
         assert (buffer[-32:] == -77).all()
 
@@ -290,12 +294,13 @@ def test_arguments_that_do_not_fit(kw, message, impl):
         draw(2, 6, **{"keep": 3, "impl": impl, **kw})
 
 
+@pytest.mark.parametrize("impl", ["reference", "fused", None])
 @pytest.mark.parametrize("counts", [[0, 4], [7, 1], [-1, 6]])
-def test_the_reference_checks_counts_on_the_cpu(counts):
+def test_counts_are_checked_on_the_cpu(counts, impl):
     with pytest.raises(ValueError, match=r"keep must be between 1 and the 6 positions for each sample, not \["):
-        draw(2, 6, torch.tensor(counts), total=sum(counts), device="cpu")
+        draw(2, 6, torch.tensor(counts), total=sum(counts), device="cpu", impl=impl)
     with pytest.raises(ValueError, match="total must be the sum of keep, 5, not 6"):
-        draw(2, 6, torch.tensor([2, 3]), total=6, device="cpu")
+        draw(2, 6, torch.tensor([2, 3]), total=6, device="cpu", impl=impl)
 
 
 def test_what_the_fused_form_does_not_take():
