@@ -3,6 +3,7 @@
 # make kernels   compile every Triton kernel for three generations of GPUs, with none of them here, and count bytes
 # make bench     measure here; make report writes the README's table, docs/measured.md and the plots from committed rows
 # make sanitize  build the native kernels with checks of addresses and undefined behaviour, and run their tests
+# make numerics  run the numeric tests with the instruction sets of other processors, on two threads, with 20 seeds
 # make abi TORCH=2.11.0  load the native kernels, as built for CI's torch, in another one, and run their tests there
 # make cuda      compile the CUDA C++ kernels with nvcc, with no GPU: registers and shared memory, and no spills
 # make emulated  test the same kernels on the CPU, where the threads of a block take turns
@@ -23,7 +24,7 @@ NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py silu_linear.py mo
 	embed_kept_patches.py embed_natively.py restore_tokens.py) \
 	$(addprefix tests/test_,model.py golden.py packed.py optim.py) $(TRAINER_TESTS)
 
-.PHONY: demo test test-dali venv venv-dali lint bench report kernels sanitize abi cuda emulated clean
+.PHONY: demo test test-dali venv venv-dali lint bench report kernels sanitize numerics abi cuda emulated clean
 .DELETE_ON_ERROR:
 
 venv: .venv/.done
@@ -83,6 +84,15 @@ sanitize: venv
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		FASTMASK_NATIVE=$(CURDIR)/build/sanitize/_native.so TRITON_INTERPRET=0 \
 		$(BIN)/python -m pytest -q -p no:benchmark $(filter tests/kernels/%,$(NATIVE_TESTS))
+
+# Compiled for one level of x86 at a time, so that each runs here; an hour on two cores.
+LEVELS := x86-64 x86-64-v3 x86-64-v4
+numerics: venv
+	for level in $(LEVELS); do \
+		cmake -S . -B build/$$level -DTORCH_ROOT=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') \
+			-DFASTMASK_LEVEL=$$level -DFASTMASK_OUT=$(CURDIR)/build/$$level && cmake --build build/$$level || exit 1; \
+	done
+	$(BIN)/python tests/numerics.py build
 
 # Another torch than CI's is a CUDA build of some gigabytes.
 abi: venv
