@@ -235,12 +235,15 @@ def check_ranges(config: TrainConfig) -> None:
         ("p_std", 0),
         ("divergence_factor", 0),
         ("loss_limit", 0),
+        ("cfg_scale", 0),
     ]:
         value = getattr(config, name)
         if not lowest <= value < float("inf"):
             raise ValueError(f"{name} must be at least {lowest}, not {value}")
-    if config.sigma_data <= 0:
-        raise ValueError(f"sigma_data must be above 0, not {config.sigma_data}")
+    if not 0 < config.sigma_data < float("inf"):
+        raise ValueError(f"sigma_data must be a number above 0, not {config.sigma_data}")
+    if not abs(config.p_mean) < float("inf"):
+        raise ValueError(f"p_mean must be a number, not {config.p_mean}")
     for name, value in [("label_drop", config.label_drop), ("ema_decay", config.ema_decay)]:
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], not {value}")
