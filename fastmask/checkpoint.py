@@ -5,32 +5,51 @@ A checkpoint is a folder `step-00001000` with `model.safetensors`, `ema.safetens
 written under a temporary name and renamed when it is on the disk, so every folder of that name is whole.
 """
 
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastmask.console import say
 from fastmask.diffusion import EDMPrecond
 from fastmask.distributed import whole
 from fastmask.ema import PowerEMA
 from fastmask.files import apply_umask, whole_file
-from fastmask.weights import bare_name, check_same_shapes, read_weights, save_weights
+from fastmask.rundir import (
+    FORMAT,
+    PARTS,
+    SUMS,
+    checkpoints,
+    find_checkpoint,
+    find_weights,
+    locate,
+    newest_whole,
+    read_state,
+    step_of,
+    warn_of_start,
+)
+from fastmask.rundir import sums as checksums
+from fastmask.tensorfile import read_tensors
+from fastmask.weights import check_same_shapes, save_weights, weights_for
 
-_PARTS = ("model", "ema", "optimizer")
-_FILES = (*(f"{part}.safetensors" for part in (*_PARTS, "profiles")), "state.json")
-_SUMS = "SHA256SUMS"
-_FORMAT = 2  # 1, which `state.json` did not state, had no checksums
+__all__ = [
+    "Checkpointer",
+    "checkpoints",
+    "load_checkpoint",
+    "load_initial",
+    "newest_good",
+    "read_state",
+    "step_of",
+]
 
 
 class Checkpointer:
@@ -102,7 +121,7 @@ class Checkpointer:
         if profiles:
             parts["profiles"] = _averages(profiles)
         host = {part: _to_host(tensors) for part, tensors in parts.items()}
-        text = json.dumps({"step": step, "format": _FORMAT, **state}, indent=2) + "\n"
+        text = json.dumps({"step": step, "format": FORMAT, **state}, indent=2) + "\n"
         widths = [profile.width for profile in profiles]
 
         def write() -> None:
@@ -155,11 +174,11 @@ class Checkpointer:
             for part, tensors in parts.items():
                 file = partial / f"{part}.safetensors"
                 if part in ("model", "ema"):
-                    save_weights(file, net, tensors)
+                    save_weights(file, net, tensors, checksum=False)
                 else:
                     safetensors.torch.save_file(dict(tensors), file)
             (partial / "state.json").write_text(state)
-            (partial / _SUMS).write_text("".join(_sums(partial).values()))
+            (partial / SUMS).write_text("".join(checksums(partial).values()))
             for path in partial.iterdir():
                 apply_umask(path)
                 _flush(path)
@@ -203,29 +222,18 @@ def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
     Raises:
         ValueError: all are damaged.
     """
-    found: list[Any] = [None]
+    found: list[Any] = [None, None]
     if _rank() == 0:
-        faults: list[tuple[Path, str]] = []
-        good = None
-        for folder in reversed(checkpoints(run_dir)):
-            fault = _fault(folder)
-            if not fault:
-                good = folder
-                break
-            faults.append((folder, fault))
-        if good is not None:
-            for folder, fault in faults:
-                warn(f"{folder} is damaged ({fault}): going on from {good}")
-        found = [(good, [f"{folder.name} ({fault})" for folder, fault in faults])]
+        try:
+            found[0] = newest_whole(run_dir, None, warn)
+        except ValueError as error:
+            found[1] = f"{error}; bring one back from a copy, or delete them to begin anew"
     if _is_distributed():
         torch.distributed.broadcast_object_list(found)
     newest: Path | None
-    newest, damaged = found[0]
-    if newest is None and damaged:
-        raise ValueError(
-            f"no checkpoint in {run_dir / 'checkpoints'} is whole: {', '.join(damaged)}; bring one back from a copy, "
-            "or delete them to begin anew"
-        )
+    newest, damage = found
+    if damage:
+        raise ValueError(damage)
     return newest
 
 
@@ -252,8 +260,8 @@ def load_checkpoint(
             copied.
     """
     state = read_state(folder)
-    weights, averaged, stored = (read_weights(folder / f"{part}.safetensors")[0] for part in _PARTS)
-    kept = read_weights(folder / "profiles.safetensors")[0] if profiles else {}
+    weights, averaged, stored = (read_tensors(folder / f"{part}.safetensors")[0] for part in PARTS)
+    kept = read_tensors(folder / "profiles.safetensors")[0] if profiles else {}
     for tensors in (weights, averaged):
         check_same_shapes(net.state_dict(), tensors, str(folder))
     check_same_shapes(_averages(profiles), kept, f"{folder / 'profiles.safetensors'}")
@@ -272,77 +280,36 @@ def load_checkpoint(
     return state
 
 
-class Snapshot(NamedTuple):
-    """An average of a run at a step: a file of weights that `load_maskdit` reads."""
-
-    step: int
-    width: float
-    path: Path
-
-
-def snapshots(run_dir: Path) -> list[Snapshot]:
-    """Return the snapshots of a run, oldest first."""
-    found = []
-    for path in (run_dir / "snapshots").glob("step-*.safetensors"):
-        named = re.fullmatch(r"step-(\d{8,})-(\d.*)", path.stem)
-        if named:
-            found.append(Snapshot(int(named[1]), float(named[2]), path))
-    return sorted(found)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return what the ``state.json`` of a checkpoint holds; a ValueError if it cannot be read."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / 'state.json'} cannot be read: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{folder / 'state.json'} holds no mapping")
-    if state.get("format", _FORMAT) != _FORMAT:
-        raise ValueError(
-            f"{folder / 'state.json'} is of format {state['format']}, and this version reads {_FORMAT}: another "
-            f"version of fastmask wrote it"
-        )
-    return state
-
-
 def load_initial(init: str, net: EDMPrecond, ema: Mapping[str, Tensor]) -> None:
     """Copy weights from elsewhere into a network and its EMA, of which sharded tensors (DTensor) take their part.
 
+    Where they are for other classes or another size of images, the network keeps its own table of these, and a line
+    says so.
+
     Args:
-        init: a run folder, whose newest weights and EMA both go on, or a `.pt` or `.safetensors` file for both.
+        init: a run folder or a checkpoint, whose weights and EMA both go on, or a file of weights for both.
         net: the denoiser.
         ema: averaged weights, by the names of ``net``'s parameters.
 
     Raises:
-        ValueError: nothing to read there, or the weights of another network (lists the differing names).
+        ValueError: nothing to read there, damaged files, or the weights of another network (lists the differing names).
     """
-    source = Path(init)
-    weights_file = average_file = source
-    if source.is_dir() or not source.suffix:
-        found = checkpoints(source)
-        if not found:
-            raise ValueError(f"--init {init}: there is no checkpoint of a run; train one there, or name a weights file")
-        weights_file, average_file = found[-1] / "model.safetensors", found[-1] / "ema.safetensors"
-    weights, average = (
-        {f"model.{bare_name(name)}": tensor for name, tensor in read_weights(file)[0].items()}
-        for file in (weights_file, average_file)
-    )
-    check_same_shapes(net.state_dict(), weights, f"--init {weights_file}")
-    _copy(net.state_dict(), weights)
-    _copy(ema, average)
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    named = (run_dir / "checkpoints").glob("step-*")
-    # A copy that a user has put aside beside them is not one of them.
-    return sorted((path for path in named if path.name.removeprefix("step-").isdecimal()), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """Return how many steps had been done at a checkpoint."""
-    return int(folder.name.removeprefix("step-"))
+    try:
+        place, names = locate(init), ("model.safetensors", "ema.safetensors")
+        if place.file:
+            weights, notes = weights_for(net, find_weights(init, True, say))
+            average = weights
+        else:
+            folder = find_checkpoint(place, (*names, "state.json"), say)
+            warn_of_start(folder, say)
+            (weights, notes), (average, _) = (weights_for(net, folder / name) for name in names)
+    except ValueError as error:
+        raise ValueError(f"--init {error}") from error
+    for note in notes:
+        say(note)
+    own = net.state_dict()
+    _copy({name: own[name] for name in weights}, weights)
+    _copy({name: ema[name] for name in weights if name in ema}, average)
 
 
 def _rank() -> int:
@@ -401,39 +368,6 @@ def _part_for(target: Tensor, value: Tensor) -> Tensor:
     assert isinstance(target, DTensor)
     # Every rank has read the whole and takes its part without asking another.
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-
-
-def _fault(folder: Path) -> str:
-    """Return why a checkpoint cannot be trusted; an empty string if it can."""
-    try:
-        sums = folder / _SUMS
-        if not sums.exists() and "format" not in read_state(folder):  # of the first format
-            for part in _PARTS:
-                read_weights(folder / f"{part}.safetensors")
-            return ""
-        stored, lines = sums.read_bytes().decode(errors="replace"), _sums(folder)
-        missing = [name for name in _FILES if name in stored and name not in lines]
-        differing = [name for name, line in lines.items() if line not in stored]
-    except (OSError, ValueError) as error:
-        return str(error).replace(f"{folder}{os.sep}", "")
-    if missing:
-        return f"{', '.join(missing)} is missing"
-    if differing:
-        return f"{', '.join(differing)} differs from its checksum in {_SUMS}"
-    return "" if stored == "".join(lines.values()) else f"{_SUMS} is not as it was written"
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    """Return the lines of checksums for the files of a checkpoint, by name."""
-    lines = {}
-    for name in sorted(_FILES):
-        if (folder / name).exists():
-            digest = hashlib.sha256()
-            with (folder / name).open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            lines[name] = f"{digest.hexdigest()}  {name}\n"
-    return lines
 
 
 def _flush(path: Path) -> None:

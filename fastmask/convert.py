@@ -8,12 +8,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastmask.checkpoint import snapshots
 from fastmask.cli import parse, run_command
 from fastmask.console import say
+from fastmask.distributed import require_one_process
 from fastmask.ema import gamma_of, posthoc_coefficients
 from fastmask.files import whole_file
-from fastmask.weights import check_same_shapes, load_maskdit, read_weights, save_weights
+from fastmask.rundir import listing, locate, snapshots, step_of
+from fastmask.weights import load_maskdit, save_weights, weights_for
 
 # Share of the wanted profile that a sum of snapshots may miss before it is worth a word.
 _NOTABLE = 0.05
@@ -24,11 +25,11 @@ class ConvertConfig:
     """What to make."""
 
     run_dir: tyro.conf.Positional[str]
-    """Folder of a run that was trained with --ema-widths."""
+    """Folder of a run that was trained with --ema-widths; a checkpoint or a snapshot of it also says the step."""
     posthoc_ema: float
     """Relative width of the average to put together from the run's snapshots, such as 0.05."""
     step: int = 0
-    """Step that the average ends at; 0 is that of the newest snapshot."""
+    """Step that the average ends at; 0 is that of the checkpoint or snapshot that is named, or of the newest."""
     out: str = ""
     """File to write; empty: ema-WIDTH.safetensors in the run's folder."""
 
@@ -36,14 +37,18 @@ class ConvertConfig:
 def main(argv: Sequence[str]) -> None:
     """Write the weights that the arguments describe."""
     config = parse(ConvertConfig, argv, prog="python -m fastmask.convert", description="Convert weights of a run.")
-    gamma, run_dir = gamma_of(config.posthoc_ema), Path(config.run_dir)
+    require_one_process("fastmask.convert")
+    gamma = gamma_of(config.posthoc_ema)
+    run_dir, named_step = run_and_step(config.run_dir)
     out = Path(config.out) if config.out else run_dir / f"ema-{config.posthoc_ema:g}.safetensors"
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: weights are written as .safetensors")
     found = snapshots(run_dir)
     if not found:
-        raise ValueError(f"{run_dir} holds no snapshots: train with --ema-widths 0.05 0.1 to keep some")
-    step = config.step or found[-1].step
+        raise ValueError(
+            f"{run_dir} holds no snapshots but {listing(run_dir)}: train with --ema-widths 0.05 0.1 to keep some"
+        )
+    step = config.step or named_step or found[-1].step
     used = [snapshot for snapshot in found if snapshot.step <= step]
     if not used:
         raise ValueError(f"--step {step}: the first snapshot of {run_dir} is of step {found[0].step}")
@@ -51,15 +56,30 @@ def main(argv: Sequence[str]) -> None:
     net = load_maskdit(used[-1].path)
     total: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for snapshot, coefficient in zip(used, coefficients, strict=True):
-        tensors, _ = read_weights(snapshot.path)
-        check_same_shapes(net.state_dict(), tensors, str(snapshot.path))
+        tensors, notes = weights_for(net, snapshot.path)
+        if notes:
+            raise ValueError(f"{notes[0]}, and the newest one is not")
         for name, sum_of_it in total.items():
             sum_of_it.add_(tensors[name].float(), alpha=coefficient)
-    with whole_file(out) as partial:
-        save_weights(partial, net, {**net.state_dict(), **total})
+    try:
+        with whole_file(out) as partial:
+            save_weights(partial, net, {**net.state_dict(), **total})
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be written: {error.__cause__ or error}") from error
     say(f"{out}: an average of relative width {config.posthoc_ema:g} at step {step}, from {len(used)} snapshots")
     if missed > _NOTABLE:
         say(f"the snapshots miss {missed:.0%} of its profile: more of them, or a width nearer to theirs, miss less")
+
+
+def run_and_step(source: str) -> tuple[Path, int]:
+    """Return the run folder that a path lies in, and the step of the checkpoint or snapshot that it names, or 0."""
+    place = locate(source)
+    if place.run is None:
+        raise ValueError(f"{source} does not lie in the folder of a run, whose snapshots are needed: name that")
+    if place.checkpoint:
+        return place.run, step_of(place.checkpoint)
+    steps = [snapshot.step for snapshot in snapshots(place.run) if place.file and snapshot.path.name == place.file.name]
+    return place.run, steps[0] if steps else 0
 
 
 if __name__ == "__main__":

@@ -64,6 +64,13 @@ def own_device(device: torch.device, ranks: Ranks) -> torch.device:
     return device
 
 
+def require_one_process(command: str) -> None:
+    """Raise a ValueError under torchrun with several processes, each of which would do all of the work."""
+    count = Ranks.from_environment().count
+    if count > 1:
+        raise ValueError(f"{command} works in one process, and {count} were started: start it without torchrun")
+
+
 @contextlib.contextmanager
 def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
     """Connect the processes inside the block: NCCL between GPUs, gloo between CPUs and for what the hosts agree on."""

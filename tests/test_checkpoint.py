@@ -10,14 +10,16 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
+from test_train import run, weights
 from util import small_net
 
-from fastmask.checkpoint import Checkpointer, checkpoints, load_checkpoint, load_initial, read_state, snapshots
+from fastmask.checkpoint import Checkpointer, checkpoints, load_checkpoint, load_initial, read_state
 from fastmask.config import TrainConfig
 from fastmask.diffusion import EDMLoss
 from fastmask.ema import EMA, PowerEMA
 from fastmask.files import _UMASK
 from fastmask.optim import make_optimizer
+from fastmask.rundir import snapshots
 from fastmask.weights import load_maskdit
 
 SHALLOW = {"depth": 1, "decoder_depth": 1}
@@ -359,17 +361,104 @@ def test_starting_from_a_file(tmp_path, trained, name):
 
 
 def test_starting_from_elsewhere(tmp_path, trained):
-    other = Trained(steps=0, num_classes=7)
+    other = Trained(steps=0, depth=2)
     before = other.tensors()
     trained.save(tmp_path / "run")
     (tmp_path / "weights.pt").write_bytes(b"x")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for init, message in [
-        (tmp_path / "absent", "there is no checkpoint of a run; train one there, or name a weights file"),
-        (tmp_path, "there is no checkpoint of a run"),
+        (
+            tmp_path / "absent",
+            f"--init {tmp_path}/absent does not exist, and {tmp_path} holds empty, run, weights.pt: name",
+        ),
+        (tmp_path, f"--init {tmp_path} holds no weights but empty, run, weights.pt: name a run folder, one of its"),
+        (tmp_path / "empty", "--init .*/empty holds no checkpoint of a run, but checkpoints: name a run folder, one"),
         (tmp_path / "absent.pt", r"absent\.pt does not exist"),
         (tmp_path / "weights.pt", r"weights\.pt cannot be read as weights"),
-        (tmp_path / "run", r"model\.safetensors is of another network: .*embedding_table.* has shape \(16, 5\)"),
+        (tmp_path / "run", r"--init .*model\.safetensors is of another network: model\.blocks\.1\S+ is missing"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_initial(str(init), other.net, other.ema.weights)
     assert_same(other.tensors(), before)
+
+
+def init(source, **sizes):
+    """Return what a fresh network and its average become, and what they were."""
+    other = Trained(steps=0, seed=2, **sizes)
+    before = {name: tensor for name, tensor in other.tensors().items() if name.startswith(("net/", "ema/"))}
+    load_initial(str(source), other.net, other.ema.weights)
+    return {name: tensor for name, tensor in other.tensors().items() if name in before}, before
+
+
+def test_starting_from_a_checkpoint_that_is_named(tmp_path, trained):
+    folder = trained.save(tmp_path, 1)
+    Trained(steps=0, seed=1).save(tmp_path, 2)
+    after, _ = init(folder)
+    assert_same(after, {name: tensor for name, tensor in trained.tensors().items() if name in after})
+    of_file, _ = init(folder / "ema.safetensors")
+    for name in trained.ema.weights:
+        assert torch.equal(of_file[f"net/{name}"], trained.ema.weights[name])
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_starting_from_a_damaged_checkpoint(tmp_path, trained, part, capsys):
+    before, folder = trained.save(tmp_path, 1), Trained(steps=0, seed=1).save(tmp_path, 2)
+    content = bytearray((folder / f"{part}.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / f"{part}.safetensors").write_bytes(content)
+    after, _ = init(tmp_path)
+    assert_same(after, {name: tensor for name, tensor in trained.tensors().items() if name in after})
+    damage = f"{part}.safetensors differs from its checksum in SHA256SUMS"
+    assert capsys.readouterr().out == f"{folder} is damaged ({damage}): taking {before}\n"
+    with pytest.raises(ValueError, match=rf"--init {folder} is damaged \({damage}\): name {tmp_path} for the newest"):
+        init(folder)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"num_classes": 7}, {"input_size": 16}, {"num_classes": 0, "input_size": 4}], ids=str
+)
+def test_starting_with_other_classes_or_another_size(tmp_path, trained, sizes, capsys):
+    folder = trained.save(tmp_path)
+    after, before = init(tmp_path, **sizes)
+    own = {name for name in before if "embedding_table" in name or "pos_embed" in name}
+    assert own
+    for name, tensor in after.items():
+        taken = trained.tensors().get(name)
+        is_own = taken is None or taken.shape != tensor.shape
+        assert torch.equal(tensor, before[name] if is_own else taken), name
+        assert name in own or not is_own
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(sizes)
+    assert all(line.startswith(f"{folder / 'model.safetensors'} is for ") for line in lines)
+
+
+def test_an_average_of_another_network_starts_nothing(tmp_path, trained):
+    """As after a flipped bit in a name, of a checkpoint that has no checksums."""
+    folder = trained.save(tmp_path)
+    (folder / "SHA256SUMS").unlink()
+    (folder / "state.json").write_text('{"step": 1}')
+    content = (folder / "ema.safetensors").read_bytes()
+    (folder / "ema.safetensors").write_bytes(content.replace(b"model.mask_token", b"model.mask_tokem"))
+    other = Trained(steps=0, seed=2)
+    before = other.tensors()
+    with pytest.raises(ValueError, match=r"--init .*ema\.safetensors is of another network: .*mask_token is missing"):
+        load_initial(str(tmp_path), other.net, other.ema.weights)
+    assert_same(other.tensors(), before)
+
+
+def test_fine_tuning_as_its_users_run_it(tmp_path, capsys):
+    """On other classes and a larger size; what starts it is the line that the trainer ended with."""
+    flags = ["--data", "synthetic", "--checkpoint-every", "1"]
+    run(tmp_path / "a", *flags, "--image-size", "32", "--num-classes", "5", steps=2, unmask=0)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("trained 2 steps: "))
+    folder = line.removeprefix("trained 2 steps: ")
+    more = [*flags, "--image-size", "64", "--num-classes", "3", "--lr", "0", "--init", folder]
+    run(tmp_path / "b", *more, steps=1, unmask=0)
+    said = capsys.readouterr().out
+    model = f"{folder}/model.safetensors is for"
+    assert f"{model} 5 classes: the label table for 3 is drawn anew" in said
+    assert f"{model} images of 4 x 4: the position tables for 8 x 8 are computed anew" in said
+    before, after = weights(tmp_path / "a"), weights(tmp_path / "b")
+    same = {key for key in before if before[key].shape == after[key].shape and torch.equal(before[key], after[key])}
+    positions = {"model.pos_embed", "model.decoder_pos_embed"}
+    assert before.keys() - same == {*positions, "model.y_embedder.embedding_table.weight"}

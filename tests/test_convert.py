@@ -1,15 +1,18 @@
 """Post-hoc EMA as its users run it: a run that keeps snapshots, and the average that was not tracked."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import run, weights
 
-from fastmask import load_maskdit
-from fastmask.checkpoint import snapshots
+from fastmask import EDMPrecond, MaskDiT, load_maskdit
 from fastmask.convert import main
+from fastmask.rundir import checkpoints, snapshots
+from fastmask.weights import save_weights
 
 WIDTHS = ["--ema-widths", "0.05", "0.1", "--checkpoint-every", "1000", "--snapshot-every", "4"]
 
@@ -74,16 +77,75 @@ def test_mistakes(run_dir, flags, message):
 
 
 def test_a_run_without_snapshots(tmp_path):
-    with pytest.raises(ValueError, match="holds no snapshots: train with --ema-widths"):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="holds no snapshots but checkpoints: train with --ema-widths"):
         main([str(tmp_path), "--posthoc-ema", "0.05"])
 
 
-def test_a_damaged_snapshot_is_named(run_dir, tmp_path):
+def test_what_names_a_run_by_a_part_of_it_also_names_the_step(run_dir, tmp_path, capsys):
+    out = str(tmp_path / "made.safetensors")
+    for source, step in [
+        (run_dir, 40),
+        (run_dir / "checkpoints", 40),
+        (run_dir / "snapshots", 40),
+        (checkpoints(run_dir)[-1], 40),
+        (snapshots(run_dir)[6].path, 16),
+    ]:
+        main([str(source), "--posthoc-ema", "0.07", "--out", out])
+        assert f"of relative width 0.07 at step {step}, from " in capsys.readouterr().out
+    shutil.copytree(run_dir, tmp_path / "run")
+    checkpoints(tmp_path / "run")[-1].rename(tmp_path / "run" / "checkpoints" / "step-00000020")
+    main([str(tmp_path / "run" / "checkpoints" / "step-00000020"), "--posthoc-ema", "0.07"])
+    assert "at step 20, from 10 snapshots" in capsys.readouterr().out
+    assert (tmp_path / "run" / "ema-0.07.safetensors").exists()
+    with pytest.raises(ValueError, match=r"made\.safetensors does not lie in the folder of a run, whose snapshots are"):
+        main([out, "--posthoc-ema", "0.07"])
+
+
+@pytest.mark.parametrize("at", [0.02, 0.3, 0.6, 0.999])
+def test_a_flipped_bit_of_a_snapshot_is_found(run_dir, tmp_path, at):
     shutil.copytree(run_dir / "snapshots", tmp_path / "snapshots")
     bad = snapshots(tmp_path)[3].path
-    bad.write_bytes(bad.read_bytes()[:500])
-    with pytest.raises(ValueError, match=bad.name):
+    content = bytearray(bad.read_bytes())
+    content[int(at * len(content))] ^= 1
+    bad.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{bad.name} (is damaged|cannot be read as weights): "):
         main([str(tmp_path), "--posthoc-ema", "0.05"])
+    assert not (tmp_path / "ema-0.05.safetensors").exists()
+
+
+def test_a_snapshot_that_is_cut_off_or_of_another_network(run_dir, tmp_path):
+    shutil.copytree(run_dir / "snapshots", tmp_path / "snapshots")
+    bad = snapshots(tmp_path)[3].path
+    content = bad.read_bytes()
+    bad.write_bytes(content[:500])
+    with pytest.raises(ValueError, match=rf"{bad.name} cannot be read as weights: "):
+        main([str(tmp_path), "--posthoc-ema", "0.05"])
+    net = load_maskdit(snapshots(run_dir)[-1].path)
+    sizes = {"num_heads": 2, "decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}
+    small = EDMPrecond(MaskDiT(8, 2, 1, width=16, depth=1, num_classes=3, **sizes))
+    assert net.state_dict().keys() == small.state_dict().keys()
+    save_weights(bad, small)
+    with pytest.raises(ValueError, match=rf"{bad.name} is for 3 classes: .* is drawn anew, and the newest one is not"):
+        main([str(tmp_path), "--posthoc-ema", "0.05"])
+
+
+@pytest.mark.parametrize("cause", ["full", "a folder", "no folder"])
+def test_a_target_that_cannot_be_written_is_one_line(run_dir, tmp_path, cause):
+    out = tmp_path / "a.safetensors"
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); " if cause == "full" else ""
+    if cause == "a folder":
+        out.mkdir()
+    elif cause == "no folder":
+        (tmp_path / "file").touch()
+        out = tmp_path / "file" / "a.safetensors"
+    before = sorted(tmp_path.iterdir())
+    command = f"{limit}from fastmask.convert import *; run_command('fastmask.convert', main)"
+    flags = [str(run_dir), "--posthoc-ema", "0.07", "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", command, *flags], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
+    assert f"fastmask.convert: error: --out {out} cannot be written: " in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_profiles_go_on_with_the_run(tmp_path):

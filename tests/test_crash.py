@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from fastmask.checkpoint import checkpoints, snapshots
+from fastmask.rundir import checkpoints, snapshots
 
 STEPS = 132
 # When the process is killed: while it starts, a while after its first step, or while a checkpoint is being written.

@@ -1,7 +1,7 @@
 """Reading and writing weights in the published names."""
 
 import argparse
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from util import golden, small_net
 
 from fastmask import load_maskdit
-from fastmask.weights import save_weights
+from fastmask.weights import save_weights, weights_for
 
 HEADS = {"num_heads": 2, "decoder_num_heads": 3}  # those of small_net
 
@@ -257,19 +257,19 @@ def test_tensors_of_too_few_dimensions(name, shape):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_a_missing_file(tmp_path, suffix):
-    with pytest.raises(ValueError, match=rf"absent\{suffix} does not exist, or is not a file"):
+    with pytest.raises(ValueError, match=rf"absent\{suffix} does not exist, and {tmp_path} holds nothing: name a run"):
         load_maskdit(tmp_path / f"absent{suffix}")
 
 
 def test_a_folder(tmp_path):
-    with pytest.raises(ValueError, match="does not exist, or is not a file"):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no weights but nothing: name a run folder, one of its"):
         load_maskdit(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "weights"])
+@pytest.mark.parametrize("name", ["weights.npz", "weights"])
 def test_an_unknown_suffix(tmp_path, name):
     torch.save(small_net().state_dict(), tmp_path / name)
-    with pytest.raises(ValueError, match=rf"{name}: weights are read from \.pt and \.safetensors files"):
+    with pytest.raises(ValueError, match=rf"{name}: weights are read from \.safetensors, \.pt, \.pth, \.ckpt and"):
         load_maskdit(tmp_path / name, **HEADS)
 
 
@@ -310,7 +310,148 @@ def test_a_pt_file_of_no_weights(tmp_path, content):
         load_maskdit(tmp_path / "weights.pt", **HEADS)
 
 
-def test_a_pt_file_that_would_run_code(tmp_path):
-    torch.save({"model": small_net().state_dict(), "args": SimpleNamespace(lr=1)}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights\.pt cannot be read as weights: "):
-        load_maskdit(tmp_path / "weights.pt", **HEADS)
+def test_the_average_of_a_training_file_or_its_raw_weights(tmp_path):
+    net, ema = small_net(), small_net(seed=1)
+    content = {"state_dict": net.state_dict(), "state_dict_ema": ema.state_dict(), "args": Path("train.yaml")}
+    torch.save(content, tmp_path / "weights.pth.tar")
+    for source in (content, tmp_path / "weights.pth.tar"):
+        assert_same_network(load_maskdit(source, **HEADS), ema)
+        assert_same_network(load_maskdit(source, **HEADS, weights="raw"), net)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_that_are_not_finite(tmp_path, value, dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in small_net().state_dict().items()}
+    weights["model.blocks.1.mlp.fc2.bias"][2:4] = value
+    match = r"2 of the 16 values of model\.blocks\.1\.mlp\.fc2\.bias are not finite"
+    with pytest.raises(ValueError, match=f"the given mapping: {match}"):
+        load_maskdit(weights, **HEADS)
+    save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=rf"weights\.safetensors: {match}"):
+        load_maskdit(tmp_path / "weights.safetensors", **HEADS)
+    with pytest.raises(ValueError, match=rf"weights\.safetensors: {match}"):
+        weights_for(small_net(), tmp_path / "weights.safetensors")
+
+
+def test_values_beyond_fp32_are_not_finite_either():
+    weights = {name: tensor.double() for name, tensor in small_net().state_dict().items()}
+    weights["model.mask_token"][0, 0, 0] = 1e300
+    with pytest.raises(ValueError, match=r"1 of the 12 values of model\.mask_token are not finite"):
+        load_maskdit(weights, **HEADS)
+
+
+@pytest.mark.parametrize("value", ["nan", "0", "-1", "inf", "-0.0", "0.5x", ""])
+def test_a_sigma_data_that_cannot_be(tmp_path, value):
+    stated = {"num_heads": "2", "decoder_num_heads": "3", "sigma_data": value}
+    save_file(small_net().state_dict(), tmp_path / "weights.safetensors", stated)
+    for load in (load_maskdit, lambda path: weights_for(small_net(), path)):
+        with pytest.raises(
+            ValueError, match=rf"weights\.safetensors: sigma_data must be a number above 0, not {value}"
+        ):
+            load(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0, float("inf")])
+def test_an_argument_sigma_data_that_cannot_be(value):
+    with pytest.raises(ValueError, match="the given mapping: sigma_data must be a number above 0, not "):
+        load_maskdit(small_net().state_dict(), **HEADS, sigma_data=value)
+
+
+@pytest.mark.parametrize("name", ["num_heads", "decoder_num_heads"])
+@pytest.mark.parametrize("value", ["0", "-2", "two", "2.0", "1e9", "99999999"])
+def test_heads_that_cannot_be(tmp_path, name, value):
+    save_file(small_net().state_dict(), tmp_path / "weights.safetensors", {name: value})
+    with pytest.raises(ValueError, match=rf"weights\.safetensors states {name} '{value}', which is no number of heads"):
+        load_maskdit(tmp_path / "weights.safetensors", **HEADS)
+
+
+def as_dit(net, learned):
+    """Return weights as DiT lays them out: a row per class and one for none, a head that may give a variance too."""
+    weights = bare(net.state_dict())
+    table = weights["y_embedder.embedding_table.weight"]
+    weights["y_embedder.embedding_table.weight"] = torch.cat([table.t(), torch.zeros(1, len(table))])
+    if learned:
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            weights[name] = torch.cat([weights[name]] * 2)
+    return weights
+
+
+def test_a_dit_is_recognised(tmp_path):
+    net = small_net(decoder_depth=0)
+    rows = "its label table has 6 rows, one of them for no label"
+    head = "its head gives 24 numbers for the 12 of a patch"
+    learned = rf"is a DiT with learned sigma: not MaskDiT, which is what is read here \({head}, {rows}\)"
+    with pytest.raises(ValueError, match=f"the given mapping {learned}"):
+        load_maskdit(as_dit(net, learned=True), num_heads=2)
+    with pytest.raises(ValueError, match=rf"the given mapping is a DiT: not MaskDiT, which .* here \({rows}\)"):
+        load_maskdit(as_dit(net, learned=False), num_heads=2)
+    torch.save(as_dit(net, learned=True), tmp_path / "DiT-XL-2-256x256.pt")
+    for load in (load_maskdit, lambda path: weights_for(net, path)):
+        with pytest.raises(ValueError, match=rf"DiT-XL-2-256x256\.pt {learned}"):
+            load(tmp_path / "DiT-XL-2-256x256.pt")
+    unconditional = {k: t for k, t in as_dit(net, learned=True).items() if "y_embedder" not in k}
+    with pytest.raises(ValueError, match=rf"is a DiT with learned sigma: .*\({head}\)"):
+        load_maskdit(unconditional, num_heads=2)
+
+
+def taken(tmp_path, source, **sizes):
+    """Return what of its tensors a network does not take from another's file, and what is said of that."""
+    save_weights(tmp_path / "weights.safetensors", source)
+    net = small_net(seed=1, **sizes)
+    weights, notes = weights_for(net, tmp_path / "weights.safetensors")
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, source.state_dict()[name])
+    return net.state_dict().keys() - weights.keys(), [note.removeprefix(str(tmp_path)) for note in notes]
+
+
+LABELS = "model.y_embedder.embedding_table.weight"
+POSITIONS = {"model.pos_embed", "model.decoder_pos_embed"}
+
+
+def test_weights_for_other_classes_or_another_size(tmp_path):
+    net, what = small_net(), "/weights.safetensors is for"
+    assert taken(tmp_path, net) == (set(), [])
+    for count in (1, 7):
+        said = [f"{what} 5 classes: the label table for {count} is drawn anew"]
+        assert taken(tmp_path, net, num_classes=count) == ({LABELS}, said)
+    assert taken(tmp_path, net, num_classes=0) == (set(), [f"{what} 5 classes: its label table is left out"])
+    said = [f"{what} 0 classes: the label table for 5 is drawn anew"]
+    assert taken(tmp_path, small_net(num_classes=0)) == ({LABELS}, said)
+    for size in (4, 16):
+        said = [f"{what} images of 8 x 8: the position tables for {size} x {size} are computed anew"]
+        assert taken(tmp_path, net, input_size=size) == (POSITIONS, said)
+    left, said = taken(tmp_path, small_net().to(torch.bfloat16), input_size=16, num_classes=3)
+    assert left == {LABELS, *POSITIONS}
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"width": 24}, r"is of another network: .* has shape \(96, 16\) instead of \(144, 24\)"),
+        ({"in_channels": 4}, r"model\.x_embedder\.proj\.weight has shape \(16, 3, 2, 2\) instead of \(16, 4, 2, 2\)"),
+        ({"patch_size": 4}, r"is of another network: .*final_layer"),
+        ({"depth": 3}, r"is of another network: .*blocks\.2\S+ is missing"),
+        ({"decoder_depth": 0}, r"is of another network: .*is not part of the network"),
+        ({"num_heads": 4}, "is of another network: its num_heads is 2 instead of 4"),
+        ({"decoder_num_heads": 2}, "is of another network: its decoder_num_heads is 3 instead of 2"),
+    ],
+    ids=str,
+)
+def test_weights_of_another_network_are_refused(tmp_path, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        taken(tmp_path, small_net(), **sizes, num_classes=7)
+
+
+def test_position_tables_that_are_learned_serve_no_other_size(tmp_path):
+    net = small_net()
+    net.model.pos_embed[0, 3, 3] += 0.1
+    assert taken(tmp_path, net) == (set(), [])
+    with pytest.raises(ValueError, match=r"model\.pos_embed is not the fixed table of sines, so it serves no"):
+        taken(tmp_path, net, input_size=16)
+
+
+def test_another_sigma_data_is_said(tmp_path):
+    said = ["/weights.safetensors was trained with sigma_data 1.5, and goes on with 0.5"]
+    assert taken(tmp_path, small_net(sigma_data=1.5)) == (set(), said)

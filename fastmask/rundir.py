@@ -1,0 +1,266 @@
+"""What a run leaves in its folder, whether it is as it was written, and what a path names of it."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastmask.tensorfile import read_tensors
+
+PARTS = ("model", "ema", "optimizer")
+FILES = (*(f"{part}.safetensors" for part in (*PARTS, "profiles")), "state.json")
+SUMS = "SHA256SUMS"
+FORMAT = 2  # 1, which `state.json` did not state, had no checksums
+
+_SOURCES = "a run folder, one of its checkpoints/step-N, or a .safetensors or .pt file of weights"
+_MOST_SHOWN = 6
+_NOTABLE = 0.1  # share of the first weights in an average
+
+
+class Snapshot(NamedTuple):
+    """An average of a run at a step: a file of weights that `load_maskdit` reads."""
+
+    step: int
+    width: float
+    path: Path
+
+
+class Place(NamedTuple):
+    """What a path names.
+
+    Attributes:
+        run: the run folder, where it is one or lies in one.
+        checkpoint: the checkpoint, where it is one or lies in one.
+        file: the file, where it is one.
+    """
+
+    run: Path | None = None
+    checkpoint: Path | None = None
+    file: Path | None = None
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    named = (run_dir / "checkpoints").glob("step-*")
+    # A copy that a user has put aside beside them is not one of them.
+    return sorted((path for path in named if path.name.removeprefix("step-").isdecimal()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return how many steps had been done at a checkpoint."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def snapshots(run_dir: Path) -> list[Snapshot]:
+    """Return the snapshots of a run, oldest first."""
+    found = []
+    for path in (run_dir / "snapshots").glob("step-*.safetensors"):
+        named = re.fullmatch(r"step-(\d{8,})-(\d+(?:\.\d+)?(?:e-\d+)?)", path.stem)
+        if named:
+            found.append(Snapshot(int(named[1]), float(named[2]), path))
+    return sorted(found)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return what the ``state.json`` of a checkpoint holds; a ValueError if it cannot be read."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / 'state.json'} cannot be read: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{folder / 'state.json'} holds no mapping")
+    if state.get("format", FORMAT) != FORMAT:
+        raise ValueError(
+            f"{folder / 'state.json'} is of format {state['format']}, and this version reads {FORMAT}: another "
+            f"version of fastmask wrote it"
+        )
+    return state
+
+
+def locate(source: str | os.PathLike[str]) -> Place:
+    """Return what a path to weights names.
+
+    Args:
+        source: a run folder, a checkpoint of one (`checkpoints/step-N`), the folder that holds these, or a file.
+
+    Raises:
+        ValueError: there is nothing, or none of these; says what was found.
+    """
+    path = Path(source)
+    full = Path(os.path.abspath(path))  # also "." has a name, and folders above it
+    if path.is_dir():
+        if full.name in ("checkpoints", "snapshots"):
+            return Place(run=_shown(full.parent, path))
+        if any((path / name).exists() for name in (*FILES, SUMS)):
+            return Place(_run_of(full, path), path)
+        if any((path / name).exists() for name in ("checkpoints", "snapshots", "run.json")):
+            return Place(run=path)
+        raise ValueError(f"{path} holds no weights but {listing(path)}: name {_SOURCES}")
+    if path.exists():
+        if path.name in FILES and (full.parent / SUMS).exists():
+            return Place(_run_of(full.parent, path), _shown(full.parent, path), path)
+        is_snapshot = full.parent.name == "snapshots"
+        return Place(run=_shown(full.parents[1], path) if is_snapshot else None, file=path)
+    above = next(folder for folder in full.parents if folder.is_dir())
+    raise ValueError(f"{path} does not exist, and {_shown(above, path)} holds {listing(above)}: name {_SOURCES}")
+
+
+def find_checkpoint(place: Place, names: Sequence[str], warn: Callable[[str], None]) -> Path:
+    """Return the checkpoint that a place names, or the newest one of a run of which some files are whole.
+
+    Args:
+        place: what was named.
+        names: the files that are to be used.
+        warn: is given a line for each checkpoint of a run that was passed over since it is damaged.
+
+    Raises:
+        ValueError: the checkpoint that was named is damaged, or none of the run's is whole, or there is none.
+    """
+    if place.checkpoint:
+        damage = fault(place.checkpoint, names)
+        if damage:
+            other = f": name {place.run} for the newest that is whole" if place.run else ""
+            raise ValueError(f"{place.checkpoint} is damaged ({damage}){other}")
+        return place.checkpoint
+    assert place.run
+    newest = newest_whole(place.run, names, warn, "taking")
+    if newest is None:
+        raise ValueError(f"{place.run} holds no checkpoint of a run, but {listing(place.run)}: name {_SOURCES}")
+    return newest
+
+
+def find_weights(source: str | os.PathLike[str], average: bool, warn: Callable[[str], None]) -> Path:
+    """Return the file of weights that a path names; of a checkpoint it is as it was written.
+
+    Args:
+        source: as `locate` takes it; of a run folder the newest checkpoint that is whole.
+        average: whether the averaged weights of a checkpoint are wanted, or those that were trained.
+        warn: is given a line for each damaged checkpoint, and one if the average is not worth much yet.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged.
+    """
+    place = locate(source)
+    if place.file and not place.checkpoint:
+        return place.file
+    name = place.file.name if place.file else f"{'ema' if average else 'model'}.safetensors"
+    folder = find_checkpoint(place, (name,) if place.file else (name, "state.json"), warn)
+    if name == "ema.safetensors" and (folder / "state.json").exists():
+        warn_of_start(folder, warn)
+    return folder / name
+
+
+def newest_whole(
+    run_dir: Path, names: Sequence[str] | None, warn: Callable[[str], None], then: str = "going on from"
+) -> Path | None:
+    """Return the newest checkpoint of a run whose files are as they were written, or None if there is no checkpoint.
+
+    Args:
+        run_dir: the run's folder.
+        names: the files that matter; None is all.
+        warn: is given a line for each damaged checkpoint that is newer.
+        then: what is done with the one that is found, for that line.
+
+    Raises:
+        ValueError: all are damaged.
+    """
+    faults: list[tuple[Path, str]] = []
+    for folder in reversed(checkpoints(run_dir)):
+        damage = fault(folder, names)
+        if not damage:
+            for newer, found in faults:
+                warn(f"{newer} is damaged ({found}): {then} {folder}")
+            return folder
+        faults.append((folder, damage))
+    if not faults:
+        return None
+    listed = ", ".join(f"{folder.name} ({found})" for folder, found in faults)
+    raise ValueError(f"no checkpoint in {run_dir / 'checkpoints'} is whole: {listed}")
+
+
+def fault(folder: Path, names: Sequence[str] | None = None) -> str:
+    """Return why files of a checkpoint cannot be trusted; an empty string if they can.
+
+    Args:
+        folder: the checkpoint.
+        names: the files that matter, all of which must be there; None is all that there are checksums of.
+    """
+    try:
+        if not (folder / SUMS).exists() and "format" not in read_state(folder):  # of the first format
+            for name in names or [f"{part}.safetensors" for part in PARTS]:
+                if name != "state.json":
+                    read_tensors(folder / name)
+            return ""
+        stored = (folder / SUMS).read_bytes().decode(errors="replace")
+        lines = sums(folder, names or FILES)
+    except (OSError, ValueError) as error:
+        return str(error).replace(f"{folder}{os.sep}", "")
+    missing = [name for name in names or FILES if name not in lines and (names or name in stored)]
+    differing = [name for name, line in lines.items() if line not in stored]
+    if missing:
+        return f"{', '.join(missing)} is missing"
+    if differing:
+        return f"{', '.join(differing)} differs from its checksum in {SUMS}"
+    return "" if names or stored == "".join(lines.values()) else f"{SUMS} is not as it was written"
+
+
+def sums(folder: Path, names: Sequence[str] = FILES) -> dict[str, str]:
+    """Return the lines of checksums for the files of a checkpoint that are there, by name."""
+    lines = {}
+    for name in sorted(names):
+        if (folder / name).exists():
+            digest = hashlib.sha256()
+            with (folder / name).open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            lines[name] = f"{digest.hexdigest()}  {name}\n"
+    return lines
+
+
+def warn_of_start(folder: Path, warn: Callable[[str], None]) -> None:
+    """Say if the average of a checkpoint still holds much of the weights that the run began with."""
+    share = share_of_start(read_state(folder))
+    if share > _NOTABLE:
+        warn(
+            f"{folder / 'ema.safetensors'} still holds {share:.0%} of the weights that the run began with: the raw "
+            f"ones, of model.safetensors, may be better (fastmask.sample --weights raw)"
+        )
+
+
+def share_of_start(state: Mapping[str, Any]) -> float:
+    """Return what share of a run's first weights is in its average, 0 where that is warmed up.
+
+    Args:
+        state: of a checkpoint.
+    """
+    decay, done = state.get("config", {}).get("ema_decay", 0.0), state.get("step", 0)
+    if state.get("ema_warmup") or not decay:
+        return 0.0
+    exponent = 0.0
+    for change in reversed(state.get("changes", [])):
+        if change["field"] == "ema_decay":
+            exponent += (done - change["step"]) * math.log(max(decay, 1e-300))
+            done, decay = change["step"], change["from"]
+    return math.exp(exponent + done * math.log(max(decay, 1e-300)))
+
+
+def listing(folder: Path) -> str:
+    """Return the names of some of what is in a folder, for a message."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return f"{', '.join(names[:_MOST_SHOWN])}{more}" if names else "nothing"
+
+
+def _run_of(checkpoint: Path, path: Path) -> Path | None:
+    """Return the run folder of a checkpoint, None if it does not lie in one."""
+    named = checkpoint.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", checkpoint.name)
+    return _shown(checkpoint.parents[1], path) if named else None
+
+
+def _shown(full: Path, path: Path) -> Path:
+    """Return an absolute path as relative, where a user has named another one so."""
+    return full if path.is_absolute() else Path(os.path.relpath(full))

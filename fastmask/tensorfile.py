@@ -1,0 +1,305 @@
+"""Reading files of weights that others wrote: `.safetensors`, and `.pt` of which nothing but tensors is built."""
+
+import collections
+import contextlib
+import hashlib
+import pickle
+import pickletools
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fastmask.console import say
+
+# The suffixes of torch.save: its own, those of Lightning, of Hugging Face and of timm (`.pth.tar`).
+_PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What reading a file that is damaged or of something else ends in; all kinds of errors for a pickle.
+_UNREADABLE = (
+    *(SafetensorError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, LookupError, RuntimeError, EOFError),
+    *(OSError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, MemoryError),
+)
+# Every network of the family begins with this parameter: what stands before its name is what the file adds.
+_FIRST = "x_embedder.proj.weight"
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_AVERAGE = {"ema", "shadow", "averaged", "swa"}  # words of a name that make it that of averaged weights
+_MOST_VALUES, _MOST_LEVELS = 10**6, 8  # of what a file holds beside tensors
+_MAX_NAMES_SHOWN = 6
+_POINTER = b"version https://git-lfs"
+_CHECKSUM = "sha256"  # key of the metadata
+
+
+class _Inert:
+    """Stands for an object of a training file that is not needed: takes whatever it is made of, and holds nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What training files keep beside weights: arguments, paths, figures, dates. None of these classes is called, since e.g.
+# a numpy.dtype whose state is made up reads and writes memory.
+_INERT = (
+    *("argparse.Namespace", "types.SimpleNamespace", "torch.torch_version.TorchVersion"),
+    *(
+        f"{module}.{name}"
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "PurePosixPath", "PurePath", "WindowsPath", "PureWindowsPath")
+    ),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray", "datetime.datetime", "datetime.date", "datetime.timedelta"),
+)
+# Without torch's own, which it judges itself.
+_KNOWN = {*_INERT, "_codecs.encode", "collections.OrderedDict", "collections.Counter"}
+_KNOWN |= {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "bytearray", "complex")}
+
+
+def read_weights(path: Path, average: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of the network that a file holds, on the CPU, by their bare names, and what it states besides.
+
+    Of a training file (`model`, `ema`, ..; `state_dict_ema`; Lightning's `state_dict`) the averaged weights are read,
+    of a file of several networks (`online_model.`, `ema_model.`) those of the average.
+
+    Args:
+        path: a `.safetensors` or `.pt` file.
+        average: whether averaged weights are wanted, where there are others as well, or the others.
+
+    Raises:
+        ValueError: a missing or unreadable file, one that differs from the checksum that it states, or one of which it
+            cannot be told what to read; says what it holds.
+    """
+    content, stated = read_tensors(path)
+    return choose_weights(content, str(path), average), stated
+
+
+def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
+    """Return what a file holds as it is, tensors on the CPU, and what a `.safetensors` file states besides.
+
+    Raises:
+        ValueError: a missing or unreadable file, or one that differs from the checksum that it states.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist, or is not a file: name a .pt or .safetensors file of weights")
+    if path.suffix not in (".safetensors", *_PICKLED):
+        raise ValueError(f"{path}: weights are read from .safetensors, .pt, .pth, .ckpt and .bin files")
+    try:
+        if path.suffix != ".safetensors":
+            return _unpickle(path), {}
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stated: dict[str, str] = file.metadata() or {}
+    except _UNREADABLE as error:
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ValueError(f"{path} cannot be read as weights: Git LFS has the file, run git lfs pull") from error
+        raise ValueError(f"{path} cannot be read as weights: {_reason(error)}") from error
+    if _CHECKSUM in stated and stated[_CHECKSUM] != checksum_of(tensors, stated):
+        raise ValueError(f"{path} is damaged: its tensors differ from the checksum that it states")
+    return tensors, stated
+
+
+def with_checksum(tensors: Mapping[str, Tensor], stated: Mapping[str, str]) -> dict[str, str]:
+    """Return what a `.safetensors` file states beside contiguous tensors, with the checksum for `read_tensors`."""
+    return {**stated, _CHECKSUM: checksum_of(tensors, stated)}
+
+
+def checksum_of(tensors: Mapping[str, Tensor], stated: Mapping[str, str]) -> str:
+    """Return the SHA-256 of contiguous tensors, their names, dtypes and shapes, and of what is stated besides."""
+    digest = hashlib.sha256(repr(sorted((key, stated[key]) for key in stated if key != _CHECKSUM)).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def choose_weights(content: Any, what: str, average: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of one network, by their bare names, of what a training file or a mapping holds.
+
+    Args:
+        content: nested mappings and sequences, with tensors somewhere in them.
+        what: its name, for messages.
+        average: whether averaged weights are wanted, where there are others as well, or the others.
+
+    Raises:
+        ValueError: no network is there, or more than one that might be meant; or what is there is no plain tensor.
+    """
+    leaves: dict[str, Any] = {}
+    for name, leaf in _leaves(content, what):
+        if leaves.setdefault(name, leaf) is not leaf and isinstance(leaf, Tensor):
+            raise ValueError(f"{what} holds {name} twice, with and without what a wrapper adds to its name")
+    names = [name.removesuffix(_FIRST) for name in leaves if f".{name}".endswith(f".{_FIRST}")]
+    averages = [name for name in names if _is_average(name)]
+    others = [name for name in names if name not in averages]
+    wanted = averages if average and averages else others
+    if not names:
+        _refuse_other_content(leaves, content, what)
+    if not average and not others:
+        raise ValueError(f"{what} holds averaged weights alone, in {_listed(averages)}: leave --weights raw out")
+    unread = {re.sub(r"\.\[\d+\]$", "", name) for name, leaf in leaves.items() if _is_unread(name, leaf)}
+    if average and not averages and unread:
+        raise ValueError(
+            f"{what} holds an average that does not say which parameters it is of ({_listed(sorted(unread))}): save it "
+            f"by their names, or take the raw weights of {_listed(others)} (fastmask.sample --weights raw)"
+        )
+    if len(wanted) > 1:
+        raise ValueError(f"{what} holds several networks, in {_listed(wanted)}: save the one that is meant alone")
+    if len(names) > 1:
+        say(f"{what}: of the networks in {_listed(names)} taking {_listed(wanted)}")
+    inner = tuple(name for name in names if name != wanted[0] and name.startswith(wanted[0]))
+    found = {
+        name.removeprefix(wanted[0]): leaf
+        for name, leaf in leaves.items()
+        if name.startswith(wanted[0]) and not name.startswith(inner)
+    }
+    for name, leaf in found.items():
+        fault = _fault(name, leaf)
+        if fault:
+            raise ValueError(f"{what}: {fault}; weights are plain tensors of 16, 32 or 64-bit floats, by name")
+    return found
+
+
+def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise a ValueError that names the first tensor with a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad:
+            raise ValueError(f"{what}: {bad} of the {tensor.numel()} values of {name} are not finite")
+
+
+def _unpickle(path: Path) -> Any:
+    """Return what a file of torch.save holds; of other objects than tensors no code is run."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            _check_members(archive)
+    types = _types_of(path)
+    modules = "torch.nn.modules."
+    unknown = sorted(name for name in types - _KNOWN if not name.startswith("torch.") or name.startswith(modules))
+    unknown += sorted(name for name in types if "nested" in name)  # which torch builds without looking at its sizes
+    if unknown:
+        raise ValueError(
+            f"it holds a {unknown[0]}, of which no code is run: if you trust it, load it by torch.load(.., "
+            f"weights_only=False) and save its state_dict alone"
+        )
+    with warnings.catch_warnings(), torch.serialization.safe_globals([(_Inert, name) for name in _INERT]):
+        warnings.simplefilter("ignore")  # of kinds of tensors that are refused afterwards
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_members(archive: zipfile.ZipFile) -> None:
+    """Raise an error if a member differs from its checksum, at which torch does not look, or may be of any size."""
+    for member in archive.infolist():
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"its member {member.filename} is compressed, which torch.save does not do")
+        if member.CRC:  # 0: written without
+            with archive.open(member) as file:
+                while file.read(1 << 20):
+                    pass
+
+
+def _types_of(path: Path) -> set[str]:
+    """Return the names of classes and functions in a file of torch.save; none where that cannot be read."""
+    found = set()
+    # What is damaged torch.load finds, and says better.
+    with contextlib.suppress(*_UNREADABLE), path.open("rb") as file:
+        is_zip = zipfile.is_zipfile(file)
+        file.seek(0)
+        if is_zip:
+            with zipfile.ZipFile(file) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                pickles: list[Any] = [archive.read(name)]
+        else:
+            pickles = [file] * 4  # the old format: magic number, version, machine, and the object
+        for one in pickles:
+            for opcode, argument, _ in pickletools.genops(one):
+                if opcode.name == "GLOBAL":
+                    found.add(str(argument).replace(" ", ".", 1))
+    return found
+
+
+def _leaves(content: Any, what: str) -> Iterator[tuple[str, Any]]:
+    """Yield what nested mappings and sequences hold, with a dotted name that leaves out what wrappers add."""
+    waiting = collections.deque([("", content, 0)])
+    count = 0
+    while waiting:
+        path, value, level = waiting.popleft()
+        if isinstance(value, Mapping | list | tuple):
+            count += len(value)
+            if count > _MOST_VALUES or level > _MOST_LEVELS:
+                raise ValueError(f"{what} holds more than a training file does: save its weights alone")
+        if isinstance(value, Mapping):
+            inner: Sequence[tuple[str, Any]] = [
+                (key if isinstance(key, str) else f"[{key!r}]", leaf) for key, leaf in value.items()
+            ]
+        elif isinstance(value, list | tuple):
+            inner = [(f"[{i}]", leaf) for i, leaf in enumerate(value)]
+        else:
+            yield _WRAPPERS.sub("", path), value
+            continue
+        waiting.extend((f"{path}.{key}" if path else key, leaf, level + 1) for key, leaf in inner)
+
+
+def _is_average(name: str) -> bool:
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return bool(words & _AVERAGE) and "online" not in words
+
+
+def _is_unread(name: str, leaf: Any) -> bool:
+    return _is_average(name) and isinstance(leaf, Tensor) and leaf.numel() > 1
+
+
+def _fault(name: str, leaf: Any) -> str:
+    """Return what is wrong with a value among weights; an empty string if nothing is."""
+    if "[" in name:
+        return f"{name} has a number or another key that is no string in its name"
+    if type(leaf) not in (Tensor, nn.Parameter):
+        return f"{name} is a {type(leaf).__name__}"
+    if leaf.layout != torch.strided:
+        return f"{name} is sparse ({leaf.layout})"
+    if leaf.device.type == "meta":
+        return f"{name} is on the meta device and has no values"
+    if leaf.dtype not in _DTYPES:
+        return f"{name} is of {leaf.dtype}"
+    if leaf.numel() * leaf.element_size() > leaf.untyped_storage().nbytes():
+        return f"{name} is expanded to shape {tuple(leaf.shape)} from fewer values"
+    return ""
+
+
+def _refuse_other_content(leaves: Mapping[str, Any], content: Any, what: str) -> NoReturn:
+    tensors = [name for name, leaf in leaves.items() if isinstance(leaf, Tensor)]
+    if tensors and isinstance(content, Mapping):
+        raise ValueError(f"{what} is no MaskDiT: it lacks a usable {_FIRST}, and holds {_listed(tensors)}")
+    held = f"the keys {_listed(list(map(str, content)))}" if isinstance(content, Mapping) else type(content).__name__
+    if isinstance(content, Mapping) and not content:
+        raise ValueError(f"{what} is no MaskDiT: it is empty")
+    raise ValueError(f"{what} holds no mapping of names to tensors, but {held}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
+    return ", ".join(name.rstrip(".") or "the top level" for name in names[:_MAX_NAMES_SHOWN]) + more
+
+
+def _reason(error: BaseException) -> str:
+    """Return the line of an error that says what is wrong, as torch hides it among advice and colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    said = re.search(r"WeightsUnpickler error:\s*(\S.*)", text)
+    if said:
+        return f"it is damaged, or not of torch.save ({said[1].strip()})"
+    vague = text.startswith("Weights only load failed")
+    if vague or isinstance(error, LookupError | AssertionError | AttributeError | TypeError):
+        return "it is damaged, or not of torch.save"
+    return (text.strip().splitlines() or ["it ends too early"])[0]
