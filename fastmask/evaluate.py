@@ -11,14 +11,15 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from fastmask.checkpoint import checkpoints, step_of
 from fastmask.cli import fail, parse, run_command
 from fastmask.console import say
 from fastmask.data.digits import DigitsSplit, load_digits
 from fastmask.diffusion import draw_samples
+from fastmask.distributed import require_one_process
 from fastmask.files import whole_file
 from fastmask.report import read_stats
-from fastmask.sample import load_net
+from fastmask.rundir import find_checkpoint, locate, step_of
+from fastmask.weights import load_maskdit
 
 try:
     from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ class EvaluateConfig:
     """What to judge."""
 
     run_dir: tyro.conf.Positional[str]
-    """Folder of a run on the digits."""
+    """Folder of a run on the digits, or one of its checkpoints/step-N."""
     cfg_scale: float = 2.0
     """Guidance; 1 is none."""
     num_steps: int = 18
@@ -51,16 +52,18 @@ class EvaluateConfig:
 def main(argv: Sequence[str]) -> None:
     """Judge a run as the arguments say, and leave `summary.json`, `digits.png` and `loss.png` in its folder."""
     config = parse(EvaluateConfig, argv, prog="python -m fastmask.evaluate", description="Judge a run on the digits.")
-    run_dir = Path(config.run_dir)
-    if not run_dir.is_dir():
-        raise ValueError(f"{run_dir} is not the folder of a run: name the --run-dir that it was trained with")
-    net = load_net(config.run_dir)
+    require_one_process("fastmask.evaluate")
+    place = locate(config.run_dir)
+    if place.run is None or place.file:
+        raise ValueError(f"{config.run_dir} is not the folder of a run: name the --run-dir that it was trained with")
+    run_dir, checkpoint = place.run, find_checkpoint(place, ("ema.safetensors", "state.json"), say)
+    net = load_maskdit(checkpoint).eval()
     model = net.model
     if (model.in_channels, model.input_size, model.num_classes) != (1, 8, 10):
         raise ValueError(
             f"{run_dir} was not trained on the digits and their labels: this command knows no other data yet"
         )
-    step = step_of(checkpoints(run_dir)[-1])
+    step = step_of(checkpoint)
     stats = read_stats(run_dir, step)
     if not stats:
         raise ValueError(f"{run_dir} reported nothing up to its checkpoint of step {step}: train on to its next report")

@@ -12,7 +12,7 @@ from PIL import Image
 from util import small_net
 
 from fastmask import evaluate
-from fastmask.checkpoint import Checkpointer, checkpoints
+from fastmask.checkpoint import Checkpointer, checkpoints, step_of
 from fastmask.data.digits import load_digits
 from fastmask.evaluate import frechet_distance, judge, main
 from fastmask.train import main as train
@@ -136,6 +136,23 @@ def test_judging_again_gives_the_same(trained, tmp_path, capsys):
     assert [line.split("/")[-1] for line in out.splitlines()[-3:]] == ["summary.json", "digits.png", "loss.png"]
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_one_that_is_named_is_judged(trained, tmp_path, capsys):
+    """The figures are those of the checkpoint that was judged."""
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    first, last = checkpoints(run_dir)
+    main([str(first), "--num-steps", "2"])
+    assert json.loads((run_dir / "summary.json").read_text())["step"] == step_of(first) == 2
+    content = bytearray((last / "ema.safetensors").read_bytes())
+    content[-3] ^= 1
+    (last / "ema.safetensors").write_bytes(content)
+    (run_dir / "summary.json").unlink()
+    main([str(run_dir), "--num-steps", "2"])
+    assert f"{last} is damaged (ema.safetensors differs from its checksum in SHA256SUMS): taking {first}" in (
+        capsys.readouterr().out
+    )
+    assert json.loads((run_dir / "summary.json").read_text())["step"] == 2
+
+
 def test_figures_after_the_checkpoint_do_not_count(trained, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(trained, run_dir)
@@ -162,9 +179,13 @@ def test_a_run_on_other_data_is_refused(tmp_path, sizes):
 
 
 def test_what_is_no_run(trained, tmp_path):
+    copied = shutil.copytree(checkpoints(trained)[-1], tmp_path / "copied")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     for source, message in [
-        (tmp_path, "holds no checkpoint of a run"),
-        (tmp_path / "absent", "absent is not the folder of a run: name the --run-dir that it was trained with"),
+        (tmp_path, "holds no weights but copied, empty: name a run folder"),
+        (tmp_path / "empty", "empty holds no checkpoint of a run, but checkpoints: name a run folder"),
+        (tmp_path / "absent", "absent does not exist, and .* holds copied, empty: name a run folder"),
+        (copied, "copied is not the folder of a run: name the --run-dir that it was trained with"),
         (checkpoints(trained)[-1] / "ema.safetensors", "is not the folder of a run"),
     ]:
         with pytest.raises(ValueError, match=message):

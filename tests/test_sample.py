@@ -1,5 +1,6 @@
 """Sampling as its users run it."""
 
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +11,11 @@ from PIL import Image
 from util import small_net
 
 from fastmask.checkpoint import Checkpointer
+from fastmask.convert import main as convert_main
 from fastmask.diffusion import draw_samples
+from fastmask.evaluate import main as evaluate_main
 from fastmask.report import save_grid
-from fastmask.sample import load_net, main
+from fastmask.sample import main as sample_main
 from fastmask.weights import save_weights
 
 SHALLOW = {"depth": 1, "decoder_depth": 0}
@@ -25,7 +28,7 @@ def weights(tmp_path):
 
 
 def sample(source, out, *flags):
-    main([str(source), "--out", str(out), "--num-steps", "2", "--device", "cpu", *flags])
+    sample_main([str(source), "--out", str(out), "--num-steps", "2", "--device", "cpu", *flags])
     if out.suffix == ".npz":
         with np.load(out) as file:
             assert file.files == ["samples", "labels"]
@@ -83,16 +86,73 @@ def test_a_network_without_classes(tmp_path):
         sample(tmp_path / "weights.safetensors", tmp_path / "b.npz", "--classes", "0")
 
 
-def test_a_run_gives_its_newest_average(tmp_path):
-    net, ema = small_net(), small_net(seed=1)
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A run of two checkpoints; not to be changed by a test."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    net, ema = small_net(**SHALLOW), small_net(seed=1, **SHALLOW)
     optimizer = torch.optim.AdamW(net.parameters())
-    with Checkpointer(tmp_path, 9) as checkpointer:
-        checkpointer.save(1, net, dict(net.named_parameters()), optimizer, {})
-        checkpointer.save(2, net, dict(ema.named_parameters()), optimizer, {})
-    loaded = load_net(str(tmp_path))
-    assert not loaded.training
-    for name, tensor in ema.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor)
+    with Checkpointer(run_dir, 9) as checkpointer:
+        for step in (1, 2):
+            averaged = dict((net if step == 1 else ema).named_parameters())
+            checkpointer.save(step, net, averaged, optimizer, {"config": {"ema_decay": 0.9999}, "ema_warmup": True})
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "run")
+
+
+def of(net, count=2):
+    labels = torch.arange(count)
+    return draw_samples(net, labels, seed=0, num_steps=2, cfg_scale=1.5).numpy()
+
+
+def assert_drawn(source, out, net, *flags):
+    samples, _ = sample(source, out, "--num-samples", "2", *flags)
+    np.testing.assert_allclose(samples, of(net), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("source", ["", "checkpoints", "checkpoints/step-00000002"])
+def test_a_run_or_its_checkpoint_gives_averaged_or_raw_weights(run_dir, tmp_path, source):
+    ema, raw = small_net(seed=1, **SHALLOW), small_net(**SHALLOW)
+    assert_drawn(run_dir / source, tmp_path / "a.npz", ema)
+    assert_drawn(run_dir / source, tmp_path / "b.npz", ema, "--weights", "ema")
+    assert_drawn(run_dir / source, tmp_path / "c.npz", raw, "--weights", "raw")
+    assert not np.allclose(of(ema), of(raw))
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(run_dir, tmp_path, capsys):
+    before, folder = (run_dir / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
+    content = bytearray((folder / "ema.safetensors").read_bytes())
+    content[-3] ^= 1
+    (folder / "ema.safetensors").write_bytes(content)
+    assert_drawn(run_dir, tmp_path / "a.npz", small_net(**SHALLOW))
+    damage = "ema.safetensors differs from its checksum in SHA256SUMS"
+    assert capsys.readouterr().out.splitlines()[0] == f"{folder} is damaged ({damage}): taking {before}"
+    with pytest.raises(ValueError, match=r"is damaged .*: name .* for the newest that is whole"):
+        sample(folder, tmp_path / "b.npz")
+    assert not (tmp_path / "b.npz").exists()
+
+
+def test_an_average_of_a_short_run_is_said(tmp_path, capsys):
+    net = small_net(**SHALLOW)
+    with Checkpointer(tmp_path / "run", 9) as checkpointer:
+        state = {"config": {"ema_decay": 0.9999}}
+        checkpointer.save(40, net, {}, torch.optim.AdamW(net.parameters()), state)
+    sample(tmp_path / "run", tmp_path / "a.npz", "--num-samples", "1")
+    said = "ema.safetensors still holds 100% of the weights that the run began with: the raw ones"
+    assert said in capsys.readouterr().out
+    sample(tmp_path / "run", tmp_path / "a.npz", "--num-samples", "1", "--weights", "raw")
+    assert said not in capsys.readouterr().out
+
+
+def test_without_labels(weights, tmp_path):
+    samples, labels = sample(weights, tmp_path / "a.npz", "--num-samples", "3", "--unconditional", "--cfg-scale", "9")
+    assert labels.tolist() == [5, 5, 5]
+    exact = draw_samples(small_net(**SHALLOW), torch.full((3,), 5), seed=0, num_steps=2)
+    np.testing.assert_allclose(samples, exact.numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_heads_of_a_file_that_does_not_state_them(tmp_path):
@@ -105,11 +165,18 @@ def test_heads_of_a_file_that_does_not_state_them(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--classes", "6"], r"label 6 is outside 0 \.\. 4"),
-        (["--classes", "0", "-1"], r"label -1 is outside 0 \.\. 4"),
+        (["--classes", "6"], r"--classes 6: the classes are 0 \.\. 4, and --unconditional draws without any"),
+        (["--classes", "5"], r"--classes 5: the classes are 0 \.\. 4, and --unconditional"),  # which means none
+        (["--classes", "7", "0", "-1", "7"], r"--classes -1 7: the classes are 0 \.\. 4"),
+        (["--classes", "1", "--unconditional"], "--unconditional draws without labels: leave --classes out"),
+        (["--cfg-scale", "nan"], "--cfg-scale must be a number of at least 0, not nan"),
+        (["--cfg-scale", "-3"], "--cfg-scale must be a number of at least 0, not -3.0"),
+        (["--cfg-scale", "inf"], "--cfg-scale must be a number of at least 0, not inf"),
+        (["--seed", "-1"], "--seed must be at least 0, not -1"),
+        (["--weights", "average"], "--weights"),
         (["--num-samples", "0"], "--num-samples and --batch-size must be at least 1"),
         (["--batch-size", "0"], "--num-samples and --batch-size must be at least 1"),
-        (["--num-steps", "1"], "num_steps must be at least 2, not 1"),
+        (["--num-steps", "1"], "--num-steps must be at least 2, not 1"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["--out", "samples.gif"], r"--out samples\.gif: samples are written as \.png or \.npz"),
@@ -125,25 +192,58 @@ def test_mistakes(weights, tmp_path, flags, message):
 
 
 def test_sources_that_hold_no_network(tmp_path):
-    (tmp_path / "file.bin").write_bytes(b"x")
+    (tmp_path / "file.npy").write_bytes(b"x")
     for source, message in [
-        (tmp_path, "holds no checkpoint of a run"),
-        (tmp_path / "absent", "absent does not exist: name a run folder, or a .pt or .safetensors file of weights"),
-        (tmp_path / "file.bin", r"weights are read from \.pt and \.safetensors files"),
+        (tmp_path, r"holds no weights but file\.npy: name a run folder, one of its checkpoints/step-N, or a"),
+        (tmp_path / "absent", rf"absent does not exist, and {tmp_path} holds file\.npy: name a run folder"),
+        (tmp_path / "file.npy", r"weights are read from \.safetensors, \.pt, "),
     ]:
         with pytest.raises(ValueError, match=message):
-            main([str(source)])
+            sample_main([str(source)])
 
 
-def test_two_channels_are_not_drawn(tmp_path):
-    save_weights(tmp_path / "weights.safetensors", small_net(in_channels=2, **SHALLOW))
-    with pytest.raises(ValueError, match="images of 2 channels cannot be drawn"):
-        sample(tmp_path / "weights.safetensors", tmp_path / "out.png", "--num-samples", "1")
+@pytest.mark.parametrize("channels", [2, 16])
+def test_latents_are_drawn_as_previews(tmp_path, channels):
+    save_weights(tmp_path / "weights.safetensors", small_net(in_channels=channels, **SHALLOW))
+    sample(tmp_path / "weights.safetensors", tmp_path / "out.png", "--num-samples", "5")
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (5 * 32, 32)
+        assert np.asarray(image).std() > 5
 
 
 def test_what_it_says(weights, tmp_path, capsys):
     sample(weights, tmp_path / "a.png", "--num-samples", "2")
     assert capsys.readouterr() == (f"2 samples: {tmp_path / 'a.png'}\n", "")
+
+
+@pytest.mark.parametrize("command", [sample_main, evaluate_main, convert_main])
+def test_several_processes_are_refused(monkeypatch, tmp_path, command):
+    """Each would do all of the work, and write the same file."""
+    for rank in "01":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        flags = ["--posthoc-ema", "0.05"] if command is convert_main else []
+        with pytest.raises(ValueError, match=r"fastmask\.\w+ works in one process, and 2 were started: start it"):
+            command([str(tmp_path), *flags])
+
+
+def test_what_drawing_needs_is_looked_for_before_the_work(monkeypatch, weights, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fastmask.sample.load_maskdit", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=r"a\.png: drawing images needs pillow: pip install pillow, or name an \.npz"):
+        sample(weights, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npz"])
+def test_a_full_disk_is_one_line(weights, tmp_path, name):
+    """A limit on the size of files stands for it."""
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)); from fastmask.sample import *"
+    command = f"{limit}; run_command('fastmask.sample', main)"
+    flags = [str(weights), "--out", str(tmp_path / name), "--num-samples", "16", "--num-steps", "2", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", command, *flags], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert done.stderr == f"fastmask.sample: error: [Errno 27] File too large: '{tmp_path / name}'\n"
+    assert sorted(tmp_path.iterdir()) == [weights]
 
 
 def test_a_mistake_is_code_2():
