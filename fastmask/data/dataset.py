@@ -122,7 +122,10 @@ def open_data(
             moments = Moments(path, arrays, image_size, mirror)
             say(f"{data}: {moments.describe()}")
             return moments
-        return ImageArray(path, arrays, image_size, mirror)
+        images = ImageArray(path, arrays, image_size, mirror)
+        sides, count = "x".join(map(str, arrays["images"].shape[1:3])), images.num_classes
+        say(f"{data}: {len(images):,} images of {sides} pixels, trained on at {image_size}, {count:,} classes")
+        return images
     if layout := layout_of(path):
         raise ValueError(
             f"--data {data} holds latents ({layout}): make a store of them by python -m fastmask.prepare {data} STORE, "

@@ -93,6 +93,19 @@ def check_latent(values: NDArray[Any], name: str, *, even: bool = False) -> NDAr
     return values
 
 
+def all_finite(values: NDArray[Any]) -> bool:
+    """Return whether values, float16 or float32, are neither infinite nor NaN; much faster than `numpy.isfinite`.
+
+    Their bits are compared. As signed integers the positive values are in order, with infinity and NaN above all
+    others; as unsigned ones the negative values are, above the positive ones.
+    """
+    if not values.size:
+        return True
+    infinity, signed, unsigned = (0x7C00, "i2", "u2") if values.itemsize == 2 else (0x7F800000, "i4", "u4")
+    negative = infinity + (1 << (8 * values.itemsize - 1))
+    return bool(values.view(signed).max() < infinity and values.view(unsigned).max() < negative)
+
+
 def check_label(label: int, name: str) -> int:
     """Return a label if a store can hold it; else a ValueError that names whose it is."""
     if not 0 <= label < MAX_CLASSES:
@@ -172,7 +185,7 @@ class Moments:
         """Return the moments (B, 2C, h, w) and labels (B,) of these ids; a ValueError for values not finite."""
         index = torch.from_numpy(ids)  # which copies whole records, where an index in brackets goes value by value
         moments = self._moments.index_select(0, index)
-        if not moments.isfinite().all():
+        if not all_finite(moments.numpy()):
             bad = ids[int((~moments.isfinite()).flatten(1).any(1).nonzero()[0])]
             raise ValueError(f"{self._path}: moments {bad} hold values that are not finite")
         return moments, self._labels.index_select(0, index)

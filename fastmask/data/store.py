@@ -13,13 +13,21 @@ from torch import Tensor
 
 from fastmask.data.fingerprint import fingerprint_of
 from fastmask.data.images import images_of
-from fastmask.data.latents import ScaledBy, Scaling, latents_of
-from fastmask.data.manifest import DATA_OFFSET, Manifest, Shard, StoredFile, read_manifest, sha256_of
+from fastmask.data.latents import ScaledBy, Scaling, all_finite, latents_of
+from fastmask.data.manifest import (
+    DATA_OFFSET,
+    Manifest,
+    Shard,
+    StoredFile,
+    escaped,
+    first_few,
+    read_manifest,
+    sha256_of,
+)
 from fastmask.data.npy import parse_header
 from fastmask.files import open_regular
 
 _OPEN_SHARDS = 256  # mapped at a time; each takes two file descriptors
-_NOT_FINITE = 0x7C00  # the bits of float16's infinity; larger ones are NaN
 
 
 class LatentStore:
@@ -110,7 +118,7 @@ class LatentStore:
             stored[i] = mapped.records[row, copy]
             if self.num_classes:
                 labels[i] = mapped.labels[row]
-        if stored.dtype == np.float16 and not _all_finite(stored):
+        if stored.dtype == np.float16 and not all_finite(stored):
             bad = int(np.flatnonzero(~np.isfinite(stored).reshape(len(ids), -1).all(1))[0])
             name = self._shards[shards[bad]].records.name
             raise ValueError(f"{self.path / name}: record {rows[bad]} holds values that are not finite")
@@ -197,14 +205,6 @@ def _map_file(store: Path, file: StoredFile, dtype: str, shape: tuple[int, ...])
 
 def _numbers(values: float | list[float]) -> list[float]:
     return [float(value) for value in (values if isinstance(values, list) else [values])]
-
-
-def _all_finite(values: NDArray[np.float16]) -> bool:
-    """Return whether values are neither infinite nor NaN, by the largest bit patterns of either sign."""
-    if not values.size:
-        return True
-    # As signed integers the positive values are in order, as unsigned ones the negative values are, above all others.
-    return bool(values.view(np.int16).max() < _NOT_FINITE and values.view(np.uint16).max() < _NOT_FINITE + 0x8000)
 
 
 def damaged_files(store: Path, manifest: Manifest) -> Iterator[str]:

@@ -86,3 +86,19 @@ def test_no_image_size(sources, kind, image_size):
 def test_fewer_classes_than_none(sources, kind):
     with pytest.raises(ValueError, match="num_classes must be at least 0, not -1"):
         opened(sources[kind], image_size=8, num_classes=-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (ImageArray, "images.npz: 4 images of 16x16 pixels, trained on at 32, 4 classes\n"),
+        (
+            Moments,
+            "moments.npz: 4 moments (8, 2, 2) of images downsampled by 8, 4 classes, scale 0.18215, shift 0 (Stable "
+            "Diffusion's KL-f8, since the file holds no `scale` and `shift`)\n",
+        ),
+    ],
+)
+def test_what_is_recognised_is_said(sources, kind, said, capsys):
+    opened(sources[kind], image_size=32 if kind is ImageArray else 16)
+    assert capsys.readouterr().out == f"{sources[kind].parent}/{said}"

@@ -10,6 +10,7 @@ from fastmask.data.latents import (
     ScaledBy,
     Scaling,
     Synthetic,
+    all_finite,
     check_label,
     check_latent,
     holds_moments,
@@ -198,6 +199,20 @@ def test_a_sample_of_records():
     assert [int(record[0, 0, 0, 0]) for record, _ in found] == [item for item in asked if item not in (0, 999)]
     with pytest.raises(ValueError, match=r"^gone$"):
         sample_records(read, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_finite_values(dtype):
+    limits = np.finfo(dtype)
+    edges = [limits.max, limits.min, limits.tiny, -limits.tiny, limits.smallest_subnormal, 0.0, -0.0]
+    values = np.array(edges * 9, dtype).reshape(7, 9)
+    assert all_finite(values)
+    assert all_finite(values[:0])
+    for bad in (np.inf, -np.inf, np.nan, -np.nan):
+        for place in (0, 31, 62):
+            changed = values.copy()
+            changed.flat[place] = bad
+            assert not all_finite(changed)
 
 
 def test_labels_and_latents_that_are_none():
