@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmask.data.latents import shown
-from fastmask.data.manifest import MANIFEST, Manifest, parse_object, read_manifest
+from fastmask.data.manifest import MANIFEST, Manifest, escaped, first_few, parse_object, read_manifest
 from fastmask.data.store import LatentStore, damaged_files, map_shard
 from fastmask.files import read_regular
 
@@ -47,12 +47,12 @@ def check_store(path: Path) -> Found:
     ]
     if manifest.kind != "pixels":
         lines.append(
-            f"VAE {manifest.vae}, sha256 {manifest.vae_sha256[:12] or 'unknown'}, scale {shown(manifest.scale)}, "
-            f"shift {shown(manifest.shift)}"
+            f"VAE {escaped(manifest.vae)}, sha256 {manifest.vae_sha256[:12] or 'unknown'}, scale "
+            f"{shown(manifest.scale)}, shift {shown(manifest.shift)}"
         )
     skipped = [name for shard in manifest.shards for name in shard.skipped]
     if skipped:
-        lines.append(f"{len(skipped)} images were left out: {', '.join(skipped[:3])}{', ...' if skipped[3:] else ''}")
+        lines.append(f"{len(skipped)} images were left out: {first_few(skipped)}")
     warnings = []
     if "checksum" not in parse_object(read_regular(path / MANIFEST), path / MANIFEST):
         warnings.append(
@@ -94,7 +94,7 @@ def _contradictions(path: Path, manifest: Manifest) -> Iterator[str]:
         first = int(wrong[0])
         yield (
             f"{path / MANIFEST} is damaged: {counts[first]:,} records have label {first} "
-            f"({manifest.class_names[first]}), and it says {manifest.class_counts[first]:,}"
+            f"({escaped(manifest.class_names[first])}), and it says {manifest.class_counts[first]:,}"
         )
 
 
@@ -122,5 +122,5 @@ def _classes(manifest: Manifest) -> list[str]:
     most, fewest = int(counts.argmax()), int(counts.argmin())
     return [
         f"{len(counts)} classes of {int(np.median(counts)):,} records in the middle, from {counts[fewest]:,} "
-        f"({names[fewest]}) to {counts[most]:,} ({names[most]})"
+        f"({escaped(names[fewest])}) to {counts[most]:,} ({escaped(names[most])})"
     ]

@@ -201,6 +201,16 @@ def parse_shard(content: bytes, where: str | Path) -> Shard:
     return _shard(schema.convert(parse_object(content, where), schema.ShardFields))
 
 
+def escaped(name: str) -> str:
+    """Return a name from a manifest as one line, with what a terminal does not print escaped."""
+    return repr(name)[1:-1]
+
+
+def first_few(names: list[str]) -> str:
+    """Return the first three of some names, for a line."""
+    return ", ".join(map(escaped, names[:3])) + (", ..." if names[3:] else "")
+
+
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     """Return the first `DATA_OFFSET` bytes of an .npy of version 1.0."""
     said = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"

@@ -72,4 +72,9 @@ def convert(fields: Any, kind: type[T]) -> T:
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
-        raise ValueError(str(error).replace("`", "").replace(" - at $.", " at ").replace(" - at $", "")) from error
+        said = str(error).replace("`", "").replace(" - at $.", " at ").replace(" - at $", "")
+        if "matching regex" in said:
+            place = said.rpartition(" at ")[2]
+            form = "the name of an .npy in the store's own folder" if place.split(".")[-1] == "name" else "a SHA-256"
+            said = f"Expected {form} at {place}"
+        raise ValueError(said) from error

@@ -84,16 +84,14 @@ class LatentStore:
     def describe(self) -> str:
         """Return what the store holds, in one line."""
         manifest, names = self.manifest, self.class_names
-        classes = (
-            f"{len(names):,} classes ({', '.join(names[:3])}{', ...' if names[3:] else ''})" if names else "no labels"
-        )
+        classes = f"{len(names):,} classes ({first_few(names)})" if names else "no labels"
         skipped = sum(len(shard.skipped) for shard in manifest.shards)
         line = f"a store of {manifest.count:,} {manifest.kind} {manifest.shape}, {classes}"
         if skipped:
             line += f", {skipped:,} images left out when it was made"
         if manifest.kind == "pixels":
             return line
-        said_by = f"its manifest; VAE {manifest.vae}" if manifest.vae else "its manifest"
+        said_by = f"its manifest; VAE {escaped(manifest.vae)}" if manifest.vae else "its manifest"
         return f"{line}, {ScaledBy(manifest.scale, manifest.shift, said_by)}"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from fastmask.data.manifest import (
     DATA_OFFSET,
     Manifest,
     checksum_of,
+    escaped,
+    first_few,
     npy_header,
     parse_manifest,
     parse_object,
@@ -235,7 +237,7 @@ def test_a_manifest_that_is_no_file_of_a_manifests_size(store, monkeypatch):
 def test_names_that_no_shard_can_have(store, name):
     """They would lead out of the folder, or to a file that is something else."""
     edit_manifest(store, lambda fields: fields["shards"][1]["labels"].update(name=name))
-    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(Expected str.* at shards\[1\]\.labels\.name\)$"):
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(Expected .* at shards\[1\]\.labels\.name\)$"):
         read_manifest(store)
 
 
@@ -293,6 +295,13 @@ def test_a_shard_of_an_unfinished_store(store):
     for damaged in (content[:-1], b"[]", b"{}", content.replace(b"00001.npy", b"../01.npy")):
         with pytest.raises(ValueError):  # noqa: PT011  (the shard is written again, and nobody is told)
             parse_shard(damaged, "00001.json")
+
+
+def test_a_name_is_one_line():
+    assert escaped("café 2") == "café 2"
+    assert first_few(["a"]) == "a"
+    assert first_few(["a\n", "b", "c", "d"]) == r"a\n, b, c, ..."
+    assert escaped("a\nb\x1b[2J\udce9") == r"a\nb\x1b[2J\udce9"
 
 
 @pytest.mark.parametrize("content", [b"{", b"3", b"[]", b"null", b"[" * 10**6, b'{"a":' + b"9" * 5000 + b"}"])

@@ -36,6 +36,8 @@ def test_fields_of_the_right_type_and_range():
         ({**FILE, "bytes": True}, "^Expected int, got bool at bytes$"),
         ({**FILE, "bytes": -1}, "^Expected int >= 0 at bytes$"),
         ({"name": "a.npy"}, "^Object missing required field bytes$"),
+        ({**FILE, "name": "../a.npy"}, r"^Expected the name of an \.npy in the store's own folder at name$"),
+        ({**FILE, "sha256": "0"}, "^Expected a SHA-256 at sha256$"),
         ([], "^Expected object, got array$"),
         ("text", "^Expected object, got str$"),
     ],

@@ -193,6 +193,9 @@ def test_what_is_recognised_is_said(tmp_path, capsys):
         f"{tmp_path / 'store'}: a store of 8 moments (2, 8, 4, 4), 4 classes (a, b, c, ...), 2 images left out when it "
         f"was made, scale 0.5, shift 0.25 (its manifest; VAE some/vae)\n"
     )
+    edit_manifest(tmp_path / "store", lambda fields: fields.update(class_names=["a\n\x1b[2J", "b", "c", "d"]))
+    open_data(str(tmp_path / "store"), image_size=32, num_classes=None, mirror=False)
+    assert r"4 classes (a\n\x1b[2J, b, c, ...)" in capsys.readouterr().out
     write(tmp_path / "pixels", manifest("pixels"), class_names=[], count=1)
     open_data(str(tmp_path / "pixels"), image_size=8, num_classes=None, mirror=False)
     assert capsys.readouterr().out.endswith("pixels: a store of 1 pixels (1, 3, 8, 8), no labels\n")
