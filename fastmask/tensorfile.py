@@ -219,8 +219,8 @@ def _types_of(path: Path) -> set[str]:
         file.seek(0)
         if is_zip:
             with zipfile.ZipFile(file) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-                pickles: list[Any] = [archive.read(name)]
+                names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+                pickles: list[Any] = [archive.read(name) for name in names]
         else:
             pickles = [file] * 4  # the old format: magic number, version, machine, and the object
         for one in pickles:
@@ -295,6 +295,8 @@ def _listed(names: Sequence[str]) -> str:
 
 def _reason(error: BaseException) -> str:
     """Return the line of an error that says what is wrong, as torch hides it among advice and colours."""
+    if isinstance(error, MemoryError):
+        return "there is too little memory"
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     said = re.search(r"WeightsUnpickler error:\s*(\S.*)", text)
     if said:

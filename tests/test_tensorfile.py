@@ -283,6 +283,18 @@ def test_a_compressed_file_is_not_inflated(tmp_path):
     refused(tmp_path / "b.pt", r"b\.pt cannot be read as weights: its member \S+ is compressed, which torch.save")
 
 
+def test_a_zip_of_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "it.pt", "w") as archive:
+        archive.writestr("readme.txt", "not weights")
+    refused(tmp_path / "it.pt", r"it\.pt cannot be read as weights: \S")
+
+
+def test_too_little_memory(tmp_path, monkeypatch):
+    torch.save(RAW, tmp_path / "it.pt")
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=MemoryError))
+    refused(tmp_path / "it.pt", r"it\.pt cannot be read as weights: there is too little memory$")
+
+
 def test_a_file_that_git_lfs_has_not_fetched(tmp_path):
     for suffix in (".pt", ".safetensors"):
         path = tmp_path / f"it{suffix}"
