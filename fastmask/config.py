@@ -128,7 +128,8 @@ class TrainConfig:
     snapshot_every: int = 0
     """Steps between snapshots of those averages, all of which stay on the disk; 0: with every checkpoint."""
     init: str = ""
-    """Weights to start from: a run folder, or a .pt or .safetensors file in the published names."""
+    """Weights to start from: a run folder or one of its checkpoints, or a .pt or .safetensors file in the published
+    names. For other classes or another image size they get tables of their own."""
 
     on_divergence: Literal["stop", "rollback"] = "stop"
     """After a loss spike: stop, or go back to the last checkpoint and continue with other samples."""
