@@ -51,7 +51,8 @@ class TrainConfig:
     decoder: Literal["auto", "dali", "pil"] = "auto"
     """Of JPEG files: DALI (on the GPU if training is), or Pillow. auto: DALI if it is installed."""
     image_size: int = 8
-    """Side of the images. Own images are trained on as pixels, VAE moments as latents of a side of image_size / 8."""
+    """Side of the images. Own images are trained on as pixels, VAE moments as latents of a side of image_size / 8.
+    Without it pixels of an .npz or IDX file keep their own side, whatever the preset's is."""
     num_classes: int = 10
     """Labels are below it; 0 trains without labels. With --data of your own it is read from the data."""
     mirror: bool = False

@@ -17,4 +17,14 @@ def get_console() -> "Console":
 
 def say(message: str) -> None:
     """Print one line as it is: not styled by what it holds, not broken where the terminal ends."""
-    get_console().print(message, highlight=False, markup=False, soft_wrap=True)
+    console = get_console()
+    # A name that the terminal cannot show must not end what prints it.
+    message = message.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def printable(name: str) -> str:
+    """Return a file's or class's name with what is no text in it escaped: bytes that are not UTF-8, line breaks."""
+    if name.isprintable():
+        return name
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fastmask.cli import parse, pick_device, run_command
-from fastmask.console import say
+from fastmask.console import printable, say
 from fastmask.data.autoencoder import Autoencoder
 from fastmask.data.check import FITTING, check_store
 from fastmask.data.dali import JpegDecoder, pick_decoder
-from fastmask.data.decoding import Decoded, decoded, read_ahead
+from fastmask.data.decoding import Decoded, decoded, read_ahead, say_source
 from fastmask.data.importers import HalfRecords, Latents, open_latents
 from fastmask.data.latents import ScaledBy, Scaling, number_or_list, sample_records, shown
 from fastmask.data.manifest import Manifest
@@ -33,6 +33,7 @@ from fastmask.data.writer import StoreWriter
 from fastmask.distributed import Ranks, own_device, process_group
 from fastmask.report import console, save_grid
 
+_IMAGE_SIZE = 256  # of a store of images that have no side of their own
 _VAE = "stabilityai/sd-vae-ft-mse"
 _SHOWN = 64  # images of the contact sheet
 _UNCOUNTED: dict[str, Any] = {"num_classes": 0, "class_names": [], "class_counts": [], "shards": []}
@@ -50,8 +51,11 @@ class PrepareConfig:
     """Folder of the store; the same command goes on where it stopped."""
     check: str = ""
     """Instead verify the store of this name, and draw a sheet of its images, decoded; one at a URL is fetched first."""
-    image_size: int = 256
-    """Side in pixels; larger images are shrunk and cropped, smaller ones enlarged."""
+    image_size: int | None = None
+    """Side in pixels; larger images are shrunk and cropped, smaller ones enlarged. By default that of the images of an
+    array (IDX, .npz), and else 256."""
+    num_classes: int | None = None
+    """Classes, by default as many as the images have; 0 leaves the labels out."""
     space: Literal["latent", "pixel"] = "latent"
     """Store moments of a VAE's latents, or the pixels."""
     vae: str = ""
@@ -96,10 +100,12 @@ def main(argv: Sequence[str]) -> None:
     if is_url(config.store):
         raise ValueError(f"{config.store}: a store is written to a folder; copy it to the URL when it is finished")
     for name in ("image_size", "batch_size", "shard_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    if config.num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, not {config.num_workers}")
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    for name in ("num_workers", "num_classes"):
+        if (getattr(config, name) or 0) < 0:
+            raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
     with _one_speaks(ranks):
         latents = open_latents(Path(config.source), None if config.latents == "auto" else config.latents)
         if latents is None:
@@ -107,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
                 raise ValueError(
                     f"--latent-scale and --latent-shift are of imported latents: {config.source} holds none"
                 )
-            job = _encode(config, open_source(Path(config.source)), device)
+            job = _encode(config, open_source(Path(config.source), labelled=config.num_classes != 0), device)
         else:
             job = _import(config, latents)
     with (
@@ -156,30 +162,34 @@ class Job(NamedTuple):
 
 def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
     """Return the job of storing a source's images as pixels, or as moments of a VAE."""
-    say(f"{config.source}: {source.kind}, {len(source):,} images, {len(source.class_names) or 'no known'} classes")
+    names = source.names_of(config.num_classes)
     decoder = pick_decoder(config.decoder)
     decoded_by = "Pillow" if decoder == "pil" else f"DALI on {device.type}"
     say(f"JPEG files are decoded by {decoded_by}, others by Pillow")
-    if source.ignored:
-        say(f"{len(source.ignored):,} files are no images by their names and left out: {source.ignored[0]}, ...")
+    size = config.image_size or source.side or _IMAGE_SIZE
+    say_source(config.source, source, size)
+    origin = _origin(config, source.kind, len(source), source.name)
+    if source.labels is not None:
+        labels = "\n".join(names).encode() + source.labels.tobytes()
+        origin["labels_sha256"] = hashlib.sha256(labels).hexdigest()
     about: dict[str, Any] = {
-        "image_size": config.image_size,
+        "image_size": size,
         "crop": "adm",
         "decoder": decoded_by.lower(),
         **_UNCOUNTED,
-        "source": _origin(config, source.kind, len(source), source.name),
+        "source": origin,
     }
     dali = None
     if decoder == "dali":
-        dali = JpegDecoder(config.image_size, config.batch_size, device, max(1, config.num_workers))
-    read = functools.partial(decoded, source, config.image_size, num_workers=config.num_workers, dali=dali)
+        dali = JpegDecoder(size, config.batch_size, device, max(1, config.num_workers))
+    read = functools.partial(decoded, source, size, num_workers=config.num_workers, dali=dali)
     if config.space == "pixel":
-        shape = (1, source.channels, config.image_size, config.image_size)
+        shape = (1, source.channels, size, size)
         manifest = Manifest(kind="pixels", dtype="uint8", shape=shape, **about)
-        return Job(manifest, len(source), source.class_names, read, _as_records, source.name)
+        return Job(manifest, len(source), names, read, _as_records, source.name)
     name = config.vae or _VAE
     encoder = Autoencoder(name, device)
-    side = encoder.side(config.image_size)
+    side = encoder.side(size)
     scaled_by = ScaledBy(encoder.scale, encoder.shift, "its configuration")
     say(f"VAE {name}: latents of {encoder.channels} channels, a downsampling of {encoder.downsampling}, {scaled_by}")
     manifest = Manifest(
@@ -194,11 +204,13 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
         **about,
     )
     record = functools.partial(encoder.moments, mirror=config.mirror)
-    return Job(manifest, len(source), source.class_names, read, record, source.name)
+    return Job(manifest, len(source), names, read, record, source.name)
 
 
 def _import(config: PrepareConfig, latents: Latents) -> Job:
     """Return the job of storing latents that were extracted before."""
+    if config.num_classes is not None:
+        raise ValueError(f"{config.source} holds latents, whose labels are imported: leave --num-classes out")
     if not len(latents):
         raise ValueError(f"{config.source} holds no latents")
     if config.space == "pixel":
@@ -281,10 +293,10 @@ def _say_statistics(config: PrepareConfig, latents: Latents, scaled_by: ScaledBy
 
 
 def _origin(config: PrepareConfig, kind: str, count: int, name: Callable[[int], str]) -> dict[str, Any]:
-    names = hashlib.sha256()
+    names, path = hashlib.sha256(), printable(config.source)
     for item in range(count):
-        names.update(name(item).removeprefix(config.source).encode(errors="surrogateescape") + b"\n")
-    return {"kind": kind, "path": config.source, "items": count, "sha256": names.hexdigest()}
+        names.update(printable(name(item)).removeprefix(path).encode() + b"\n")
+    return {"kind": kind, "path": path, "items": count, "sha256": names.hexdigest()}
 
 
 def _as_records(pixels: NDArray[Any] | torch.Tensor) -> NDArray[np.uint8]:

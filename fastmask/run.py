@@ -337,6 +337,8 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint
     """
     run_dir = Path(config.run_dir)
     state = read_state(newest) if newest else _begun(run_dir)
+    if state and not newest:
+        state["config"]["init"] = config.init  # nothing was trained from the weights that were named before
     trained_on = state.get("fingerprint")  # earlier versions compared the path alone
     if trained_on not in (None, fingerprint):
         raise ValueError(

@@ -21,6 +21,7 @@ from fastmask.console import say
 from fastmask.cost import RESERVE, memory_of
 from fastmask.counts import trainable_parameters
 from fastmask.data import DataSet, open_data
+from fastmask.data.images import ImageArray
 from fastmask.data.imageset import ImageSet
 from fastmask.distributed import Ranks, from_first, is_lost_rank, own_device, process_group
 from fastmask.files import locked
@@ -65,11 +66,12 @@ def main(argv: Sequence[str]) -> None:
         )
     check_ranges(config)
     config = resolve_machine(config, ranks)
+    keep_side = not any(argument.split("=")[0] in ("--image-size", "--image_size") for argument in argv)
     if command.dry_run:
-        dry_run(config, preset)
+        dry_run(config, preset, keep_side)
         return
     with stop_signals() as signals:
-        config, dataset = resolve_data(config, preset)
+        config, dataset = resolve_data(config, preset, keep_side=keep_side)
         with process_group(ranks, torch.device(config.device)):
             train(config, dataset, ranks, profile=command.profile, signals=signals)
 
@@ -142,13 +144,16 @@ def _resolve_graphs(config: TrainConfig, device: torch.device, ranks: Ranks) -> 
     return "on" if can and config.cuda_graphs != "off" else "off"
 
 
-def resolve_data(config: TrainConfig, preset: TrainConfig, *, fetch: bool = True) -> tuple[TrainConfig, DataSet]:
+def resolve_data(
+    config: TrainConfig, preset: TrainConfig, *, fetch: bool = True, keep_side: bool = False
+) -> tuple[TrainConfig, DataSet]:
     """Open the data, and return the configuration with the number of classes that they have.
 
     Args:
         config: what to train, and on what.
         preset: what it began from; data that it does not name bring their number of classes.
         fetch: whether data at a URL are fetched, and not only described.
+        keep_side: whether pixels of an array that the preset does not name are trained on at their own side.
     """
     own = config.data != preset.data and config.data not in ("digits", "synthetic")
     from_data = own and config.num_classes == preset.num_classes
@@ -161,7 +166,10 @@ def resolve_data(config: TrainConfig, preset: TrainConfig, *, fetch: bool = True
         vae=config.vae if config.data_source == "images" else "",
         device=torch.device(config.device),
         fetch=fetch,
+        keep_side=keep_side and own,
     )
+    if keep_side and own and isinstance(dataset, ImageArray | ImageSet) and config.data_source != "images":
+        config = dataclasses.replace(config, image_size=dataset.shape[1])
     if isinstance(dataset, ImageSet):
         by = "DALI" if dataset.decoder == "dali" else "Pillow"
         say(f"{config.data}: {len(dataset):,} images, JPEG files decoded by {by}")
@@ -170,11 +178,17 @@ def resolve_data(config: TrainConfig, preset: TrainConfig, *, fetch: bool = True
     return config, dataset
 
 
-def dry_run(config: TrainConfig, preset: TrainConfig) -> None:
-    """Print what a run would be, without allocating its weights; data that are missing are assumed to be latents."""
+def dry_run(config: TrainConfig, preset: TrainConfig, keep_side: bool = False) -> None:
+    """Print what a run would be, without allocating its weights; data that are missing are assumed to be latents.
+
+    Args:
+        config: what it would be.
+        preset: see `resolve_data`.
+        keep_side: see there.
+    """
     channels, size = 4, config.image_size // 8
     if config.data != preset.data or config.data == "digits" or Path(config.data).exists():
-        config, dataset = resolve_data(config, preset, fetch=False)
+        config, dataset = resolve_data(config, preset, fetch=False, keep_side=keep_side)
         channels, size, _ = dataset.shape
     else:
         check_config(config, size)

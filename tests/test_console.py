@@ -1,7 +1,10 @@
+import os
 import subprocess
 import sys
 
-from fastmask.console import say
+import pytest
+
+from fastmask.console import printable, say
 
 
 def test_lines_are_said_as_they_are(capsys):
@@ -15,3 +18,30 @@ def test_data_are_read_without_rich():
     program = "import sys; sys.modules['rich'] = None; import fastmask.data, fastmask.step"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [("utf-8", "caf\\udce9 \u732b.png"), ("ascii", "caf\\udce9 \\u732b.png"), ("latin-1", "caf\\udce9 \\u732b.png")],
+)
+def test_no_name_stops_a_line(encoding, printed):
+    """Whatever the terminal can show."""
+    program = r"from fastmask.console import say; say('caf\udce9 \u732b.png')"
+    command = [sys.executable, "-X", f"utf8={int(encoding == 'utf-8')}", "-c", program]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode(encoding) == printed + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a b/\u732b.png", "a b/\u732b.png"),
+        ("caf\udce9", r"caf\udce9"),
+        ("a\nb\x1b[2J", r"a\nb\x1b[2J"),
+        ("\x00", r"\x00"),
+    ],
+)
+def test_what_is_no_text_in_a_name_is_escaped(name, shown):
+    assert printable(name) == shown

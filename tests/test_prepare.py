@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -62,6 +63,94 @@ def test_a_store_holds_what_the_folder_does(folder, tmp_path, capsys):
     assert said.endswith("store: 12 records, 2 classes, 0 images left out\n")
 
 
+def test_arrays_keep_their_side_and_files_are_enlarged_aloud(folder, tmp_path, capsys):
+    np.savez(tmp_path / "grey.npz", images=noise(6, 28, 28), labels=np.arange(6))
+    bare = ("--space", "pixel", "--num-workers", "0")
+    main([str(tmp_path / "grey.npz"), str(tmp_path / "a"), *bare])
+    assert read_manifest(tmp_path / "a").shape == (1, 1, 28, 28)
+    assert "resized" not in capsys.readouterr().out
+    main([str(tmp_path / "grey.npz"), str(tmp_path / "b"), *bare, "--image-size", "64"])
+    assert f"{tmp_path}/grey.npz: images are resized from a side of 28 to 64" in capsys.readouterr().out
+    main([str(folder), str(tmp_path / "c"), *bare])
+    assert read_manifest(tmp_path / "c").image_size == 256
+    assert "12 of 12 images looked at are enlarged more than twice, from a side of 20 to 256" in capsys.readouterr().out
+
+
+def labelled_tar(path, *labels):
+    image = io.BytesIO()
+    Image.fromarray(noise(16, 16, 3)).save(image, "PNG")
+    with tarfile.open(path, "w") as tar:
+        for i, label in enumerate(labels):
+            for name, data in ((f"{i}.png", image.getvalue()), (f"{i}.json", json.dumps(label).encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_labels_are_left_out_where_they_are_not_wanted(folder, tmp_path, capsys):
+    """Of a test split, of captions, of classes; and they are said to be."""
+    hidden = labelled_tar(tmp_path / "test.tar", {"label": -1}, {"label": -1})
+    captions = labelled_tar(tmp_path / "captions.tar", {"caption": "a cat"}, {"caption": "a dog"})
+    with pytest.raises(
+        ValueError, match=r"test\.tar: label -1 is below 0, .* --num-classes 0 takes the images without"
+    ):
+        prepare(hidden, tmp_path / "store")
+    for number, source in enumerate((hidden, captions, folder)):
+        manifest = prepare(source, tmp_path / str(number), "--num-classes", "0")
+        assert (manifest.num_classes, manifest.class_names) == (0, [])
+        assert "images, no classes, as --num-classes 0 asks" in capsys.readouterr().out
+    assert prepare(captions, tmp_path / "3").num_classes == 0
+    assert "left out, beside an image of a sample: 2 (0.json, 1.json)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="have no labels, which num_classes 2 asks for"):
+        prepare(captions, tmp_path / "4", "--num-classes", "2")
+
+
+def test_more_classes_than_the_images_have(folder, tmp_path):
+    assert prepare(folder, tmp_path / "store", "--num-classes", "4").class_names == ["cat", "dog", "2", "3"]
+    with pytest.raises(ValueError, match="the images have 2 classes, more than num_classes 1"):
+        prepare(folder, tmp_path / "other", "--num-classes", "1")
+
+
+def test_names_become_labels_in_order(tmp_path):
+    source = labelled_tar(tmp_path / "names.tar", {"label": "dog"}, {"label": "cat"}, {"label": "dog"})
+    manifest = prepare(source, tmp_path / "store")
+    assert (manifest.class_names, manifest.class_counts) == (["cat", "dog"], [1, 2])
+    data = LatentStore(tmp_path / "store", 16, None, False)
+    assert data.read(np.arange(3))[1].tolist() == [1, 0, 1]
+
+
+def test_other_labels_are_not_gone_on_with(folder, tmp_path):
+    """The images are the same, and the store is not finished."""
+    (folder / "dog" / "11.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"11\.png"):
+        prepare(folder, tmp_path / "store")
+    (folder / "labels.json").write_text(json.dumps({"cat": 1, "dog": 0}))
+    with pytest.raises(ValueError, match=r"holds an unfinished store of something else \(source .*labels_sha256"):
+        prepare(folder, tmp_path / "store", "--on-bad", "skip")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_are_not_utf8_stop_nothing(tmp_path, encoding):
+    """As of a zip made on Windows: of the source, of a class, of a damaged image, and of the store."""
+    source, store = os.fsencode(tmp_path) + b"/caf\xe9", os.fsencode(tmp_path) + b"/st\xf6re"
+    os.makedirs(source + b"/\xe9t\xe9")
+    for name in (b"good.png", b"caf\xe9.png"):
+        Image.fromarray(noise(16, 16, 3)).save(source + b"/\xe9t\xe9/" + name)
+    with open(source + b"/\xe9t\xe9/b\xe4d.png", "wb") as file:
+        file.write(b"nothing")
+    command = [sys.executable, "-m", "fastmask.prepare"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+    for arguments in ([source, store, *SMALL, "--on-bad", "skip"], ["--check", store]):
+        done = subprocess.run([*command, *arguments], capture_output=True, env=environment, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+    manifest = read_manifest(Path(os.fsdecode(store)))
+    assert manifest.class_names == [r"\udce9t\udce9"]
+    (skipped,) = manifest.shards[0].skipped
+    assert skipped.endswith(r"/b\udce4d.png")
+    json.dumps(dataclasses.asdict(manifest), ensure_ascii=False).encode()
+
+
 def test_workers_and_batches_change_nothing(folder, tmp_path):
     prepare(folder, tmp_path / "a")
     prepare(folder, tmp_path / "b", "--num-workers", "2", "--batch-size", "7")
@@ -96,6 +185,7 @@ def broken(folder):
     (folder / "cat" / "empty.png").write_bytes(b"")
     (folder / "cat" / "page.jpg").write_bytes(b"<html>")
     (folder / "dog" / "loop.png").symlink_to("loop.png")
+    Image.new("L", (2000, 1)).save(folder / "dog" / "strip.png")
     frames = [Image.fromarray(noise(16, 16, seed=i)) for i in range(3)]
     frames[0].save(folder / "dog" / "moving.gif", save_all=True, append_images=frames[1:])
     return {
@@ -104,6 +194,7 @@ def broken(folder):
         "cat/page.jpg": "cannot be read as an image: it is empty, damaged or of another format",
         "dog/loop.png": "Too many levels of symbolic links",
         "dog/moving.gif": "cannot be read as an image: it has 3 frames: keep one of them as an image of its own",
+        "dog/strip.png": "cannot be read as an image: it has 2000 x 1 pixels: one side is more than 20 times the other",
     }
 
 
@@ -118,7 +209,7 @@ def test_damaged_images_are_left_out_and_told(folder, tmp_path, capsys):
         (line,) = [line for line in said.splitlines() if name in line]
         assert line.startswith("left out: ")
         assert fault in line
-    assert "12 records, 2 classes, 5 images left out" in said
+    assert "12 records, 2 classes, 6 images left out" in said
 
 
 def test_a_damaged_image_stops_and_the_same_command_goes_on(folder, tmp_path):
@@ -331,7 +422,7 @@ def test_flags_of_imported_latents_are_not_for_images(folder, tmp_path):
 
 def test_a_label_outside_the_classes_names_the_image(folder, tmp_path, monkeypatch):
     source = open_source(folder)
-    source._labels[7] = 2  # of two classes
+    source.labels[7] = 2  # of two classes
     monkeypatch.setattr("fastmask.prepare.open_source", lambda *arguments, **options: source)
     (folder / "cat" / "04.png").write_bytes(b"")
     with pytest.raises(
@@ -344,7 +435,8 @@ def test_the_manifest_names_the_source(folder, tmp_path):
     about = prepare(folder, tmp_path / "store").source
     names = "".join(f"/{file.relative_to(folder)}\n" for file in sorted(folder.rglob("*.png")))
     digest = hashlib.sha256(names.encode()).hexdigest()
-    assert about == {"kind": "folder", "path": str(folder), "items": 12, "sha256": digest}
+    labels = hashlib.sha256(b"cat\ndog" + np.array([0] * 6 + [1] * 6, np.int32).tobytes()).hexdigest()
+    assert about == {"kind": "folder", "path": str(folder), "items": 12, "sha256": digest, "labels_sha256": labels}
     assert json.loads((tmp_path / "store" / "manifest.json").read_text())["crop"] == "adm"
 
 

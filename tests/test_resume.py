@@ -158,6 +158,14 @@ def test_another_run_is_refused_before_its_first_checkpoint_too(tmp_path):
     assert recorded(tmp_path) == []
 
 
+def test_a_mistaken_init_can_be_corrected(tmp_path):
+    """Nothing was trained from it."""
+    run(tmp_path / "masked")
+    with pytest.raises(ValueError, match="absent"):
+        run(tmp_path / "b", "--init", str(tmp_path / "absent"))
+    run(tmp_path / "b", "--init", str(tmp_path / "masked"))
+
+
 def test_fewer_steps_than_are_done_change_nothing(tmp_path, capsys):
     run(tmp_path, steps=4, unmask=0)
     said = (tmp_path / "run.json").read_text()

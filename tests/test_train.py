@@ -227,6 +227,21 @@ def test_own_images(tmp_path):
     assert weights(tmp_path / "run")["model.x_embedder.proj.weight"].shape == (16, 3, 2, 2)
 
 
+@pytest.mark.parametrize(("flags", "side"), [([], 12), (["--image-size", "8"], 8), (["--image-size=16"], 16)])
+def test_own_arrays_keep_their_side_unless_another_is_asked_for(tmp_path, capsys, flags, side):
+    """Whatever the preset's is, which here is 8."""
+    images = np.random.default_rng(0).integers(0, 256, (20, 12, 12), dtype=np.uint8)
+    np.savez(tmp_path / "own.npz", images=images)
+    idx = b"\0\0\x08\x03" + np.array(images.shape, ">u4").tobytes() + images.tobytes()
+    (tmp_path / "own-idx").write_bytes(idx)
+    for name in ("own.npz", "own-idx"):
+        run(tmp_path / name[4:], "--data", str(tmp_path / name), *flags, steps=1, unmask=0)
+        assert json.loads((tmp_path / name[4:] / "run.json").read_text())["config"]["image_size"] == side
+    said = capsys.readouterr().out
+    assert (f"resized and cropped from 12 x 12 to {side} x {side}" in said) == (side != 12)
+    assert (f"images are resized from a side of 12 to {side}" in said) == (side != 12)
+
+
 def test_synthetic_latents_and_no_classes(tmp_path):
     flags = ["--data", "synthetic", "--image-size", "64", "--num-classes", "0", "--micro-batch-size", "4"]
     run(tmp_path, *flags, "--sample-every", "2", "--sample-steps", "2", steps=2, unmask=1)

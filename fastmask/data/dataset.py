@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmask.console import say
 from fastmask.data.autoencoder import Autoencoder
 from fastmask.data.dali import DecoderName, pick_decoder
+from fastmask.data.decoding import say_source
 from fastmask.data.digits import Digits
 from fastmask.data.images import ImageArray
 from fastmask.data.imageset import ImageSet
@@ -72,6 +73,7 @@ def open_data(
     vae: str = "",
     device: torch.device = _CPU,
     fetch: bool = True,
+    keep_side: bool = False,
 ) -> DataSet:
     """Return the data set that a name means.
 
@@ -86,6 +88,7 @@ def open_data(
         vae: encode images into the latents of this VAE as they come.
         device: where to encode them.
         fetch: whether a store at a URL is fetched. If not, only its manifest is read, and no sample can be.
+        keep_side: leave the pixels of an `.npz` or IDX file at their own side, whatever ``image_size`` says.
 
     Raises:
         ValueError: nothing there, or something that cannot be trained on; says what is wrong and where.
@@ -122,9 +125,8 @@ def open_data(
             moments = Moments(path, arrays, image_size, mirror)
             say(f"{data}: {moments.describe()}")
             return moments
-        images = ImageArray(path, arrays, image_size, mirror)
-        sides, count = "x".join(map(str, arrays["images"].shape[1:3])), images.num_classes
-        say(f"{data}: {len(images):,} images of {sides} pixels, trained on at {image_size}, {count:,} classes")
+        images = ImageArray(path, arrays, None if keep_side else image_size, mirror)
+        say(f"{data}: {images.describe()}")
         return images
     if layout := layout_of(path):
         raise ValueError(
@@ -132,7 +134,9 @@ def open_data(
             f"and give that"
         )
     if path.exists():
-        source, chosen = open_source(path), pick_decoder(decoder)
+        source, chosen = open_source(path, labelled=num_classes != 0), pick_decoder(decoder)
+        image_size = source.side if keep_side and source.side and not vae else image_size
+        say_source(data, source, image_size)
         encoder = Autoencoder(vae, device) if vae else None
         return ImageSet(source, image_size, num_classes, mirror, chosen, encoder)
     raise ValueError(

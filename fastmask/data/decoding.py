@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastmask.console import say
 from fastmask.data.dali import JpegDecoder, is_jpeg
-from fastmask.data.images import decode, load_pillow, resize_all
-from fastmask.data.sources import Source
+from fastmask.data.images import decode, load_pillow, opened, orientation, resize_all
+from fastmask.data.source import Source
 
 _PR_SET_PDEATHSIG = 1
+_LOOKED_AT = 16  # images whose sides are compared with the one that is asked for
 
 
 class Part(NamedTuple):
@@ -132,7 +133,7 @@ class ImageReader:
     Args:
         source: where they are.
         size: side in pixels.
-        keep_jpegs: leave JPEG files as they are.
+        keep_jpegs: leave JPEG files as they are, but those that Exif turns, which are few: of it decoders differ.
     """
 
     def __init__(self, source: Source, size: int, *, keep_jpegs: bool = False) -> None:
@@ -146,7 +147,9 @@ class ImageReader:
         except OSError as error:
             raise ValueError(f"{self.source.name(item)} cannot be read as an image: {error}") from error
         if isinstance(content, bytes) and self._keep_jpegs and is_jpeg(content):
-            return content, label
+            with opened(content, self.source.name(item)) as image:
+                if orientation(image) == 1:
+                    return content, label
         return self.pixels_of(content, item), label
 
     def pixels_of(self, content: bytes | NDArray[np.uint8], item: int) -> NDArray[np.uint8]:
@@ -158,6 +161,39 @@ class ImageReader:
         else:
             pixels = content
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def say_source(path: str, source: Source, image_size: int) -> None:
+    """Say what a path was recognised as, what was left out, and which images are resized, or enlarged more than twice.
+
+    Args:
+        path: as it was given.
+        source: what it names.
+        image_size: side that the images get. Those of an array have one; of files a few are looked at.
+    """
+    for line in source.lines():
+        say(f"{path}: {line}")
+    if source.side not in (0, image_size):
+        say(f"{path}: images are resized from a side of {source.side} to {image_size}")
+        return
+    count = min(_LOOKED_AT, len(source))
+    sides = [_short_side(source, i * len(source) // count) for i in range(0 if source.side else count)]
+    small = [side for side in sides if 0 < 2 * side < image_size]
+    if small:
+        say(
+            f"{path}: {len(small)} of {count} images looked at are enlarged more than twice, from a side of "
+            f"{min(small)} to {image_size}"
+        )
+
+
+def _short_side(source: Source, item: int) -> int:
+    """Return the short side of a file's image, 0 if it cannot be read."""
+    try:
+        content = source.content(item)
+        with opened(bytes(content), source.name(item)) as image:
+            return int(min(image.size))
+    except (OSError, ValueError):
+        return 0
 
 
 def _parts_ahead(read: Callable[[int], tuple[Any, int]], parts: list[range], num_workers: int) -> Generator[Part]:

@@ -14,7 +14,7 @@ from fastmask.data.decoding import ImageReader, Part, by_dali, read_part
 from fastmask.data.fingerprint import fingerprint_of
 from fastmask.data.images import images_of
 from fastmask.data.latents import latents_of
-from fastmask.data.sources import Source
+from fastmask.data.source import Source
 
 
 class ImageSet:
@@ -41,19 +41,11 @@ class ImageSet:
         decoder: Literal["dali", "pil"] = "pil",
         vae: Autoencoder | None = None,
     ) -> None:
-        there = 0 if num_classes == 0 else source.count_classes()
-        if num_classes and not there:
-            raise ValueError(
-                f"{source.name(0)} and the others have no labels, which num_classes {num_classes} asks for"
-            )
-        if num_classes and there > num_classes:
-            raise ValueError(f"the images have {there} classes, more than num_classes {num_classes}")
+        self.class_names = source.names_of(num_classes)
         self.decoder, self._vae = decoder, vae
         side = vae.side(image_size) if vae else image_size
         self.shape = (vae.channels if vae else source.channels, side, side)
-        self.num_classes = there if num_classes is None else num_classes
-        self.class_names = source.class_names[: self.num_classes]
-        self.class_names += [str(label) for label in range(len(self.class_names), self.num_classes)]
+        self.num_classes = len(self.class_names)
         self._count, self._size, self._mirror = len(source), image_size, mirror
         self._decode = ImageReader(source, image_size)
         self._keep_jpegs = ImageReader(source, image_size, keep_jpegs=True)

@@ -94,12 +94,23 @@ def test_resizing_agrees(dali, side, most, mean):
     assert difference.mean() <= mean
 
 
-def test_a_turned_image_stays_as_it_is_stored(dali):
-    """As ADM's script leaves it: Exif's orientation is not followed."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    content = jpeg(64, 80, exif=exif.tobytes())
-    assert np.array_equal(by_dali([content], 64)[0], by_pillow(content, 64))
+def test_turned_images_are_the_same_by_both(dali, tmp_path):
+    """Among others, and where Exif is damaged: then nothing turns them."""
+    for turned in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = turned
+        (tmp_path / f"{turned}.jpg").write_bytes(jpeg(64, 80, turned, exif=exif.tobytes()))
+    damaged = exif.tobytes()[:16] + b"\xff\xff" + exif.tobytes()[18:]
+    (tmp_path / "damaged.jpg").write_bytes(jpeg(64, 80, exif=damaged))
+    source, parts = open_source(tmp_path), [range(4), range(4, 8), range(8, 11)]
+    found = list(decoded(source, 64, parts, 0, JpegDecoder(64, 4, CPU, 1)))
+    expected = list(decoded(source, 64, parts, 0))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (len(ours.labels), ours.bad) == (len(theirs.labels), [])
+        assert np.array_equal(np.asarray(ours.values), theirs.values)
+    plain = by_dali([jpeg(64, 80, turned) for turned in range(10)], 64)
+    turned = np.concatenate([part.values for part in found])[:10]
+    assert [np.array_equal(a, b) for a, b in zip(turned, plain, strict=True)] == [True] * 2 + [False] * 7 + [True]
 
 
 def test_of_a_photo_with_more_views_the_first_is_taken(dali):

@@ -91,7 +91,7 @@ def test_fewer_classes_than_none(sources, kind):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (ImageArray, "images.npz: 4 images of 16x16 pixels, trained on at 32, 4 classes\n"),
+        (ImageArray, "images.npz: npz, 4 images, 4 classes, resized and cropped from 16 x 16 to 32 x 32\n"),
         (
             Moments,
             "moments.npz: 4 moments (8, 2, 2) of images downsampled by 8, 4 classes, scale 0.18215, shift 0 (Stable "

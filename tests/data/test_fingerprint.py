@@ -1,6 +1,7 @@
 import io
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,13 @@ def tar(path, seed=0, start=0, classes=2):
     return path
 
 
+def zipped(path, seed=0, start=0, classes=2):
+    with zipfile.ZipFile(path, "w") as file:
+        for i, pixels in enumerate(noise(6, 8, 8, 3, seed=seed)):
+            file.writestr(f"{i % classes}/{i + start}.png", png(pixels))
+    return path
+
+
 def imagenet(path):
     path.mkdir()
     for name in ("n00000001.tar", "n00000002.tar"):
@@ -77,6 +85,7 @@ def table(path, first=0):
 KINDS = {
     "folder": (folder, 8),
     "data.tar": (tar, 8),
+    "photos.zip": (zipped, 8),
     "imagenet": (imagenet, 8),
     "store": (store, 32),
     "images.npz": (images, 8),
@@ -139,6 +148,11 @@ CHANGES = {
         lambda path: tar(path, start=1),
         lambda path: tar(path, seed=1),
         lambda path: tar(path, classes=1),
+    ],
+    "photos.zip": [
+        lambda path: zipped(path, start=1),
+        lambda path: zipped(path, seed=1),
+        lambda path: zipped(path, classes=3),
     ],
     "imagenet": [
         lambda path: (path / "n00000002.tar").unlink(),

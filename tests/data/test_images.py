@@ -1,3 +1,6 @@
+import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -5,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmask.data.images import ImageArray, resize_and_crop
+from fastmask.data.images import SUFFIXES, ImageArray, decode, resize_and_crop
 from fastmask.kernels import random_uniform
 
 PATH = Path("some.npz")
@@ -118,7 +121,180 @@ def test_crop_takes_the_centre(height, width):
     assert np.array_equal(np.asarray(resize_and_crop(Image.fromarray(pixels), 16)), expected)
 
 
-@pytest.mark.parametrize("side", [(3, 5), (1, 1), (1, 300), (17, 16), (31, 31), (33, 500), (257, 129)], ids=str)
+@pytest.mark.parametrize("side", [(3, 5), (1, 1), (1, 20), (60, 3), (17, 16), (31, 31), (33, 500), (257, 129)], ids=str)
 def test_any_side_becomes_the_size(side):
     assert resize_and_crop(Image.fromarray(np.full((*side, 3), 77, np.uint8)), 16).size == (16, 16)
     assert (np.asarray(resize_and_crop(Image.fromarray(np.full((*side, 3), 77, np.uint8)), 16)) == 77).all()
+
+
+def content_of(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+# What each value of Exif's orientation does to what is stored, in its own words: where row 0 and column 0 are seen.
+SEEN = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: stored.swapaxes(0, 1)[:, ::-1],
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: stored.swapaxes(0, 1)[::-1],
+}
+
+
+@pytest.mark.parametrize("turned", SEEN)
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_an_image_is_turned_as_its_exif_says(kind, turned):
+    stored = noise(16, 16, 3)
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    content = content_of(Image.fromarray(stored), kind, exif=exif.tobytes(), **options)
+    if kind == "JPEG":
+        stored = np.asarray(Image.open(io.BytesIO(content)))
+    assert np.array_equal(decode(content, 16, "it"), SEEN[turned](stored))
+
+
+def test_a_turned_image_is_cropped_as_it_is_seen():
+    stored = noise(16, 40, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = content_of(Image.fromarray(stored), "PNG", exif=exif.tobytes())
+    assert np.array_equal(decode(content, 16, "it"), SEEN[6](stored)[12:28])
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
+@pytest.mark.parametrize(
+    "exif",
+    [b"", b"Exif", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\0", b"nonsense"],
+)
+def test_exif_that_cannot_be_read_turns_nothing(exif):
+    stored = noise(16, 16, 3)
+    assert np.array_equal(decode(content_of(Image.fromarray(stored), "PNG", exif=exif), 16, "it"), stored)
+
+
+def tag(value, kind=3):
+    """Return Exif whose orientation has any value, and any type."""
+    return b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12" + kind.to_bytes(2, "big") + b"\0\0\0\x01" + value + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize("exif", [tag(b"\0\0\0\0"), tag(b"\0\x09\0\0"), tag(b"6\0\0\0", 2), tag(b"\0\0\0\x06", 5)])
+def test_an_orientation_that_there_is_not_turns_nothing(exif):
+    stored = noise(16, 16, 3)
+    assert np.array_equal(decode(content_of(Image.fromarray(stored), "PNG", exif=exif), 16, "it"), stored)
+
+
+def over_white(pixels, alpha):
+    alpha = alpha[..., None] / 255
+    return np.rint(pixels * alpha + 255 * (1 - alpha))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_transparent_pixels_lie_over_white(kind):
+    pixels = noise(16, 16, 4)
+    pixels[:8, :8, 3], pixels[8:, 8:, 3] = 0, 255
+    content = content_of(Image.fromarray(pixels), kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    found = decode(content, 16, "it").astype(int)
+    assert np.abs(found - over_white(pixels[..., :3], pixels[..., 3])).max() <= 1
+    assert (found[:8, :8] == 255).all()
+    assert np.array_equal(found[8:, 8:], pixels[8:, 8:, :3])
+
+
+def test_transparent_greys_palettes_and_colours_lie_over_white():
+    pixels = noise(16, 16)
+    grey = Image.merge("LA", [Image.fromarray(pixels), Image.fromarray(np.where(pixels < 99, 0, 255).astype(np.uint8))])
+    keyed = {"transparency": 7}
+    for content, clear in [
+        (content_of(grey, "PNG"), pixels < 99),
+        (content_of(Image.fromarray(pixels), "PNG", transparency=200), pixels == 200),
+        (content_of(Image.fromarray(pixels.astype(np.uint16) * 257), "PNG", transparency=200 * 257), pixels == 200),
+    ]:
+        expected = np.where(clear, 255, pixels)
+        assert np.array_equal(decode(content, 16, "it"), np.stack([expected] * 3, 2))
+    colours = noise(16, 16, 3)
+    key = tuple(colours[3, 4].tolist())
+    found = decode(content_of(Image.fromarray(colours), "PNG", transparency=key), 16, "it")
+    assert np.array_equal(found, np.where((colours == key).all(2, keepdims=True), 255, colours))
+    palette = Image.fromarray(colours).quantize(16)
+    for kind in ("PNG", "GIF"):
+        found = decode(content_of(palette, kind, **keyed), 16, "it")
+        clear = (np.asarray(palette) == 7)[..., None]
+        assert clear.any()
+        assert np.array_equal(found, np.where(clear, 255, np.asarray(palette.convert("RGB"))))
+
+
+def test_no_format_is_read_but_those_that_are_named():
+    """Of another, such as EPS, Pillow would call a program, whatever the file's suffix is."""
+    eps = content_of(Image.fromarray(noise(16, 16, 3)), "EPS")
+    with pytest.raises(
+        ValueError, match=r"^a\.png cannot be read as an image: it is empty, damaged or of another format$"
+    ):
+        decode(eps, 16, "a.png")
+    for suffix in SUFFIXES:
+        kind = Image.registered_extensions()[suffix]
+        assert decode(content_of(Image.new("RGB", (16, 16)), kind), 16, f"a{suffix}").shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("side", [(1, 2000), (2000, 1), (21, 1), (41, 2)], ids=str)
+def test_strips_are_refused(side):
+    """Before they are decoded or enlarged: a PNG of 20000 x 1 pixels has 140 bytes, and would take gigabytes."""
+    width, height = side
+    said = rf"it has {width} x {height} pixels: one side is more than 20 times the other"
+    with pytest.raises(ValueError, match=rf"^a\.png cannot be read as an image: {said}$"):
+        decode(content_of(Image.new("L", side), "PNG"), 256, "a.png")
+    with pytest.raises(ValueError, match=said):
+        array(np.zeros((1, height, width, 3), np.uint8))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of tags that Pillow skips
+def test_damage_of_any_kind_is_one_line():
+    """Flipped bits and files that end anywhere, in formats whose readers raise all kinds of errors."""
+    random, refused = np.random.default_rng(0), 0
+    kinds = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+    contents = [content_of(Image.fromarray(noise(16, 16, 3)), kind) for kind in kinds]
+    contents.append(content_of(Image.fromarray(noise(16, 16, 3)), "TIFF", compression="tiff_lzw"))
+    for content in contents:
+        for _ in range(150):
+            changed = bytearray(content)
+            changed[int(random.integers(min(200, len(content))))] ^= 1 << int(random.integers(8))
+            if random.random() < 0.2:
+                changed = changed[: int(random.integers(len(changed)))]
+            try:
+                assert decode(bytes(changed), 16, "it").shape == (16, 16, 3)
+            except ValueError:
+                refused += 1
+    assert refused > 150
+
+
+def test_no_small_file_takes_much_memory():
+    """Strips, which would be enlarged, and a PNG that claims more pixels than it holds."""
+    program = """
+import resource, struct, zlib
+from fastmask.data.images import decode
+
+def png(width, height):
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(5000))), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks]
+    return b"\\x89PNG\\r\\n\\x1a\\n" + b"".join(packed)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+assert decode(png(60, 60), 256, "it").shape == (256, 256, 3)
+before = peak()
+for side in ((4000, 1), (1, 4000), (60_000, 60_000)):
+    try:
+        decode(png(*side), 256, "it")
+    except ValueError as error:
+        print(error)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    *lines, grown = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert int(grown) < 20_000  # KiB

@@ -68,10 +68,11 @@ def test_gray_repeats_its_channel(tmp_path):
     assert np.array_equal(one(tmp_path), np.stack([pixels] * 3, 2))
 
 
-def test_transparency_is_dropped(tmp_path):
+def test_transparent_pixels_are_white(tmp_path):
     pixels = noise(16, 16, 4)
+    pixels[..., 3] = np.where(pixels[..., 0] < 99, 0, 255)
     png(tmp_path / "0.png", pixels)
-    assert np.array_equal(one(tmp_path), pixels[..., :3])
+    assert np.array_equal(one(tmp_path), np.where(pixels[..., 3:] == 0, 255, pixels[..., :3]))
 
 
 def test_palette(tmp_path):
