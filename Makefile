@@ -3,6 +3,7 @@
 # make kernels   compile every Triton kernel for three generations of GPUs, with none of them here, and count bytes
 # make bench     measure here; make report writes the README's table, docs/measured.md and the plots from committed rows
 # make sanitize  build the native kernels with checks of addresses and undefined behaviour, and run their tests
+# make numerics  run the numeric tests with the instruction sets of other processors, on two threads, with 20 seeds
 # make abi TORCH=2.11.0  load the native kernels, as built for CI's torch, in another one, and run their tests there
 # make cuda      compile the CUDA C++ kernels with nvcc, with no GPU: registers and shared memory, and no spills
 # make emulated  test the same kernels on the CPU, where the threads of a block take turns
@@ -11,16 +12,19 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python compiles what it imports; compiling all that is installed would take longer than the tests of some folders.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+PIP := $(BIN)/python $(INSTALL)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -p no:benchmark
 DEMO := runs/digits-demo
 # The trainer is tested with the native kernels; all else with Triton's, interpreted, and the ops and the network with both.
-TRAINER_TESTS := $(addprefix tests/test_,train.py run.py step.py distributed.py crash.py)
+TRAINER_TESTS := $(addprefix tests/test_,train.py run.py resume.py start.py step.py distributed.py crash.py)
 NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py silu_linear.py modulate_norm.py add_gated_norm.py norms.py \
 	norm_linear.py native.py impl.py position_table.py hostile.py adamw_ema.py sample_mask.py masked_loss.py \
 	embed_kept_patches.py embed_natively.py restore_tokens.py) \
 	$(addprefix tests/test_,model.py golden.py packed.py optim.py) $(TRAINER_TESTS)
 
-.PHONY: demo test test-dali venv lint bench report kernels sanitize abi cuda emulated clean
+.PHONY: demo test test-dali venv venv-dali lint bench report kernels sanitize numerics abi cuda emulated clean
 .DELETE_ON_ERROR:
 
 venv: .venv/.done
@@ -37,21 +41,23 @@ demo: venv
 	$(BIN)/python -m fastmask.evaluate $(DEMO)
 
 test: venv lint
-	$(BIN)/python -m pytest -n 2 -p no:benchmark $(addprefix --ignore=,$(TRAINER_TESTS))
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -n 2 -p no:benchmark -m 'not once' $(NATIVE_TESTS)
+	$(PYTEST) $(addprefix --ignore=,$(TRAINER_TESTS))
+	TRITON_INTERPRET=0 $(PYTEST) -m 'not once' $(NATIVE_TESTS)
 
 # DALI lies over the environment of the other tests: torch is there once.
 .venv-dali/.done: .venv/.done
 	$(PYTHON) -m venv .venv-dali
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$(.venv-dali/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
-	.venv-dali/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	.venv-dali/bin/python $(INSTALL) \
 		nvidia-dali-cuda130 diffusers pyarrow lmdb webdataset
 	touch $@
 
+venv-dali: .venv-dali/.done
+
 NO_IMAGES := order.py remote.py remote_hostile.py stalls.py writer.py npy.py pickled.py manifest.py schema.py
 test-dali: .venv-dali/.done
-	.venv-dali/bin/python -m pytest -n 2 -p no:benchmark $(addprefix --ignore=tests/data/test_,$(NO_IMAGES)) \
+	.venv-dali/bin/python -m pytest -n 2 --dist worksteal -p no:benchmark $(addprefix --ignore=tests/data/test_,$(NO_IMAGES)) \
 		tests/data tests/test_prepare.py tests/test_bench_stores.py
 
 lint: venv
@@ -78,6 +84,15 @@ sanitize: venv
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		FASTMASK_NATIVE=$(CURDIR)/build/sanitize/_native.so TRITON_INTERPRET=0 \
 		$(BIN)/python -m pytest -q -p no:benchmark $(filter tests/kernels/%,$(NATIVE_TESTS))
+
+# Compiled for one level of x86 at a time, so that each runs here; an hour on two cores.
+LEVELS := x86-64 x86-64-v3 x86-64-v4
+numerics: venv
+	for level in $(LEVELS); do \
+		cmake -S . -B build/$$level -DTORCH_ROOT=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') \
+			-DFASTMASK_LEVEL=$$level -DFASTMASK_OUT=$(CURDIR)/build/$$level && cmake --build build/$$level || exit 1; \
+	done
+	$(BIN)/python tests/numerics.py build
 
 # Another torch than CI's is a CUDA build of some gigabytes.
 abi: venv

@@ -7,10 +7,23 @@ if not torch.cuda.is_available():
     # Triton reads this once, when it is imported: without a device its kernels can only be interpreted.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# One thread here and in the processes that tests start: tests run in parallel, and how many threads share a sum decides
-# its rounding.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastmask")
+    group.addoption("--margins", action="store_true", help="print how much of its bound the error of each test takes")
+    group.addoption("--margins-list", metavar="FILE", help="write what --margins found, a test a line")
+    group.addoption("--seed", type=int, default=0, help="seed of every test's random numbers")
+    group.addoption("--threads", type=int, default=1, help="threads of torch, here and in processes that tests start")
+
+
+def pytest_configure(config):
+    # One thread: tests run in parallel, and how many threads share a sum decides its rounding.
+    os.environ["OMP_NUM_THREADS"] = str(config.getoption("--threads"))
+    torch.set_num_threads(config.getoption("--threads"))
+    if config.getoption("--margins"):
+        from margins import Margins  # noqa: PLC0415 - imports fastmask, which reads the variable above
+
+        config.pluginmanager.register(Margins(config.getoption("--margins-list")))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,8 +33,10 @@ def _cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed():
-    torch.manual_seed(0)
+def _fixed_seed(request):
+    torch.manual_seed(request.config.getoption("--seed"))
+    yield
+    torch.set_num_threads(request.config.getoption("--threads"))  # which a test may have changed
 
 
 def pytest_collection_modifyitems(items):

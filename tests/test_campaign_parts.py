@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import rows
 from bench.campaign import digits, gate, steps, table, tune
 from bench.campaign.state import Campaign
 from bench.kernels import shapes_of
+from bench.kernels._cases import case_of
 from fastmask.kernels import backends, modulate_norm
+from fastmask.kernels._attention_backends import refusal
 
 CPU = torch.device("cpu")
 
@@ -44,6 +47,45 @@ def test_the_gate_passes_what_is_right_and_catches_what_is_not(norm_op):
 
     for wrong in (biased, wrong_gradient, unwritten):
         assert gate.judge(norm_op, wrong) > 1, wrong.__name__
+
+
+def test_the_gate_judges_what_changes_its_inputs():
+    """Each call gets inputs of its own: the reference's must not be those that the kernel has changed."""
+    op = gate.module_of("adamw_ema").op(shapes_of("digits", CPU)._replace(width=16))
+    before = {name: t.clone() for name, t in op.inputs.items()}
+    assert gate.judge(op, op.fused) <= 1
+    assert all(torch.equal(t, before[name]) for name, t in op.inputs.items())
+
+    def filled(params, exp_avgs, exp_avg_sqs, average, **others):
+        return [t.fill_(1e6) for t in (params, exp_avgs, exp_avg_sqs, average)]
+
+    def still(params, exp_avgs, exp_avg_sqs, average, **others):
+        return [params, exp_avgs, exp_avg_sqs, average]
+
+    for wrong in (filled, still):
+        assert gate.judge(op, wrong) > 1e3, wrong.__name__
+
+
+def refused_as_on_a_gpu(name, q, packed):
+    with FakeTensorMode():
+        return refusal(name, torch.empty(q.shape, dtype=q.dtype, device="cuda"), packed)
+
+
+def test_a_form_that_the_op_refuses_is_left_out(campaign, monkeypatch, capsys):
+    """Attention of packed fp32 tokens has no kernel on a GPU, by design."""
+    monkeypatch.setattr(gate, "OPS", ("attention",))
+    monkeypatch.setattr(gate.module_of("attention"), "refusal", refused_as_on_a_gpu)
+    case, shapes = next(gate.sets(campaign))
+    assert shapes.dtype == torch.float32
+    gate.check_ops(campaign, case, shapes)
+    (row,) = campaign.rows
+    assert set(row["errors_over_allowed"]) == {"attention dense"}
+    assert "attention packed is not checked: torch takes float16, bfloat16 for packed" in capsys.readouterr().out
+    packed = case_of(gate.module_of("attention").packed(shapes), "forward", shapes)
+    assert "ours" not in packed.variants
+    assert packed.missing["ours"].startswith("torch takes float16, bfloat16 for packed tokens")
+    half = gate.module_of("attention").packed(shapes._replace(dtype=torch.bfloat16))
+    assert callable(half.fused)
 
 
 def test_a_red_check_is_a_failure_and_is_not_tuned(campaign, monkeypatch, capsys):
@@ -86,9 +128,15 @@ def test_no_step_is_timed_of_a_wrong_network(campaign, monkeypatch, capsys):
 def test_the_network_check_sees_a_wrong_loss(monkeypatch):
     monkeypatch.setattr(gate, "fused_runs", lambda device: False)
     assert gate.network_error(CPU) <= 1
-    plain = gate.PlainLoss
-    monkeypatch.setattr(gate, "PlainLoss", lambda model: plain(model, mae_coef=0.101))
+    plain, precisions = gate.PlainLoss, []
+
+    def wrong(model):
+        precisions.append(torch.backends.cudnn.allow_tf32)
+        return plain(model, mae_coef=0.101)
+
+    monkeypatch.setattr(gate, "PlainLoss", wrong)
     assert gate.network_error(CPU) > 1
+    assert precisions == [False]  # the convolution of the plain network would take TF32 on a GPU
 
 
 def test_pytest_in_a_process_of_its_own(campaign, tmp_path, monkeypatch, capsys):

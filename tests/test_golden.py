@@ -4,14 +4,15 @@ import os
 
 import pytest
 import torch
-from util import golden, relative_error
+from util import golden
 
 from fastmask import Mask, load_maskdit
 from fastmask.diffusion import EDMLoss, edm_sample
 from fastmask.kernels import backends
+from fastmask.testing import assert_near, network_steps
 
-# What the published numbers are to be matched to.
-TOLERANCE = 1e-4
+# Of a network of 3 + 8 blocks, forward and backward; the published numbers are fp32 too, so that both err.
+FORWARD, BACKWARD = 2 * network_steps(11), 2 * network_steps(11, backward=True)
 
 needs_every_kernel = pytest.mark.skipif(
     any(row.device == "cpu" and row.kernel == "none" for row in backends()),
@@ -52,49 +53,32 @@ def losses(net, labels, mask):
     return loss(net, arrays["images"], labels, mask=mask, sigma=arrays["sigma"], noise=arrays["noise"])
 
 
-def test_the_error_measure_sees_what_is_wrong():
-    exact = torch.arange(1.0, 61.0).reshape(6, 10)
-    last_bit = torch.nextafter(exact, torch.full_like(exact, torch.inf))
-    unwritten = exact.clone()
-    unwritten[-1] = 0
-    poisoned = exact.clone()
-    poisoned[2, 3] = torch.nan
-    assert relative_error(exact, exact) == 0
-    assert 0 < relative_error(last_bit, exact) < 2e-7
-    assert relative_error(exact.roll(1, 0), exact) > 0.1
-    assert relative_error(exact * 1.001, exact) == pytest.approx(1e-3, rel=1e-3)
-    assert relative_error(unwritten, exact) > 0.1
-    assert not relative_error(poisoned, exact) < 1e9
-    with pytest.raises(ValueError, match="differ"):
-        relative_error(exact[:1], exact)
-
-
 def test_mask_is_the_published_one(mask):
     assert torch.equal(mask.dropped, golden().arrays["mask"].bool())
 
 
 def test_masked_forward(net, noised, sigma, labels, mask):
-    assert relative_error(net(noised, sigma, labels, mask), golden().arrays["masked_denoised"]) < TOLERANCE
+    assert_near(net(noised, sigma, labels, mask), golden().arrays["masked_denoised"], FORWARD)
 
 
 def test_full_forward(net, noised, sigma, labels):
-    assert relative_error(net(noised, sigma, labels), golden().arrays["full_denoised"]) < TOLERANCE
+    assert_near(net(noised, sigma, labels), golden().arrays["full_denoised"], FORWARD)
 
 
 def test_eval_forward(net, noised, sigma):
     denoised = net(noised, sigma, golden().arrays["labels"])
-    assert relative_error(denoised, golden().arrays["eval_denoised"]) < TOLERANCE
+    assert_near(denoised, golden().arrays["eval_denoised"], FORWARD)
 
 
 def test_masked_losses(net, labels, mask):
     parts = losses(net, labels, mask)
     for name in ("total", "denoising", "reconstruction"):
-        assert relative_error(getattr(parts, name), golden().arrays[f"{name}_loss"]) < TOLERANCE, name
+        assert_near(getattr(parts, name), golden().arrays[f"{name}_loss"], FORWARD, name=name)
 
 
 def test_full_loss(net, labels):
     parts = losses(net, labels, None)
-    assert relative_error(parts.total, golden().arrays["full_loss"]) < TOLERANCE
+    assert_near(parts.total, golden().arrays["full_loss"], FORWARD)
     assert torch.equal(parts.total, parts.denoising)
 
 
@@ -108,7 +92,7 @@ def check_gradient_norms(net, total):
     expected = golden().info["grad_norms"]
     assert gradients.keys() == expected.keys()
     for name, norm in expected.items():
-        assert gradients[name].norm().item() == pytest.approx(norm, rel=TOLERANCE), name
+        assert_near(gradients[name].norm(), torch.tensor(norm), BACKWARD, name=name)
 
 
 @needs_every_kernel
@@ -122,7 +106,7 @@ def test_the_fused_form(monkeypatch, net, labels, mask):
         parts = losses(net, labels, mask)
         check_gradient_norms(net, parts.total.mean())
     for name in ("total", "denoising", "reconstruction"):
-        assert relative_error(getattr(parts, name), golden().arrays[f"{name}_loss"]) < TOLERANCE, name
+        assert_near(getattr(parts, name), golden().arrays[f"{name}_loss"], FORWARD, name=name)
 
 
 @needs_every_kernel
@@ -130,7 +114,7 @@ def test_the_fused_form_unmasked(monkeypatch, net, noised, sigma, labels):
     monkeypatch.setattr(net.model, "impl", "fused")
     with torch.no_grad():
         denoised = net(noised[:1], sigma[:1], labels[:1])
-    assert relative_error(denoised, golden().arrays["full_denoised"][:1]) < TOLERANCE
+    assert_near(denoised, golden().arrays["full_denoised"][:1], FORWARD)
 
 
 @pytest.mark.once
@@ -148,7 +132,8 @@ def test_samples(net, cfg_scale, name):
         rho=sampler["rho"],
     )
     assert cfg_scale in (None, sampler["cfg_scale"])
-    assert relative_error(samples, arrays[name]) < TOLERANCE
+    evaluations = 2 * sampler["num_steps"] - 1
+    assert_near(samples, arrays[name], evaluations * FORWARD, dtype=torch.float32)
 
 
 def test_order_of_the_kept_tokens_changes_rounding_only(net, noised, sigma, labels, mask):
@@ -162,9 +147,9 @@ def test_order_of_the_kept_tokens_changes_rounding_only(net, noised, sigma, labe
     )
     assert not torch.equal(shuffled.ids_keep, mask.ids_keep)
     assert torch.equal(shuffled.dropped, mask.dropped)
-    # The attention's sums run in another order: a few units of fp32 rounding, grown by eleven blocks.
-    assert relative_error(net(noised, sigma, labels, shuffled), net(noised, sigma, labels, mask)) < 2e-6
+    # The attention's sums run in another order.
+    assert_near(net(noised, sigma, labels, shuffled), net(noised, sigma, labels, mask), FORWARD)
     for name, new, old in zip(
         ("total", "denoising", "reconstruction"), losses(net, labels, shuffled), losses(net, labels, mask), strict=True
     ):
-        assert relative_error(new, old) < 2e-6, name
+        assert_near(new, old, FORWARD, name=name)

@@ -162,9 +162,8 @@ def test_a_session_reports_what_it_ran_and_a_red_gate_gives_no_number(tmp_path):
         "from bench import rows\n"
         "from bench.kernels import _gate\n"
         "rows.RESULTS = Path(__file__).parent / 'results'\n"
-        "def refuse(*tensors):\n"
-        "    raise AssertionError('sabotaged')\n"
-        "_gate._assert_same_function = refuse\n"  # integers, which sample_mask returns, are judged elsewhere
+        "right = _gate.fault\n"
+        "_gate.fault = lambda actual, *rest: 'sabotaged' if actual.is_floating_point() else right(actual, *rest)\n"
     )
     benches = [f"bench/kernels/bench_{op}.py" for op in ("sample_mask", "restore_tokens")]
     command = [sys.executable, "-m", "pytest", "-p", "sabotage", "--benchmark-only", "--rows", "-p", "no:cacheprovider"]

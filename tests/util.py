@@ -1,4 +1,4 @@
-"""What several test files share: the published implementation's numbers, an error measure and a small network."""
+"""What several test files share: the published implementation's numbers and a small network."""
 
 import functools
 import json
@@ -62,37 +62,6 @@ def golden() -> Golden:
         values *= math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.5 * 50**-0.5
         weights[name] = torch.from_numpy(values)
     return Golden(arrays, info, weights)
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Return |actual - exact| / |exact| in the 2-norm, computed in float64; NaN (which no bound admits) for 0 / 0."""
-    if actual.shape != exact.shape:
-        raise ValueError(f"shapes {tuple(actual.shape)} and {tuple(exact.shape)} differ")
-    actual, exact = actual.detach().double(), exact.detach().double()
-    return float((actual - exact).norm() / exact.norm())
-
-
-def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor) -> None:
-    """Fail unless a result is about as close to the exact one as PyTorch's own operations of the same dtype get.
-
-    Both the largest and the root-mean-square error may be twice those of ``eager`` and 1.5 roundings of ``actual``'s
-    dtype, relative to the largest and to the root-mean-square exact value.
-
-    Args:
-        actual: the result to judge.
-        exact: the same in float64.
-        eager: the reference's, from the inputs that ``actual`` was computed from.
-    """
-    assert actual.dtype == eager.dtype, f"dtype {actual.dtype}, not {eager.dtype}"
-    assert actual.shape == exact.shape == eager.shape, f"shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
-    assert exact.dtype == torch.float64
-    assert exact.isfinite().all()
-    error, allowed = actual.detach().double() - exact, eager.detach().double() - exact
-    rounding = torch.finfo(actual.dtype).eps / 2
-    for name, size in (("largest", lambda t: t.abs().max()), ("mean", lambda t: t.square().mean().sqrt())):
-        bound = 2 * size(allowed) + 1.5 * rounding * size(exact)
-        # A comparison with NaN is false, so values that were never written fail here.
-        assert size(error) <= bound, f"{name} error {size(error):.3g} above {bound:.3g}"
 
 
 def small_net(*, sigma_data: float = 0.5, seed: int = 0, **sizes: int) -> EDMPrecond:

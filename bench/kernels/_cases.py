@@ -62,7 +62,7 @@ class Op(NamedTuple):
         leaves: the inputs that get a gradient.
         again: the inputs that the gradients depend on, which backward has to read at least.
         reference: plain PyTorch, which takes the inputs and the options.
-        fused: ours, likewise.
+        fused: ours, likewise, or why the op refuses these tensors.
         kernel: how the names of its kernels begin; empty if it has none of its own.
         options: other arguments.
         others: the ecosystem's own: a call like `reference`, or why there is none.
@@ -81,7 +81,7 @@ class Op(NamedTuple):
     leaves: tuple[str, ...]
     again: tuple[str, ...]
     reference: Call
-    fused: Call
+    fused: Call | str
     kernel: str
     options: Mapping[str, Any] = {}
     others: Mapping[str, Call | str] = {}

@@ -28,13 +28,14 @@ def packed(shapes: Shapes) -> Op:
 def _op(shapes: Shapes, counts: list[int], tokens: tuple[int, ...], options: dict) -> Op:
     qkv = shapes.normal(*tokens, 3, shapes.heads, shapes.width // shapes.heads)
     q = qkv.select(-3, 0)
-    names = ("flash-attn", "xformers")
-    reasons = {name: refusal(name, q, packed=bool(options)) for name in names}
+    reasons = {name: refusal(name, q, packed=bool(options)) for name in ("torch", "flash-attn", "xformers")}
+    # Of those that it takes without being told; the network's own packed tokens are in 16 bits.
+    refused = reasons["torch"] if reasons["torch"] and reasons["flash-attn"] else ""
 
     def taken(function, **chosen):
         return lambda qkv, **options: function(*qkv.unbind(-3), **options, **chosen)
 
-    others = {name: reasons[name] or taken(attention, backend=name) for name in names}
+    others = {name: reasons[name] or taken(attention, backend=name) for name in ("flash-attn", "xformers")}
     if options:
         others["compiled"] = "the reference reads cu_seqlens on the host, which cannot be traced"
     kind = f"packed N={sum(counts)}" if options else f"K={shapes.keep}"
@@ -46,7 +47,7 @@ def _op(shapes: Shapes, counts: list[int], tokens: tuple[int, ...], options: dic
         leaves=("qkv",),
         again=("qkv",),
         reference=taken(attention_reference),
-        fused=taken(attention),
+        fused=refused or taken(attention),
         kernel="",
         options=options,
         others=others,

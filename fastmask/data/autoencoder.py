@@ -48,7 +48,7 @@ class Autoencoder:
             # A class that is another one's, or weights that do not fit, are a ValueError or RuntimeError.
             self._vae: Any = diffusers.AutoencoderKL.from_pretrained(name, subfolder=folder, low_cpu_mem_usage=False)
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"--vae {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise ValueError(f"--vae {name} cannot be loaded: {_reason(error)}") from error
         self.sha256 = _sha256(self._vae)
         self._device = device
         self._vae.to(device).eval().requires_grad_(False)
@@ -107,6 +107,17 @@ class Autoencoder:
             raise ValueError("the VAE gives moments that are not finite in float16: is it meant for these images?")
         result: NDArray[np.float16] = moments.cpu().numpy()
         return result
+
+
+def _reason(error: BaseException) -> str:
+    """Return what is wrong in one line: of a hub that does not answer diffusers says that it lacks a file."""
+    cause: BaseException | None = error
+    while cause:
+        kinds = [kind.__name__ for kind in type(cause).__mro__]
+        if any(word in kind for kind in kinds for word in ("Connect", "LocalEntryNotFound", "OfflineMode", "Timeout")):
+            return "it was not fetched before, and the hub does not answer: give the folder of a copy"
+        cause = cause.__cause__ or cause.__context__
+    return str(error).strip().splitlines()[0]
 
 
 def _sha256(module: torch.nn.Module) -> str:

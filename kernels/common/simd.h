@@ -1,10 +1,13 @@
 // Loops that the compiler turns into vector instructions, once for each generation of x86; chosen when they are loaded.
+// A build with FASTMASK_LEVEL has them for one generation alone, so that a test can run each on one processor.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(FASTMASK_SANITIZE) && !defined(__CUDACC__)
+#if defined(FASTMASK_LEVEL)
+#define FASTMASK_SIMD __attribute__((target("arch=" FASTMASK_LEVEL), noinline))
+#elif defined(__x86_64__) && defined(__linux__) && !defined(FASTMASK_SANITIZE) && !defined(__CUDACC__)
 #define FASTMASK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
 #else
 #define FASTMASK_SIMD __attribute__((noinline))

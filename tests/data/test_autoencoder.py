@@ -105,6 +105,26 @@ def test_a_vae_that_cannot_be_loaded(vae, tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+class HubConnectError(Exception):
+    """As those of the packages that the hub is asked by."""
+
+
+@pytest.mark.parametrize("cause", [HubConnectError(), ConnectionResetError(), TimeoutError()])
+def test_a_hub_that_does_not_answer(monkeypatch, cause):
+    """diffusers says that the model has no file named config.json."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+    def absent(name, **options):
+        try:
+            raise OSError("cannot be located") from cause
+        except OSError as error:
+            raise OSError(f"{name} does not appear to have a file named config.json.") from error
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", absent)
+    with pytest.raises(ValueError, match=r"^--vae some/vae cannot be loaded: it was not fetched before, and the"):
+        Autoencoder("some/vae", CPU)
+
+
 def test_the_published_configuration_in_full_size():
     """Stable Diffusion's KL-f8: 83.7M parameters, 256x256 images to moments 8x32x32; shapes alone."""
     with torch.device("meta"):

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 from torch.library import opcheck
-from util import assert_accurate
 
 from fastmask.kernels import adamw_ema
 from fastmask.kernels.adamw_ema import _adamw_ema
+from fastmask.testing import assert_accurate
 
 SHAPES = [(1,), (7,), (1023,), (3, 1025), (64, 160), (0,), ()]
 RATES = [0.1, 0.01]

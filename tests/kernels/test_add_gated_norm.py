@@ -1,13 +1,15 @@
 import pytest
 import torch
 from torch.library import opcheck
-from util import BF16_ROUNDING, relative_error
+from util import BF16_ROUNDING
 
 from fastmask.kernels import add_gated_norm, modulate_norm
 from fastmask.kernels.add_gated_norm import add_gated_norm_bwd, add_gated_norm_fwd
+from fastmask.testing import assert_near
 
 BF16 = torch.bfloat16
 
+STEPS = 2  # the gated addition and the norm
 SHAPES = [(3, 5, 7), (2, 1, 60), (1, 255, 12), (2, 3, 1152)]
 
 
@@ -33,9 +35,9 @@ def test_fp32_and_fp64(shape, per_token):
     exact = exact_result(*inputs)
     for out, expected in zip(add_gated_norm(*inputs), exact, strict=True):
         assert out.dtype == torch.float32
-        assert relative_error(out, expected) < 5e-7
+        assert_near(out, expected, STEPS)
     for out, expected in zip(add_gated_norm(*(t.double() for t in inputs)), exact, strict=True):
-        assert relative_error(out, expected) < 1e-14
+        assert_near(out, expected, STEPS)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
@@ -57,13 +59,13 @@ def test_gate_and_norm_may_be_modulated_differently():
     for out, expected in zip(
         add_gated_norm(x, branch, gate, shift, scale), exact_result(x, branch, gate, shift, scale), strict=True
     ):
-        assert relative_error(out, expected) < 5e-7
+        assert_near(out, expected, STEPS)
 
 
 def test_eps_reaches_the_norm():
     inputs = [t.double() * 1e-2 for t in arguments(2, 3, 5, False)]
     for out, expected in zip(add_gated_norm(*inputs, eps=1e-2), exact_result(*inputs, eps=1e-2), strict=True):
-        assert relative_error(out, expected) < 1e-14
+        assert_near(out, expected, STEPS)
 
 
 def test_a_closed_gate_leaves_the_residual_alone():

@@ -6,12 +6,12 @@ That of `make cuda` runs on a GPU, that of `make emulated` on a CPU, where the t
 import checks
 import pytest
 import torch
-from util import assert_accurate
 
 from bench.kernels import _cuda
 from fastmask.kernels import add_gated_norm
 from fastmask.kernels.adamw_ema import adamw_ema_reference
 from fastmask.kernels.add_gated_norm import add_gated_norm_fwd
+from fastmask.testing import assert_accurate
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 HYPER = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
@@ -110,7 +110,7 @@ def arguments(groups, rows, width, wide, low):
 
 def assert_gradients_are_accurate(inputs, low, **options):
     found = checks.results(_cuda.add_gated_norm, inputs, out_dtype=low, **options)
-    exact = checks.results(add_gated_norm, inputs, F64, impl="reference", **options)
+    exact = checks.results(add_gated_norm, inputs, dtype=F64, impl="reference", **options)
     eager = checks.results(add_gated_norm, inputs, impl="reference", out_dtype=low, **options)
     for actual, true, by_eager in zip(found, exact, eager, strict=True):
         assert_accurate(actual, true.double(), by_eager)

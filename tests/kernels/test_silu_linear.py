@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.library import opcheck
-from util import assert_accurate
 
 from fastmask.kernels import silu_linear
 from fastmask.kernels._dispatch import _NATIVE_OPS
 from fastmask.kernels.silu_linear import MAX_ROWS, silu_linear_bwd, silu_linear_fwd
+from fastmask.testing import assert_accurate
 
 native = pytest.mark.skipif("silu_linear_fwd" not in _NATIVE_OPS, reason="no native kernels here")
 ROWS = [1, 2, 3, 4, 5, 7, 8, MAX_ROWS]

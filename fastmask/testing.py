@@ -1,0 +1,436 @@
+"""How accurate a result must be: one rule for the tests, the benches and the campaign here, and for your own kernels.
+
+    exact = reference(*(t.double() for t in inputs))
+    assert_accurate(kernel(*inputs), exact, reference(*inputs))
+
+A bound has to hold on every processor. Two programs that are equally good give different rounding errors: they add up
+in another order, in vectors of another length, with or without fused multiply-add. So no bound compares one random
+number with another. Two rules follow:
+
+- `error_over_bound`, for the results of an op: the error may be twice that of PyTorch's own operations of the same
+  dtypes, and one rounding, with more room where there are few values.
+- `norm_error_over_bound`, for a network or for anything that has no such reference: in the 2-norm, the error may be 8
+  roundings for one step, and grows with the square root of the number of steps.
+
+Both return the error over its bound: at most 1 is accurate. Needs torch alone.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = Sequence[Tensor] | Mapping[str, Tensor]
+
+# The quotient of two RMS errors of N values scatters by 1 / sqrt(N): eight times that, which two programs whose errors
+# are independent and of up to four roundings exceed less than once in 100,000 tensors of 8 values, or of any more.
+_SCATTER = 8.0
+# What one rounding does to the RMS at most, u / sqrt(3): it is uniform between +-u for a value just above a power of 2.
+_ROUNDING_RMS = 0.6
+# Roundings of a step. In fp32 a sum of a few hundred values is added up in fp32 too, in an order of its own; in 16 bits
+# the sums are fp32, and a result is rounded once: by 0.4 in the RMS, and no value by more than 1.
+_STEP_ROUNDINGS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+# A tensor of a network's gradients that cancel is held to this share of a typical one: the terms do not get smaller.
+_TYPICAL = 0.1
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Return |actual - exact| / |exact| in the 2-norm, computed in float64; NaN (which no bound admits) for 0 / 0."""
+    if actual.shape != exact.shape:
+        raise ValueError(f"shapes {tuple(actual.shape)} and {tuple(exact.shape)} differ")
+    actual, exact = actual.detach().double(), exact.detach().double()
+    return float((actual - exact).norm() / exact.norm())
+
+
+def error_over_bound(actual: Tensor, exact: Tensor, eager: Tensor) -> float:
+    """Return the error of an op's result over what is allowed; at most 1 is accurate.
+
+    With N values, e = actual - exact, e' = eager - exact and u half the spacing of ``actual``'s dtype at 1:
+
+        rms(e) <=     (1 + 8 / sqrt(N)) (2 rms(e') + 0.6 u rms(exact))
+        max|e| <= 2 * (1 + 8 / sqrt(N)) (2 max|e'| +     u max|exact|)
+
+    The error of PyTorch's own operations says what the arithmetic costs: its sums, cancellation, and intermediates in
+    16 bits. Twice that is allowed for sums in another order, and one rounding where PyTorch happens to be exact. The
+    RMS of many values hardly depends on luck and finds a loss of precision everywhere; that of few does, hence the
+    factor with N. The largest of any number of values depends on luck, hence twice as much: it finds what is wrong in a
+    few places, such as a row or a tail, and such errors are large.
+
+    Args:
+        actual: the result to judge; any shape, floating dtype or integers (which must be equal).
+        exact: the same in float64, of that shape.
+        eager: the reference's, from the inputs that ``actual`` was computed from, in ``actual``'s dtype.
+
+    Returns:
+        A number >= 0; infinity for NaN, another dtype or another shape.
+
+    Raises:
+        ValueError: ``exact`` is floating and not float64, or ``exact`` or ``eager`` is not finite.
+    """
+    if _difference(actual, exact, eager):
+        return math.inf
+    if not exact.is_floating_point():
+        return 0.0 if torch.equal(actual, exact) else math.inf
+    _check_finite(exact, eager)
+    if not exact.numel():
+        return 0.0
+    error, allowed = actual.detach().double() - exact, eager.detach().double() - exact
+    rounding, room = _rounding(actual.dtype), 1 + _SCATTER / math.sqrt(exact.numel())
+    rms = _over(_rms(error), room * (2 * _rms(allowed) + _ROUNDING_RMS * rounding * _rms(exact)))
+    largest = _over(_max(error), 2 * room * (2 * _max(allowed) + rounding * _max(exact)))
+    return max(rms, largest)
+
+
+def fault(actual: Tensor, exact: Tensor, eager: Tensor, times: float = 1.0) -> str:
+    """Return in words what is wrong with an op's result, empty if it is accurate; see `error_over_bound`.
+
+    Args:
+        actual: the result to judge.
+        exact: the same in float64, or integers.
+        eager: the reference's, in ``actual``'s dtype.
+        times: so many times the bound is allowed.
+    """
+    over = error_over_bound(actual, exact, eager)
+    if over <= times:
+        return ""
+    if not exact.is_floating_point() or _difference(actual, exact, eager):
+        return _difference(actual, exact, eager) or "differs from the reference"
+    found, allowed = (t.detach().double() - exact for t in (actual, eager))
+    errors = f"rms {_rms(found):.3g}, largest {_max(found):.3g}; PyTorch's {_rms(allowed):.3g} and {_max(allowed):.3g}"
+    return f"error {over:.3g} times its bound, {times:.3g} is allowed: {errors}"
+
+
+def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, name: str = "result") -> None:
+    """Raise an AssertionError unless an op's result is accurate; see `error_over_bound` for the rule and arguments.
+
+    Args:
+        actual: the result to judge.
+        exact: the same in float64.
+        eager: the reference's, in ``actual``'s dtype.
+        name: what the message calls it.
+    """
+    wrong = fault(actual, exact, eager)
+    if wrong:
+        raise AssertionError(f"{name}: {wrong}")
+
+
+def norm_error_over_bound(
+    actual: Tensor,
+    exact: Tensor,
+    steps: float = 1,
+    *,
+    dtype: torch.dtype | None = None,
+    eager: Tensor | None = None,
+    least: float = 0.0,
+) -> float:
+    """Return the error of a tensor in the 2-norm over what is allowed; at most 1 is accurate.
+
+        |actual - exact| <= r sqrt(steps) u max(|exact|, least) + 2 |eager - exact|,  r = 8, or 1 in 16 bits
+
+    The errors of steps that follow each other are independent and add up like their squares, so that the bound grows
+    with the square root of their number. A step is an op whose result is rounded: a norm, a Linear, an activation, a
+    gated addition; attention is three; `network_steps` counts those of a network. The norm averages over all values,
+    and u, half the spacing at 1, is a property of the dtype: without ``eager`` nothing random is in the bound.
+
+    Args:
+        actual: the result to judge, any shape.
+        exact: the right one, of that shape; in float64, or of the same precision where two ways are compared.
+        steps: number of roundings one after the other, on the longest way from the inputs to the result.
+        dtype: of the least precise arithmetic on the way; None is ``actual``'s.
+        eager: the reference's result in ``actual``'s dtype, where it tells more than the number of steps.
+        least: a smaller norm of ``exact`` counts as this one.
+
+    Returns:
+        A number >= 0; infinity for NaN or another shape.
+
+    Raises:
+        ValueError: ``exact`` or ``eager`` is not finite.
+    """
+    if actual.shape != exact.shape or (eager is not None and eager.shape != exact.shape):
+        return math.inf
+    right = exact.detach().double()
+    _check_finite(right, right if eager is None else eager)
+    dtype = dtype or actual.dtype
+    size = max(float(right.norm()), least)
+    bound = _STEP_ROUNDINGS[dtype] * math.sqrt(steps) * _rounding(dtype) * size
+    if eager is not None:
+        bound += 2 * float((eager.detach().double() - right).norm())
+    return _over(float((actual.detach().double() - right).norm()), bound)
+
+
+def network_steps(blocks: int, *, backward: bool = False) -> int:
+    """Return how many roundings follow each other in a network of so many transformer blocks.
+
+    A block has 12: two norms, four Linears, attention's three, an activation and two gated additions. Beside the blocks
+    there are 17: of the preconditioning one, of the embedding of a patch two, of that of the time four, of the way from
+    encoder to decoder three, of the head two, of the loss five. Each has its counterpart in ``backward``.
+    """
+    return (12 * blocks + 17) * (1 + backward)
+
+
+def assert_near(
+    actual: Tensor,
+    exact: Tensor,
+    steps: float = 1,
+    *,
+    dtype: torch.dtype | None = None,
+    name: str = "result",
+) -> None:
+    """Raise an AssertionError unless a tensor is accurate in the 2-norm; see `norm_error_over_bound`.
+
+    Args:
+        actual: the result to judge, any shape.
+        exact: the right one, of that shape.
+        steps: number of roundings one after the other.
+        dtype: of the least precise arithmetic on the way; None is ``actual``'s.
+        name: what the message calls it.
+    """
+    if actual.shape != exact.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}")
+    over = norm_error_over_bound(actual, exact, steps, dtype=dtype)
+    if not over <= 1:
+        relative = relative_error(actual, exact)
+        raise AssertionError(f"{name}: error {over:.3g} times its bound: {relative:.3g} of the norm")
+
+
+def network_errors_over_bound(
+    actual: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    steps: float,
+    *,
+    dtype: torch.dtype | None = None,
+    eager: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """Return by name the error over its bound of tensors of one kind, such as the gradients of a network's weights.
+
+    Each is held to `norm_error_over_bound` by itself, so that a small one that is wrong is seen. One whose values are
+    below a tenth of the RMS of all values is held to that: such a gradient is a sum whose terms cancel, and their
+    rounding errors do not.
+
+    Args:
+        actual: the tensors to judge, any shapes.
+        exact: the right ones, by the same names.
+        steps: number of roundings one after the other, through the network and back.
+        dtype: of the least precise arithmetic on the way; None is each tensor's.
+        eager: the reference's in ``actual``'s dtypes, where they tell more than the number of steps.
+
+    Raises:
+        ValueError: the names differ, or ``exact`` or ``eager`` is not finite.
+    """
+    if actual.keys() != exact.keys() or (eager is not None and eager.keys() != exact.keys()):
+        differing = sorted(actual.keys() ^ exact.keys()) or "those of eager"
+        raise ValueError(f"the names of the tensors differ: {differing}")
+    squares = sum(float(t.detach().double().square().sum()) for t in exact.values())
+    typical = math.sqrt(squares / max(1, sum(t.numel() for t in exact.values())))
+    return {
+        name: norm_error_over_bound(
+            actual[name],
+            t,
+            steps,
+            dtype=dtype,
+            eager=None if eager is None else eager[name],
+            least=_TYPICAL * typical * math.sqrt(t.numel()),
+        )
+        for name, t in exact.items()
+    }
+
+
+def assert_network_accurate(
+    actual: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    steps: float,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise an AssertionError that names the worst tensor unless all are accurate; see `network_errors_over_bound`.
+
+    Args:
+        actual: the tensors to judge, any shapes.
+        exact: the right ones, by the same names.
+        steps: number of roundings one after the other, through the network and back.
+        dtype: of the least precise arithmetic on the way; None is each tensor's.
+    """
+    errors = network_errors_over_bound(actual, exact, steps, dtype=dtype)
+    wrong = {name: over for name, over in errors.items() if not over <= 1}
+    if wrong:
+        name, over = max(wrong.items(), key=lambda item: item[1])
+        count = f"{len(wrong)} of {len(errors)} tensors"
+        raise AssertionError(f"{count}, most of all {name}: error {over:.3g} times its bound")
+
+
+def results(
+    function: Callable[..., Any],
+    inputs: Inputs,
+    *,
+    leaves: Collection[str | int] | None = None,
+    dtype: torch.dtype | None = None,
+    in_place: bool = False,
+    **options: Any,
+) -> list[Tensor]:
+    """Return the results of an op, then the gradient of each leaf for a fixed weighting of the results.
+
+    Args:
+        function: the op; returns a tensor or several.
+        inputs: its tensors, in order or by the names of their arguments; any shapes and dtypes.
+        leaves: the inputs that get a gradient, by name or index; None is every floating one.
+        dtype: what floating inputs, and options that are floating dtypes, are converted to; None leaves them.
+        in_place: the op changes its inputs, which are copied for it; it has no gradients.
+        options: its other arguments.
+    """
+    given: dict[Any, Tensor] = {}
+    for key, tensor in _named(inputs).items():
+        given[key] = tensor.detach().to(dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+        if in_place:
+            given[key] = given[key].clone()
+    tracked = [given[key].requires_grad_() for key in _leaves(inputs, leaves, in_place)]
+    if dtype:
+        floating = {key for key, v in options.items() if isinstance(v, torch.dtype) and v.is_floating_point}
+        options = {key: dtype if key in floating else value for key, value in options.items()}
+    out = function(**given, **options) if isinstance(inputs, Mapping) else function(*given.values(), **options)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    grads: Sequence[Tensor] = ()
+    if tracked:
+        weighted = [o for o in outs if o.requires_grad]
+        grads = torch.autograd.grad(weighted, tracked, [weights_like(o) for o in weighted])
+    return [o.detach() for o in outs] + list(grads)
+
+
+def weights_like(t: Tensor) -> Tensor:
+    """Return numbers that differ from place to place, none of them small, and the same in every dtype."""
+    index = torch.arange(t.numel(), dtype=torch.float64, device=t.device)
+    return (index.mul(0.7).sin().add(1.5) * 32).round().div(32).to(t.dtype).view(t.shape)
+
+
+def op_errors_over_bound(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Inputs,
+    *,
+    leaves: Collection[str | int] | None = None,
+    in_place: bool = False,
+    **options: Any,
+) -> dict[str, float]:
+    """Return by name the error over its bound of each result and gradient of an op; at most 1 is accurate.
+
+    The reference runs in float64 and in the inputs' dtypes, and then the op, with memory that is allocated without
+    values filled with NaN, so that what is never written shows. The rule is that of `error_over_bound`.
+
+    Args:
+        function: the op to judge.
+        reference: plain PyTorch that takes the same arguments.
+        inputs: tensors, in order or by the names of their arguments; any shapes and dtypes.
+        leaves: the inputs that get a gradient, by name or index; None is every floating one.
+        in_place: the op changes its inputs: each call gets copies of its own.
+        options: the other arguments of both.
+    """
+    three = _three(function, reference, inputs, leaves=leaves, in_place=in_place, **options)
+    return {name: error_over_bound(*tensors) for name, tensors in three.items()}
+
+
+def assert_op_accurate(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Inputs,
+    *,
+    leaves: Collection[str | int] | None = None,
+    in_place: bool = False,
+    **options: Any,
+) -> None:
+    """Raise an AssertionError that names the first wrong result or gradient of an op; see `op_errors_over_bound`.
+
+    Args:
+        function: the op to judge.
+        reference: plain PyTorch that takes the same arguments.
+        inputs: tensors, in order or by the names of their arguments; any shapes and dtypes.
+        leaves: the inputs that get a gradient, by name or index; None is every floating one.
+        in_place: the op changes its inputs: each call gets copies of its own.
+        options: the other arguments of both.
+    """
+    three = _three(function, reference, inputs, leaves=leaves, in_place=in_place, **options)
+    for name, (actual, exact, eager) in three.items():
+        assert_accurate(actual, exact, eager, name)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Within it, memory that is allocated without values is filled with NaN (integers: the largest)."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+        settings.fill_uninitialized_memory = filled
+
+
+def _three(
+    function: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs, **how: Any
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Return an op's results and gradients by name: its own, those in float64 and the reference's."""
+    exact = results(reference, inputs, dtype=torch.float64, **how)
+    eager = results(reference, inputs, **how)
+    with poisoned():
+        actual = results(function, inputs, **how)
+    if len(actual) != len(exact):
+        raise ValueError(f"the op and its reference return {len(actual)} and {len(exact)} results and gradients")
+    gradients = [f"gradient of {key}" for key in _leaves(inputs, how["leaves"], how["in_place"])]
+    names = [f"result {i}" for i in range(len(exact) - len(gradients))] + gradients
+    doubled = [t.double() if t.is_floating_point() else t for t in exact]
+    return dict(zip(names, zip(actual, doubled, eager, strict=True), strict=True))
+
+
+def _leaves(inputs: Inputs, leaves: Collection[str | int] | None, in_place: bool) -> list[str | int]:
+    """Return the keys of the inputs that get a gradient."""
+    if in_place:
+        return []
+    if leaves is not None:
+        return list(leaves)
+    return [key for key, tensor in _named(inputs).items() if tensor.is_floating_point()]
+
+
+def _named(inputs: Inputs) -> dict[str | int, Tensor]:
+    return dict(inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs))
+
+
+def _difference(actual: Tensor, exact: Tensor, eager: Tensor) -> str:
+    """Return in what the dtypes or shapes differ; empty if they do not."""
+    if actual.dtype != eager.dtype or actual.is_floating_point() != exact.is_floating_point():
+        return f"dtype {actual.dtype}, not {eager.dtype}"
+    if not actual.shape == exact.shape == eager.shape:
+        return f"shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    return ""
+
+
+def _check_finite(exact: Tensor, eager: Tensor) -> None:
+    if exact.dtype != torch.float64:
+        raise ValueError(f"exact must be float64, not {exact.dtype}")
+    for name, t in (("exact", exact), ("eager", eager)):
+        if not t.isfinite().all():
+            raise ValueError(f"{name} must be finite: there is no error to compare with")
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Return half the distance of the numbers next to 1, the most that one rounding changes a value, relative."""
+    return torch.finfo(dtype).eps / 2
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+def _max(t: Tensor) -> float:
+    return float(t.abs().max())
+
+
+def _over(error: float, bound: float) -> float:
+    """Return error / bound; infinity for NaN, and for any error where none is allowed."""
+    if error == 0:
+        return 0.0
+    return error / bound if bound and math.isfinite(error) else math.inf
