@@ -10,22 +10,21 @@ constexpr float kGeluEnd = 9.9f;
 constexpr float kGeluTwo = 1.5957691216057308f;  // 2 sqrt(2 / pi)
 constexpr float kGeluCubic = 0.044715f;
 
-// 1 + e^(-2 u) for |x| <= 9.9.
-FASTMASK_INLINE float gelu_divisor(float x) {
-  return 1.0f + fast_exp(x * (x * x * (-kGeluTwo * kGeluCubic) - kGeluTwo));
-}
+// e^(-2 u) for |x| <= 9.9.
+FASTMASK_INLINE float gelu_power(float x) { return fast_exp(x * (x * x * (-kGeluTwo * kGeluCubic) - kGeluTwo)); }
 
 FASTMASK_INLINE float gelu(float x) {
   const float low = at_least(-kGeluEnd, x);
-  return low * (1.0f / gelu_divisor(at_most(kGeluEnd, low)));  // not one division: the same bits as below
+  return low * (1.0f / (1.0f + gelu_power(at_most(kGeluEnd, low))));  // not one division: the same bits as below
 }
 
-// Both the value and the derivative by x.
+// Both the value and the derivative by x. With gate = 1 / (1 + power), 1 - gate is power * gate, whose digits do not
+// cancel where the gate is almost 1.
 FASTMASK_INLINE void gelu_with_slope(float x, float& value, float& slope) {
   const float low = at_least(-kGeluEnd, x), cut = at_most(kGeluEnd, low);
-  const float gate = 1.0f / gelu_divisor(cut);
+  const float power = gelu_power(cut), gate = 1.0f / (1.0f + power);
   value = low * gate;
-  slope = gate + cut * gate * (1.0f - gate) * (kGeluTwo + 3.0f * kGeluTwo * kGeluCubic * cut * cut);
+  slope = gate + cut * gate * (power * gate) * (kGeluTwo + 3.0f * kGeluTwo * kGeluCubic * cut * cut);
 }
 
 }  // namespace fastmask

@@ -8,7 +8,7 @@ import torch
 
 from fastmask.kernels import add_gated_norm, modulate_norm
 from fastmask.kernels._triton import _common
-from fastmask.testing import poisoned
+from fastmask.testing import norm_error_over_bound, poisoned
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -41,6 +41,17 @@ def test_kernel_accuracy(op, width, per_token, norm):
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (3, 35), (1, 64)])
 def test_kernel_accuracy_where_several_programs_share_a_sample(op, batch, tokens):
     checks.check_accuracy(op, arguments(op, batch, tokens, 16, False))
+
+
+def test_rows_far_from_zero(op):
+    """The mean is rounded, and 100 deviations large; a variance from the squares as they are loses that once more."""
+    x, *rest = arguments(op, 2, 40, 56, False)
+    tensors = [x / 3 + 100, *rest]
+    h, exact = (
+        out[-1] if isinstance(out, tuple) else out
+        for out in (op(*tensors, impl="fused"), op(*(t.double() for t in tensors)))
+    )
+    assert norm_error_over_bound(h, exact, OPS[op], least=100 * float(exact.norm())) < 1
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, BF16, BF16), (F32, BF16, F32), (F32, BF16, BF16), (BF16, F32, F32)], ids=str)
