@@ -98,10 +98,10 @@ def _values(path: Path, file: io.BufferedIOBase, most: int) -> NDArray[np.uint8]
         raise ValueError(f"{path} is not an IDX file of bytes")
     shape = tuple(np.frombuffer(file.read(4 * start[3]), ">u4").tolist())
     count = math.prod(shape)
-    values = b""
-    if count <= most:
-        check_memory(count, str(path))
-        values = file.read(count + 1)
+    if count > most:
+        raise ValueError(f"{path} is cut off, or not an IDX file: it is too short for values of shape {shape}")
+    check_memory(count, str(path))
+    values = file.read(count + 1)
     if len(shape) != start[3] or len(values) != count:
         more = "more than " * (len(values) > count)
         raise ValueError(
