@@ -354,6 +354,16 @@ def test_a_class_in_imagenets_tar_ends_where_it_says(tmp_path):
     assert len([line for line in source.lines() if "ends without the mark" in line]) == 3
 
 
+def test_a_file_in_imagenets_tar_does_not_reach_into_the_next_class(tmp_path):
+    """Its size is damaged, and the whole tar is long enough."""
+    info = tarfile.TarInfo("0.JPEG")
+    info.size = 2000
+    inner = {"n00000000.tar": info.tobuf() + bytes(512), "n00000001.tar": tar(tmp_path / "i", {"1.JPEG": b"1"})}
+    tar(tmp_path / "whole.tar", inner)
+    with pytest.raises(ValueError, match=r"whole\.tar:n00000000\.tar cannot be read as a tar: 0\.JPEG is cut off, or"):
+        open_source(tmp_path / "whole.tar")
+
+
 def test_flipped_bits_are_a_line_or_change_nothing_that_is_counted(tmp_path):
     """Wherever they are in the headers."""
     path, random = tmp_path / "0.tar", np.random.default_rng(0)

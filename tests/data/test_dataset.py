@@ -1,3 +1,6 @@
+import io
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +53,28 @@ def test_no_classes_leave_the_labels_out(sources, kind):
     data = opened(sources[kind], image_size=8 if kind is Digits else 16, num_classes=0)
     assert (data.num_classes, data.class_names) == (0, [])
     assert data.read(np.arange(2))[1].tolist() == [0, 0]
+
+
+def test_no_classes_need_no_labels(tmp_path, capsys):
+    """Those of a test split are -1."""
+    image = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(image, "PNG")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("0.png", image.getvalue()), ("0.cls", b"-1")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"label -1 is below 0, .*--num-classes 0 takes the images without labels"):
+        opened(tmp_path / "0.tar")
+    assert opened(tmp_path / "0.tar", num_classes=0).read(np.arange(1))[1].tolist() == [0]
+    assert f"{tmp_path}/0.tar: webdataset, 1 images, no classes, as --num-classes 0 asks" in capsys.readouterr().out
+
+
+def test_arrays_at_their_own_side(sources):
+    data = open_data(str(sources[ImageArray]), image_size=8, num_classes=None, mirror=False, keep_side=True)
+    assert data.shape == (3, 16, 16)
+    folder = open_data(str(sources[ImageSet]), image_size=8, num_classes=None, mirror=False, keep_side=True)
+    assert folder.shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("kind", [ImageSet, ImageArray, Moments])

@@ -206,6 +206,7 @@ def test_transparent_pixels_lie_over_white(kind):
 
 def test_transparent_greys_palettes_and_colours_lie_over_white():
     pixels = noise(16, 16)
+    pixels[3, :5] = 200
     grey = Image.merge("LA", [Image.fromarray(pixels), Image.fromarray(np.where(pixels < 99, 0, 255).astype(np.uint8))])
     keyed = {"transparency": 7}
     for content, clear in [
