@@ -108,11 +108,11 @@ class _Tars(Source):
                 for entry in tar:
                     if entry.offset >= part.stop:
                         break
-                    self._take_down(found, number, entry, part)
+                    self._record(found, number, entry, part)
                 self._check_end(file, range(tar.offset, part.stop), name)
         return list(found.values())
 
-    def _take_down(self, found: dict[str, Member], number: int, entry: tarfile.TarInfo, part: range) -> None:
+    def _record(self, found: dict[str, Member], number: int, entry: tarfile.TarInfo, part: range) -> None:
         path = _inside(entry.name)
         if entry.isdir():
             return
@@ -203,7 +203,7 @@ class WebDataset(FileTree, _Tars):
     def _without_parts(self, images: list[Member], samples: bool) -> list[Member]:
         """Return images without those that belong to another one of their sample, such as x.seg.png beside x.jpg.
 
-        They are told by further dots, in tars of samples, or where every image has one.
+        They have further dots in their names, and count as parts in tars of samples, or where every image has one.
         """
         plain = {member.stem for member in images if member.name.count(".", len(member.stem[1])) == 1}
         parts = [m for m in images if m.stem in plain and m.name.count(".", len(m.stem[1])) > 1]
@@ -215,7 +215,7 @@ class WebDataset(FileTree, _Tars):
         return [member for member in images if member not in left_out]
 
     def _label_by_sample(self, beside: list[Member]) -> set[Member]:
-        """Take down the labels that lie beside images, and return the files that hold them."""
+        """Record the labels that lie beside images, and return the files that hold them."""
         files: dict[tuple[int, str], dict[str, Member]] = {}
         for member in beside:
             if member.suffix[1:] in _LABEL_BYTES:

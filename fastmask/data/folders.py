@@ -42,7 +42,7 @@ class FileTree(Source):
     _in_file = False  # nobody can name a folder in it
 
     def _sort(self, names: Sequence[str], read: Callable[[int, int], bytes]) -> list[int]:
-        """Take down labels and what is left out, and return which of the names are images.
+        """Record labels and what is left out, and return which of the names are images.
 
         Args:
             names: of files, with their folders, separated by slashes.
@@ -66,7 +66,7 @@ class FileTree(Source):
         return found
 
     def _classify(self, images: list[str], lists: dict[str, int], read: Callable[[int, int], bytes]) -> None:
-        """Take down labels.
+        """Record the labels of images.
 
         Args:
             images: their names.

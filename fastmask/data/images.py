@@ -106,7 +106,7 @@ def opened(content: bytes, name: str) -> Iterator[Any]:
 
     Raises:
         ValueError: it is damaged, no image, too large or a strip, or of several frames; but of an MPO, a photo with
-            more views, the first is taken. What goes wrong inside the block is told alike.
+            more views, the first is taken. Errors inside the block become one as well.
     """
     pillow = load_pillow()
     try:

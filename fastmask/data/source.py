@@ -89,7 +89,7 @@ class Source(ABC):
         return [*self.class_names[:num_classes], *map(str, range(there, num_classes))]
 
     def leave_out(self, reason: str, name: str) -> None:
-        """Take down a name that is no part of the source."""
+        """Record a name that is no part of the source."""
         self.left_out.setdefault(reason, []).append(name)
 
     def lines(self) -> list[str]:

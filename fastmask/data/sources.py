@@ -21,7 +21,7 @@ _KNOWN = ".tar, .zip, .parquet, .arrow, IDX or .npz file of images"
 
 
 def open_source(path: Path, labelled: bool = True) -> Source:
-    """Return the source that a path names, told by what is there.
+    """Return the source that a path names, recognised by what is there.
 
     Args:
         path: of a folder or file.

@@ -1,4 +1,4 @@
-"""Images in tables: parquet files, and data sets that Hugging Face's `datasets` saved to the disk (Arrow)."""
+"""Images in tables: parquet files, and datasets that Hugging Face's `datasets` saved to the disk (Arrow)."""
 
 import contextlib
 import functools
@@ -102,7 +102,7 @@ class Table(Source):
         return group, item - int(self._starts[group])
 
     def _label(self, column: str, schema: Any) -> None:
-        """Take down the labels of a column: numbers, or names."""
+        """Record the labels of a column: numbers, or names."""
         where = f"{self._files[0]}, column {column}"
         types, kind = _arrow("pyarrow.types"), schema.field(column).type
         if types.is_dictionary(kind):
@@ -125,12 +125,12 @@ class Table(Source):
 
 
 def open_saved(folder: Path, labelled: bool = True) -> Table:
-    """Return the table of a data set that Hugging Face's `datasets` saved to a folder, by its `state.json`."""
+    """Return the table of a dataset that Hugging Face's `datasets` saved to a folder, by its `state.json`."""
     state = folder / "state.json"
     try:
         files = [file["filename"] for file in json.loads(read_regular(state, 2**24))["_data_files"]]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{state} cannot be read as that of a saved data set: {error}") from error
+        raise ValueError(f"{state} cannot be read as that of a saved dataset: {error}") from error
     for file in files:
         if not isinstance(file, str) or not file.endswith(".arrow") or Path(file).name != file:
             raise ValueError(f"{state} must name .arrow files of its folder, not {reprlib.repr(file)}")

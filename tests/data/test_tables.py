@@ -151,12 +151,12 @@ def test_a_file_that_lacks_a_column(tmp_path, arrow):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (b"", "cannot be read as that of a saved data set"),
-        (b"\xff", "cannot be read as that of a saved data set"),
-        (b"[" * 100_000, "cannot be read as that of a saved data set: maximum recursion"),
-        (b"[]", "cannot be read as that of a saved data set"),
-        (b'{"_data_files": 7}', "cannot be read as that of a saved data set"),
-        (b'{"_data_files": [7]}', "cannot be read as that of a saved data set"),
+        (b"", "cannot be read as that of a saved dataset"),
+        (b"\xff", "cannot be read as that of a saved dataset"),
+        (b"[" * 100_000, "cannot be read as that of a saved dataset: maximum recursion"),
+        (b"[]", "cannot be read as that of a saved dataset"),
+        (b'{"_data_files": 7}', "cannot be read as that of a saved dataset"),
+        (b'{"_data_files": [7]}', "cannot be read as that of a saved dataset"),
         (b'{"_data_files": []}', "names no files"),
         (b'{"_data_files": [{"filename": 7}]}', r"must name \.arrow files of its folder, not 7"),
         (
