@@ -118,6 +118,14 @@ def test_sizes_that_no_vector_divides(size):
     assert torch.equal(again, gelu_fwd(x))
 
 
+def test_the_slope_of_gelu_keeps_its_digits():
+    """Eight roundings of 1 at any place; 1 - gate would lose 33 where the gate is almost 1."""
+    x = torch.linspace(-8, 8, 16001)
+    slope, _ = gelu_bwd(torch.ones_like(x), x)
+    _, exact = gelu_and_gradient(x.double(), torch.ones_like(x))
+    assert (slope.double() - exact).abs().max() < 8 * 2.0**-24
+
+
 def test_nan_and_infinity_pass_through():
     x = torch.tensor([torch.nan, torch.inf, -torch.inf] + [1.0] * 13)
     y = gelu_fwd(x)
