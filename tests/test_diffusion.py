@@ -178,7 +178,7 @@ def test_objective_compiles_without_a_graph_break(keep):
     parts = compiled(images, labels, mask, sigma, noise)
     parts.total.mean().backward()
     for name, part, same in zip(LossParts._fields, parts, expected, strict=True):
-        assert torch.equal(part, same), name
+        assert_near(part, same, network_steps(4), name=name)
     compiled_gradients = {name: objective.get_parameter(name).grad for name in gradients}
     assert_network_accurate(compiled_gradients, gradients, network_steps(4, backward=True))
 
