@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmask.console import printable
 from fastmask.data.latents import shown
-from fastmask.data.manifest import MANIFEST, Manifest, escaped, first_few, parse_object, read_manifest
+from fastmask.data.manifest import MANIFEST, Manifest, first_few, parse_object, read_manifest
 from fastmask.data.store import LatentStore, damaged_files, map_shard
 from fastmask.files import read_regular
 
@@ -47,7 +48,7 @@ def check_store(path: Path) -> Found:
     ]
     if manifest.kind != "pixels":
         lines.append(
-            f"VAE {escaped(manifest.vae)}, sha256 {manifest.vae_sha256[:12] or 'unknown'}, scale "
+            f"VAE {printable(manifest.vae)}, sha256 {manifest.vae_sha256[:12] or 'unknown'}, scale "
             f"{shown(manifest.scale)}, shift {shown(manifest.shift)}"
         )
     skipped = [name for shard in manifest.shards for name in shard.skipped]
@@ -94,7 +95,7 @@ def _contradictions(path: Path, manifest: Manifest) -> Iterator[str]:
         first = int(wrong[0])
         yield (
             f"{path / MANIFEST} is damaged: {counts[first]:,} records have label {first} "
-            f"({escaped(manifest.class_names[first])}), and it says {manifest.class_counts[first]:,}"
+            f"({printable(manifest.class_names[first])}), and it says {manifest.class_counts[first]:,}"
         )
 
 
@@ -122,5 +123,5 @@ def _classes(manifest: Manifest) -> list[str]:
     most, fewest = int(counts.argmax()), int(counts.argmin())
     return [
         f"{len(counts)} classes of {int(np.median(counts)):,} records in the middle, from {counts[fewest]:,} "
-        f"({escaped(names[fewest])}) to {counts[most]:,} ({escaped(names[most])})"
+        f"({printable(names[fewest])}) to {counts[most]:,} ({printable(names[most])})"
     ]

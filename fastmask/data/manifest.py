@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastmask.console import printable
 from fastmask.files import open_regular, read_regular
 
 FORMAT = "fastmask-store"
@@ -201,14 +202,9 @@ def parse_shard(content: bytes, where: str | Path) -> Shard:
     return _shard(schema.convert(parse_object(content, where), schema.ShardFields))
 
 
-def escaped(name: str) -> str:
-    """Return a name from a manifest as one line, with what a terminal does not print escaped."""
-    return repr(name)[1:-1]
-
-
 def first_few(names: list[str]) -> str:
     """Return the first three of some names, for a line."""
-    return ", ".join(map(escaped, names[:3])) + (", ..." if names[3:] else "")
+    return ", ".join(map(printable, names[:3])) + (", ..." if names[3:] else "")
 
 
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmask.console import printable
 from fastmask.data.fingerprint import fingerprint_of
 from fastmask.data.images import images_of
 from fastmask.data.latents import ScaledBy, Scaling, all_finite, latents_of
@@ -19,7 +20,6 @@ from fastmask.data.manifest import (
     Manifest,
     Shard,
     StoredFile,
-    escaped,
     first_few,
     read_manifest,
     sha256_of,
@@ -91,7 +91,7 @@ class LatentStore:
             line += f", {skipped:,} images left out when it was made"
         if manifest.kind == "pixels":
             return line
-        said_by = f"its manifest; VAE {escaped(manifest.vae)}" if manifest.vae else "its manifest"
+        said_by = f"its manifest; VAE {printable(manifest.vae)}" if manifest.vae else "its manifest"
         return f"{line}, {ScaledBy(manifest.scale, manifest.shift, said_by)}"
 
     def __getstate__(self) -> dict[str, Any]:
