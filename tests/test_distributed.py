@@ -124,7 +124,10 @@ def test_a_stop_signal_reaches_all_ranks(tmp_path):
     ("flags", "message"),
     [
         (["--batch-size", "15"], "batch_size 15 does not divide among 2 processes"),
-        (["--micro-batch-size", "3"], "a process's share of 8 images does not divide into parts of micro_batch_size 3"),
+        (
+            ["--batch-size", "24", "--micro-batch-size", "8"],
+            "a process's share of 12 images does not divide into parts of micro_batch_size 8",
+        ),
         (["--parallel", "fsdp2", "--compile", "whole"], "give --compile block"),
         (["--cuda-graphs", "on"], "--cuda-graphs on works on one GPU"),
     ],
