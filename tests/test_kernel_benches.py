@@ -66,6 +66,15 @@ def test_without_interpreted_kernels_ours_is_missing_on_a_cpu(monkeypatch):
         assert "no native kernel" in case.missing["ours"]
 
 
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [("digits", (8, 1, 16, 8)), ("xl2-in256", (32, 4, 256, 128)), ("xl2-in512", (64, 4, 1024, 512))],
+)
+def test_shapes_are_those_of_the_preset_s_latents(preset, sizes):
+    shapes = shapes_of(preset, CPU)
+    assert (shapes.side, shapes.channels, shapes.length, shapes.keep) == sizes
+
+
 def test_a_candidate_is_there_on_a_gpu_alone_and_says_how_to_build_it(monkeypatch):
     monkeypatch.delenv("FASTMASK_NATIVE_CUDA", raising=False)
     _cuda.load.cache_clear()

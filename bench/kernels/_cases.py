@@ -135,7 +135,7 @@ def shapes_of(preset: str, device: torch.device, dtype: torch.dtype | None = Non
     if not config.decoder_depth:
         raise ValueError(f"preset {preset} has no masks and no decoder to take shapes from: give a masked one")
     on_gpu = device.type == "cuda"
-    latents = config.data.endswith(".npz")  # of the VAE; the digits are pixels
+    latents = config.data != "digits"  # of the VAE; the digits are pixels
     side = config.image_size // 8 if latents else config.image_size
     length = (side // config.patch_size) ** 2
     return Shapes(
