@@ -21,11 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bench.launches import LAUNCHES, WIDTHS
+from bench.launches import CASES, SCALARS, WIDTHS
 from bench.tables import header, line
 from fastmask.files import whole_file
 
 ARCHITECTURES = (80, 90, 100)
+_WARP_ROW = 129  # values: a row of fewer does not fill a warp's loads of 128 bits
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _TYPES = {
     torch.float32: "fp32",
@@ -71,14 +72,50 @@ def recorded(call: Any) -> list[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, architecture: int) -> Compiled:
-    """Compile a launch for an architecture as Triton would at its first call, with aligned pointers."""
+class Source(NamedTuple):
+    """What a launch is compiled from: types, constants and what is known of values, as `ASTSource` takes them."""
+
+    kernel: JITFunction
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, int]
+
+    def key(self) -> tuple[str, str]:
+        """Return what two launches share that are compiled to the same machine code."""
+        return self.kernel.__name__, repr(self[1:])
+
+    def named_constants(self) -> dict[str, Any]:
+        """Return the constants by the names of their parameters."""
+        names = list(self.signature)
+        return {names[place[0]]: value for place, value in self.constants.items()}
+
+    def traits(self, label: str) -> Iterator[str]:
+        """Yield what a label does not say yet: the width, and the forms of the kernel that are on."""
+        constants, words = self.named_constants(), label.split()
+        if "D" in constants and not any(word.startswith("D=") for word in words):
+            yield f"D={constants['D']}"
+        for name, value in constants.items():
+            if value is True and name.lower() not in words:
+                yield name.lower()
+
+    def scalars(self) -> int | None:
+        """Return how many narrower loads than 128 bits are fine beside those; None: any number."""
+        constants, allowed = self.named_constants(), SCALARS.get(self.kernel.__name__)
+        if allowed is None or constants.get("D", _WARP_ROW) < _WARP_ROW:
+            return None
+        return allowed + 2 * (constants.get("PACKED") is True)  # where a sample begins and ends
+
+
+def source_of(launch: Launch) -> Source:
+    """Return what Triton would compile at a launch's first call, with aligned pointers."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = f"*{_TYPES[value.dtype]}"
@@ -87,11 +124,17 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return Source(launch.kernel, signature, constants, attributes, launch.options)
+
+
+def compile_source(source: Source, architecture: int) -> Compiled:
+    """Compile for an architecture, and read the machine code."""
     made = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={**launch.options, "enable_fp_fusion": True}
+        ASTSource(*source[:4]),
+        target=GPUTarget("cuda", architecture, 32),
+        options={**source.options, "enable_fp_fusion": True},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -106,67 +149,76 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
     return Compiled(registers, made.metadata.shared, stack + local, dict(loads))
 
 
-def complaint(made: Compiled, wide: bool, scalars: int) -> str:
-    """Return what is wrong with a compiled kernel, empty if nothing is."""
+def complaint(made: Compiled, scalars: int | None) -> str:
+    """Return what is wrong with a compiled kernel, empty if nothing is.
+
+    Args:
+        made: the kernel.
+        scalars: how many narrower loads than 128 bits it may have beside these; None: any.
+    """
     if made.spilled:
         return f"spills {made.spilled} bytes"
     narrow = sum(count for bits, count in made.loads.items() if bits < 128)
-    if wide and (not made.loads.get(128) or narrow > scalars):
+    if scalars is not None and (not made.loads.get(128) or narrow > scalars):
         return f"{narrow} narrow loads, {scalars} expected"
     return ""
 
 
-def rows(widths: list[int], architectures: list[int]) -> Iterator[tuple[list[str], str]]:
-    """Yield a table row for each distinct kernel, setting and architecture, and what is wrong with it."""
+def sources() -> Iterator[tuple[str, Source]]:
+    """Yield what every launch is compiled from, each distinct source once, with the case that it is of."""
     seen = set()
-    for spec in LAUNCHES:
-        for label, call in spec.cases(widths):
+    for cases in CASES:
+        for label, call in cases(list(WIDTHS)):
             for launch in recorded(call):
-                for architecture in architectures:
-                    name = launch.kernel.__name__
-                    key = (name, label, architecture)
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                    made = compile_launch(launch, architecture)
-                    wide, scalars = spec.wide.get(name, (False, 0))
-                    wrong = complaint(made, wide, scalars)
-                    loads = " ".join(f"{count}x{bits}" for bits, count in sorted(made.loads.items(), reverse=True))
-                    warps = str(launch.options.get("num_warps", 4))
-                    yield (
-                        [
-                            name.strip("_"),
-                            label,
-                            f"sm_{architecture}",
-                            warps,
-                            str(made.registers),
-                            str(made.shared),
-                            str(made.spilled),
-                            loads,
-                            wrong,
-                        ],
-                        wrong,
-                    )
+                source = source_of(launch)
+                if source.key() not in seen:
+                    seen.add(source.key())
+                    yield " ".join([label, *source.traits(label)]), source
+
+
+def rows(cases: str, architectures: list[int]) -> Iterator[tuple[list[str], str]]:
+    """Yield a table row for each distinct source and architecture, and what is wrong with it.
+
+    Args:
+        cases: how the labels of the cases to compile begin, a regular expression.
+        architectures: among `ARCHITECTURES`.
+    """
+    for label, source in sources():
+        if not re.match(cases, label):
+            continue
+        name = source.kernel.__name__.strip("_")
+        for architecture in architectures:
+            made = compile_source(source, architecture)
+            wrong = complaint(made, source.scalars())
+            loads = " ".join(f"{count}x{bits}" for bits, count in sorted(made.loads.items(), reverse=True))
+            numbers = (source.options.get("num_warps", 4), made.registers, made.shared, made.spilled)
+            yield [name, label, f"sm_{architecture}", *map(str, numbers), loads, wrong], wrong
 
 
 def main() -> int:
     """Compile, print the table, and return 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
-    parser.add_argument("--width", type=int, nargs="+", default=list(WIDTHS))
+    parser.add_argument("--case", default="", help="only cases whose names begin so, a regular expression")
     parser.add_argument("--out", type=Path, help="also write the table here, as Markdown")
     options = parser.parse_args()
+    try:
+        re.compile(options.case)
+    except re.error as error:
+        parser.error(f"--case {options.case!r} is no regular expression: {error}")
     if triton.knobs.runtime.interpret:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
     columns = ["kernel", "case", "arch", "warps", "registers", "shared", "spilled", "loads x bits", "wrong"]
     lines = header(columns)
     failed = 0
     sys.stdout.write("\n".join(lines) + "\n")
-    for row, wrong in rows(options.width, options.arch):
+    for row, wrong in rows(options.case, options.arch):
         failed += bool(wrong)
         lines.append(line(row))
         sys.stdout.write(lines[-1] + "\n")
         sys.stdout.flush()
+    if len(lines) == 2:
+        parser.error(f"no case begins with {options.case!r}: the table in bench/results/compiled.md lists them")
     sys.stdout.write(f"{len(lines) - 2} kernels compiled, {failed} wrong\n")
     if options.out:
         head = f"Compiled with triton {triton.__version__} by `python -m bench.compile`; no GPU was used.\n\n"

@@ -1,10 +1,16 @@
-"""The launches of every Triton kernel, at the shapes of the presets, on tensors without data."""
+"""The launches of every Triton kernel, on tensors without data: those of the presets, and those of other networks.
 
+`preset_launches` finds what the presets' steps launch. Listed here is what they do not: the ops alone, as another
+network (PixArt, Flux) or another form of the same calls them.
+"""
+
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from bench.preset_launches import preset_cases
 from fastmask.kernels._triton import (
     adamw_ema,
     add_gated_norm,
@@ -16,26 +22,14 @@ from fastmask.kernels._triton import (
     sample_mask,
 )
 
-# Of the presets' networks, and of PixArt and Flux.
-ENCODERS = (384, 768, 1024, 1152, 1280)
-DECODERS = (192, 384, 512)
+# Of the presets' networks (the digits' first), and of PixArt and Flux.
+ENCODERS = (96, 384, 768, 1024, 1152, 1280)
+DECODERS = (64, 192, 384, 512)
 WIDTHS = tuple(sorted({*ENCODERS, *DECODERS, 1536, 2304, 3072}))
 BATCH, TOKENS = 128, 128
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 Case = tuple[str, Callable[[], Any]]
-
-
-class Spec(NamedTuple):
-    """The launches of an op.
-
-    Attributes:
-        cases: yields a label and a call of a launcher for each width.
-        wide: by kernel, whether it must load 128 bits at a time, and how many narrower loads (of scalars) it may have.
-    """
-
-    cases: Callable[[list[int]], Iterator[Case]]
-    wide: dict[str, tuple[bool, int]]
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -43,10 +37,18 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _dtypes(width: int) -> Iterator[tuple[str, torch.dtype]]:
+    """Yield those of products: float16, which no preset takes by itself, for the widths of the largest one."""
+    yield "bf16", BF16
+    yield "fp32", FP32
+    if width in (1152, 512):
+        yield "fp16", FP16
+
+
 def _norm_cases(widths: list[int]) -> Iterator[Case]:
     rows = BATCH * TOKENS
     for width in widths:
-        for name, low in (("bf16", BF16), ("fp32", FP32)):
+        for name, low in _dtypes(width):
             x, grad, stats = empty(rows, width), empty(rows, width, dtype=low), empty(2, rows)
             modulation = empty(BATCH, 6 * width, dtype=low)[:, :width]
             for rms in (False, True) if width == 3072 else (False,):  # SD3- and Flux-like models take RMS norms
@@ -71,7 +73,7 @@ def _per_token_cases(widths: list[int]) -> Iterator[Case]:
 
 
 def _gelu_cases(widths: list[int]) -> Iterator[Case]:
-    for name, dtype in (("bf16", BF16), ("fp32", FP32)):
+    for name, dtype in _dtypes(1152):
         x = empty(BATCH * TOKENS, 4 * widths[0], dtype=dtype)
         yield name, lambda x=x: gelu_linear.launch_fwd(x)
         yield name, lambda x=x: gelu_linear.launch_bwd(x, x)
@@ -83,24 +85,29 @@ def _sample_mask_cases(widths: list[int]) -> Iterator[Case]:
         yield f"L={length}", lambda l=length: sample_mask.launch_fwd(seed, seed, None, BATCH, l, l // 2, 0)
 
 
+def _layouts(width: int) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield dense tokens and, at the widths of the largest preset, packed ones: a word for labels, and cu_seqlens."""
+    yield "", None
+    if width in (1152, 512):
+        yield " packed", empty(BATCH + 1, dtype=torch.int32)
+
+
 def _embed_cases(widths: list[int]) -> Iterator[Case]:
     for width in sorted({*widths} & {*ENCODERS}):
         for patch, channels, side in ((2, 4, 32), (8, 3, 64)) if width == 1152 else ((2, 4, 32),):
             length = (side // patch) ** 2
             images, position = empty(BATCH, channels, side, side), empty(length, width)
-            ids, factor = empty(BATCH, length // 2, dtype=torch.int32), empty(BATCH)
-            tokens = empty(BATCH * length // 2, width)
-            for name, low in (("bf16", BF16), ("fp32", FP32)):
+            factor, tokens = empty(BATCH), empty(BATCH * length // 2, width)
+            for (name, low), (layout, bounds) in itertools.product(_dtypes(width), _layouts(width)):
                 weight, bias = empty(width, channels, patch, patch, dtype=low), empty(width, dtype=low)
                 modulation = empty(BATCH, width, dtype=low)
-                label = f"D={width} p={patch} {name}"
-                inputs = (images, weight, bias, position, ids, factor, None, low, FP32)
-                yield label, lambda a=inputs: embed_kept_patches.launch_fwd(*a, None, None, False, 1e-6)
-                yield (
-                    f"{label} norm",
-                    lambda a=inputs, m=modulation: embed_kept_patches.launch_fwd(*a, m, m, False, 1e-6),
-                )
-                back = (tokens, images, weight, ids, factor, None, low)
+                shape = (BATCH, length // 2) if bounds is None else (BATCH * length // 2,)
+                ids, label = empty(*shape, dtype=torch.int32), f"D={width} p={patch} {name}{layout}"
+                inputs = (images, weight, bias, position, ids, factor, bounds, low, FP32)
+                for norm in (None, modulation):
+                    options = (norm, norm, False, 1e-6)
+                    yield label, lambda a=(*inputs, *options): embed_kept_patches.launch_fwd(*a)
+                back = (tokens, images, weight, ids, factor, bounds, low)
                 yield label, lambda a=back, d=low: embed_kept_patches.launch_bwd(*a, d)
                 yield label, lambda a=back: embed_kept_patches.launch_bwd_images(*a)
 
@@ -110,31 +117,30 @@ def _restore_cases(widths: list[int]) -> Iterator[Case]:
     for width in sorted({*widths} & {*DECODERS}):
         position, ids = empty(length, width), empty(BATCH, length, dtype=torch.int32)
         restored = empty(BATCH * length, width)
-        ids_keep = empty(BATCH, keep, dtype=torch.int32)
-        for name, low in (("bf16", BF16), ("fp32", FP32)):
+        for (name, low), (layout, bounds) in itertools.product(_dtypes(width), _layouts(width)):
             x, token = empty(BATCH * keep, width, dtype=low), empty(width, dtype=low)
-            modulation = empty(BATCH, width, dtype=low)
-            label, inputs = f"D={width} {name}", (x, token, position, ids, None)
-            yield label, lambda a=inputs: restore_tokens.launch_fwd(*a, None, None, False, 1e-6)
-            yield f"{label} norm", lambda a=inputs, m=modulation: restore_tokens.launch_fwd(*a, m, m, False, 1e-6)
-            back = (token, ids, None, BATCH * keep, low)
-            yield label, lambda a=back, g=restored: restore_tokens.launch_bwd(g, None, *a)
-            yield f"{label} norm", lambda a=back, g=restored: restore_tokens.launch_bwd(g, g, *a)
-            whole, kept = empty(BATCH, length, width, dtype=low), empty(BATCH, keep, width, dtype=low)
-            yield label, lambda a=(whole, ids_keep): restore_tokens.launch_gather_fwd(*a, None)
-            yield f"{label} bwd", lambda a=(kept, ids_keep): restore_tokens.launch_gather_bwd(*a, None, BATCH, length)
+            modulation, label = empty(BATCH, width, dtype=low), f"D={width} {name}{layout}"
+            for norm, through in ((None, None), (modulation, restored)):
+                forward = (x, token, position, ids, bounds, norm, norm, False, 1e-6)
+                yield label, lambda a=forward: restore_tokens.launch_fwd(*a)
+                back = (restored, through, token, ids, bounds, BATCH * keep, low)
+                yield label, lambda a=back: restore_tokens.launch_bwd(*a)
+            shape = (BATCH, keep) if bounds is None else (BATCH * keep,)
+            ids_keep, kept = empty(*shape, dtype=torch.int32), empty(*shape, width, dtype=low)
+            whole = empty(BATCH, length, width, dtype=low)
+            yield label, lambda a=(whole, ids_keep, bounds): restore_tokens.launch_gather_fwd(*a)
+            yield label, lambda a=(kept, ids_keep, bounds, BATCH, length): restore_tokens.launch_gather_bwd(*a)
 
 
 def _loss_cases(widths: list[int]) -> Iterator[Case]:
     for patch, channels, side in ((2, 4, 32), (2, 4, 64), (8, 3, 64)):
         length, values = (side // patch) ** 2, patch * patch * channels
         images, sigma = empty(BATCH, channels, side, side), empty(BATCH)
-        for name, low in (("bf16", BF16), ("fp32", FP32)):
+        for name, low in _dtypes(1152):
             raw, label = empty(BATCH, length, values, dtype=low), f"L={length} P={values} {name}"
             for masked in (True, False):
                 ids = empty(BATCH, length, dtype=torch.int32) if masked else None
                 inputs = (raw, images, images, sigma, ids, None, length // 2, patch, 0.5)
-                label = f"{label}{'' if masked else ' dense'}"
                 yield label, lambda a=inputs: masked_loss.launch_fwd(*a)
                 yield label, lambda a=inputs, g=sigma: masked_loss.launch_bwd(g, g, *a)
 
@@ -151,28 +157,28 @@ def _adamw_cases(widths: list[int]) -> Iterator[Case]:
         yield label, lambda a=(*lists, *scalars): adamw_ema.launch(*a)
 
 
-# The scalars that backward loads are the two statistics of a row.
-_NORMS = {
-    "_modulate_norm_fwd_kernel": (True, 0),
-    "_modulate_norm_bwd_kernel": (True, 2),
-    "_add_gated_norm_fwd_kernel": (True, 0),
-    "_add_gated_norm_bwd_kernel": (True, 2),
-}
-LAUNCHES = [
-    Spec(_norm_cases, _NORMS),
-    Spec(_per_token_cases, _NORMS),
-    Spec(_gelu_cases, {"_gelu_fwd_kernel": (True, 0), "_gelu_bwd_kernel": (True, 0)}),
-    Spec(_sample_mask_cases, {}),
-    Spec(_embed_cases, {}),
-    Spec(
-        _restore_cases,
-        {
-            "_restore_tokens_fwd_kernel": (True, 1),
-            "_restore_tokens_bwd_kernel": (True, 1),
-            "_gather_tokens_kernel": (True, 8),  # the compiler unrolls its loop, an index per turn
-        },
-    ),
-    Spec(_loss_cases, {}),
-    # The scalars are the table's, the corrections', the rates', and three of the step.
-    Spec(_adamw_cases, {"_adamw_ema_kernel": (True, 16)}),
+CASES: list[Callable[[list[int]], Iterator[Case]]] = [
+    preset_cases,
+    _norm_cases,
+    _per_token_cases,
+    _gelu_cases,
+    _sample_mask_cases,
+    _embed_cases,
+    _restore_cases,
+    _loss_cases,
+    _adamw_cases,
 ]
+# The kernels that walk over rows must load 128 bits at a time. By kernel: how many narrower loads, of scalars, it may
+# have beside them.
+SCALARS = {
+    "_modulate_norm_fwd_kernel": 0,
+    "_modulate_norm_bwd_kernel": 2,  # the statistics of a row
+    "_add_gated_norm_fwd_kernel": 0,
+    "_add_gated_norm_bwd_kernel": 2,
+    "_gelu_fwd_kernel": 0,
+    "_gelu_bwd_kernel": 0,
+    "_restore_tokens_fwd_kernel": 1,
+    "_restore_tokens_bwd_kernel": 1,
+    "_gather_tokens_kernel": 8,  # the compiler unrolls its loop, an index per turn
+    "_adamw_ema_kernel": 16,  # the table's, the corrections', the rates', and three of the step
+}

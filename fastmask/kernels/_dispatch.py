@@ -52,7 +52,7 @@ class _PublicOp(NamedTuple):
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _PUBLIC_OPS: dict[str, _PublicOp] = {}
-_TRITON_OPS: set[str] = set()
+_TRITON_OPS: dict[str, str] = {}  # op to launcher
 _NATIVE_OPS: set[str] = set()
 _NATIVE = Path(os.environ.get("FASTMASK_NATIVE") or Path(__file__).with_name("_native.so"))  # another build, to test it
 # Who asks for interpreted kernels, with the variable that triton reads, gets those.
@@ -78,7 +78,7 @@ def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
     else:
         torch.library.impl(qualified, "CPU", lambda *args: _interpreted(name, launcher)(*args))
     torch.library.register_fake(qualified, fake)
-    _TRITON_OPS.add(name)
+    _TRITON_OPS[name] = launcher
     return getattr(torch.ops.fastmask, name).default
 
 
@@ -158,7 +158,7 @@ _NO_TRITON = "triton is not installed: pip install triton"
 
 def _backend(name: str, device: str) -> Backend:
     kernels, otherwise = _PUBLIC_OPS[name]
-    in_triton = bool(kernels) and _TRITON_OPS.issuperset(kernels)
+    in_triton = bool(kernels) and _TRITON_OPS.keys() >= set(kernels)
     installed = importlib.util.find_spec("triton") is not None
     if device == "cuda":
         if in_triton and installed:

@@ -17,6 +17,10 @@ from fastmask.kernels._triton._common import (
     row_statistics,
 )
 
+# Warps of backward without a gradient of the residual, by width and bytes of a value. With half of them, as the rows'
+# setting has it, a few registers spill on sm_80.
+_WARPS_WITHOUT_RESIDUAL = {(192, 4): 2, (384, 2): 2, (768, 4): 4}
+
 
 @triton.jit
 def _add_gated_norm_fwd_kernel(
@@ -164,6 +168,9 @@ def launch_bwd(grad_new, grad_h, x_new, stats, branch, gate, shift, scale, cu_se
     groups = gate.shape[0]
     settings = row_settings(width)
     chunks = num_chunks(num_rows, groups, settings.rows_backward)
+    num_warps = settings.num_warps
+    if grad_new is None:
+        num_warps = _WARPS_WITHOUT_RESIDUAL.get((width, grad_h.element_size()), num_warps)
     grad_x, grad_branch = torch.empty_like(x_new), torch.empty_like(branch)
     sums = partial_sums([gate, shift, scale], chunks)
     h = torch.empty_like(grad_h) if recompute else grad_h.new_empty(0)
@@ -192,6 +199,6 @@ def launch_bwd(grad_new, grad_h, x_new, stats, branch, gate, shift, scale, cu_se
         RMS=rms,
         RESIDUAL=grad_new is not None,
         RECOMPUTE=recompute,
-        num_warps=settings.num_warps,
+        num_warps=num_warps,
     )
     return grad_x, grad_branch, *finish_sums(sums, [gate, shift, scale]), h

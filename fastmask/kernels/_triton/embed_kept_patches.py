@@ -266,7 +266,8 @@ def launch_fwd(
 ):
     """Return tokens (N, D), and with shift and scale h (N, D) and its statistics (2, N), else two empty tensors."""
     norm = shift is not None
-    constants = settings(weight, dtype, norm) | {"num_warps": 8}  # four of them would spill at width 384
+    # Four warps would spill at width 384, and a third stage with the norm at width 1152, in float16.
+    constants = settings(weight, dtype, norm) | {"num_warps": 8} | ({"num_stages": 2} if norm else {})
     num_rows, keep, sample = row_arguments(images, weight, ids_keep, cu_seqlens)
     tokens = torch.empty(num_rows, weight.shape[0], dtype=out_dtype, device=images.device)
     h = torch.empty_like(tokens) if norm else tokens.new_empty(0)
