@@ -135,14 +135,14 @@ def _restore_cases(widths: list[int]) -> Iterator[Case]:
 def _loss_cases(widths: list[int]) -> Iterator[Case]:
     for patch, channels, side in ((2, 4, 32), (2, 4, 64), (8, 3, 64)):
         length, values = (side // patch) ** 2, patch * patch * channels
-        images, sigma = empty(BATCH, channels, side, side), empty(BATCH)
+        images, factor = empty(BATCH, channels, side, side), empty(BATCH)
         for name, low in _dtypes(1152):
             raw, label = empty(BATCH, length, values, dtype=low), f"L={length} P={values} {name}"
             for masked in (True, False):
                 ids = empty(BATCH, length, dtype=torch.int32) if masked else None
-                inputs = (raw, images, images, sigma, ids, None, length // 2, patch, 0.5)
+                inputs = (raw, images, images, factor, factor, factor, ids, None, length // 2, patch)
                 yield label, lambda a=inputs: masked_loss.launch_fwd(*a)
-                yield label, lambda a=inputs, g=sigma: masked_loss.launch_bwd(g, g, *a)
+                yield label, lambda a=inputs, g=factor: masked_loss.launch_bwd(g, g, *a)
 
 
 def _adamw_cases(widths: list[int]) -> Iterator[Case]:

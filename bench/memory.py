@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastmask.config import build_model, preset_config
-from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective
+from fastmask.diffusion import Denoiser, MaskedDenoising, Objective
+from fastmask.diffusion.objective import TOTAL
 from fastmask.kernels import Impl, Mask
 from fastmask.masking import kept_count
 from fastmask.presets import PRESETS
@@ -33,7 +34,7 @@ PUBLISHED = {"bf16": 256.4, "fp32": 423.3}
 @contextlib.contextmanager
 def fake_forward(
     preset: str, impl: Impl, precision: str, batch: int, checkpoint_blocks: bool
-) -> Iterator[tuple[TrainingObjective, Callable[[], Tensor]]]:
+) -> Iterator[tuple[Objective, Callable[[], Tensor]]]:
     """Yield, on fake tensors, a network with its loss and a call that does its forward pass.
 
     Args:
@@ -48,7 +49,7 @@ def fake_forward(
     with FakeTensorMode():
         model = build_model(config, 4, size)
         model.impl, model.checkpoint_blocks = impl, checkpoint_blocks
-        objective = TrainingObjective(EDMPrecond(model, config.sigma_data), EDMLoss(config.sigma_data))
+        objective = Objective(Denoiser(model, config.process), [MaskedDenoising()])
         keep = kept_count(model.length, config.mask_ratio)
         mask = None
         if keep < model.length:
@@ -59,7 +60,7 @@ def fake_forward(
 
         def forward() -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-                loss: Tensor = objective(images, labels, mask, sigma, torch.randn_like(images)).total.mean()
+                loss: Tensor = objective(images, labels, mask, sigma, torch.randn_like(images))[TOTAL].mean()
             return loss
 
         yield objective, forward

@@ -20,7 +20,8 @@ from bench.tables import header, line
 from fastmask.config import TrainConfig, build_model, preset_config
 from fastmask.cost import ASSUMED, GPUS, RESERVE, Assumptions, Gpu, memory_of, predict_run, work_of
 from fastmask.counts import forward_macs, trainable_parameters
-from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective
+from fastmask.diffusion import Denoiser, MaskedDenoising, Objective
+from fastmask.diffusion.objective import TOTAL
 from fastmask.kernels import Mask
 from fastmask.masking import kept_count
 from fastmask.model import MaskDiT
@@ -210,18 +211,18 @@ def _operators(preset: str, precision: str, batch: int) -> _Operators:
     with FakeTensorMode():
         model = build_model(config, 4, size)
         model.impl = "fused"
-        objective = TrainingObjective(EDMPrecond(model, config.sigma_data), EDMLoss(config.sigma_data))
+        objective = Objective(Denoiser(model, config.process), [MaskedDenoising()])
         keep = kept_count(model.length, config.mask_ratio)
         mask = None
         if keep < model.length:
             ids = (torch.zeros(batch, length, dtype=torch.int32) for length in (keep, model.length))
             mask = Mask(*ids)
-        images, sigma = torch.randn(batch, 4, size, size), torch.rand(batch)
+        images, t = torch.randn(batch, 4, size, size), torch.rand(batch)
         labels, noise = torch.zeros(batch, dtype=torch.int64), torch.randn_like(images)
         with _Operators() as operators:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-                loss = objective(images, labels, mask, sigma, noise)
-            loss.total.mean().backward()
+                loss = objective(images, labels, mask, t, noise)[TOTAL]
+            loss.mean().backward()
     return operators
 
 

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from fastmask.config import TrainConfig, build_model, preset_config
-from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
+from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
+from fastmask.diffusion.objective import TOTAL
 from fastmask.kernels import sample_mask
 from fastmask.kernels._dispatch import _TRITON_OPS, _launcher
 from fastmask.masking import kept_count, parse_per_sample
@@ -87,11 +88,12 @@ def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> _C
     with FakeTensorMode(), _Calls() as calls:
         model = _network(config)
         model.impl = "fused"
-        objective = TrainingObjective(EDMPrecond(model, config.sigma_data), EDMLoss(config.sigma_data))
+        objective = Objective(Denoiser(model, config.process), [MaskedDenoising()])
         images = torch.empty(batch, model.in_channels, model.input_size, model.input_size)
         seed = offset = torch.empty((), dtype=torch.int64)
         ratios = parse_per_sample(per_sample, config.mask_ratio)
         draws = training_draws(
+            config.process,
             images,
             torch.empty(batch, dtype=torch.int64),
             seed=seed,
@@ -100,17 +102,15 @@ def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> _C
             label_drop=config.label_drop,
             length=model.length,
             keep=keep,
-            p_mean=config.p_mean,
-            p_std=config.p_std,
             per_sample=ratios,
         )
         if keep < model.length:  # drawn in the form that a GPU takes, too
-            counts = ratios.keep(seed, torch.arange(batch), draws.sigma, model.length) if ratios else keep
+            counts = ratios.keep(seed, torch.arange(batch), draws.t, model.length) if ratios else keep
             total = ratios.total(batch, model.length) if ratios else None
             options: dict[str, Any] = {"seed": seed, "offset": offset, "device": "cpu", "impl": "fused"}
             sample_mask(batch, model.length, counts, total=total, **options)
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            objective(images, *draws).total.sum().backward()
+            objective(images, *draws)[TOTAL].sum().backward()
     return calls
 
 

@@ -243,13 +243,13 @@ def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
         [ids],
         [],
     )
-    raw, sigma, loss = empty(_BATCH, length, 4 * patch**2, dtype=low), empty(_BATCH), empty(_BATCH)
-    inputs = (raw, images, images, sigma, ids, None, keep, patch, config.sigma_data)
+    raw, factor, loss = empty(_BATCH, length, 4 * patch**2, dtype=low), empty(_BATCH), empty(_BATCH)
+    factors = [factor] * 3
+    inputs = (raw, images, images, *factors, ids, None, keep, patch)
 
-    def reference(t: Tensor, image: Tensor, noised: Tensor, level: Tensor, ids: Tensor) -> Any:
-        return masked_loss_reference(
-            t, image, noised, level, Mask(ids[:, :keep], ids), patch_size=patch, sigma_data=0.5
-        )
+    def reference(*given: Tensor) -> Any:
+        *tensors, ids = given
+        return masked_loss_reference(*tensors, Mask(ids[:, :keep], ids), patch_size=patch)
 
     yield Op(
         "masked_loss",
@@ -257,9 +257,9 @@ def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
         [raw],
         lambda: masked_loss.launch_fwd(*inputs),
         lambda: masked_loss.launch_bwd(loss, loss, *inputs),
-        [images, images, sigma, ids],
+        [images, images, *factors, ids],
         [loss, loss],
-        [raw, images, images, sigma, ids],
+        [raw, images, images, *factors, ids],
         [],
     )
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastmask.console import say
-from fastmask.diffusion import EDMPrecond
+from fastmask.diffusion import Denoiser
 from fastmask.distributed import whole
 from fastmask.ema import PowerEMA
 from fastmask.files import apply_umask, whole_file
@@ -90,7 +90,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        net: EDMPrecond,
+        net: Denoiser,
         ema: Mapping[str, Tensor],
         optimizer: torch.optim.Optimizer,
         state: Mapping[str, Any],
@@ -131,7 +131,7 @@ class Checkpointer:
 
         self._begin(net, write)
 
-    def save_snapshots(self, step: int, net: EDMPrecond, profiles: Sequence[PowerEMA]) -> None:
+    def save_snapshots(self, step: int, net: Denoiser, profiles: Sequence[PowerEMA]) -> None:
         """Begin to write `snapshots/step-00001000-0.05.safetensors`, in fp16, the position tables in fp32.
 
         Raises:
@@ -154,7 +154,7 @@ class Checkpointer:
             written, self._writing = self._writing, None
             written.result()
 
-    def _begin(self, net: EDMPrecond, write: Callable[[], None]) -> None:
+    def _begin(self, net: Denoiser, write: Callable[[], None]) -> None:
         device = next(net.parameters()).device
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
@@ -162,7 +162,7 @@ class Checkpointer:
             self._writing = self._thread.submit(_as_os_error, write)
 
     def _write_checkpoint(
-        self, step: int, net: EDMPrecond, parts: Mapping[str, Mapping[str, Tensor]], state: str
+        self, step: int, net: Denoiser, parts: Mapping[str, Mapping[str, Tensor]], state: str
     ) -> None:
         root = self.run_dir / "checkpoints"
         root.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ class Checkpointer:
     def _write_snapshots(
         self,
         step: int,
-        net: EDMPrecond,
+        net: Denoiser,
         tables: Mapping[str, Tensor],
         averages: Mapping[str, Tensor],
         widths: Sequence[float],
@@ -239,7 +239,7 @@ def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 def load_checkpoint(
     folder: Path,
-    net: EDMPrecond,
+    net: Denoiser,
     ema: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     profiles: Sequence[PowerEMA] = (),
@@ -280,7 +280,7 @@ def load_checkpoint(
     return state
 
 
-def load_initial(init: str, net: EDMPrecond, ema: Mapping[str, Tensor]) -> None:
+def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> None:
     """Copy weights from elsewhere into a network and its EMA, of which sharded tensors (DTensor) take their part.
 
     Where they are for other classes or another size of images, the network keeps its own table of these, and a line

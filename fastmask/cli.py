@@ -33,7 +33,7 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
         SystemExit: after `--help`, with code 0.
     """
     said = io.StringIO()
-    omit = (tyro.conf.OmitArgPrefixes,)
+    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     try:
         with contextlib.redirect_stderr(said):
             if default is None:

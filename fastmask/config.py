@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 from typing import Any, Literal
 
+from fastmask.diffusion import EDM
+from fastmask.diffusion.processes import AnyProcess
 from fastmask.ema import gamma_of
 from fastmask.masking import (
     GROUP,
@@ -86,17 +88,13 @@ class TrainConfig:
     mask_levels: int = 8
     """Kept counts that a falling schedule is made of."""
     mask_ratio_per_sample: str = "constant"
-    """Ratio of each sample: constant, uniform(a,b), sigma(a,b) with b at the highest noise, sigma around mask_ratio."""
+    """Ratio of each sample: constant, uniform(a,b), noise(a,b) with b at the highest noise, noise around mask_ratio."""
     mae_coef: float = 0.1
     """Weight of the reconstruction loss."""
     label_drop: float = 0.1
     """Probability of training a sample without its label, for guidance."""
-    sigma_data: float = 0.5
-    """Standard deviation of the data."""
-    p_mean: float = -1.2
-    """Mean of ln(sigma) in training."""
-    p_std: float = 1.2
-    """Standard deviation of ln(sigma) in training."""
+    process: AnyProcess = EDM()  # noqa: RUF009  (immutable)
+    """The diffusion process, which the preset picks."""
 
     max_steps: int = 1000
     """Steps of the whole run."""
@@ -186,6 +184,12 @@ class TrainConfig:
         return min(self.micro_batch_size or self.batch_size, self.batch_size)
 
 
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Return a configuration by the names of its flags: those of its process beside the others, which has its name."""
+    values = dataclasses.asdict(config)
+    return {**values, **values["process"], "process": config.process.name}
+
+
 def check_config(config: TrainConfig, input_size: int) -> None:
     """Raise a ValueError that names the first field that cannot be, and why.
 
@@ -234,7 +238,6 @@ def check_ranges(config: TrainConfig) -> None:
         ("mae_coef", 0),
         ("weight_decay", 0),
         ("grad_clip", 0),
-        ("p_std", 0),
         ("divergence_factor", 0),
         ("loss_limit", 0),
         ("cfg_scale", 0),
@@ -242,10 +245,6 @@ def check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not lowest <= value < float("inf"):
             raise ValueError(f"{name} must be at least {lowest}, not {value}")
-    if not 0 < config.sigma_data < float("inf"):
-        raise ValueError(f"sigma_data must be a number above 0, not {config.sigma_data}")
-    if not abs(config.p_mean) < float("inf"):
-        raise ValueError(f"p_mean must be a number, not {config.p_mean}")
     for name, value in [("label_drop", config.label_drop), ("ema_decay", config.ema_decay)]:
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in [0, 1], not {value}")

@@ -190,7 +190,7 @@ def work_of(model: MaskDiT, ratio: float, precision: str, *, checkpoint_blocks: 
     rest = ((1 + again) * (4 + 8 + 4) + 8 + 16 + 8 + 6 + 9) * low
     ends = sum(stack.tokens * stack.width for stack in stacks) * (20 + 3 * low)  # a stack's input and its first norm
     # Per block, for one that is computed again, around them, and around a decoder.
-    launches = (55, 21, 78, 29) if low == 2 else (33, 10, 58, 19)
+    launches = (55, 21, 86, 29) if low == 2 else (33, 10, 66, 19)
     return Work(
         flops=6 * forward_macs(model, stacks[0].tokens) + 2 * again * sum(map(_products_of, stacks)),
         product_bytes=products * wide,

@@ -31,7 +31,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 # Samples GROUP * n .. GROUP * n + GROUP - 1 of a run share out one multiset of kept counts.
 GROUP = 8
-_RATIO_STREAM = 7  # of the counter-based generator; the list is in fastmask/diffusion.py
+_RATIO_STREAM = 7  # of the counter-based generator; the list is in fastmask/diffusion/draws.py
 _POINTS = 1024  # steps at which the mean of a longer part of a schedule is taken
 
 
@@ -154,12 +154,12 @@ class RatioPerSample(NamedTuple):
     """A mask ratio for each sample, from ``low`` to ``high``; from `parse_per_sample`.
 
     Attributes:
-        by: "uniform" gives a sample any of the ratios, "sigma" a group's higher ratios to its higher noise levels.
+        by: "uniform" gives a sample any of the ratios, "noise" a group's higher ratios to its noisier samples.
         low: lowest ratio.
         high: highest ratio.
     """
 
-    by: Literal["uniform", "sigma"]
+    by: Literal["uniform", "noise"]
     low: float
     high: float
 
@@ -192,13 +192,13 @@ class RatioPerSample(NamedTuple):
         _check_groups(batch)
         return batch // GROUP * sum(self.counts(length))
 
-    def keep(self, seed: int | Tensor, sample: Tensor, sigma: Tensor, length: int) -> Tensor:
+    def keep(self, seed: int | Tensor, sample: Tensor, log_snr: Tensor, length: int) -> Tensor:
         """Return how many positions each sample keeps, without waiting for the device.
 
         Args:
             seed: the run's seed, an int or int64 of shape ().
             sample: int64, shape (B,), global indices, of whole groups: GROUP * n .. GROUP * n + GROUP - 1, and so on.
-            sigma: noise levels, shape (B,).
+            log_snr: of the samples' times, shape (B,).
             length: L.
 
         Returns:
@@ -208,7 +208,7 @@ class RatioPerSample(NamedTuple):
             ValueError: a batch that is not made of whole groups.
         """
         _check_groups(len(sample))
-        key = -sigma if self.by == "sigma" else random_uniform(seed, sample, 1, _RATIO_STREAM)
+        key = log_snr if self.by == "noise" else random_uniform(seed, sample, 1, _RATIO_STREAM)
         rank = key.view(-1, GROUP).argsort(dim=1, stable=True).argsort(dim=1)
         # Filling does not wait for the device, as copying a list from the host would.
         counts = [torch.full((), count, dtype=torch.int32, device=sample.device) for count in self.counts(length)]
@@ -219,7 +219,7 @@ def parse_per_sample(text: str, mask_ratio: float) -> RatioPerSample | None:
     """Return the ratios per sample that a text stands for.
 
     Args:
-        text: "constant", "uniform(a,b)", "sigma(a,b)", or "sigma", whose ratios lie around ``mask_ratio`` and reach
+        text: "constant", "uniform(a,b)", "noise(a,b)", or "noise", whose ratios lie around ``mask_ratio`` and reach
             half of the way to 0 or to 1, whichever is nearer: 0.25 to 0.75 for 0.5.
         mask_ratio: the ratio of a constant.
 
@@ -227,29 +227,31 @@ def parse_per_sample(text: str, mask_ratio: float) -> RatioPerSample | None:
         None for "constant".
 
     Raises:
-        ValueError: anything else, ratios outside [0, 1) or not rising, "sigma" for a ratio of 0.
+        ValueError: anything else, ratios outside [0, 1) or not rising, "noise" for a ratio of 0.
     """
     check_ratio("mask_ratio", mask_ratio)
     if text == "constant":
         return None
-    if text == "sigma":
+    if text.startswith("sigma"):
+        raise ValueError(f"mask_ratio_per_sample {text}: sigma is called noise now")
+    if text == "noise":
         if mask_ratio == 0:
-            raise ValueError("mask_ratio_per_sample sigma varies mask_ratio, which must be above 0")
+            raise ValueError("mask_ratio_per_sample noise varies mask_ratio, which must be above 0")
         spread = min(mask_ratio, 1.0 - mask_ratio) / 2
-        return RatioPerSample("sigma", mask_ratio - spread, mask_ratio + spread)
-    match = re.fullmatch(r"(uniform|sigma)\(([^,]*),([^,]*)\)", text.replace(" ", ""))
+        return RatioPerSample("noise", mask_ratio - spread, mask_ratio + spread)
+    match = re.fullmatch(r"(uniform|noise)\(([^,]*),([^,]*)\)", text.replace(" ", ""))
     try:
         low, high = map(float, match.groups()[1:]) if match else (math.nan, math.nan)
     except ValueError:
         match = None
     if not match:
         raise ValueError(
-            f"mask_ratio_per_sample must be constant, sigma, sigma(a,b) or uniform(a,b) with ratios a < b, such as "
+            f"mask_ratio_per_sample must be constant, noise, noise(a,b) or uniform(a,b) with ratios a < b, such as "
             f"uniform(0.3,0.7), not {text!r}"
         )
     if not 0.0 <= low < high < 1.0:
         raise ValueError(f"mask_ratio_per_sample {text}: the ratios must rise, from at least 0 to below 1")
-    return RatioPerSample("sigma" if match[1] == "sigma" else "uniform", low, high)
+    return RatioPerSample("noise" if match[1] == "noise" else "uniform", low, high)
 
 
 def _check_groups(batch: int) -> None:

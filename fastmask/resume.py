@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastmask.config import TrainConfig
+from fastmask.config import TrainConfig, flat
 
 # Fields that do not change what is learned: they may differ, and are not recorded.
 FREE = frozenset(
@@ -41,7 +41,7 @@ FIXED = {
     **dict.fromkeys(("patch_size", "width", "depth", "num_heads", "qk_norm", "num_classes", "image_size"), _SHAPE),
     **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_num_heads"), _SHAPE),
     **dict.fromkeys(("data", "data_source", "vae", "mirror"), _DATA),
-    "sigma_data": "the checkpoint's weights were trained with it",
+    "process": "the checkpoint's weights were trained with it",
     "seed": "it decides which samples come next",
     "init": "the weights come from the checkpoint",
     "ema_widths": "these averages began with the run",
@@ -62,13 +62,17 @@ def changes_of(
     Raises:
         ValueError: a field differs that cannot change; names each, and why.
     """
-    now, defaults = (json.loads(json.dumps(dataclasses.asdict(some))) for some in (config, TrainConfig()))
+    now, defaults = (json.loads(json.dumps(flat(some))) for some in (config, TrainConfig()))
     before = {**defaults, **stored}  # a field that was added later had its default
-    changed = {name: (before[name], value) for name, value in now.items() if before[name] != value}
+    changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
+    of_process = {field.name: field.metadata.get("fixed") for field in dataclasses.fields(config.process)}
+    if "process" in changed:  # whose fields are of another one
+        changed = {name: pair for name, pair in changed.items() if name not in of_process}
+    reasons = {**FIXED, **{name: why for name, why in of_process.items() if why}}
     fixed = [
-        f"{name} {before[name]} -> {changed[name][1]} ({FIXED[name]})"
+        f"{name} {before[name]} -> {changed[name][1]} ({reasons[name]})"
         for name in changed
-        if name in FIXED and not (name == "data" and same_data)
+        if name in reasons and not (name == "data" and same_data)
     ]
     if fixed:
         raise ValueError(

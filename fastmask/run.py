@@ -1,7 +1,6 @@
 """A training run between its checkpoints: what it consists of, how it is resumed, and what it reports."""
 
 import contextlib
-import dataclasses
 import json
 import resource
 import signal
@@ -15,14 +14,14 @@ import torch
 from torch import Tensor
 
 from fastmask.checkpoint import Checkpointer, load_checkpoint, load_initial, newest_good, read_state, step_of
-from fastmask.config import TrainConfig, build_model
+from fastmask.config import TrainConfig, build_model, flat
 from fastmask.console import say
 from fastmask.cost import Gpu, gpu_named
 from fastmask.counts import forward_macs
 from fastmask.data import DataSet, batches
 from fastmask.data.loader import Batch
 from fastmask.data.verify import verifier_of
-from fastmask.diffusion import EDMPrecond, draw_samples
+from fastmask.diffusion import Denoiser, draw_samples
 from fastmask.distributed import Ranks, all_max, shard
 from fastmask.ema import EMA, PowerEMA
 from fastmask.files import whole_file
@@ -63,7 +62,7 @@ class Run:
         self.changes = [] if anew else open_run(config, newest, ranks, self.fingerprint)
         self._verifier = None if anew else verifier_of(dataset, ranks)
         channels, size, _ = dataset.shape
-        self.net = EDMPrecond(build_model(config, channels, size), config.sigma_data).to(device)
+        self.net = Denoiser(build_model(config, channels, size), config.process).to(device)
         shard(self.net.model, config.parallel, DTYPES.get(config.precision), device, ranks)
         self.ema = EMA(self.net, config.ema_decay, warmup=not config.init)
         self.profiles = [PowerEMA(self.net, width) for width in config.ema_widths]
@@ -204,7 +203,7 @@ class Run:
 
     def _save(self, checkpointer: Checkpointer, snapshot: bool = False) -> None:
         state = {
-            "config": dataclasses.asdict(self.config),
+            "config": flat(self.config),
             "scaler": self.training.scaler.state_dict(),
             "samples": self.samples,
             "recent": self.recent,
@@ -309,7 +308,7 @@ def memory_used(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def sample_grid(net: EDMPrecond, config: TrainConfig) -> tuple[Tensor, int]:
+def sample_grid(net: Denoiser, config: TrainConfig) -> tuple[Tensor, int]:
     """Return samples (N, C, H, W), from the same noise at every call, and how many to draw in a row.
 
     With at most 16 classes each column is a class; with more, the classes are spread evenly.
@@ -356,7 +355,7 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint
             changes.append({"step": step, "field": name, "from": before, "to": value})
     if not ranks.rank and step < config.max_steps:
         said = {
-            "config": dataclasses.asdict(config),
+            "config": flat(config),
             "fingerprint": fingerprint,
             "changes": changes,
             "versions": versions(),

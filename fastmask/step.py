@@ -15,7 +15,8 @@ from torch import Tensor
 from fastmask.config import TrainConfig
 from fastmask.data import DataSet
 from fastmask.data.loader import Batch
-from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingDraws, TrainingObjective, training_draws
+from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, TrainingDraws, training_draws
+from fastmask.diffusion.objective import TOTAL
 from fastmask.distributed import Ranks, gradients_stay, replicate
 from fastmask.ema import EMA
 from fastmask.graphs import GraphedCalls
@@ -46,7 +47,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        net: EDMPrecond,
+        net: Denoiser,
         dataset: DataSet,
         config: TrainConfig,
         optimizer: torch.optim.Optimizer,
@@ -57,7 +58,6 @@ class TrainingStep:
         self._optimizer, self._emas = optimizer, emas
         self._device = device = torch.device(config.device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.tally = Tally(device)
         self.data_wait_s = 0.0
         self.updating = False
         self._offset = torch.zeros((), dtype=torch.int64, device=device)
@@ -67,7 +67,8 @@ class TrainingStep:
         self._keep = 0  # of the last step
 
         net.model.checkpoint_blocks = config.activation_checkpointing == "block"
-        self._objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
+        self._objective = Objective(net, [MaskedDenoising(config.mae_coef)])
+        self.tally = Tally(device, self._objective.names)
         self._compile(config.compile)
         self._module = replicate(self._objective, config.parallel, device, ranks)
 
@@ -115,7 +116,7 @@ class TrainingStep:
 
     def begin_anew(self) -> None:
         """Forget what was added up and captured: weights and state were loaded."""
-        self.tally = Tally(self._device)
+        self.tally = Tally(self._device, self._objective.names)
         if self._graphs:
             self._graphs.clear()
         self.finish()
@@ -127,10 +128,10 @@ class TrainingStep:
         dtype = DTYPES.get(self._config.precision)
         with gradients_stay(self._module, self._net.model, not last):
             with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
-                parts = self._module(images, *draws)
-            self.tally.add(self._offset, parts, draws.sigma)
+                losses = self._module(images, *draws)
+            self.tally.add(self._offset, losses, self._net.process.log_snr(draws.t))
             # The ranks' gradients are averaged, not added.
-            loss = parts.total.sum() * (self._ranks.count / self._config.batch_size)
+            loss = losses[TOTAL].sum() * (self._ranks.count / self._config.batch_size)
             self.scaler.scale(loss).backward()
 
     def _draw(self, stored: Tensor, labels: Tensor, keep: int) -> tuple[Tensor, TrainingDraws]:
@@ -139,17 +140,16 @@ class TrainingStep:
         sample = torch.arange(len(labels), device=labels.device) + self._offset
         images = self._dataset.to_images(stored, config.seed, sample)
         draws = training_draws(
+            self._net.process,
             images,
             labels,
-            seed=config.seed,
-            offset=self._offset,
-            num_classes=config.num_classes,
-            label_drop=config.label_drop,
             length=length,
             keep=keep,
-            p_mean=config.p_mean,
-            p_std=config.p_std,
+            num_classes=config.num_classes,
+            label_drop=config.label_drop,
             per_sample=self._per_sample,
+            seed=config.seed,
+            offset=self._offset,
         )
         return images, draws
 

@@ -1,18 +1,17 @@
 """What a run watches of itself as it goes, on the device, so that no step waits for it."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastmask.diffusion import LossParts
 from fastmask.distributed import Ranks, all_sum, whole
 
-# ln(sigma) at which one bucket of noise levels ends and the next begins; training draws it around -1.2 +- 1.2.
-EDGES = (-3.0, -2.0, -1.0, 0.0, 1.0)
+# Logarithms of the signal-to-noise ratio at which one bucket of times ends and the next begins. EDM's training draws
+# them around 2.4 +- 2.4, rectified flow's around 0 +- 2.
+EDGES = (-2.0, 0.0, 2.0, 4.0, 6.0)
 _LEVELS = [f"{low}..{high}" for low, high in zip(("-inf", *EDGES), (*EDGES, "inf"), strict=True)]
-_PARTS = ("loss", "denoising", "reconstruction")
 
 
 class DivergedError(ValueError):
@@ -26,32 +25,36 @@ class Tally:
 
     Args:
         device: where the losses are.
+        names: of the losses, their weighted sum first.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        # Rows: the three losses, then per bucket of noise the sum of the total loss, and at the end the samples there.
-        self._sums = torch.zeros(len(_PARTS) + 2 * len(_LEVELS), device=device)
+    def __init__(self, device: torch.device, names: Sequence[str]) -> None:
+        self._names = tuple(names)
+        # Rows: the losses, then per bucket of noise the sum of the total loss, and at the end the samples there.
+        self._sums = torch.zeros(len(self._names) + 2 * len(_LEVELS), device=device)
         self._count = torch.zeros((), device=device)
         self._edges = torch.tensor(EDGES, device=device)
-        self._first_bad = torch.full((3,), -1.0, dtype=torch.float64, device=device)  # sample, least and largest sigma
+        self._first_bad = torch.full(
+            (3,), -1.0, dtype=torch.float64, device=device
+        )  # sample, least and largest log-SNR
 
-    def add(self, offset: Tensor, parts: LossParts, sigma: Tensor) -> None:
+    def add(self, offset: Tensor, losses: Mapping[str, Tensor], log_snr: Tensor) -> None:
         """Add the losses of a batch, and note where and at which noise levels the first one is that is not finite.
 
         Args:
             offset: global index of the batch's first sample, shape ().
-            parts: losses, each (B,).
-            sigma: noise levels, (B,).
+            losses: by name, each (B,).
+            log_snr: of the samples' times, (B,).
         """
-        losses = torch.stack([part.detach().float() for part in parts])  # (3, B)
-        level = torch.bucketize(sigma.log(), self._edges)  # (B,)
-        at = (level[:, None] == torch.arange(len(_LEVELS), device=sigma.device)).float()  # (B, levels)
+        stacked = torch.stack([losses[name].detach().float() for name in self._names])  # (names, B)
+        level = torch.bucketize(log_snr, self._edges)  # (B,)
+        at = (level[:, None] == torch.arange(len(_LEVELS), device=log_snr.device)).float()  # (B, levels)
         # Where, and not a product: a loss that is not finite belongs to its own level alone.
-        by_level = torch.where(at > 0, losses[0][:, None], 0.0).sum(0)
-        self._sums += torch.cat([losses.sum(1), by_level, at.sum(0)])
-        self._count += len(sigma)
-        found = torch.stack([offset.double(), sigma.min().double(), sigma.max().double()])
-        first = ~losses[0].isfinite().all() & (self._first_bad[0] < 0)
+        by_level = torch.where(at > 0, stacked[0][:, None], 0.0).sum(0)
+        self._sums += torch.cat([stacked.sum(1), by_level, at.sum(0)])
+        self._count += len(log_snr)
+        found = torch.stack([offset.double(), log_snr.min().double(), log_snr.max().double()])
+        first = ~stacked[0].isfinite().all() & (self._first_bad[0] < 0)
         self._first_bad.copy_(torch.where(first, found, self._first_bad))
 
     def state(self) -> list[Tensor]:
@@ -70,7 +73,7 @@ class Tally:
         sample, least, largest = self._first_bad.tolist()
         self._first_bad.fill_(-1.0)
         where = f"of the batch from sample {sample:.0f} on" if sample >= 0 else "on another rank"
-        levels = f" (its sigma: {least:.3g} to {largest:.3g})" if sample >= 0 else ""
+        levels = f" (its log-SNR: {least:.3g} to {largest:.3g})" if sample >= 0 else ""
         raise DivergedError(f"the loss {where} is not finite{levels}")
 
     def mean_loss(self, ranks: Ranks) -> float:
@@ -84,11 +87,11 @@ class Tally:
         sums, count = all_sum(self._sums, ranks).tolist(), all_sum(self._count, ranks).item()
         self._sums.zero_()
         self._count.zero_()
-        figures = {name: value / count for name, value in zip(_PARTS, sums, strict=False)}
-        by_level, samples = sums[len(_PARTS) :][: len(_LEVELS)], sums[-len(_LEVELS) :]
+        figures = {name: value / count for name, value in zip(self._names, sums, strict=False)}
+        by_level, samples = sums[len(self._names) :][: len(_LEVELS)], sums[-len(_LEVELS) :]
         for name, value, number in zip(_LEVELS, by_level, samples, strict=True):
             if number:
-                figures[f"loss_at_ln_sigma/{name}"] = value / number
+                figures[f"loss_at_log_snr/{name}"] = value / number
         return figures
 
 

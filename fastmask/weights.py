@@ -1,6 +1,5 @@
 """Weights in the published names: the network that they describe, and files of them."""
 
-import contextlib
 import math
 import os
 import re
@@ -14,7 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastmask.console import say
-from fastmask.diffusion import EDMPrecond
+from fastmask.diffusion import EDM, Denoiser, Process
+from fastmask.diffusion.processes import from_json, to_json
 from fastmask.model import MaskDiT, sincos_position
 from fastmask.rundir import find_weights
 from fastmask.tensorfile import check_finite, choose_weights, read_weights, with_checksum
@@ -36,18 +36,18 @@ def load_maskdit(
     *,
     sigma_data: float = 0.5,
     weights: Kind = "ema",
-) -> EDMPrecond:
+) -> Denoiser:
     """Return the network that a set of weights in the published names describes, on the CPU in fp32.
 
-    Sizes are read from the shapes. Heads leave no trace there: a file written by fastmask states its own (and its
-    sigma_data), which then hold; for others they are arguments.
+    Sizes are read from the shapes. Heads and process leave no trace there: a file written by fastmask states its
+    own, which then hold; for others they are arguments.
 
     Args:
         source: a mapping of names to tensors; a run folder, whose newest checkpoint that is whole is read; a checkpoint
             folder; or a `.safetensors` or `.pt` file. Names may carry prefixes of wrappers and of the preconditioner.
         num_heads: encoder heads; None takes those of the published size of the same width.
         decoder_num_heads: decoder heads.
-        sigma_data: standard deviation of the data.
+        sigma_data: standard deviation of the data, for EDM's process.
         weights: the averaged weights of a run or of a training file that has both, or the raw ones.
 
     Returns:
@@ -77,7 +77,7 @@ def load_maskdit(
             model = MaskDiT(**sizes, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-    net = EDMPrecond(model, _sigma_data(stated, sigma_data, what))
+    net = Denoiser(model, _process(stated, what) or EDM(sigma_data=sigma_data))
     found = {f"model.{name}": tensor for name, tensor in tensors.items()}
     check_same_shapes(net.state_dict(), found, what)
     found = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in found.items()}
@@ -86,7 +86,7 @@ def load_maskdit(
     return net.requires_grad_()
 
 
-def weights_for(net: EDMPrecond, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def weights_for(net: Denoiser, path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Return what a network takes of a file of weights, by its own names, on the CPU, and a line for all that differs.
 
     What depends on the number of classes or on the size of the images, and differs there, is left out: the label table
@@ -113,16 +113,16 @@ def weights_for(net: EDMPrecond, path: Path) -> tuple[dict[str, Tensor], list[st
         heads, ours = _heads(stated, name, what), getattr(net.model, name)
         if heads and heads != ours and (name == "num_heads" or net.model.decoder_blocks):
             raise ValueError(f"{what} is of another network: its {name} is {heads} instead of {ours}")
-    sigma_data = _sigma_data(stated, net.sigma_data, what)
-    if sigma_data != net.sigma_data:
-        notes.append(f"{what} was trained with sigma_data {sigma_data:g}, and goes on with {net.sigma_data:g}")
+    process = _process(stated, what) or net.process
+    if process != net.process:
+        notes.append(f"{what} was trained with {process}, and continues with {net.process}")
     found = {name: tensor.float() for name, tensor in found.items()}
     check_finite(found, what)
     return found, notes
 
 
 def save_weights(
-    path: Path, net: EDMPrecond, weights: Mapping[str, Tensor] | None = None, *, checksum: bool = True
+    path: Path, net: Denoiser, weights: Mapping[str, Tensor] | None = None, *, checksum: bool = True
 ) -> None:
     """Write weights (the network's own, or others of the same names) so that `load_maskdit` reads them alone.
 
@@ -138,7 +138,7 @@ def save_weights(
     stated = {
         "num_heads": str(net.model.num_heads),
         "decoder_num_heads": str(net.model.decoder_num_heads),
-        "sigma_data": str(net.sigma_data),
+        "process": to_json(net.process),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or net.state_dict()).items()}
     try:
@@ -172,7 +172,7 @@ def _other_labels(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: 
     return {_LABELS}, [f"{known}: the label table for {here[1]} is drawn anew"]
 
 
-def _other_positions(net: EDMPrecond, found: Mapping[str, Tensor], what: str) -> tuple[set[str], list[str]]:
+def _other_positions(net: Denoiser, found: Mapping[str, Tensor], what: str) -> tuple[set[str], list[str]]:
     """Return the names of position tables that are for another size of images, and a line that says so."""
     own, left, side = net.state_dict(), set(), 0
     for name in own.keys() & found.keys() & set(_POSITIONS):
@@ -205,12 +205,14 @@ def _heads(stated: Mapping[str, str], name: str, what: str) -> int:
     return int(text or 0)
 
 
-def _sigma_data(stated: Mapping[str, str], otherwise: float, what: str) -> float:
-    text = stated.get("sigma_data", str(otherwise))
-    with contextlib.suppress(ValueError):
-        if 0 < (value := float(text)) < math.inf:
-            return value
-    raise ValueError(f"{what}: sigma_data must be a number above 0, not {text}")
+def _process(stated: Mapping[str, str], what: str) -> Process | None:
+    """Return the process that a file states, None if it states none; files of earlier versions have EDM's number."""
+    try:
+        if "process" in stated:
+            return from_json(stated["process"])
+        return EDM(sigma_data=float(stated["sigma_data"])) if "sigma_data" in stated else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} states no process that is known: {error}") from error
 
 
 def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:

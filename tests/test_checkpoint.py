@@ -15,7 +15,7 @@ from util import small_net
 
 from fastmask.checkpoint import Checkpointer, checkpoints, load_checkpoint, load_initial, read_state
 from fastmask.config import TrainConfig
-from fastmask.diffusion import EDMLoss
+from fastmask.diffusion import MaskedDenoising, Objective
 from fastmask.ema import EMA, PowerEMA
 from fastmask.files import _UMASK
 from fastmask.optim import make_optimizer
@@ -39,7 +39,8 @@ class Trained:
     def step(self):
         generator = torch.Generator().manual_seed(0)
         images, sigma = torch.randn(2, 3, 8, 8, generator=generator), torch.ones(2)
-        EDMLoss()(self.net, images, torch.tensor([0, 3]), sigma=sigma, noise=images).total.mean().backward()
+        losses = Objective(self.net, [MaskedDenoising()])(images, torch.tensor([0, 3]), None, sigma, images)
+        losses["loss"].mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.net)

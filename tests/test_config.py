@@ -25,20 +25,20 @@ GOOD = TrainConfig()
         ({"depth": 0}, "depth must be at least 1"),
         ({"decoder_depth": 0}, "a network without a decoder .* trains unmasked"),
         ({"mask_levels": 0}, "mask_levels must be at least 1, not 0"),
-        ({"mask_ratio_per_sample": "normal"}, "mask_ratio_per_sample must be constant, sigma, .*, not 'normal'"),
+        ({"mask_ratio_per_sample": "normal"}, "mask_ratio_per_sample must be constant, noise, .*, not 'normal'"),
         (
             {"mask_ratio_per_sample": "uniform(0.3,0.6)"},
             "has a mean of 0.45, and mask_ratio is 0.5: give the same to both",
         ),
         (
-            {"mask_ratio_per_sample": "sigma", "mask_schedule": "linear"},
-            "mask_ratio_per_sample sigma goes with mask_schedule constant, not linear",
+            {"mask_ratio_per_sample": "noise", "mask_schedule": "linear"},
+            "mask_ratio_per_sample noise goes with mask_schedule constant, not linear",
         ),
         (
-            {"mask_ratio_per_sample": "sigma", "micro_batch_size": 4},
+            {"mask_ratio_per_sample": "noise", "micro_batch_size": 4},
             "groups of 8 samples: the images computed at a time .*, 4, must be a multiple",
         ),
-        ({"mask_ratio_per_sample": "sigma", "mask_ratio": 0.0}, "mask_ratio, which must be above 0"),
+        ({"mask_ratio_per_sample": "noise", "mask_ratio": 0.0}, "mask_ratio, which must be above 0"),
         ({"max_steps": 0}, "max_steps must be at least 1, not 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"micro_batch_size": 5}, "batch_size 128 does not divide into parts of micro_batch_size 5"),
@@ -46,10 +46,7 @@ GOOD = TrainConfig()
         ({"lr": -1.0}, "lr must be at least 0"),
         ({"lr": float("inf")}, "lr must be at least 0"),
         ({"lr": float("nan")}, "lr must be at least 0"),
-        ({"sigma_data": 0.0}, "sigma_data must be a number above 0"),
-        ({"sigma_data": float("nan")}, "sigma_data must be a number above 0, not nan"),
-        ({"sigma_data": float("inf")}, "sigma_data must be a number above 0, not inf"),
-        ({"p_mean": float("nan")}, "p_mean must be a number, not nan"),
+        ({"mask_ratio_per_sample": "sigma(0.2,0.8)"}, "sigma is called noise now"),
         ({"cfg_scale": float("nan")}, "cfg_scale must be at least 0, not nan"),
         ({"cfg_scale": -3.0}, r"cfg_scale must be at least 0, not -3\.0"),
         ({"label_drop": 1.1}, "label_drop must be in"),
@@ -109,9 +106,9 @@ def test_ratios_per_sample():
     config = dataclasses.replace(GOOD, mask_ratio_per_sample="uniform(0.2,0.8)", micro_batch_size=64)
     check_config(config, 8)
     assert config.per_sample == ("uniform", 0.2, 0.8)
-    config = dataclasses.replace(GOOD, mask_ratio_per_sample="sigma", mask_ratio=0.25, batch_size=8)
+    config = dataclasses.replace(GOOD, mask_ratio_per_sample="noise", mask_ratio=0.25, batch_size=8)
     check_config(config, 8)
-    assert config.per_sample == ("sigma", 0.125, 0.375)
+    assert config.per_sample == ("noise", 0.125, 0.375)
     assert config.kept_at(0, 16) == 12
 
 

@@ -11,7 +11,8 @@ from bench.model import count_step, network
 from fastmask.config import preset_config
 from fastmask.cost import ASSUMED, GPUS, RESERVE, Memory, Work, gpu_named, memory_of, predict_run, step_seconds, work_of
 from fastmask.counts import trainable_parameters
-from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
+from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
+from fastmask.diffusion.objective import TOTAL
 from fastmask.ema import EMA
 from fastmask.masking import kept_count
 from fastmask.optim import make_optimizer
@@ -123,17 +124,18 @@ def test_high_water_is_what_the_gpu_says(checkpoint_blocks):
     config = dataclasses.replace(config, ema_widths=(0.1,))
     before = torch.cuda.memory_allocated()
     with device:
-        net = EDMPrecond(bench.model.build_model(config, 4, 32), config.sigma_data)
+        net = Denoiser(bench.model.build_model(config, 4, 32), config.process)
     model = net.model
     model.checkpoint_blocks = checkpoint_blocks
     averages = [EMA(net, config.ema_decay), EMA(net, 0.99)]
-    optimizer, objective = make_optimizer(net, config, averages), TrainingObjective(net, EDMLoss(config.sigma_data))
+    optimizer, objective = make_optimizer(net, config, averages), Objective(net, [MaskedDenoising()])
     images = torch.randn(batch, 4, 32, 32, device=device)
     labels = torch.randint(config.num_classes, (batch,), device=device)
 
     def step(first):
         for offset in (first, first + batch):
             draws = training_draws(
+                config.process,
                 images,
                 labels,
                 seed=0,
@@ -142,11 +144,9 @@ def test_high_water_is_what_the_gpu_says(checkpoint_blocks):
                 label_drop=0.1,
                 length=model.length,
                 keep=kept_count(model.length, config.mask_ratio),
-                p_mean=config.p_mean,
-                p_std=config.p_std,
             )
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = objective(images, *draws).total.mean()
+                loss = objective(images, *draws)[TOTAL].mean()
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

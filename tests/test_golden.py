@@ -7,12 +7,14 @@ import torch
 from util import golden
 
 from fastmask import Mask, load_maskdit
-from fastmask.diffusion import EDMLoss, edm_sample
+from fastmask.diffusion import MaskedDenoising, Objective, sample
 from fastmask.kernels import backends
 from fastmask.testing import assert_near, network_steps
 
 # Of a network of 3 + 8 blocks, forward and backward; the published numbers are fp32 too, so that both err.
 FORWARD, BACKWARD = 2 * network_steps(11), 2 * network_steps(11, backward=True)
+# The losses' names, and those of the published ones.
+LOSSES = {"loss": "total_loss", "denoising": "denoising_loss", "reconstruction": "reconstruction_loss"}
 
 needs_every_kernel = pytest.mark.skipif(
     any(row.device == "cpu" and row.kernel == "none" for row in backends()),
@@ -48,9 +50,17 @@ def sigma():
 
 
 def losses(net, labels, mask):
-    arrays = golden().arrays
-    loss = EDMLoss(mae_coef=golden().info["mae_coef"])
-    return loss(net, arrays["images"], labels, mask=mask, sigma=arrays["sigma"], noise=arrays["noise"])
+    images, sigma, noise = (golden().arrays[name] for name in ("images", "sigma", "noise"))
+    # The recorded noise is times sigma.
+    return Objective(net, [MaskedDenoising(golden().info["mae_coef"])])(
+        images, labels, mask, sigma.flatten(), noise / sigma
+    )
+
+
+def check_losses(actual):
+    assert actual.keys() == LOSSES.keys()
+    for name, published in LOSSES.items():
+        assert_near(actual[name], golden().arrays[published], FORWARD, name=name)
 
 
 def test_mask_is_the_published_one(mask):
@@ -71,19 +81,17 @@ def test_eval_forward(net, noised, sigma):
 
 
 def test_masked_losses(net, labels, mask):
-    parts = losses(net, labels, mask)
-    for name in ("total", "denoising", "reconstruction"):
-        assert_near(getattr(parts, name), golden().arrays[f"{name}_loss"], FORWARD, name=name)
+    check_losses(losses(net, labels, mask))
 
 
 def test_full_loss(net, labels):
     parts = losses(net, labels, None)
-    assert_near(parts.total, golden().arrays["full_loss"], FORWARD)
-    assert torch.equal(parts.total, parts.denoising)
+    assert_near(parts["loss"], golden().arrays["full_loss"], FORWARD)
+    assert torch.equal(parts["loss"], parts["denoising"])
 
 
 def test_every_gradient_norm(net, labels, mask):
-    check_gradient_norms(net, losses(net, labels, mask).total.mean())
+    check_gradient_norms(net, losses(net, labels, mask)["loss"].mean())
 
 
 def check_gradient_norms(net, total):
@@ -104,9 +112,8 @@ def test_the_fused_form(monkeypatch, net, labels, mask):
             parts = losses(net, labels, mask)
     else:
         parts = losses(net, labels, mask)
-        check_gradient_norms(net, parts.total.mean())
-    for name in ("total", "denoising", "reconstruction"):
-        assert_near(getattr(parts, name), golden().arrays[f"{name}_loss"], FORWARD, name=name)
+        check_gradient_norms(net, parts["loss"].mean())
+    check_losses(parts)
 
 
 @needs_every_kernel
@@ -121,16 +128,8 @@ def test_the_fused_form_unmasked(monkeypatch, net, noised, sigma, labels):
 @pytest.mark.parametrize(("cfg_scale", "name"), [(None, "sampled"), (1.5, "sampled_cfg")])
 def test_samples(net, cfg_scale, name):
     arrays, sampler = golden().arrays, golden().info["sampler"]
-    samples = edm_sample(
-        net,
-        arrays["latents"],
-        arrays["labels"],
-        sampler["num_steps"],
-        cfg_scale,
-        sigma_min=sampler["sigma_min"],
-        sigma_max=sampler["sigma_max"],
-        rho=sampler["rho"],
-    )
+    times = net.process.times(**{name: sampler[name] for name in ("num_steps", "sigma_min", "sigma_max", "rho")})
+    samples = sample(net, arrays["latents"], arrays["labels"], times, cfg_scale=cfg_scale)
     assert cfg_scale in (None, sampler["cfg_scale"])
     evaluations = 2 * sampler["num_steps"] - 1
     assert_near(samples, arrays[name], evaluations * FORWARD, dtype=torch.float32)
@@ -149,7 +148,6 @@ def test_order_of_the_kept_tokens_changes_rounding_only(net, noised, sigma, labe
     assert torch.equal(shuffled.dropped, mask.dropped)
     # The attention's sums run in another order.
     assert_near(net(noised, sigma, labels, shuffled), net(noised, sigma, labels, mask), FORWARD)
-    for name, new, old in zip(
-        ("total", "denoising", "reconstruction"), losses(net, labels, shuffled), losses(net, labels, mask), strict=True
-    ):
-        assert_near(new, old, FORWARD, name=name)
+    new, old = losses(net, labels, shuffled), losses(net, labels, mask)
+    for name in LOSSES:
+        assert_near(new[name], old[name], FORWARD, name=name)

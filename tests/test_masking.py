@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastmask.diffusion import training_draws
+from fastmask.diffusion import EDM, training_draws
 from fastmask.masking import (
     GROUP,
     SCHEDULES,
@@ -171,8 +171,8 @@ def test_stages_that_cannot_be():
 
 WAYS = [
     RatioPerSample("uniform", 0.3, 0.7),
-    RatioPerSample("sigma", 0.25, 0.75),
-    RatioPerSample("sigma", 0.0, 0.5),
+    RatioPerSample("noise", 0.25, 0.75),
+    RatioPerSample("noise", 0.0, 0.5),
     RatioPerSample("uniform", 0.05, 0.1),
     RatioPerSample("uniform", 0.6, 0.99),
 ]
@@ -201,7 +201,7 @@ def kept(way, batch, offset=0, *, seed=3, length=64):
     sample = torch.arange(batch) + offset
     # A noise level is a function of the sample, as in training.
     sigma = ((sample % 1009 * 0.7).sin() * 1.2 - 1.2).exp()
-    return way.keep(seed, sample, sigma, length), sigma
+    return way.keep(seed, sample, EDM().log_snr(sigma), length), sigma
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -255,34 +255,34 @@ def test_equal_noise_still_shares_out_the_counts():
         ("constant", None),
         ("uniform(0.3,0.7)", ("uniform", 0.3, 0.7)),
         (" uniform( .25, 5e-1 )", ("uniform", 0.25, 0.5)),
-        ("sigma(0,0.9)", ("sigma", 0.0, 0.9)),
-        ("sigma", ("sigma", 0.25, 0.75)),
+        ("noise(0,0.9)", ("noise", 0.0, 0.9)),
+        ("noise", ("noise", 0.25, 0.75)),
     ],
 )
 def test_parsing(text, expected):
     assert parse_per_sample(text, 0.5) == expected
 
 
-def test_plain_sigma_stays_within_the_ratios():
+def test_plain_noise_stays_within_the_ratios():
     for ratio in (0.01, 0.25, 0.5, 0.75, 0.99):
-        way = parse_per_sample("sigma", ratio)
+        way = parse_per_sample("noise", ratio)
         assert 0 < way.low < ratio < way.high < 1
         assert way.mean == pytest.approx(ratio, rel=1e-12)
-    assert parse_per_sample("sigma", 0.25) == ("sigma", 0.125, 0.375)
-    with pytest.raises(ValueError, match="sigma varies mask_ratio, which must be above 0"):
-        parse_per_sample("sigma", 0.0)
+    assert parse_per_sample("noise", 0.25) == ("noise", 0.125, 0.375)
+    with pytest.raises(ValueError, match="noise varies mask_ratio, which must be above 0"):
+        parse_per_sample("noise", 0.0)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "uniform", "normal(0.1,0.2)", "uniform(0.3)", "uniform(a,b)", "uniform(,)", "sigma()", "sigma(1,2,3)"]
+    "text", ["", "uniform", "normal(0.1,0.2)", "uniform(0.3)", "uniform(a,b)", "uniform(,)", "noise()", "noise(1,2,3)"]
 )
 def test_nonsense(text):
-    with pytest.raises(ValueError, match=r"must be constant, sigma, sigma\(a,b\) or uniform\(a,b\) .*, not "):
+    with pytest.raises(ValueError, match=r"must be constant, noise, noise\(a,b\) or uniform\(a,b\) .*, not "):
         parse_per_sample(text, 0.5)
 
 
 @pytest.mark.parametrize(
-    "text", ["uniform(0.7,0.3)", "uniform(0.5,0.5)", "sigma(0,1)", "sigma(-.1,.5)", "sigma(nan,.5)"]
+    "text", ["uniform(0.7,0.3)", "uniform(0.5,0.5)", "noise(0,1)", "noise(-.1,.5)", "noise(nan,.5)"]
 )
 def test_ratios_that_do_not_rise(text):
     with pytest.raises(ValueError, match="the ratios must rise, from at least 0 to below 1"):
@@ -302,17 +302,16 @@ def test_a_part_of_a_group():
 
 def drawn(batch=2 * GROUP, seed=3, offset=5 * GROUP, per_sample=WAYS[1], keep=8, draw=training_draws):
     return draw(
+        EDM(),
         torch.zeros(batch, 3, 8, 8),
         torch.arange(batch) % 5,
-        seed=seed,
-        offset=offset,
-        num_classes=5,
-        label_drop=0.1,
         length=16,
         keep=keep,
-        p_mean=-1.2,
-        p_std=1.2,
+        num_classes=5,
+        label_drop=0.1,
         per_sample=per_sample,
+        seed=seed,
+        offset=offset,
     )
 
 
@@ -323,9 +322,9 @@ def flat(draws):
 @pytest.mark.parametrize("way", WAYS[:2], ids=str)
 def test_draws_with_a_ratio_per_sample(way):
     draws, plain = drawn(per_sample=way), drawn(per_sample=None)
-    for name in ("labels", "sigma", "noise"):
+    for name in ("labels", "t", "noise"):
         assert torch.equal(getattr(draws, name), getattr(plain, name)), name
-    keep = way.keep(3, torch.arange(2 * GROUP) + 5 * GROUP, draws.sigma, 16)
+    keep = way.keep(3, torch.arange(2 * GROUP) + 5 * GROUP, EDM().log_snr(draws.t), 16)
     assert torch.equal(draws.mask.num_kept, keep)
     # A mask is that of the same random order of the patches, cut elsewhere.
     assert torch.equal(draws.mask.dropped.sum(1), 16 - keep)

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from util import SMALL_SIZES, small_net
 
 from fastmask import Mask, MaskDiT
-from fastmask.diffusion import EDMLoss, LossParts, TrainingObjective, training_draws
+from fastmask.diffusion import EDM, MaskedDenoising, Objective, training_draws
 from fastmask.kernels import sample_mask
 from fastmask.masking import GROUP, parse_per_sample
 from fastmask.model import Attention, Packing, sincos_position
@@ -28,6 +28,10 @@ def network(*, impl=None, dtype=torch.float32, checkpoint_blocks=False, **sizes)
     return net
 
 
+def objective_of(net):
+    return Objective(net, [MaskedDenoising()])
+
+
 def unequal(kept, length=LENGTH, seed=0):
     keep = torch.tensor(kept)
     return sample_mask(len(kept), length, keep, total=sum(kept), seed=seed, device="cpu")
@@ -42,59 +46,55 @@ def sample_of(mask, b):
 
 
 def batch_of(shapes, dtype=torch.float32):
-    """Images of these shapes, noise, and labels and sigma of all, the last label none."""
-    images = [torch.randn(shape) * 0.5 for shape in shapes]
+    """Images of these shapes, labels (the last of them none) and times of all, and unit noise."""
+    images, noise = ([torch.randn(shape, dtype=dtype) * scale for shape in shapes] for scale in (0.5, 1.0))
     batch = sum(map(len, images))
-    sigma = torch.linspace(0.1, 2.0, batch)
-    noise = [
-        torch.randn_like(x) * level[:, None, None, None]
-        for x, level in zip(images, sigma.split([len(x) for x in images]), strict=True)
-    ]
     labels = torch.arange(batch) % 5
     labels[-1] = 5
-    return [x.to(dtype) for x in images], labels, sigma.to(dtype), [x.to(dtype) for x in noise]
+    return images, labels, torch.linspace(0.1, 2.0, batch, dtype=dtype), noise
 
 
-def together(net, images, labels, masks, sigma, noise):
+def together(net, images, labels, masks, t, noise):
     """Raw tokens by size, and the losses, of a step with all samples at once."""
-    noised = [x + added for x, added in zip(images, noise, strict=True)]
+    objective, coefficients = objective_of(net), net.process.coefficients(t)
+    noised = [net.process.noised(*part) for part in zip(images, noise, t.split(list(map(len, images))), strict=True)]
     if len(images) == 1:
-        parts = EDMLoss()(net, images[0], labels, mask=masks[0], sigma=sigma, noise=noise[0])
-        return [net.raw_tokens(noised[0], sigma, labels, masks[0])], parts
-    parts = EDMLoss().mixed(net, images, labels, masks=masks, sigma=sigma, noise=noise)
-    return net.mixed_raw_tokens(noised, sigma, labels, masks), parts
+        parts = objective(images[0], labels, masks[0], t, noise[0])
+        return [net.raw_tokens(noised[0], coefficients, labels, masks[0])], parts
+    return net.mixed_raw_tokens(noised, coefficients, labels, masks), objective.mixed(images, labels, masks, t, noise)
 
 
-def alone(net, images, labels, masks, sigma, noise):
+def alone(net, images, labels, masks, t, noise):
     """The same of a network for each size, sample after sample, dense."""
     raw, losses, first = [], [], 0
-    for x, mask, added in zip(images, masks, noise, strict=True):
+    for x, mask, unit in zip(images, masks, noise, strict=True):
         rows = []
         for b in range(len(x)):
             at, part = slice(b, b + 1), slice(first + b, first + b + 1)
-            given = labels[part], [sample_of(mask, b)], sigma[part]
-            rows.append(net.mixed_raw_tokens([x[at] + added[at]], given[2], given[0], given[1])[0])
-            losses.append(EDMLoss().mixed(net, [x[at]], given[0], masks=given[1], sigma=given[2], noise=[added[at]]))
+            label, dense, time = labels[part], [sample_of(mask, b)], t[part]
+            noised = net.process.noised(x[at], unit[at], time)
+            rows.append(net.mixed_raw_tokens([noised], net.process.coefficients(time), label, dense)[0])
+            losses.append(objective_of(net).mixed([x[at]], label, dense, time, [unit[at]]))
         raw.append(torch.cat(rows))
         first += len(x)
-    return raw, LossParts(*(torch.cat(parts) for parts in zip(*losses, strict=True)))
+    return raw, {name: torch.cat([sample[name] for sample in losses]) for name in losses[0]}
 
 
 def results(net, run, *batch):
     """Raw tokens and losses by name, and every parameter's gradient."""
     raw, parts = run(net, *batch)
     net.zero_grad()
-    parts.total.mean().backward()
+    parts["loss"].mean().backward()
     named = {f"raw tokens {i}": part.detach() for i, part in enumerate(raw)}
-    named |= {name: part.detach() for name, part in zip(LossParts._fields, parts, strict=True) if part.any()}
+    named |= {name: part.detach() for name, part in parts.items() if part.any()}
     return named, {name: parameter.grad for name, parameter in net.named_parameters()}
 
 
 def check_packed(shapes, masks, impl, **options):
     """Hold a packed step, in float64 and in fp32, to the same samples one at a time in float64."""
-    images, labels, sigma, noise = batch_of(shapes)
-    narrow = images, labels, masks, sigma, noise
-    wide = [x.double() for x in images], labels, masks, sigma.double(), [x.double() for x in noise]
+    images, labels, t, noise = batch_of(shapes)
+    narrow = images, labels, masks, t, noise
+    wide = [x.double() for x in images], labels, masks, t.double(), [x.double() for x in noise]
     exact = results(network(impl="reference", dtype=torch.float64, **options), alone, *wide)
     packed = results(network(impl="reference", dtype=torch.float64, **options), together, *wide)
     fp32 = results(network(impl=impl, **options), together, *narrow)
@@ -128,15 +128,16 @@ def test_a_size_is_that_of_a_network_made_for_it():
     tables = ("pos_embed", "decoder_pos_embed")
     weights = {name: value for name, value in net.model.state_dict().items() if name not in tables}
     assert sorted(other.model.load_state_dict(weights, strict=False).missing_keys) == sorted(tables)
-    images, labels, sigma, noise = batch_of([(2, 3, 16, 16), (3, 3, 8, 8)], torch.float64)
+    images, labels, t, noise = batch_of([(2, 3, 16, 16), (3, 3, 8, 8)], torch.float64)
     masks = [unequal([64, 9], 64), sample_mask(3, 16, 5, seed=1, device="cpu")]
-    parts = EDMLoss().mixed(net, images, labels, masks=masks, sigma=sigma, noise=noise)
+    parts = objective_of(net).mixed(images, labels, masks, t, noise)
     large, small = (
-        EDMLoss()(of, images[i], labels[at], mask=masks[i], sigma=sigma[at], noise=noise[i])
+        objective_of(of)(images[i], labels[at], masks[i], t[at], noise[i])
         for of, i, at in ((other, 0, slice(2)), (net, 1, slice(2, 5)))
     )
-    for name, part, first, second in zip(LossParts._fields, parts, large, small, strict=True):
-        assert_near(part, torch.cat([first, second]), network_steps(2), name=name)
+    assert parts.keys() == large.keys() == small.keys()
+    for name, part in parts.items():
+        assert_near(part, torch.cat([large[name], small[name]]), network_steps(2), name=name)
 
 
 def test_positions_of_an_oblong_grid():
@@ -147,20 +148,22 @@ def test_positions_of_an_oblong_grid():
 
 def test_one_size_is_the_same_bits_in_a_list():
     net = network()
-    (images,), labels, sigma, (noise,) = batch_of([(3, 3, 8, 8)])
+    (images,), labels, t, (noise,) = batch_of([(3, 3, 8, 8)])
     for mask in (None, unequal(KEPT), sample_mask(3, LENGTH, 5, seed=0, device="cpu")):
-        one = EDMLoss()(net, images, labels, mask=mask, sigma=sigma, noise=noise)
-        listed = EDMLoss().mixed(net, [images], labels, masks=[mask], sigma=sigma, noise=[noise])
-        assert all(map(torch.equal, one, listed))
+        one = objective_of(net)(images, labels, mask, t, noise)
+        listed = objective_of(net).mixed([images], labels, [mask], t, [noise])
+        assert one.keys() == listed.keys()
+        assert all(torch.equal(part, listed[name]) for name, part in one.items())
 
 
 def test_equal_numbers_packed_are_dense():
     net = network(dtype=torch.float64)
-    (images,), labels, sigma, (noise,) = batch_of([(3, 3, 8, 8)], torch.float64)
+    (images,), labels, t, (noise,) = batch_of([(3, 3, 8, 8)], torch.float64)
     dense = sample_mask(3, LENGTH, 5, seed=0, device="cpu")
     packed = unequal([5, 5, 5])
     assert torch.equal(packed.ids_keep, dense.ids_keep.flatten())
-    raw = [net.raw_tokens(images + noise, sigma, labels, mask) for mask in (dense, packed)]
+    noised, coefficients = net.process.noised(images, noise, t), net.process.coefficients(t)
+    raw = [net.raw_tokens(noised, coefficients, labels, mask) for mask in (dense, packed)]
     assert_near(raw[1], raw[0], network_steps(2))
 
 
@@ -170,14 +173,13 @@ def test_equal_numbers_packed_are_dense():
 @pytest.mark.once
 def test_a_packed_step_is_one_graph_for_every_draw():
     torch._dynamo.reset()
-    objective = TrainingObjective(network(), EDMLoss())
+    objective = objective_of(network())
     images, labels = torch.randn(GROUP, 3, 8, 8), torch.arange(GROUP) % 5
     way = parse_per_sample("uniform(0.2,0.8)", 0.5)
-    settings = {"num_classes": 5, "label_drop": 0.1, "length": LENGTH, "keep": 8, "p_mean": -1.2, "p_std": 1.2}
+    settings = {"length": LENGTH, "keep": 8, "num_classes": 5, "label_drop": 0.1, "per_sample": way}
 
     def step(seed, offset):
-        draws = training_draws(images, labels, seed=seed, offset=offset, per_sample=way, **settings)
-        return objective(images, *draws)
+        return objective(images, *training_draws(EDM(), images, labels, seed=seed, offset=offset, **settings))
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter)
@@ -188,13 +190,14 @@ def test_a_packed_step_is_one_graph_for_every_draw():
         for run in (compiled, step):
             objective.zero_grad()
             parts = run(*tensors)
-            parts.total.mean().backward()
+            parts["loss"].mean().backward()
             gradients.append((parts, {name: p.grad.clone() for name, p in objective.named_parameters()}))
         (parts, ours), (same, eager) = gradients
-        for name, part, expected in zip(LossParts._fields, parts, same, strict=True):
-            assert_near(part, expected, network_steps(2), name=name)
+        assert parts.keys() == same.keys()
+        for name, part in parts.items():
+            assert_near(part, same[name], network_steps(2), name=name)
         assert_network_accurate(ours, eager, network_steps(2, backward=True))
-        seen.append(parts.total)
+        seen.append(parts["loss"])
     assert counter.frame_count == 1
     assert not torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
@@ -203,23 +206,21 @@ def test_a_packed_step_is_one_graph_for_every_draw():
 @pytest.mark.once
 def test_several_sizes_compile_into_one_graph():
     torch._dynamo.reset()
-    net = network()
+    objective = objective_of(network())
     counter = CompileCounterWithBackend("aot_eager")
-
-    def losses(images, labels, masks, sigma, noise):
-        return EDMLoss().mixed(net, images, labels, masks=masks, sigma=sigma, noise=noise)
-
-    compiled = torch.compile(losses, fullgraph=True, backend=counter)
+    compiled = torch.compile(objective.mixed, fullgraph=True, backend=counter)
     for seed in range(2):
-        images, labels, sigma, noise = batch_of([(3, 3, 8, 8), (1, 3, 16, 16), (2, 3, 8, 16)])
+        images, labels, t, noise = batch_of([(3, 3, 8, 8), (1, 3, 16, 16), (2, 3, 8, 16)])
         masks = [unequal(KEPT, seed=seed), None, sample_mask(2, 32, 7, seed=seed, device="cpu")]
-        batch = images, labels, masks, sigma, noise
-        for name, part, expected in zip(LossParts._fields, compiled(*batch), losses(*batch), strict=True):
-            assert_near(part, expected, network_steps(2), name=name)
+        batch = images, labels, masks, t, noise
+        parts, expected = compiled(*batch), objective.mixed(*batch)
+        assert parts.keys() == expected.keys()
+        for name, part in parts.items():
+            assert_near(part, expected[name], network_steps(2), name=name)
     assert counter.frame_count == 1
 
 
-# Blocks computed again in backward
+# Blocks recomputed in backward
 
 
 @pytest.mark.parametrize(
@@ -231,10 +232,10 @@ def test_several_sizes_compile_into_one_graph():
     ],
     ids=["dense", "packed", "sizes"],
 )
-def test_blocks_computed_again_give_the_same_gradients(shapes, masks):
-    images, labels, sigma, noise = batch_of(shapes)
+def test_recomputed_blocks_give_the_same_gradients(shapes, masks):
+    images, labels, t, noise = batch_of(shapes)
     (kept, gradients), (again, same) = (
-        results(network(depth=2, qk_norm=True, checkpoint_blocks=by), together, images, labels, masks, sigma, noise)
+        results(network(depth=2, qk_norm=True, checkpoint_blocks=by), together, images, labels, masks, t, noise)
         for by in (False, True)
     )
     assert kept.keys() == again.keys()
@@ -243,15 +244,15 @@ def test_blocks_computed_again_give_the_same_gradients(shapes, masks):
         assert value is same[name] is None or torch.equal(value, same[name]), name
 
 
-def test_blocks_computed_again_keep_less():
-    images, labels, sigma, noise = batch_of([(3, 3, 8, 8)])
+def test_recomputed_blocks_keep_less():
+    images, labels, t, noise = batch_of([(3, 3, 8, 8)])
     kept = []
     for by in (False, True):
         net, storages = network(depth=4, checkpoint_blocks=by), {}
         with saved_tensors_hooks(
             lambda t, seen=storages: seen.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
         ):
-            together(net, images, labels, [unequal(KEPT)], sigma, noise)
+            together(net, images, labels, [unequal(KEPT)], t, noise)
         weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
         kept.append(sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in weights))
     assert kept[1] < 0.6 * kept[0]
@@ -325,11 +326,12 @@ def test_large_queries_do_not_saturate_normalised_attention():
 
 
 def test_autocast_of_normalised_queries_and_keys():
-    (images,), labels, sigma, (noise,) = batch_of([(3, 3, 8, 8)])
+    (images,), labels, t, (noise,) = batch_of([(3, 3, 8, 8)])
     net = network(qk_norm=True)
-    exact = net.raw_tokens(images + noise, sigma, labels, unequal(KEPT))
+    noised, coefficients = net.process.noised(images, noise, t), net.process.coefficients(t)
+    exact = net.raw_tokens(noised, coefficients, labels, unequal(KEPT))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        raw = net.raw_tokens(images + noise, sigma, labels, unequal(KEPT))
+        raw = net.raw_tokens(noised, coefficients, labels, unequal(KEPT))
     assert raw.dtype == torch.bfloat16
     assert_near(raw, exact, network_steps(2))
 
@@ -338,18 +340,19 @@ def test_autocast_of_normalised_queries_and_keys():
 
 
 def test_lists_of_different_lengths():
-    net = network()
-    images, labels, sigma, noise = batch_of([(2, 3, 8, 8), (1, 3, 8, 16)])
+    objective = objective_of(network())
+    images, labels, t, noise = batch_of([(2, 3, 8, 8), (1, 3, 8, 16)])
     with pytest.raises(ValueError, match="needs lists of as much noise and as many masks, not 2, 1 and 2"):
-        EDMLoss().mixed(net, images, labels, masks=[None, None], sigma=sigma, noise=noise[:1])
+        objective.mixed(images, labels, [None, None], t, noise[:1])
     with pytest.raises(ValueError, match="needs lists of as much noise and as many masks, not 2, 2 and 1"):
-        EDMLoss().mixed(net, images, labels, masks=[None], sigma=sigma, noise=noise)
-    with pytest.raises(ValueError, match="needs a list of as many masks, not 2 and 1"):
-        net.model.forward_mixed(images, sigma, labels, [None])
-    with pytest.raises(ValueError, match="needs a list of as many masks, not 0 and 0"):
-        net.model.forward_mixed([], sigma, labels, [])
+        objective.mixed(images, labels, [None], t, noise)
     with pytest.raises(ValueError, match="needs lists of as much noise and as many masks, not 0, 0 and 0"):
-        EDMLoss().mixed(net, [], labels, masks=[], sigma=sigma, noise=[])
+        objective.mixed([], labels, [], t, [])
+    model = objective.net.model
+    with pytest.raises(ValueError, match="needs a list of as many masks, not 2 and 1"):
+        model.forward_mixed(images, t, labels, [None])
+    with pytest.raises(ValueError, match="needs a list of as many masks, not 0 and 0"):
+        model.forward_mixed([], t, labels, [])
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 15), (1, 4, 8, 16), (3, 8, 16)])
@@ -363,21 +366,20 @@ def test_images_that_do_not_divide(shape):
 
 
 def test_conditions_of_another_number():
-    net = network()
-    images, labels, sigma, noise = batch_of([(2, 3, 8, 8), (1, 3, 8, 16)])
-    with pytest.raises(ValueError, match=r"c_noise must have shape \(3,\), not \(2,\)"):
-        EDMLoss().mixed(net, images, labels, masks=[None] * 2, sigma=sigma[:2], noise=noise)
+    objective = objective_of(network())
+    images, labels, t, noise = batch_of([(2, 3, 8, 8), (1, 3, 8, 16)])
+    with pytest.raises(ValueError, match=r"must have shape \(3,\), not \(2,\)"):
+        objective.mixed(images, labels, [None] * 2, t[:2], noise)
     with pytest.raises(ValueError, match=r"labels must be int64 of shape \(3,\), not "):
-        EDMLoss().mixed(net, images, labels[:2], masks=[None] * 2, sigma=sigma, noise=noise)
+        objective.mixed(images, labels[:2], [None] * 2, t, noise)
     with pytest.raises(ValueError, match="label 6 is outside 0"):
-        EDMLoss().mixed(net, images, labels + 1, masks=[None] * 2, sigma=sigma, noise=noise)
+        objective.mixed(images, labels + 1, [None] * 2, t, noise)
 
 
 def test_unequal_masks_that_do_not_fit():
-    net = network()
-    (images,), labels, sigma, (noise,) = batch_of([(3, 3, 8, 8)])
+    (images,), labels, t, (noise,) = batch_of([(3, 3, 8, 8)])
     for mask in (unequal(KEPT[:2]), unequal([3, 4, 5], 9)):
         with pytest.raises(ValueError, match=r"(ids_restore|cu_seqlens) must"):
-            EDMLoss()(net, images, labels, mask=mask, sigma=sigma, noise=noise)
+            objective_of(network())(images, labels, mask, t, noise)
     with pytest.raises(ValueError, match=r"without a decoder \(decoder_depth=0\) cannot fill in dropped patches"):
-        EDMLoss()(network(decoder_depth=0), images, labels, mask=unequal(KEPT), sigma=sigma, noise=noise)
+        objective_of(network(decoder_depth=0))(images, labels, unequal(KEPT), t, noise)

@@ -45,8 +45,8 @@ def test_rolling_back_goes_on_with_other_samples(tmp_path, capsys, monkeypatch):
     """One batch is bad: the run goes back to the checkpoint before it, and past it."""
     real, bad_sample = training_draws, 5 * 16
 
-    def draws(images, labels, *, offset, **settings):
-        drawn = real(images, labels, offset=offset, **settings)
+    def draws(*arguments, offset, **settings):
+        drawn = real(*arguments, offset=offset, **settings)
         return drawn._replace(noise=torch.where(offset == bad_sample, torch.nan, drawn.noise))
 
     monkeypatch.setattr("fastmask.step.training_draws", draws)
@@ -63,8 +63,8 @@ def test_rolling_back_goes_on_with_other_samples(tmp_path, capsys, monkeypatch):
 def test_rolling_back_again_and_again_stops(tmp_path, monkeypatch):
     real = training_draws
 
-    def draws(images, labels, *, offset, **settings):
-        drawn = real(images, labels, offset=offset, **settings)
+    def draws(*arguments, offset, **settings):
+        drawn = real(*arguments, offset=offset, **settings)
         return drawn._replace(noise=torch.where(offset >= 5 * 16, torch.nan, drawn.noise))
 
     monkeypatch.setattr("fastmask.step.training_draws", draws)

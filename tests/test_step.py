@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from fastmask.config import TrainConfig, build_model
 from fastmask.data import batches, open_data
 from fastmask.data.loader import Batch
-from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
+from fastmask.diffusion import EDM, Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.distributed import Ranks
 from fastmask.ema import EMA, PowerEMA
 from fastmask.optim import make_optimizer
@@ -54,7 +54,7 @@ class Training:
         device = torch.device(config.device)
         dataset = open_data("synthetic", image_size=config.image_size, num_classes=config.num_classes, mirror=False)
         torch.manual_seed(0)
-        self.net = EDMPrecond(build_model(config, *dataset.shape[:2])).to(device)
+        self.net = Denoiser(build_model(config, *dataset.shape[:2]), EDM()).to(device)
         self.emas = [EMA(self.net, config.ema_decay), PowerEMA(self.net, 0.1)]
         self.optimizer = make_optimizer(self.net, config, self.emas)
         self.step = TrainingStep(self.net, dataset, config, self.optimizer, self.emas, Ranks())
@@ -172,15 +172,15 @@ def losses_in_float64(steps: int) -> list[float]:
     net = training.net.double()
     net.model.impl = "reference"
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, betas=config.betas, weight_decay=config.weight_decay)
-    objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
+    objective = Objective(net, [MaskedDenoising(config.mae_coef)])
     for step in range(steps):
         images, labels = next(training.data)
         draws = training_draws(
-            images, labels, seed=config.seed, offset=step * config.batch_size, num_classes=config.num_classes,
-            label_drop=config.label_drop, length=16, keep=8, p_mean=config.p_mean, p_std=config.p_std,
+            EDM(), images, labels, length=16, keep=8, num_classes=config.num_classes, label_drop=config.label_drop,
+            seed=config.seed, offset=step * config.batch_size,
         )  # fmt: skip
-        doubles = draws._replace(sigma=draws.sigma.double(), noise=draws.noise.double())
-        loss = objective(images.double(), *doubles).total.mean()
+        doubles = draws._replace(t=draws.t.double(), noise=draws.noise.double())
+        loss = objective(images.double(), *doubles)["loss"].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
         optimizer.step()

@@ -4,42 +4,48 @@ import pytest
 import torch
 from util import small_net
 
-from fastmask.diffusion import LossParts
 from fastmask.distributed import Ranks
 from fastmask.watch import DivergedError, Tally, check_spike, gradient_norm, update_ratio
 
 ALONE = Ranks()
+NAMES = ("loss", "denoising", "reconstruction")
+
+
+def losses(*parts):
+    return dict(zip(NAMES, parts, strict=True))
+
+
+def empty_tally():
+    return Tally(torch.device("cpu"), NAMES)
 
 
 def tally_of(*batches, size=3):
     """Add up batches of total losses, each from the sample on that its number times ``size`` says."""
-    tally = Tally(torch.device("cpu"))
+    tally = empty_tally()
     for number, total in enumerate(batches):
         total = torch.tensor(total)
-        parts = LossParts(total, total / 2, total / 4)
-        tally.add(torch.tensor(number * size), parts, torch.arange(1.0, len(total) + 1))
+        tally.add(torch.tensor(number * size), losses(total, total / 2, total / 4), torch.arange(0.0, len(total)))
     return tally
 
 
 def test_means_are_per_image_and_by_noise_level():
-    tally = tally_of([1.0, 2.0, 3.0], [10.0])  # sigma 1, 2, 3 and 1: ln(sigma) 0, 0.7, 1.1 and 0
+    tally = tally_of([1.0, 2.0, 3.0], [10.0])  # log-SNR 0, 1, 2 and 0
     taken = tally.take(ALONE)
     assert taken["loss"], taken["denoising"] == (4.0, 2.0)
     assert taken["reconstruction"] == 1.0
-    levels = {name: value for name, value in taken.items() if name.startswith("loss_at_ln_sigma/")}
+    levels = {name: value for name, value in taken.items() if name.startswith("loss_at_log_snr/")}
     assert levels == {
-        "loss_at_ln_sigma/-1.0..0.0": 5.5,
-        "loss_at_ln_sigma/0.0..1.0": 2.0,
-        "loss_at_ln_sigma/1.0..inf": 3.0,
+        "loss_at_log_snr/-2.0..0.0": 5.5,
+        "loss_at_log_snr/0.0..2.0": 2.5,
     }
-    tally.add(torch.tensor(9), LossParts(*torch.tensor([[6.0], [5.0], [4.0]])), torch.full((1,), 0.01))
+    tally.add(torch.tensor(9), losses(*torch.tensor([[6.0], [5.0], [4.0]])), torch.full((1,), 9.0))
     taken = tally.take(ALONE)
-    assert taken == {"loss": 6.0, "denoising": 5.0, "reconstruction": 4.0, "loss_at_ln_sigma/-inf..-3.0": 6.0}
+    assert taken == {"loss": 6.0, "denoising": 5.0, "reconstruction": 4.0, "loss_at_log_snr/6.0..inf": 6.0}
 
 
 def test_low_precision_losses_are_summed_in_fp32():
-    tally = Tally(torch.device("cpu"))
-    parts = LossParts(*(torch.full((1000,), 300.0, dtype=torch.float16) for _ in range(3)))
+    tally = empty_tally()
+    parts = losses(*(torch.full((1000,), 300.0, dtype=torch.float16) for _ in range(3)))
     tally.add(torch.tensor(0), parts, torch.ones(1000))
     assert tally.take(ALONE)["loss"] == 300
 
@@ -47,7 +53,7 @@ def test_low_precision_losses_are_summed_in_fp32():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_the_first_batch_that_is_not_finite_is_named(bad):
     tally = tally_of([1.0, 2.0, 3.0], [1.0, bad, 3.0], [1.0, 1.0, 1.0], [bad] * 3)
-    with pytest.raises(DivergedError, match=r"batch from sample 3 on is not finite \(its sigma: 1 to 3\)"):
+    with pytest.raises(DivergedError, match=r"batch from sample 3 on is not finite \(its log-SNR: 0 to 2\)"):
         tally.take(ALONE)
 
 
@@ -57,9 +63,9 @@ def test_finite_losses_pass():
 
 def test_sums_are_changed_in_place_alone():
     """A CUDA graph that holds `add` sees nothing else."""
-    tally = Tally(torch.device("cpu"))
+    tally = empty_tally()
     before = [id(value) for value in vars(tally).values()]
-    tally.add(torch.tensor(0), LossParts(*torch.ones(3, 4)), torch.ones(4))
+    tally.add(torch.tensor(0), losses(*torch.ones(3, 4)), torch.ones(4))
     tally.take(ALONE)
     assert [id(value) for value in vars(tally).values()] == before
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from util import golden, small_net
 
-from fastmask import load_maskdit
+from fastmask import EDM, load_maskdit
 from fastmask.weights import save_weights, weights_for
 
 HEADS = {"num_heads": 2, "decoder_num_heads": 3}  # those of small_net
@@ -86,8 +86,8 @@ def test_heads_that_do_not_divide():
 
 def test_heads_and_sigma_data_change_the_network():
     net = small_net(sigma_data=1.5)
-    assert load_maskdit(net.state_dict(), **HEADS, sigma_data=1.5).sigma_data == 1.5
-    assert load_maskdit(net.state_dict(), **HEADS).sigma_data == 0.5
+    assert load_maskdit(net.state_dict(), **HEADS, sigma_data=1.5).process == EDM(sigma_data=1.5)
+    assert load_maskdit(net.state_dict(), **HEADS).process == EDM()
     x, sigma, labels = torch.randn(1, 3, 8, 8), torch.tensor([1.0]), torch.tensor([0])
     loaded = load_maskdit(net.state_dict(), num_heads=4, decoder_num_heads=3, sigma_data=1.5)
     assert not torch.equal(loaded(x, sigma, labels), net(x, sigma, labels))
@@ -139,7 +139,7 @@ def test_saved_weights_state_their_heads(tmp_path, sizes):
         load_maskdit(tmp_path / "weights.safetensors"),
         load_maskdit(tmp_path / "weights.safetensors", num_heads=4, decoder_num_heads=2, sigma_data=0.5),
     ):
-        assert loaded.sigma_data == 1.25
+        assert loaded.process == EDM(sigma_data=1.25)
         assert (loaded.model.num_heads, loaded.model.decoder_num_heads) == (2, 3)
         assert_same_network(loaded, net)
 
@@ -341,20 +341,46 @@ def test_values_beyond_fp32_are_not_finite_either():
         load_maskdit(weights, **HEADS)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"name": "vp"}', "it names none of the processes edm"),
+        ('["edm"]', "it names none of the processes edm"),
+        ('{"name": "edm", "beta": 1}', "beta is no number of process edm"),
+        ('{"name": "edm", "sigma_data": true}', "sigma_data is no number of process edm"),
+        ('{"name": "edm", "sigma_data": -1}', "sigma_data must be a number above 0, not -1"),
+        ('{"name": ["edm"]}', "it names none of the processes edm"),
+        ("edm", "Expecting value"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_a_process_that_cannot_be(tmp_path, text, message):
+    stated = {"num_heads": "2", "decoder_num_heads": "3", "process": text}
+    save_file(small_net().state_dict(), tmp_path / "weights.safetensors", stated)
+    with pytest.raises(ValueError, match=rf"weights\.safetensors states no process that is known: .*{message}"):
+        load_maskdit(tmp_path / "weights.safetensors")
+
+
+def test_a_process_is_stored(tmp_path):
+    process = EDM(sigma_data=0.7, p_mean=-0.4, p_std=1.0)
+    net = small_net()
+    net.process = process
+    save_weights(tmp_path / "weights.safetensors", net)
+    assert load_maskdit(tmp_path / "weights.safetensors").process == process
+
+
 @pytest.mark.parametrize("value", ["nan", "0", "-1", "inf", "-0.0", "0.5x", ""])
 def test_a_sigma_data_that_cannot_be(tmp_path, value):
     stated = {"num_heads": "2", "decoder_num_heads": "3", "sigma_data": value}
     save_file(small_net().state_dict(), tmp_path / "weights.safetensors", stated)
     for load in (load_maskdit, lambda path: weights_for(small_net(), path)):
-        with pytest.raises(
-            ValueError, match=rf"weights\.safetensors: sigma_data must be a number above 0, not {value}"
-        ):
+        with pytest.raises(ValueError, match=r"weights\.safetensors states no process that is known: "):
             load(tmp_path / "weights.safetensors")
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0, float("inf")])
 def test_an_argument_sigma_data_that_cannot_be(value):
-    with pytest.raises(ValueError, match="the given mapping: sigma_data must be a number above 0, not "):
+    with pytest.raises(ValueError, match="sigma_data must be a number above 0, not "):
         load_maskdit(small_net().state_dict(), **HEADS, sigma_data=value)
 
 
@@ -453,5 +479,6 @@ def test_position_tables_that_are_learned_serve_no_other_size(tmp_path):
 
 
 def test_another_sigma_data_is_said(tmp_path):
-    said = ["/weights.safetensors was trained with sigma_data 1.5, and goes on with 0.5"]
+    trained, here = EDM(sigma_data=1.5), EDM()
+    said = [f"/weights.safetensors was trained with {trained}, and continues with {here}"]
     assert taken(tmp_path, small_net(sigma_data=1.5)) == (set(), said)

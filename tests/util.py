@@ -5,13 +5,14 @@ import json
 import math
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask import EDMPrecond, MaskDiT
+from fastmask import EDM, EDMPrecond, MaskDiT
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -77,3 +78,29 @@ def small_net(*, sigma_data: float = 0.5, seed: int = 0, **sizes: int) -> EDMPre
                 fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
                 parameter.normal_(std=fan_in**-0.5)
     return net
+
+
+def batch_of(net, batch=3, dtype=torch.float32):
+    """Images, labels (the last of them none), times and unit noise."""
+    model = net.model
+    images = torch.randn(batch, model.in_channels, model.input_size, model.input_size, dtype=dtype) * 0.5
+    labels = torch.arange(batch)
+    labels[-1] = model.num_classes
+    return images, labels, torch.linspace(0.1, 3.0, batch, dtype=dtype), torch.randn_like(images)
+
+
+class GaussianDenoiser:
+    """The exact denoiser of N(mean[label], deviation^2) data; keeps what it was asked."""
+
+    process = EDM()
+
+    def __init__(self, deviation=0.5, mean=(0.0, 0.0), num_classes=0):
+        self.variance, self.mean = deviation**2, torch.tensor(mean)
+        self.model = SimpleNamespace(num_classes=num_classes, pos_embed=torch.empty(0))
+        self.asked = []
+
+    def __call__(self, x, t, labels):
+        self.asked.append((x.dtype, t, labels))
+        weight = (self.variance / (self.variance + t.double().square()))[:, None, None, None]
+        mean = self.mean[labels][:, None, None, None]
+        return mean + weight * (x.double() - mean)

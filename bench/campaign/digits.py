@@ -21,9 +21,10 @@ from torch import Tensor
 from bench import rows
 from bench.campaign.state import Campaign
 from bench.train.steps import as_trained
-from fastmask.config import TrainConfig, build_model, preset_config
+from fastmask.config import TrainConfig, build_model, flat, preset_config
 from fastmask.data.loader import sample_ids
-from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
+from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
+from fastmask.diffusion.objective import TOTAL
 from fastmask.ema import EMA
 from fastmask.files import whole_file
 from fastmask.masking import kept_count
@@ -64,8 +65,8 @@ def train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
 def _train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
     scans, labels = load_scans()
     torch.manual_seed(config.seed)
-    net = EDMPrecond(build_model(config, 1, 8), config.sigma_data).to(device)  # made on the CPU: the same weights
-    objective = TrainingObjective(net, EDMLoss(config.sigma_data, config.mae_coef))
+    net = Denoiser(build_model(config, 1, 8), config.process).to(device)  # made on the CPU: the same weights
+    objective = Objective(net, [MaskedDenoising(config.mae_coef)])
     optimizer = make_optimizer(net, config, [EMA(net, config.ema_decay)])
     length = net.model.length
     losses = []
@@ -74,6 +75,7 @@ def _train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]
         ids = torch.from_numpy(sample_ids(config.seed, offset, config.batch_size, len(scans)))
         images = scans[ids].to(device)
         draws = training_draws(
+            config.process,
             images,
             labels[ids].to(device),
             seed=config.seed,
@@ -82,13 +84,11 @@ def _train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]
             label_drop=config.label_drop,
             length=length,
             keep=kept_count(length, config.ratio_at(step)),
-            p_mean=config.p_mean,
-            p_std=config.p_std,
         )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss = objective(images, *draws).total.mean()
+            loss = objective(images, *draws)[TOTAL].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -114,7 +114,7 @@ def record(path: Path = RECORD) -> dict[str, Any]:
     config, device, start = full_config(), torch.device("cpu"), time.perf_counter()
     losses = train(config, device, bf16=False)
     made = {
-        "config": dataclasses.asdict(config),
+        "config": flat(config),
         "window": WINDOW,
         "means": means(losses, WINDOW),
         "seconds": round(time.perf_counter() - start, 1),
@@ -132,7 +132,7 @@ def expected_means(config: TrainConfig) -> list[float]:
     if not RECORD.exists():
         raise ValueError(f"{RECORD} is missing: {again}")
     recorded = json.loads(RECORD.read_text())
-    now, first = (json.loads(json.dumps(dataclasses.asdict(some))) for some in (config, TrainConfig()))
+    now, first = (json.loads(json.dumps(flat(some))) for some in (config, TrainConfig()))
     if {**first, **recorded["config"]} != now:  # a field that came later had its default
         raise ValueError(f"{RECORD} is of another configuration: {again}")
     return recorded["means"]

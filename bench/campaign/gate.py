@@ -20,7 +20,8 @@ from bench.campaign.state import Campaign, release
 from bench.kernels import OPS, shapes_of
 from bench.kernels._cases import Op, Shapes
 from fastmask.config import TrainConfig, build_model
-from fastmask.diffusion import EDMLoss, EDMPrecond, TrainingObjective, training_draws
+from fastmask.diffusion import EDM, Denoiser, MaskedDenoising, Objective, training_draws
+from fastmask.diffusion.objective import TOTAL
 from fastmask.testing import network_errors_over_bound, network_steps, norm_error_over_bound, op_errors_over_bound
 
 PRESETS_CHECKED = ("xl2-in256", "b2-in256", "s2-in256")
@@ -140,15 +141,13 @@ def network_error(device: torch.device) -> float:
     plain = PlainDiT(8, 2, 1, config.width, config.depth, config.num_heads, 10, *decoder)
     plain.load_state_dict(model.state_dict())
     images, labels = torch.randn(4, 1, 8, 8, device=device) / 2, torch.arange(4, device=device)
-    draws = training_draws(
-        images, labels, seed=1, offset=0, num_classes=10, label_drop=0.1, length=16, keep=8, p_mean=-1.2, p_std=1.2
-    )
+    draws = training_draws(EDM(), images, labels, length=16, keep=8, num_classes=10, label_drop=0.1, seed=1, offset=0)
 
     def loss_and_gradients(impl: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         model.impl = impl
-        objective = TrainingObjective(EDMPrecond(model, 0.5), EDMLoss(0.5)).to(device, dtype)
-        values, sigma, noise = (t.to(dtype) for t in (images, draws.sigma, draws.noise))
-        total = objective(values, draws.labels, draws.mask, sigma, noise).total
+        objective = Objective(Denoiser(model, EDM()), [MaskedDenoising()]).to(device, dtype)
+        values, sigma, noise = (tensor.to(dtype) for tensor in (images, draws.t, draws.noise))
+        total = objective(values, draws.labels, draws.mask, sigma, noise)[TOTAL]
         names, parameters = zip(*objective.named_parameters(), strict=True)
         return total.detach(), dict(zip(names, torch.autograd.grad(total.sum(), parameters), strict=True))
 
@@ -157,7 +156,8 @@ def network_error(device: torch.device) -> float:
     ours, by_ours = loss_and_gradients("fused" if fused_runs(device) else "reference", torch.float32)
     indices = [ids.long() for ids in draws.mask[:2]]
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of its convolution
-        loss = PlainLoss(plain).to(device)(images, draws.labels, draws.sigma, draws.noise, *indices).detach()
+        noise = draws.noise * draws.t[:, None, None, None]
+        loss = PlainLoss(plain).to(device)(images, draws.labels, draws.t, noise, *indices).detach()
     blocks = config.depth + config.decoder_depth
     forward, both = network_steps(blocks), network_steps(blocks, backward=True)
     errors = network_errors_over_bound(by_ours, gradients, both, eager=by_eager)

@@ -3,6 +3,7 @@
 import torch
 
 from bench.kernels._cases import Op, Shapes
+from fastmask.diffusion import EDM
 from fastmask.kernels import Mask, masked_loss, sample_mask
 from fastmask.kernels.masked_loss import masked_loss_reference
 
@@ -10,13 +11,15 @@ from fastmask.kernels.masked_loss import masked_loss_reference
 def op(shapes: Shapes) -> Op:
     values = shapes.patch**2 * shapes.channels
     mask = sample_mask(shapes.batch, shapes.length, shapes.keep, seed=7, device=shapes.device, impl="reference")
-    options = {"patch_size": shapes.patch, "sigma_data": 0.5}
+    coefficients = EDM().coefficients(shapes.normal(shapes.batch, dtype=torch.float32).exp())
+    names = ("c_skip", "c_out", "weight")
 
-    def reference(raw, images, noised, sigma, ids_restore):
-        return masked_loss_reference(raw, images, noised, sigma, Mask(mask.ids_keep, ids_restore), **options)
+    def reference(ids_restore, **tensors):
+        return masked_loss_reference(**tensors, mask=Mask(mask.ids_keep, ids_restore), patch_size=shapes.patch)
 
-    def fused(raw, images, noised, sigma, ids_restore):
-        return masked_loss(raw, images, noised, sigma, Mask(mask.ids_keep, ids_restore), **options, impl="fused")
+    def fused(ids_restore, **tensors):
+        mask_of = Mask(mask.ids_keep, ids_restore)
+        return masked_loss(**tensors, mask=mask_of, patch_size=shapes.patch, impl="fused")
 
     return Op(
         name="masked_loss",
@@ -25,11 +28,11 @@ def op(shapes: Shapes) -> Op:
             "raw": shapes.normal(shapes.batch, shapes.length, values),
             "images": shapes.images(),
             "noised": shapes.images(),
-            "sigma": shapes.normal(shapes.batch, dtype=torch.float32).exp(),
+            **{name: getattr(coefficients, name) for name in names},
             "ids_restore": mask.ids_restore,
         },
         leaves=("raw",),
-        again=("raw", "images", "noised", "sigma", "ids_restore"),
+        again=("raw", "images", "noised", *names, "ids_restore"),
         reference=reference,
         fused=fused,
         kernel="masked_loss",

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from bench.baselines.plain import PlainDiT, PlainLoss, PlainTrainer
 from fastmask.config import TrainConfig, build_model, preset_config
 from fastmask.counts import forward_macs
-from fastmask.diffusion import EDMPrecond
+from fastmask.diffusion import Denoiser
 from fastmask.distributed import Ranks
 from fastmask.ema import EMA
 from fastmask.masking import GROUP, kept_count
@@ -143,7 +143,7 @@ def makers(
     @functools.cache
     def batch_of() -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
-        images = torch.randn(batch, 4, side, side, device=device) * config.sigma_data
+        images = torch.randn(batch, 4, side, side, device=device) / 2
         return images, torch.randint(config.num_classes, (batch,), device=device)
 
     @functools.cache
@@ -224,7 +224,7 @@ class _Trained:
             model = build_model(config, 4, config.image_size // 8)
         for parameter in model.parameters():  # zero-initialised layers would make part of the step trivial
             torch.nn.init.normal_(parameter, std=0.02)
-        self.net = EDMPrecond(model, config.sigma_data)
+        self.net = Denoiser(model, config.process)
         self.ema = EMA(self.net, config.ema_decay)
         self.optimizer = make_optimizer(self.net, config, [self.ema])
 
@@ -252,7 +252,7 @@ def _plain_trainer(model: MaskDiT, config: TrainConfig, bf16: bool) -> PlainTrai
             config.decoder_num_heads,
         )
     plain.load_state_dict(model.state_dict(), assign=True)
-    return PlainTrainer(PlainLoss(plain, config.mae_coef, config.sigma_data), autocast=bf16)
+    return PlainTrainer(PlainLoss(plain, config.mae_coef), autocast=bf16)
 
 
 def _share_state(trained: _Trained, trainer: PlainTrainer) -> None:

@@ -1,12 +1,13 @@
-"""MaskDiT's two losses in token space (arXiv 2306.09305, equations 3 to 5; EDM preconditioning, arXiv 2206.00364).
+"""MaskDiT's two losses in token space (arXiv 2306.09305, equations 3 to 5), for any affine diffusion process.
 
-With d = c_skip * noised + c_out * raw, the denoised patch:
+With d = c_skip * noised + c_out * raw, the denoised patch, and a weight of each sample:
 
     denoising      = mean over kept patches of    weight * mean over the patch of (d - image)^2
     reconstruction = mean over dropped patches of mean over the patch of (d - normed)^2
     normed         = (noised - mean) / sqrt(var + 1e-6), per patch, var unbiased
-    c_skip = sd^2 / (sigma^2 + sd^2),  c_out = sigma * sd / sqrt(sigma^2 + sd^2),  weight = 1 / c_out^2
 
+c_skip, c_out and weight are the process's, functions of a sample's time: for EDM (arXiv 2206.00364, table 1) sd^2 /
+(sigma^2 + sd^2), sigma * sd / sqrt(sigma^2 + sd^2) and 1 / c_out^2, for rectified flow 1, -t and 1 / t^2.
 Each mean is over a sample's own K kept or L - K dropped patches. With g the gradients of the two losses, backward is
 
     grad_raw = 2 * c_out * (d - image)  * g_denoising * weight / (K * P)         in a kept patch
@@ -16,6 +17,7 @@ which needs nothing but the inputs, so only they are kept for it. Everything is 
 value, raw, images and noised forward, and these and grad_raw backward.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,20 +37,19 @@ def masked_loss_reference(
     raw: Tensor,
     images: Tensor,
     noised: Tensor,
-    sigma: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    weight: Tensor,
     mask: Mask | None,
     *,
     patch_size: int,
-    sigma_data: float,
 ) -> tuple[Tensor, Tensor]:
     """Return what `masked_loss` does, in plain PyTorch; arguments as there, any floating dtype and patch."""
     compute = torch.promote_types(raw.dtype, torch.float32)
     images = patchify(images, patch_size).to(compute)  # (B, L, P)
     noised = patchify(noised, patch_size).to(compute)
-    variance = sigma.to(compute)[:, None, None].square()
-    total = variance + sigma_data**2
-    weight = total / (variance * sigma_data**2)
-    denoised = sigma_data**2 / total * noised + (variance / total).sqrt() * sigma_data * raw.to(compute)
+    c_skip, c_out, weight = (c.to(compute)[:, None, None] for c in (c_skip, c_out, weight))
+    denoised = c_skip * noised + c_out * raw.to(compute)
 
     squared = (weight * (denoised - images).square()).mean(-1)  # (B, L)
     if mask is None:
@@ -70,14 +71,15 @@ def _fwd_fake(
     raw: Tensor,
     images: Tensor,
     noised: Tensor,
-    sigma: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    weight: Tensor,
     ids_restore: Tensor | None,
     cu_seqlens: Tensor | None,
     num_kept: int,
     patch_size: int,
-    sigma_data: float,
 ) -> tuple[Tensor, Tensor]:
-    return sigma.new_empty(sigma.shape), sigma.new_empty(sigma.shape)
+    return weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
 def _bwd_fake(
@@ -86,26 +88,27 @@ def _bwd_fake(
     raw: Tensor,
     images: Tensor,
     noised: Tensor,
-    sigma: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    weight: Tensor,
     ids_restore: Tensor | None,
     cu_seqlens: Tensor | None,
     num_kept: int,
     patch_size: int,
-    sigma_data: float,
 ) -> Tensor:
     return torch.empty_like(raw)
 
 
 masked_loss_fwd = define_op(
-    "masked_loss_fwd(Tensor raw, Tensor images, Tensor noised, Tensor sigma, Tensor? ids_restore, Tensor? cu_seqlens, "
-    "SymInt num_kept, SymInt patch_size, float sigma_data) -> (Tensor, Tensor)",
+    "masked_loss_fwd(Tensor raw, Tensor images, Tensor noised, Tensor c_skip, Tensor c_out, Tensor weight, "
+    "Tensor? ids_restore, Tensor? cu_seqlens, SymInt num_kept, SymInt patch_size) -> (Tensor, Tensor)",
     fake=_fwd_fake,
     launcher="masked_loss:launch_fwd",
 )
 masked_loss_bwd = define_op(
     "masked_loss_bwd(Tensor grad_denoising, Tensor grad_reconstruction, Tensor raw, Tensor images, Tensor noised, "
-    "Tensor sigma, Tensor? ids_restore, Tensor? cu_seqlens, SymInt num_kept, SymInt patch_size, float sigma_data) "
-    "-> Tensor",
+    "Tensor c_skip, Tensor c_out, Tensor weight, Tensor? ids_restore, Tensor? cu_seqlens, SymInt num_kept, "
+    "SymInt patch_size) -> Tensor",
     fake=_bwd_fake,
     launcher="masked_loss:launch_bwd",
 )
@@ -118,17 +121,18 @@ class _MaskedLoss(torch.autograd.Function):
         raw: Tensor,
         images: Tensor,
         noised: Tensor,
-        sigma: Tensor,
+        c_skip: Tensor,
+        c_out: Tensor,
+        weight: Tensor,
         ids_restore: Tensor | None,
         cu_seqlens: Tensor | None,
         num_kept: int,
         patch_size: int,
-        sigma_data: float,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(raw, images, noised, sigma, ids_restore, cu_seqlens)
-        ctx.constants = (num_kept, patch_size, sigma_data)
+        ctx.save_for_backward(raw, images, noised, c_skip, c_out, weight, ids_restore, cu_seqlens)
+        ctx.constants = (num_kept, patch_size)
         denoising, reconstruction = masked_loss_fwd(
-            raw, images, noised, sigma, ids_restore, cu_seqlens, num_kept, patch_size, sigma_data
+            raw, images, noised, c_skip, c_out, weight, ids_restore, cu_seqlens, num_kept, patch_size
         )
         return denoising, reconstruction
 
@@ -138,7 +142,7 @@ class _MaskedLoss(torch.autograd.Function):
         grad_raw = masked_loss_bwd(
             grad_denoising.contiguous(), grad_reconstruction.contiguous(), *ctx.saved_tensors, *ctx.constants
         )
-        return grad_raw, None, None, None, None, None, None, None, None
+        return grad_raw, *(None,) * 9
 
 
 @public_op("masked_loss_fwd", "masked_loss_bwd")
@@ -146,31 +150,33 @@ def masked_loss(
     raw: Tensor,
     images: Tensor,
     noised: Tensor,
-    sigma: Tensor,
+    c_skip: Tensor,
+    c_out: Tensor,
+    weight: Tensor,
     mask: Mask | None,
     *,
     patch_size: int,
-    sigma_data: float,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the denoising and the reconstruction loss of each sample from the network's raw tokens.
 
     Computes in fp32. The fused form is differentiable in raw alone, whose gradient has its dtype; the reference in raw,
-    images, noised and sigma. Repeated calls give the same bits.
+    images, noised and the coefficients. Repeated calls give the same bits.
 
     Args:
         raw: the network's output F for every position, shape (B, L, P), laid out (p, p, C) with channels fastest. This
             and the images are copied first if not contiguous.
         images: clean images, shape (B, C, h * p, w * p).
         noised: images plus noise, the same shape.
-        sigma: noise level of each sample, shape (B,).
+        c_skip: factor of the noised image in the denoised one, shape (B,).
+        c_out: factor of the network's output there, shape (B,).
+        weight: of a sample's denoising loss, shape (B,).
         mask: which positions the encoder saw, packed ones included; None is all of them. The values of its
             ``cu_seqlens`` are checked on a CPU, outside torch.compile.
         patch_size: p.
-        sigma_data: standard deviation of the data.
-        impl: "fused" (fp32, bf16 or fp16 tensors and fp32 sigma, P up to 1024), "reference" (any floating dtype and
-            patch; float64 for float64 raw), or None for the device's default, which is the reference on a CPU for a
-            gradient of more than raw.
+        impl: "fused" (fp32, bf16 or fp16 tensors and fp32 coefficients, P up to 1024), "reference" (any floating dtype
+            and patch; float64 for float64 raw), or None for the default of the device, which is the reference on a CPU
+            for a gradient of more than raw.
 
     Returns:
         Two tensors of shape (B,), fp32. The denoising loss is 0 for a sample that keeps nothing, the reconstruction
@@ -180,12 +186,13 @@ def masked_loss(
         ValueError: shapes that do not fit, a mask for patches of one value, or what the fused kernels do not take.
         BackendUnavailableError: no fused kernel on this device.
     """
-    _check_images(raw, images, noised, sigma, patch_size)
+    coefficients = {"c_skip": c_skip, "c_out": c_out, "weight": weight}
+    _check_images(raw, images, noised, coefficients, patch_size)
     if mask is not None:
         _check_mask(mask, raw)
-    if resolve_impl(impl, raw.device, _native_takes(raw, images, noised, sigma)) == "reference":
-        return masked_loss_reference(raw, images, noised, sigma, mask, patch_size=patch_size, sigma_data=sigma_data)
-    _check_fused(raw, images, noised, sigma)
+    if resolve_impl(impl, raw.device, _native_takes(raw, images, noised, coefficients)) == "reference":
+        return masked_loss_reference(raw, images, noised, c_skip, c_out, weight, mask, patch_size=patch_size)
+    _check_fused(raw, images, noised, coefficients)
     ids_restore, cu_seqlens, num_kept = None, None, raw.shape[1]
     if mask is not None:
         ids_restore = mask.ids_restore.contiguous()
@@ -194,27 +201,29 @@ def masked_loss(
         else:
             cu_seqlens = mask.cu_seqlens.contiguous()
     denoising, reconstruction = _MaskedLoss.apply(  # type: ignore[no-untyped-call]
-        *(tensor.contiguous() for tensor in (raw, images, noised, sigma)),
+        *(tensor.contiguous() for tensor in (raw, images, noised, *coefficients.values())),
         ids_restore,
         cu_seqlens,
         num_kept,
         patch_size,
-        sigma_data,
     )
     return denoising, reconstruction
 
 
-def _check_images(raw: Tensor, images: Tensor, noised: Tensor, sigma: Tensor, patch_size: int) -> None:
+def _check_images(
+    raw: Tensor, images: Tensor, noised: Tensor, coefficients: Mapping[str, Tensor], patch_size: int
+) -> None:
     if images.ndim != 4:
         raise ValueError(f"images must have shape (B, C, h * p, w * p), not {tuple(images.shape)}")
-    check_devices(raw.device, images=images, noised=noised, sigma=sigma)
+    check_devices(raw.device, images=images, noised=noised, **coefficients)
     batch, channels, height, width = images.shape
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images of {height}x{width} do not divide into patches of {patch_size}x{patch_size}")
     if noised.shape != images.shape:
         raise ValueError(f"noised must have the shape of images, {tuple(images.shape)}, not {tuple(noised.shape)}")
-    if sigma.shape != (batch,):
-        raise ValueError(f"sigma must have shape ({batch},), not {tuple(sigma.shape)}")
+    for name, tensor in coefficients.items():
+        if tensor.shape != (batch,):
+            raise ValueError(f"{name} must have shape ({batch},), not {tuple(tensor.shape)}")
     expected = (batch, (height // patch_size) * (width // patch_size), patch_size * patch_size * channels)
     if raw.shape != expected:
         raise ValueError(f"raw must have shape {expected} for these images, not {tuple(raw.shape)}")
@@ -247,17 +256,18 @@ def _check_mask(mask: Mask, raw: Tensor) -> None:
     check_bounds(mask.cu_seqlens, mask.ids_keep.shape[0], "entries of mask.ids_keep", length)
 
 
-def _check_fused(raw: Tensor, images: Tensor, noised: Tensor, sigma: Tensor) -> None:
+def _check_fused(raw: Tensor, images: Tensor, noised: Tensor, coefficients: Mapping[str, Tensor]) -> None:
     for name, tensor in (("raw", raw), ("images", images), ("noised", noised)):
         check_dtype(name, tensor)
-    if sigma.dtype != torch.float32:
-        raise ValueError(f'the fused kernels take a float32 sigma, not {sigma.dtype}: impl="reference" takes any')
+    for name, tensor in coefficients.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f'the fused kernels take a float32 {name}, not {tensor.dtype}: impl="reference" takes any')
     if raw.shape[2] > MAX_VALUES:
         raise ValueError(
             f"the fused kernels take patches of up to {MAX_VALUES} values, and raw has shape {tuple(raw.shape)}: "
             f'impl="reference" takes any'
         )
-    for name, tensor in (("images", images), ("noised", noised), ("sigma", sigma)):
+    for name, tensor in (("images", images), ("noised", noised), *coefficients.items()):
         if _wants_grad(tensor):
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} requires grad, and the fused form is differentiable in raw "
@@ -269,12 +279,12 @@ def _wants_grad(tensor: Tensor) -> bool:
     return tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _native_takes(raw: Tensor, images: Tensor, noised: Tensor, sigma: Tensor) -> bool:
+def _native_takes(raw: Tensor, images: Tensor, noised: Tensor, coefficients: Mapping[str, Tensor]) -> bool:
     """Return whether the native CPU kernels take these tensors, and give every gradient that is wanted."""
     return (
         "masked_loss_fwd" in _NATIVE_OPS
-        and all(_is_native(tensor) for tensor in (raw, images, noised, sigma))
-        and sigma.dtype == torch.float32
+        and all(_is_native(tensor) for tensor in (raw, images, noised, *coefficients.values()))
+        and all(tensor.dtype == torch.float32 for tensor in coefficients.values())
         and raw.shape[2] <= MAX_VALUES
-        and not any(_wants_grad(tensor) for tensor in (images, noised, sigma))
+        and not any(_wants_grad(tensor) for tensor in (images, noised, *coefficients.values()))
     )

@@ -59,29 +59,25 @@ struct Sample {
 };
 
 struct Inputs {
-  const Tensor &raw, &images, &noised, &sigma;
+  const Tensor &raw, &images, &noised, &c_skip, &c_out, &weight;
   OptionalIndices ids_restore, cu_seqlens;
   int64_t num_kept;
-  double sigma_data;
   Sizes sizes;
 
   Sample sample(int64_t b) const {
-    const double noise = static_cast<const float*>(sigma.const_data_ptr())[b];
-    const double variance = noise * noise, data = sigma_data * sigma_data, total = variance + data;
-    const double c_out_squared = variance * data / total;
+    const auto at = [b](const Tensor& values) { return static_cast<const float*>(values.const_data_ptr())[b]; };
     const int64_t kept = cu_seqlens ? cu_seqlens[b + 1] - cu_seqlens[b] : num_kept;
     const int64_t dropped = sizes.bands * sizes.columns - kept;
     const auto values_of = [&](int64_t patches) {
       return static_cast<double>(sizes.values * std::max<int64_t>(1, patches));
     };
-    return {kept, static_cast<float>(data / total), static_cast<float>(std::sqrt(c_out_squared)),
-            1.0 / (c_out_squared * values_of(kept)), 1.0 / values_of(dropped)};
+    return {kept, at(c_skip), at(c_out), at(weight) / values_of(kept), 1.0 / values_of(dropped)};
   }
 };
 
-void check_inputs(const Tensor& raw, const Tensor& images, const Tensor& noised, const Tensor& sigma,
-                  const std::optional<Tensor>& ids_restore, const std::optional<Tensor>& cu_seqlens, int64_t num_kept,
-                  int64_t patch_size) {
+void check_inputs(const Tensor& raw, const Tensor& images, const Tensor& noised, const Tensor& c_skip,
+                  const Tensor& c_out, const Tensor& weight, const std::optional<Tensor>& ids_restore,
+                  const std::optional<Tensor>& cu_seqlens, int64_t num_kept, int64_t patch_size) {
   check_dim("images", images, 4);
   check_patches(images, patch_size);
   const Sizes sizes(images, patch_size);
@@ -89,7 +85,9 @@ void check_inputs(const Tensor& raw, const Tensor& images, const Tensor& noised,
   check_floats("images", images, images.sizes());
   check_floats("noised", noised, images.sizes());
   check_floats("raw", raw, {sizes.batch, length, sizes.values});
-  check_fp32("sigma", sigma, {sizes.batch});
+  check_fp32("c_skip", c_skip, {sizes.batch});
+  check_fp32("c_out", c_out, {sizes.batch});
+  check_fp32("weight", weight, {sizes.batch});
   if (ids_restore.has_value()) check_integers("ids_restore", *ids_restore, {sizes.batch, length});
   if (cu_seqlens.has_value()) {
     STD_TORCH_CHECK(ids_restore.has_value(), "cu_seqlens needs ids_restore");
@@ -203,18 +201,19 @@ void for_bands(const Sizes& s, const F& f) {
 }
 
 std::tuple<Tensor, Tensor> masked_loss_fwd(const Tensor& raw, const Tensor& images, const Tensor& noised,
-                                           const Tensor& sigma, std::optional<Tensor> ids_restore,
-                                           std::optional<Tensor> cu_seqlens, int64_t num_kept, int64_t patch_size,
-                                           double sigma_data) {
-  check_inputs(raw, images, noised, sigma, ids_restore, cu_seqlens, num_kept, patch_size);
+                                           const Tensor& c_skip, const Tensor& c_out, const Tensor& weight,
+                                           std::optional<Tensor> ids_restore, std::optional<Tensor> cu_seqlens,
+                                           int64_t num_kept, int64_t patch_size) {
+  check_inputs(raw, images, noised, c_skip, c_out, weight, ids_restore, cu_seqlens, num_kept, patch_size);
   const Inputs in{raw,
                   images,
                   noised,
-                  sigma,
+                  c_skip,
+                  c_out,
+                  weight,
                   OptionalIndices(ids_restore),
                   OptionalIndices(cu_seqlens),
                   num_kept,
-                  sigma_data,
                   Sizes(images, patch_size)};
   const Sizes& s = in.sizes;
   std::vector<double> sums(s.batch * s.bands * 2);
@@ -227,8 +226,8 @@ std::tuple<Tensor, Tensor> masked_loss_fwd(const Tensor& raw, const Tensor& imag
                   s.values, sums.data() + 2 * band);
     }
   });
-  Tensor denoising = torch::stable::new_empty(sigma, sigma.sizes(), ScalarType::Float);
-  Tensor reconstruction = torch::stable::new_empty(sigma, sigma.sizes(), ScalarType::Float);
+  Tensor denoising = torch::stable::new_empty(weight, weight.sizes(), ScalarType::Float);
+  Tensor reconstruction = torch::stable::new_empty(weight, weight.sizes(), ScalarType::Float);
   for (int64_t b = 0; b < s.batch; ++b) {
     const Sample sample = in.sample(b);
     double kept = 0.0, dropped = 0.0;
@@ -243,18 +242,19 @@ std::tuple<Tensor, Tensor> masked_loss_fwd(const Tensor& raw, const Tensor& imag
 }
 
 Tensor masked_loss_bwd(const Tensor& grad_denoising, const Tensor& grad_reconstruction, const Tensor& raw,
-                       const Tensor& images, const Tensor& noised, const Tensor& sigma,
-                       std::optional<Tensor> ids_restore, std::optional<Tensor> cu_seqlens, int64_t num_kept,
-                       int64_t patch_size, double sigma_data) {
-  check_inputs(raw, images, noised, sigma, ids_restore, cu_seqlens, num_kept, patch_size);
+                       const Tensor& images, const Tensor& noised, const Tensor& c_skip, const Tensor& c_out,
+                       const Tensor& weight, std::optional<Tensor> ids_restore, std::optional<Tensor> cu_seqlens,
+                       int64_t num_kept, int64_t patch_size) {
+  check_inputs(raw, images, noised, c_skip, c_out, weight, ids_restore, cu_seqlens, num_kept, patch_size);
   const Inputs in{raw,
                   images,
                   noised,
-                  sigma,
+                  c_skip,
+                  c_out,
+                  weight,
                   OptionalIndices(ids_restore),
                   OptionalIndices(cu_seqlens),
                   num_kept,
-                  sigma_data,
                   Sizes(images, patch_size)};
   const Sizes& s = in.sizes;
   check_fp32("grad_denoising", grad_denoising, {s.batch});

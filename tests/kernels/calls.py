@@ -67,7 +67,8 @@ def _restore(packed: bool) -> Arguments:
 def _loss(packed: bool) -> Arguments:
     images = normal(BATCH, 2, 4, 4)
     given = {"raw": normal(BATCH, LENGTH, WIDTH), "images": images, "noised": torch.randn_like(images)}
-    return given | {"sigma": torch.rand(BATCH) + 0.5, "mask": _mask(packed), "patch_size": 2, "sigma_data": 0.5}
+    given |= {name: torch.rand(BATCH) + 0.5 for name in ("c_skip", "c_out", "weight")}
+    return given | {"mask": _mask(packed), "patch_size": 2}
 
 
 def _attention(packed: bool) -> Arguments:

@@ -23,7 +23,7 @@ mask = K.sample_mask(2, 4, 3, seed=0, device="cpu")
 images = torch.randn(2, 2, 4, 4)
 kept = K.embed_kept_patches(images, torch.randn(8, 2, 2, 2), m[0], x[0], mask.ids_keep, patch_size=2)
 K.restore_tokens(K.gather_tokens(x, mask.ids_keep) + kept, m[0], x[0], mask.ids_restore)
-K.masked_loss(x, images, images, torch.ones(2), mask, patch_size=2, sigma_data=0.5)
+K.masked_loss(x, images, images, *[torch.ones(2)] * 3, mask, patch_size=2)
 K.attention(*[x.unflatten(2, (2, 4))] * 3)
 K.attention(*[x[0].unflatten(1, (2, 4))] * 3, cu_seqlens=torch.tensor([0, 1, 4]))
 """

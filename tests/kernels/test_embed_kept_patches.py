@@ -18,7 +18,7 @@ from fastmask.kernels.embed_kept_patches import (
 from fastmask.testing import assert_accurate, assert_near, poisoned, relative_error, weights_like
 
 # (B, C, h, w, p, D, K): odd and not square, one patch kept, all kept in another order, a published patch size.
-SHAPES = [(3, 3, 3, 2, 2, 7, 4), (2, 1, 2, 2, 3, 5, 1), (2, 4, 2, 3, 1, 6, 6), (1, 4, 4, 4, 4, 60, 7)]
+SHAPES = [(3, 3, 3, 2, 2, 7, 4), (8, 1, 2, 2, 3, 5, 1), (2, 4, 2, 3, 1, 6, 6), (1, 4, 4, 4, 4, 60, 7)]
 
 
 def arguments(batch, channels, h, w, p, width, keep, dtype=torch.float32):

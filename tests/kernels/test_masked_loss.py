@@ -13,6 +13,8 @@ from fastmask.testing import assert_accurate, assert_near, poisoned, relative_er
 contract = importlib.import_module("fastmask.kernels.masked_loss")
 
 IMPLS = ["reference", "fused"]
+COEFFICIENTS = ["c_skip", "c_out", "weight"]
+TENSORS = ["raw", "images", "noised", *COEFFICIENTS]
 NATIVE = any(row.op == "masked_loss" and row.device == "cpu" and row.kernel == "native" for row in backends())
 
 # (B, C, h, w, p, K): odd and not square, one patch kept, one dropped.
@@ -32,16 +34,51 @@ STEPS = 5
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def random_tensors(batch, channels, h, w, p, sigma=None):
-    images = torch.randn(batch, channels, h * p, w * p) * 0.5
+def edm(sigma, sigma_data=0.5):
+    """EDM's c_skip, c_out and weight, rounded once from float64."""
+    variance, data = sigma.double().square(), sigma_data**2
+    total = variance + data
+    exact = data / total, (variance * data / total).sqrt(), total / (variance * data)
+    return tuple(c.to(sigma.dtype) for c in exact)
+
+
+def flow(t):
+    """Rectified flow's, for which the network gives noise less image."""
+    return torch.ones_like(t), -t, (1 / t.double().square()).to(t.dtype)
+
+
+def random_images(batch, channels, h, w, p, dtype=FP32):
+    """Raw tokens, images and unit noise."""
+    images, noise = torch.randn(2, batch, channels, h * p, w * p, dtype=dtype)
+    return torch.randn(batch, h * w, p * p * channels, dtype=dtype), images * 0.5, noise
+
+
+def random_tensors(batch, channels, h, w, p, sigma=None, sigma_data=0.5):
+    raw, images, noise = random_images(batch, channels, h, w, p)
     sigma = (torch.randn(batch) * 1.2 - 1.2).exp() if sigma is None else torch.tensor(sigma)
-    noised = images + torch.randn_like(images) * sigma[:, None, None, None]
-    return torch.randn(batch, h * w, p * p * channels), images, noised, sigma
+    return raw, images, images + sigma[:, None, None, None] * noise, *edm(sigma, sigma_data)
 
 
-def arguments(batch, channels, h, w, p, keep, dtype=FP32, sigma=None):
-    tensors = random_tensors(batch, channels, h, w, p, sigma)
+def random_flow_tensors(batch, channels, h, w, p):
+    raw, images, noise = random_images(batch, channels, h, w, p)
+    t = torch.rand(batch) * 0.96 + 0.02
+    return raw, images, torch.lerp(images, noise, t[:, None, None, None]), *flow(t)
+
+
+DRAWS = [random_tensors, partial(random_tensors, sigma_data=1.3), random_flow_tensors]
+
+
+def arguments(batch, channels, h, w, p, keep, dtype=FP32, draw=random_tensors):
+    tensors = draw(batch, channels, h, w, p)
     return *(t.to(dtype) for t in tensors), sample_mask(batch, h * w, keep, seed=0, device="cpu")
+
+
+def named_arguments(*leaves):
+    """Tensors and a mask by name; the leaves require grad."""
+    named = dict(zip((*TENSORS, "mask"), arguments(2, 3, 3, 2, 2, 4), strict=True))
+    for name in leaves:
+        named[name].requires_grad_()
+    return named
 
 
 def packed_mask(counts, length, dtype=torch.int32):
@@ -63,24 +100,31 @@ def kept_positions(mask, b):
     return mask.ids_keep[mask.cu_seqlens[b] : mask.cu_seqlens[b + 1]].tolist()
 
 
-def losses_of_whole_images(raw, images, noised, sigma, mask, p, sigma_data):
+def boxes(shape, p):
+    """Where each patch lies in images of a shape."""
+    return [(..., slice(i, i + p), slice(j, j + p)) for i in range(0, shape[2], p) for j in range(0, shape[3], p)]
+
+
+def images_of(raw, shape, p):
+    """The images of a shape whose patches are the tokens of raw."""
+    output = raw.new_empty(shape)
+    for l, box in enumerate(boxes(shape, p)):
+        output[box] = raw[:, l].view(shape[0], p, p, shape[1]).permute(0, 3, 1, 2)
+    return output
+
+
+def losses_of_whole_images(raw, images, noised, c_skip, c_out, weight, mask, p):
     """The two losses from whole denoised images, patch by patch, in float64."""
-    raw, images, noised, sigma = (t.double() for t in (raw, images, noised, sigma))
-    batch, channels, height, width = images.shape
-    output = torch.empty_like(images)
-    boxes = [(..., slice(i, i + p), slice(j, j + p)) for i in range(0, height, p) for j in range(0, width, p)]
-    for l, box in enumerate(boxes):
-        output[box] = raw[:, l].view(batch, p, p, channels).permute(0, 3, 1, 2)
+    raw, images, noised, c_skip, c_out, weight = (t.double() for t in (raw, images, noised, c_skip, c_out, weight))
+    output = images_of(raw, images.shape, p)
     denoising, reconstruction = [], []
-    for b in range(batch):
-        s, sd = sigma[b], sigma_data
-        denoised = sd**2 / (s**2 + sd**2) * noised[b] + s * sd / torch.sqrt(s**2 + sd**2) * output[b]
-        weight = (s**2 + sd**2) / (s * sd) ** 2
-        kept = range(len(boxes)) if mask is None else kept_positions(mask, b)
+    for b in range(len(images)):
+        denoised = c_skip[b] * noised[b] + c_out[b] * output[b]
+        kept = range(raw.shape[1]) if mask is None else kept_positions(mask, b)
         of_kept, of_dropped = [], []
-        for l, box in enumerate(boxes):
+        for l, box in enumerate(boxes(images.shape, p)):
             if l in kept:
-                of_kept.append(weight * (denoised[box] - images[b][box]).pow(2).mean())
+                of_kept.append(weight[b] * (denoised[box] - images[b][box]).pow(2).mean())
                 continue
             patch = noised[b][box]
             normed = (patch - patch.mean()) / torch.sqrt(patch.var(correction=1) + 1e-6)
@@ -99,31 +143,25 @@ def losses_and_gradient(function, raw, *args, weights, **kwargs):
     return *(part.detach() for part in parts), grad
 
 
-def assert_kernel_accurate(raw, images, noised, sigma, mask, p, sigma_data=0.5):
-    weights = torch.rand(2, raw.shape[0], dtype=torch.float64) + 0.5
-    settings = {"weights": weights, "patch_size": p, "sigma_data": sigma_data}
-    tensors = (raw, images, noised, sigma)
+def assert_kernel_accurate(tensors, mask, p):
+    settings = {"weights": torch.rand(2, len(tensors[0]), dtype=torch.float64) + 0.5, "patch_size": p}
     exact = losses_and_gradient(masked_loss_reference, *(t.double() for t in tensors), mask, **settings)
     eager = losses_and_gradient(masked_loss_reference, *tensors, mask, **settings)
     fused = losses_and_gradient(partial(masked_loss, impl="fused"), *tensors, mask, **settings)
-    assert [t.dtype for t in fused] == [FP32, FP32, raw.dtype]
+    assert [t.dtype for t in fused] == [FP32, FP32, tensors[0].dtype]
     # Both losses as one vector: the rounding of a few numbers is a matter of luck.
     assert_accurate(torch.cat(fused[:2]), torch.cat(exact[:2]), torch.cat(eager[:2]))
     assert_accurate(fused[2], exact[2], eager[2])
 
 
-@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+@pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("impl", IMPLS)
-def test_masked(impl, shape, sigma_data):
-    raw, images, noised, sigma, mask = arguments(*shape)
-    p = shape[4]
-    exact = losses_of_whole_images(raw, images, noised, sigma, mask, p, sigma_data)
-    doubles = [t.double() for t in (raw, images, noised, sigma)]
-    for inputs, dtype in [((raw, images, noised, sigma), FP32), (doubles, torch.float64)]:
-        if dtype == torch.float64 and impl == "fused":
-            continue
-        parts = masked_loss(*inputs, mask, patch_size=p, sigma_data=sigma_data, impl=impl)
+def test_masked(impl, shape, draw):
+    *tensors, mask = arguments(*shape, draw=draw)
+    exact = losses_of_whole_images(*tensors, mask, shape[4])
+    for dtype in (FP32,) if impl == "fused" else (FP32, torch.float64):
+        parts = masked_loss(*(t.to(dtype) for t in tensors), mask, patch_size=shape[4], impl=impl)
         for name, part, expected in zip(("denoising", "reconstruction"), parts, exact, strict=True):
             assert part.dtype == dtype
             assert_near(part, expected, STEPS, name=name)
@@ -132,75 +170,95 @@ def test_masked(impl, shape, sigma_data):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_unmasked_is_the_mean_over_all_values(impl, shape):
-    raw, images, noised, sigma, _ = arguments(*shape)
-    exact, _ = losses_of_whole_images(raw, images, noised, sigma, None, shape[4], 0.5)
-    denoising, reconstruction = masked_loss(
-        raw, images, noised, sigma, None, patch_size=shape[4], sigma_data=0.5, impl=impl
-    )
+    *tensors, _ = arguments(*shape)
+    exact, _ = losses_of_whole_images(*tensors, None, shape[4])
+    denoising, reconstruction = masked_loss(*tensors, None, patch_size=shape[4], impl=impl)
     assert_near(denoising, exact, STEPS)
     assert torch.equal(reconstruction, torch.zeros(shape[0]))
 
 
+@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
+def test_edm_in_closed_form(sigma_data):
+    raw, images, noise = random_images(4, 3, 3, 2, 2, torch.float64)
+    sigma = (torch.randn(4).double() * 1.2 - 1.2).exp()
+    s, sd = sigma[:, None, None, None], sigma_data
+    noised = images + s * noise
+    # Table 1 of the paper.
+    denoised = sd**2 / (s**2 + sd**2) * noised + s * sd / torch.sqrt(s**2 + sd**2) * images_of(raw, images.shape, 2)
+    expected = ((s**2 + sd**2) / (s * sd) ** 2 * (denoised - images) ** 2).mean((1, 2, 3))
+    denoising, _ = masked_loss_reference(raw, images, noised, *edm(sigma, sd), None, patch_size=2)
+    torch.testing.assert_close(denoising, expected, rtol=1e-12, atol=0)
+
+
+def test_rectified_flow_in_closed_form():
+    raw, images, noise = random_images(4, 3, 3, 2, 2, torch.float64)
+    t = torch.linspace(0.02, 0.98, 4, dtype=torch.float64)
+    noised = torch.lerp(images, noise, t[:, None, None, None])
+    # The squared error of the velocity, whatever the time.
+    expected = (images_of(raw, images.shape, 2) - (noise - images)).square().mean((1, 2, 3))
+    denoising, _ = masked_loss_reference(raw, images, noised, *flow(t), None, patch_size=2)
+    torch.testing.assert_close(denoising, expected, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_each_packed_sample_counts_its_own_patches(impl):
-    counts, p = (2, 0, 6, 5), 2
-    raw, images, noised, sigma = random_tensors(4, 3, 3, 2, p)
-    mask = packed_mask(counts, 6)
-    exact = losses_of_whole_images(raw, images, noised, sigma, mask, p, 0.5)
-    parts = masked_loss(raw, images, noised, sigma, mask, patch_size=p, sigma_data=0.5, impl=impl)
+    tensors, mask = random_tensors(4, 3, 3, 2, 2), packed_mask([2, 0, 6, 5], 6)
+    exact = losses_of_whole_images(*tensors, mask, 2)
+    parts = masked_loss(*tensors, mask, patch_size=2, impl=impl)
     for name, part, expected in zip(("denoising", "reconstruction"), parts, exact, strict=True):
         assert_near(part, expected, STEPS, name=name)
     assert parts[0][1] == 0
     assert parts[1][2] == 0
 
 
+@pytest.mark.parametrize("draw", [random_tensors, random_flow_tensors])
 @pytest.mark.parametrize("shape", KERNEL_SHAPES)
-def test_kernel(shape):
-    *tensors, mask = arguments(*shape)
-    assert_kernel_accurate(*tensors, mask, shape[4])
+def test_kernel(shape, draw):
+    *tensors, mask = arguments(*shape, draw=draw)
+    assert_kernel_accurate(tensors, mask, shape[4])
 
 
-@pytest.mark.parametrize("sigma_data", [0.5, 1.3])
-def test_kernel_without_a_mask(sigma_data):
-    assert_kernel_accurate(*random_tensors(8, 3, 3, 2, 2), None, 2, sigma_data)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_kernel_without_a_mask(draw):
+    assert_kernel_accurate(draw(8, 3, 3, 2, 2), None, 2)
 
 
+@pytest.mark.parametrize("draw", [random_tensors, random_flow_tensors])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_packed_kernel(dtype):
-    counts = [0, 6, 1, 4] * 2
-    assert_kernel_accurate(*random_tensors(8, 4, 2, 3, 2), packed_mask(counts, 6, dtype), 2)
+def test_packed_kernel(dtype, draw):
+    assert_kernel_accurate(draw(8, 4, 2, 3, 2), packed_mask([0, 6, 1, 4] * 2, 6, dtype), 2)
 
 
 @pytest.mark.parametrize("dtypes", [(BF16, FP32, FP32), (FP16, FP32, FP32), (BF16, BF16, BF16), (FP32, BF16, FP16)])
 def test_kernel_of_narrow_dtypes(dtypes):
-    raw, images, noised, sigma, mask = arguments(8, 4, 5, 3, 2, 7)
-    assert_kernel_accurate(raw.to(dtypes[0]), images.to(dtypes[1]), noised.to(dtypes[2]), sigma, mask, 2)
+    *tensors, mask = arguments(8, 4, 5, 3, 2, 7)
+    tensors[:3] = (t.to(dtype) for t, dtype in zip(tensors, dtypes, strict=False))
+    assert_kernel_accurate(tensors, mask, 2)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_mask_that_keeps_all_is_no_mask(impl):
-    raw, images, noised, sigma, mask = arguments(3, 3, 3, 2, 2, 6)
-    dense = masked_loss(raw, images, noised, sigma, None, patch_size=2, sigma_data=0.5, impl=impl)
-    masked = masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5, impl=impl)
+    *tensors, mask = arguments(3, 3, 3, 2, 2, 6)
+    dense, masked = (masked_loss(*tensors, m, patch_size=2, impl=impl) for m in (None, mask))
     assert all(torch.equal(a, b) for a, b in zip(masked, dense, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_order_of_rows_does_not_matter(impl):
-    raw, images, noised, sigma, _ = arguments(2, 1, 2, 2, 2, 2)
+    *tensors, _ = arguments(2, 1, 2, 2, 2, 2)
     rows = Mask(torch.tensor([[0, 3], [2, 1]]), torch.tensor([[0, 2, 3, 1], [2, 1, 0, 3]]))
     turned = Mask(torch.tensor([[3, 0], [1, 2]]), torch.tensor([[1, 3, 2, 0], [3, 0, 1, 2]]))
-    expected = masked_loss(raw, images, noised, sigma, rows, patch_size=2, sigma_data=0.5, impl=impl)
-    parts = masked_loss(raw, images, noised, sigma, turned, patch_size=2, sigma_data=0.5, impl=impl)
+    parts, expected = (masked_loss(*tensors, mask, patch_size=2, impl=impl) for mask in (turned, rows))
     assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
 
 
 @pytest.mark.parametrize("sigma", [0.002, 80.0])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ends_of_the_noise_range(impl, sigma):
-    raw, images, noised, sigma, mask = arguments(1, 4, 3, 3, 2, 5, sigma=(sigma,))
-    exact = losses_of_whole_images(raw, images, noised, sigma, mask, 2, 0.5)
-    parts = masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5, impl=impl)
+    *tensors, mask = arguments(1, 4, 3, 3, 2, 5, draw=partial(random_tensors, sigma=(sigma,)))
+    # Exact coefficients, so that their rounding counts too.
+    exact = losses_of_whole_images(*tensors[:3], *edm(torch.tensor([sigma]).double()), mask, 2)
+    parts = masked_loss(*tensors, mask, patch_size=2, impl=impl)
     # At sigma 0.002 the difference to the image cancels all but the last digits of fp32.
     for name, part, expected in zip(("denoising", "reconstruction"), parts, exact, strict=True):
         assert relative_error(part, expected) < 2e-5, name
@@ -211,9 +269,7 @@ def test_constant_patches_have_finite_losses(impl):
     # An unnoised patch of one colour has no variance: the eps keeps its target finite, at 0.
     raw, noised = torch.zeros(1, 4, 4), torch.ones(1, 1, 4, 4)
     mask = sample_mask(1, 4, 2, seed=0, device="cpu")
-    _, reconstruction = masked_loss(
-        raw, noised, noised, torch.tensor([0.5]), mask, patch_size=2, sigma_data=0.5, impl=impl
-    )
+    _, reconstruction = masked_loss(raw, noised, noised, *edm(torch.tensor([0.5])), mask, patch_size=2, impl=impl)
     assert reconstruction.item() == 0.25
 
 
@@ -221,38 +277,34 @@ def test_constant_patches_have_finite_losses(impl):
 def test_statistics_of_a_patch_far_from_zero(impl):
     # One pass over the squares would lose all of a variance of 1 beside a mean of 10000.
     raw, noised = torch.zeros(1, 4, 64), torch.randn(1, 1, 16, 16) + 1e4
-    mask = packed_mask([0], 4)
-    tensors = (raw, noised, noised, torch.tensor([1e4]), mask)
-    _, exact = losses_of_whole_images(*tensors, 8, 0.5)
-    _, reconstruction = masked_loss(*tensors, patch_size=8, sigma_data=0.5, impl=impl)
+    tensors = (raw, noised, noised, *edm(torch.tensor([1e4])), packed_mask([0], 4))
+    _, exact = losses_of_whole_images(*tensors, 8)
+    _, reconstruction = masked_loss(*tensors, patch_size=8, impl=impl)
     assert relative_error(reconstruction, exact) < 1e-3
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bf16_output_is_only_read_in_bf16(impl):
-    raw, images, noised, sigma, mask = arguments(3, 3, 3, 2, 2, 4)
-    settings = {"patch_size": 2, "sigma_data": 0.5, "impl": impl}
-    parts = masked_loss(raw.bfloat16(), images, noised, sigma, mask, **settings)
-    expected = masked_loss(raw.bfloat16().float(), images, noised, sigma, mask, **settings)
-    for part, same in zip(parts, expected, strict=True):
-        assert part.dtype == torch.float32
-        assert torch.equal(part, same)
+    raw, *rest = arguments(3, 3, 3, 2, 2, 4)
+    parts = masked_loss(raw.bfloat16(), *rest, patch_size=2, impl=impl)
+    expected = masked_loss(raw.bfloat16().float(), *rest, patch_size=2, impl=impl)
+    assert [part.dtype for part in parts] == [FP32, FP32]
+    assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_non_contiguous_input(impl):
-    shape = (2, 3, 3, 2, 2, 4)
-    raw, images, noised, sigma, mask = arguments(*shape)
+    raw, images, noised, *coefficients, mask = arguments(2, 3, 3, 2, 2, 4)
     apart = (
         raw.mT.contiguous().mT,
         images.to(memory_format=torch.channels_last),
         noised.mT.contiguous().mT,
-        sigma.repeat_interleave(2)[::2],
+        *(c.repeat_interleave(2)[::2] for c in coefficients),
         Mask(mask.ids_keep, mask.ids_restore.mT.contiguous().mT),
     )
-    assert not any(t.is_contiguous() for t in (*apart[:4], apart[4].ids_restore))
-    settings = {"weights": torch.tensor([[0.3, 1.0], [2.0, 0.7]]), "patch_size": 2, "sigma_data": 0.5, "impl": impl}
-    expected = losses_and_gradient(masked_loss, raw, images, noised, sigma, mask, **settings)
+    assert not any(t.is_contiguous() for t in (*apart[:-1], apart[-1].ids_restore))
+    settings = {"weights": torch.tensor([[0.3, 1.0], [2.0, 0.7]]), "patch_size": 2, "impl": impl}
+    expected = losses_and_gradient(masked_loss, raw, images, noised, *coefficients, mask, **settings)
     results = losses_and_gradient(masked_loss, *apart, **settings)
     for result, same in zip(results, expected, strict=True):
         torch.testing.assert_close(result, same, rtol=0 if impl == "fused" else 1e-6, atol=0)
@@ -260,22 +312,17 @@ def test_non_contiguous_input(impl):
 
 @pytest.mark.parametrize("case", ["none", "masked", "packed"])
 def test_gradcheck(case):
-    raw, images, noised, sigma, mask = arguments(2, 1, 3, 1, 2, 2, torch.float64)
-    inputs = [t.requires_grad_() for t in (raw, images, noised, sigma)]
+    *tensors, mask = arguments(2, 1, 3, 1, 2, 2, torch.float64)
     mask = {"none": None, "masked": mask, "packed": packed_mask([0, 2], 3)}[case]
-    function = partial(masked_loss, patch_size=2, sigma_data=0.5, impl="reference")
-    assert torch.autograd.gradcheck(lambda *t: function(*t, mask), inputs)
+    function = partial(masked_loss, mask=mask, patch_size=2, impl="reference")
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_of_kept_and_dropped_patches_are_separate(impl):
-    raw, images, noised, sigma, mask = arguments(3, 3, 3, 2, 2, 4)
-    raw.requires_grad_()
-    for part, outside in zip(
-        masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5, impl=impl),
-        (mask.dropped, ~mask.dropped),
-        strict=True,
-    ):
+    raw, *rest, mask = arguments(3, 3, 3, 2, 2, 4)
+    parts = masked_loss(raw.requires_grad_(), *rest, mask, patch_size=2, impl=impl)
+    for part, outside in zip(parts, (mask.dropped, ~mask.dropped), strict=True):
         (grad,) = torch.autograd.grad(part.sum(), raw, retain_graph=True)
         assert torch.equal(grad.ne(0).any(-1), ~outside)
 
@@ -283,24 +330,24 @@ def test_gradients_of_kept_and_dropped_patches_are_separate(impl):
 def test_two_runs_give_the_same_bits():
     # Several tiles of a sample, whose sums are added up.
     *tensors, mask = arguments(2, 4, 3, 3, 16, 4)
-    settings = {"weights": torch.rand(2, 2), "patch_size": 16, "sigma_data": 0.5, "impl": "fused"}
+    settings = {"weights": torch.rand(2, 2), "patch_size": 16, "impl": "fused"}
     first, second = (losses_and_gradient(masked_loss, *tensors, mask, **settings) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_only_inputs_are_kept_for_backward():
-    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
-    raw.requires_grad_()
+    *tensors, mask = arguments(2, 3, 3, 2, 2, 4)
+    tensors[0].requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda _: None):
-        masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5, impl="fused")
-    assert sorted(kept) == sorted(t.data_ptr() for t in (raw, images, noised, sigma, mask.ids_restore))
+        masked_loss(*tensors, mask, patch_size=2, impl="fused")
+    assert sorted(kept) == sorted(t.data_ptr() for t in (*tensors, mask.ids_restore))
 
 
 def test_every_value_is_written():
     # A sample of one tile, and one of two, the second of which is not full.
     cases = [(*arguments(2, 3, 5, 3, 2, 7), 2), (*random_tensors(2, 4, 3, 2, 16), packed_mask([0, 4], 6), 16)]
-    settings = {"weights": torch.rand(2, 2), "sigma_data": 0.5, "impl": "fused"}
+    settings = {"weights": torch.rand(2, 2), "impl": "fused"}
     expected = [losses_and_gradient(masked_loss, *case, patch_size=p, **settings) for *case, p in cases]
     for (*case, p), same in zip(cases, expected, strict=True):
         with poisoned():
@@ -310,19 +357,18 @@ def test_every_value_is_written():
 
 @pytest.mark.parametrize(("case", "dtype"), [("none", BF16), ("masked", FP32), ("packed", BF16)])
 def test_opcheck(case, dtype):
-    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
-    indices = {"none": (None, None, 6), "masked": (mask.ids_restore, None, 4)}
-    packed = packed_mask([0, 4], 6)
-    indices["packed"] = (packed.ids_restore, packed.cu_seqlens, 6)
+    raw, *rest, mask = arguments(2, 3, 3, 2, 2, 4)
+    _, *packed = packed_mask([0, 4], 6)
+    indices = {"none": (None, None, 6), "masked": (mask.ids_restore, None, 4), "packed": (*packed, 6)}
     utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    args = (raw.to(dtype), images, noised, sigma, *indices[case], 2, 0.5)
+    args = (raw.to(dtype), *rest, *indices[case], 2)
     torch.library.opcheck(masked_loss_fwd, args, test_utils=utils)
     torch.library.opcheck(masked_loss_bwd, (torch.rand(2), torch.rand(2), *args), test_utils=utils)
 
 
-@pytest.mark.parametrize(("case", "dynamic"), [("masked", False), ("masked", True), ("packed", True)])
+@pytest.mark.parametrize(("case", "dynamic"), [("none", None), ("masked", False), ("masked", True), ("packed", True)])
 def test_compile(case, dynamic):
-    function = partial(masked_loss, patch_size=2, sigma_data=0.5, impl="fused")
+    function = partial(masked_loss, patch_size=2, impl="fused")
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     # No two sizes agree, of which the first compilation would make a condition.
@@ -332,7 +378,7 @@ def test_compile(case, dynamic):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for shape, counts in shapes:
             *tensors, mask = arguments(*shape)
-            mask = mask if case == "masked" else packed_mask(counts, shape[2] * shape[3])
+            mask = {"none": None, "masked": mask, "packed": packed_mask(counts, shape[2] * shape[3])}[case]
             weights = torch.rand(2, shape[0])
             expected = losses_and_gradient(function, *tensors, mask, weights=weights)
             results = losses_and_gradient(compiled, *tensors, mask, weights=weights)
@@ -347,82 +393,54 @@ def test_no_value_is_read_on_the_host(case):
     with FakeTensorMode() as mode:
         tensors = [mode.from_tensor(t) for t in tensors]
         mask = mask and Mask(*(None if t is None else mode.from_tensor(t) for t in mask))
-        settings = {"weights": torch.ones(2, 2), "patch_size": 2, "sigma_data": 0.5, "impl": "fused"}
-        denoising, reconstruction, grad = losses_and_gradient(masked_loss, *tensors, mask, **settings)
-    assert denoising.shape == reconstruction.shape == (2,)
-    assert grad.shape == (2, 6, 12)
-
-
-def test_compile_without_a_mask():
-    torch._dynamo.reset()
-    function = partial(masked_loss, patch_size=2, sigma_data=0.5, impl="fused")
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    tensors, weights = random_tensors(2, 3, 3, 2, 2), torch.rand(2, 2)
-    expected = losses_and_gradient(function, *tensors, None, weights=weights)
-    results = losses_and_gradient(compiled, *tensors, None, weights=weights)
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 12), (2, 6, 4), (1, 6, 12)])
-def test_raw_tokens_of_another_shape(shape):
-    images = torch.zeros(2, 3, 6, 4)
-    with pytest.raises(ValueError, match=r"raw must have shape \(2, 6, 12\) for these images, not "):
-        masked_loss(torch.zeros(shape), images, images, torch.ones(2), None, patch_size=2, sigma_data=0.5)
-
-
-def test_images_that_do_not_divide():
-    images = torch.zeros(1, 1, 4, 5)
-    with pytest.raises(ValueError, match="images of 4x5 do not divide into patches of 2x2"):
-        masked_loss(torch.zeros(1, 4, 4), images, images, torch.ones(1), None, patch_size=2, sigma_data=0.5)
+        settings = {"weights": torch.ones(2, 2), "patch_size": 2, "impl": "fused"}
+        results = losses_and_gradient(masked_loss, *tensors, mask, **settings)
+    assert [t.shape for t in results] == [(2,), (2,), (2, 6, 12)]
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("raw", torch.zeros(2, 3, 12), r"raw must have shape \(2, 6, 12\) for these images, not \(2, 3, 12\)"),
+        ("raw", torch.zeros(2, 6, 4), r"raw must have shape \(2, 6, 12\) for these images, not \(2, 6, 4\)"),
+        ("raw", torch.zeros(1, 6, 12), r"raw must have shape \(2, 6, 12\) for these images, not \(1, 6, 12\)"),
+        ("images", torch.zeros(2, 3, 6, 5), "images of 6x5 do not divide into patches of 2x2"),
         ("images", torch.zeros(3, 6, 4), r"images must have shape \(B, C, h \* p, w \* p\), not \(3, 6, 4\)"),
-        (
-            "noised",
-            torch.zeros(2, 3, 4, 6),
-            r"noised must have the shape of images, \(2, 3, 6, 4\), not \(2, 3, 4, 6\)",
-        ),
-        ("sigma", torch.zeros(2, 1), r"sigma must have shape \(2,\), not \(2, 1\)"),
+        ("noised", torch.ones(2, 3, 4, 6), r"noised must have the shape of images, \(2, 3, 6, 4\), not \(2, 3, 4, 6\)"),
+        *((c, torch.zeros(2, 1), rf"{c} must have shape \(2,\), not \(2, 1\)") for c in COEFFICIENTS),
         ("mask", Mask(ids(2, 3), ids(2, 5)), r"mask.ids_restore must have shape \(2, 6\), not \(2, 5\)"),
         ("mask", Mask(ids(3), ids(2, 6)), r"mask.ids_keep must have shape \(2, K\), not \(3,\)"),
         ("mask", Mask(ids(3), ids(2, 6), ids(2)), r"mask.cu_seqlens must have shape \(3,\), not \(2,\)"),
         ("mask", Mask(ids(3), ids(2, 6), torch.zeros(3)), "cu_seqlens must be int32 or int64 .* not torch.float32"),
         ("mask", Mask(ids(2, 3), torch.zeros(2, 6)), "mask.ids_restore must be int32 or int64, not torch.float32"),
         ("mask", Mask(ids(2, 3), ids(2, 6).to("meta")), "ids_restore must be on cpu, like the rest, not on meta"),
-        ("sigma", torch.ones(2, device="meta"), "sigma must be on cpu, like the rest, not on meta"),
+        *((c, torch.ones(2).to("meta"), f"{c} must be on cpu, like the rest, not on meta") for c in COEFFICIENTS),
         ("patch_size", 0, "images of 6x4 do not divide into patches of 0x0"),
         ("impl", "eager", 'impl must be "fused", "reference" or None'),
     ],
 )
 @pytest.mark.parametrize("impl", IMPLS)
 def test_what_fits_neither_form(impl, name, value, message):
-    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
-    named = {"raw": raw, "images": images, "noised": noised, "sigma": sigma, "mask": mask, "impl": impl}
+    named = {**named_arguments(), "patch_size": 2, "impl": impl}
     with pytest.raises(ValueError, match=message):
-        masked_loss(**{**named, "patch_size": 2, name: value}, sigma_data=0.5)
+        masked_loss(**{**named, name: value})
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_patch_of_one_value(impl):
-    raw, images, noised, sigma = random_tensors(2, 1, 2, 2, 1)
-    settings = {"patch_size": 1, "sigma_data": 0.5, "impl": impl}
-    exact, _ = losses_of_whole_images(raw, images, noised, sigma, None, 1, 0.5)
-    denoising, _ = masked_loss(raw, images, noised, sigma, None, **settings)
+    tensors = random_tensors(2, 1, 2, 2, 1)
+    exact, _ = losses_of_whole_images(*tensors, None, 1)
+    denoising, _ = masked_loss(*tensors, None, patch_size=1, impl=impl)
     assert_near(denoising, exact, STEPS)
     for mask in (sample_mask(2, 4, 2, seed=0, device="cpu"), packed_mask([1, 3], 4)):
         with pytest.raises(ValueError, match=r"raw has shape \(2, 4, 1\): a patch of one value has no variance"):
-            masked_loss(raw, images, noised, sigma, mask, **settings)
+            masked_loss(*tensors, mask, patch_size=1, impl=impl)
 
 
-@pytest.mark.parametrize("name", ["images", "noised", "sigma"])
+@pytest.mark.parametrize("name", ["images", "noised", *COEFFICIENTS])
 def test_the_fused_form_has_the_gradient_of_raw_alone(name):
-    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
-    named = {"raw": raw.requires_grad_(), "images": images, "noised": noised, "sigma": sigma, "mask": mask}
-    function = partial(masked_loss, **named, patch_size=2, sigma_data=0.5)
-    named[name].requires_grad_()
+    named = named_arguments("raw", name)
+    function = partial(masked_loss, **named, patch_size=2)
     (grad,) = torch.autograd.grad(function(impl="reference")[0].sum(), named[name])
     assert grad.ne(0).any()
     with pytest.raises(ValueError, match=f"{name} of shape .* requires grad, and the fused form is differentiable in"):
@@ -431,19 +449,20 @@ def test_the_fused_form_has_the_gradient_of_raw_alone(name):
         assert function(impl="fused")[0].isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["raw", "images", "noised", "sigma"])
-def test_float64_is_for_the_reference(name):
-    raw, images, noised, sigma, _ = arguments(2, 3, 3, 2, 2, 4)
-    named = {"raw": raw, "images": images, "noised": noised, "sigma": sigma, "mask": None}
-    function = partial(masked_loss, **{**named, name: named[name].double()}, patch_size=2, sigma_data=0.5)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float64) for name in TENSORS), *((name, BF16) for name in COEFFICIENTS)]
+)
+def test_other_dtypes_are_for_the_reference(name, dtype):
+    named = named_arguments()
+    function = partial(masked_loss, **{**named, name: named[name].to(dtype)}, patch_size=2)
     assert function(impl="reference")[0].isfinite().all()
-    with pytest.raises(ValueError, match=rf'{name}.*torch.float64: impl="reference" takes any'):
+    message = f"the fused kernels take a float32 {name}, not" if name in COEFFICIENTS else f"{name}.*"
+    with pytest.raises(ValueError, match=rf'{message} {dtype}: impl="reference" takes any'):
         function(impl="fused")
 
 
 def test_patches_too_large_for_the_kernel():
-    raw, images, noised, sigma = random_tensors(1, 5, 1, 1, 16)
-    function = partial(masked_loss, raw, images, noised, sigma, None, patch_size=16, sigma_data=0.5)
+    function = partial(masked_loss, *random_tensors(1, 5, 1, 1, 16), None, patch_size=16)
     assert function(impl="reference")[0].isfinite().all()
     with pytest.raises(ValueError, match=r"patches of up to 1024 values, and raw has shape \(1, 1, 1280\)"):
         function(impl="fused")
@@ -451,24 +470,19 @@ def test_patches_too_large_for_the_kernel():
 
 @pytest.mark.skipif(not NATIVE, reason="no native kernel here")
 def test_a_native_kernel_is_the_default_for_the_gradient_of_raw(monkeypatch):
-    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
-    raw.requires_grad_()
-    function = partial(masked_loss, patch_size=2, sigma_data=0.5)
+    raw, *rest = arguments(2, 3, 3, 2, 2, 4)
+    function = partial(masked_loss, raw.requires_grad_(), *rest, patch_size=2)
     monkeypatch.setattr(contract, "masked_loss_reference", None)
-    parts = function(raw, images, noised, sigma, mask)
-    expected = function(raw, images, noised, sigma, mask, impl="fused")
+    parts, expected = function(), function(impl="fused")
     assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["images", "noised", "sigma"])
+@pytest.mark.parametrize("name", ["images", "noised", *COEFFICIENTS])
 def test_the_default_on_a_cpu_has_every_gradient_and_takes_float64(name):
-    raw, images, noised, sigma, mask = arguments(2, 3, 3, 2, 2, 4)
-    named = {"raw": raw.requires_grad_(), "images": images, "noised": noised, "sigma": sigma, "mask": mask}
-    named[name].requires_grad_()
-    function = partial(masked_loss, patch_size=2, sigma_data=0.5)
-    grad, expected = (
-        torch.autograd.grad(function(**named, impl=impl)[0].sum(), named[name])[0] for impl in (None, "reference")
-    )
+    named = named_arguments("raw", name)
+    function = partial(masked_loss, patch_size=2)
+    losses = [function(**named, impl=impl)[0].sum() for impl in (None, "reference")]
+    grad, expected = (torch.autograd.grad(loss, named[name])[0] for loss in losses)
     assert torch.equal(grad, expected)
     double = {**named, name: named[name].detach().double()}
     parts, exact = (function(**double, impl=impl) for impl in (None, "reference"))
@@ -477,11 +491,8 @@ def test_the_default_on_a_cpu_has_every_gradient_and_takes_float64(name):
 
 def test_the_number_of_threads_changes_no_bit():
     *tensors, mask = arguments(3, 4, 16, 16, 2, 128)
-    settings = {"weights": torch.rand(2, 3), "patch_size": 2, "sigma_data": 0.5, "impl": "fused"}
+    settings = {"weights": torch.rand(2, 3), "patch_size": 2, "impl": "fused"}
     expected = losses_and_gradient(masked_loss, *tensors, mask, **settings)
-    torch.set_num_threads(2)
-    try:
-        results = losses_and_gradient(masked_loss, *tensors, mask, **settings)
-    finally:
-        torch.set_num_threads(1)
+    torch.set_num_threads(2)  # which a fixture takes back
+    results = losses_and_gradient(masked_loss, *tensors, mask, **settings)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

@@ -46,14 +46,14 @@ def everything_masked(place, batch=3, side=6, channels=4, width=24):
     images, noised = (place(torch.randn(batch, channels, side, side)) for _ in range(2))
     weight, bias = place(torch.randn(width, channels, 2, 2)), place(torch.randn(width))
     position, token = place(torch.randn(length, width)), place(torch.randn(width))
-    raw, sigma = place(torch.randn(batch, length, values)), place(torch.rand(batch) + 0.5)
+    raw, *factors = place(torch.randn(batch, length, values)), *(place(torch.rand(batch) + 0.5) for _ in range(3))
     leaves = [t.requires_grad_() for t in (weight, bias, token, raw)]
     tokens = embed_kept_patches(
         images, weight, bias, position, mask.ids_keep, cu_seqlens=mask.cu_seqlens, patch_size=2, impl="fused"
     )
     restored = restore_tokens(tokens, token, position, mask.ids_restore, cu_seqlens=mask.cu_seqlens, impl="fused")
     gathered = gather_tokens(restored, mask.ids_keep, cu_seqlens=mask.cu_seqlens, impl="fused")
-    losses = masked_loss(raw, images, noised, sigma, mask, patch_size=2, sigma_data=0.5, impl="fused")
+    losses = masked_loss(raw, images, noised, *factors, mask, patch_size=2, impl="fused")
     total = gathered.square().sum() + restored.sin().sum() + losses[0].sum() + losses[1].sum()
     return [*mask, tokens, restored, gathered, *losses, *torch.autograd.grad(total, leaves)]
 

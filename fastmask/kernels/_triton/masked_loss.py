@@ -24,13 +24,14 @@ def _tile_errors(
     raw_ptr,
     images_ptr,
     noised_ptr,
-    sigma_ptr,
+    c_skip_ptr,
+    c_out_ptr,
+    weight_ptr,
     ids_restore_ptr,
     cu_seqlens_ptr,
     num_kept,
     length,
     grid_width,
-    data_variance,
     eps,
     PATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -58,12 +59,9 @@ def _tile_errors(
     )
     o_pixel = i_sample * length * P + o_patch[:, None] + o_value[None, :]
 
-    sigma = tl.load(sigma_ptr + i_sample)
-    variance = sigma * sigma
-    total = variance + data_variance
-    c_skip = tl.div_rn(data_variance, total)
-    c_out_squared = tl.div_rn(variance, total) * data_variance
-    c_out = tl.sqrt_rn(c_out_squared)
+    c_skip = tl.load(c_skip_ptr + i_sample)
+    c_out = tl.load(c_out_ptr + i_sample)
+    weight = tl.load(weight_ptr + i_sample)
 
     b_raw = tl.load(raw_ptr + o_raw, mask=m_tile, other=0.0).to(tl.float32)
     b_noised = tl.load(noised_ptr + o_pixel, mask=m_tile, other=0.0).to(tl.float32)
@@ -80,7 +78,7 @@ def _tile_errors(
         deviation = tl.sqrt(tl.sum(b_centred * b_centred, 1) / (P - 1) + eps)
         b_target = tl.where(m_kept[:, None], b_target, b_centred / deviation[:, None])
     b_error = c_skip * b_noised + c_out * b_raw - b_target
-    share_kept = tl.div_rn(1.0, c_out_squared * P * tl.maximum(kept, 1))
+    share_kept = tl.div_rn(weight, (P * tl.maximum(kept, 1)).to(tl.float32))
     share_dropped = tl.div_rn(1.0, (P * tl.maximum(length - kept, 1)).to(tl.float32))
     return b_error, m_kept, share_kept, share_dropped, c_out, o_raw, m_tile
 
@@ -90,7 +88,9 @@ def _masked_loss_fwd_kernel(
     raw_ptr,  # (B, L, P)
     images_ptr,  # (B, C, h * p, w * p)
     noised_ptr,  # (B, C, h * p, w * p)
-    sigma_ptr,  # (B,)
+    c_skip_ptr,  # (B,)
+    c_out_ptr,  # (B,)
+    weight_ptr,  # (B,)
     ids_restore_ptr,  # (B, L) if MASKED
     cu_seqlens_ptr,  # (B + 1,) if PACKED
     denoising_ptr,  # (B, chunks)
@@ -98,7 +98,6 @@ def _masked_loss_fwd_kernel(
     num_kept,  # K unless PACKED
     length,
     grid_width,
-    data_variance,
     eps,
     PATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -111,13 +110,14 @@ def _masked_loss_fwd_kernel(
         raw_ptr,
         images_ptr,
         noised_ptr,
-        sigma_ptr,
+        c_skip_ptr,
+        c_out_ptr,
+        weight_ptr,
         ids_restore_ptr,
         cu_seqlens_ptr,
         num_kept,
         length,
         grid_width,
-        data_variance,
         eps,
         PATCH,
         CHANNELS,
@@ -139,14 +139,15 @@ def _masked_loss_bwd_kernel(
     raw_ptr,  # (B, L, P)
     images_ptr,  # (B, C, h * p, w * p)
     noised_ptr,  # (B, C, h * p, w * p)
-    sigma_ptr,  # (B,)
+    c_skip_ptr,  # (B,)
+    c_out_ptr,  # (B,)
+    weight_ptr,  # (B,)
     ids_restore_ptr,  # (B, L) if MASKED
     cu_seqlens_ptr,  # (B + 1,) if PACKED
     grad_raw_ptr,  # (B, L, P)
     num_kept,  # K unless PACKED
     length,
     grid_width,
-    data_variance,
     eps,
     PATCH: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -159,13 +160,14 @@ def _masked_loss_bwd_kernel(
         raw_ptr,
         images_ptr,
         noised_ptr,
-        sigma_ptr,
+        c_skip_ptr,
+        c_out_ptr,
+        weight_ptr,
         ids_restore_ptr,
         cu_seqlens_ptr,
         num_kept,
         length,
         grid_width,
-        data_variance,
         eps,
         PATCH,
         CHANNELS,
@@ -180,22 +182,23 @@ def _masked_loss_bwd_kernel(
     tl.store(grad_raw_ptr + o_raw, b_grad_raw.to(grad_raw_ptr.dtype.element_ty), mask=m_tile)
 
 
-def launch_fwd(raw, images, noised, sigma, ids_restore, cu_seqlens, num_kept, patch_size, sigma_data):
+def launch_fwd(raw, images, noised, c_skip, c_out, weight, ids_restore, cu_seqlens, num_kept, patch_size):
     """Return the denoising and the reconstruction loss, each (B,)."""
     grid, sizes, settings = _launch(images, patch_size)
-    per_sample = [sigma[:, None], sigma[:, None]]
+    per_sample = [weight[:, None], weight[:, None]]
     sums = partial_sums(per_sample, grid[1])
     _masked_loss_fwd_kernel[grid](
         raw,
         images,
         noised,
-        sigma,
+        c_skip,
+        c_out,
+        weight,
         ids_restore,
         cu_seqlens,
         *sums,
         num_kept,
         *sizes,
-        sigma_data**2,
         EPS,
         MASKED=ids_restore is not None,
         PACKED=cu_seqlens is not None,
@@ -211,12 +214,13 @@ def launch_bwd(
     raw,
     images,
     noised,
-    sigma,
+    c_skip,
+    c_out,
+    weight,
     ids_restore,
     cu_seqlens,
     num_kept,
     patch_size,
-    sigma_data,
 ):
     """Return the gradient of raw (B, L, P)."""
     grid, sizes, settings = _launch(images, patch_size)
@@ -227,13 +231,14 @@ def launch_bwd(
         raw,
         images,
         noised,
-        sigma,
+        c_skip,
+        c_out,
+        weight,
         ids_restore,
         cu_seqlens,
         grad_raw,
         num_kept,
         *sizes,
-        sigma_data**2,
         EPS,
         MASKED=ids_restore is not None,
         PACKED=cu_seqlens is not None,

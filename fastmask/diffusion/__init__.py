@@ -1,0 +1,23 @@
+"""Diffusion: processes, the denoiser, the training objective and its random draws, solvers and sampling."""
+
+from fastmask.diffusion.denoiser import Denoiser, EDMPrecond
+from fastmask.diffusion.draws import TrainingDraws, training_draws
+from fastmask.diffusion.edm import EDM
+from fastmask.diffusion.objective import MaskedDenoising, Objective
+from fastmask.diffusion.process import Process
+from fastmask.diffusion.sampling import draw_samples, sample
+from fastmask.diffusion.solvers import SOLVERS
+
+__all__ = [
+    "EDM",
+    "SOLVERS",
+    "Denoiser",
+    "EDMPrecond",
+    "MaskedDenoising",
+    "Objective",
+    "Process",
+    "TrainingDraws",
+    "draw_samples",
+    "sample",
+    "training_draws",
+]

@@ -1,0 +1,88 @@
+"""The random draws of training. Sample b's draws are a function of the seed and of its global index alone."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmask.diffusion.process import Process
+from fastmask.kernels import Mask, random_normal, random_uniform, sample_mask
+from fastmask.masking import GROUP, RatioPerSample
+
+# Streams of the counter-based generator; stream 0 is sample_mask's, 4 and 5 the data's, 6 sampling's, 7 masking's.
+_TIME_STREAM, _NOISE_STREAM, _LABEL_STREAM = 1, 2, 3
+
+
+class TrainingDraws(NamedTuple):
+    """What is drawn for a batch: the arguments of `Objective` beside the images, in their order."""
+
+    labels: Tensor
+    mask: Mask | None
+    t: Tensor
+    noise: Tensor
+
+
+def training_draws(
+    process: Process,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    length: int,
+    keep: int,
+    num_classes: int,
+    label_drop: float = 0.0,
+    per_sample: RatioPerSample | None = None,
+    seed: int | Tensor | None = None,
+    offset: int | Tensor | None = None,
+) -> TrainingDraws:
+    """Draw times, noise, mask and labels to drop for a batch, without waiting for the device.
+
+    With ``seed`` and ``offset`` the draws are the same on every device, in a batch of any size and in any order of
+    batches. Without them every call takes a new seed from the device's torch generator: no two calls share noise, and
+    the same calls after the same ``torch.manual_seed`` repeat it, in every process that sets it. A CUDA graph that was
+    captured with tensors for both draws anew at each replay once these are changed in place.
+
+    Args:
+        process: draws the times.
+        images: shape (B, C, H, W).
+        labels: int64, shape (B,).
+        length: L.
+        keep: K; equal to L means no mask.
+        num_classes: the label that means none.
+        label_drop: probability of replacing a label by none.
+        per_sample: how each sample draws its own K, unless ``keep`` is L. The batch must then be made of whole groups,
+            so the offset, too, is a multiple of `fastmask.masking.GROUP` (a tensor's value is not checked).
+        seed: the run's seed, an int, or int64 of shape () on the device of the images.
+        offset: global index of the batch's first sample in the run, like ``seed`` and given with it. Calls of the same
+            seed whose samples' indices overlap share draws: a training loop adds B from one call to the next.
+
+    Returns:
+        Labels (B,) with some dropped, the mask (None when nothing is dropped), times (B,) and unit noise of the shape
+        of the images, both float32.
+
+    Raises:
+        ValueError: a seed without an offset, or the other way round; a ratio per sample for a batch that is not made of
+            whole groups.
+    """
+    if (seed is None) != (offset is None):
+        given, missing = ("offset", "seed") if seed is None else ("seed", "offset")
+        raise ValueError(f"{given} is given and {missing} is missing: samples are drawn by both, or give neither")
+    batch, device = images.shape[0], images.device
+    if seed is None or offset is None:
+        # A tensor: the host would have to wait for a number.
+        seed, offset = torch.randint(2**63 - 1, (), device=device), 0
+    sample = torch.arange(batch, dtype=torch.int64, device=device) + offset
+    t = process.draw(random_normal(seed, sample, 1, _TIME_STREAM)[:, 0])
+    noise = random_normal(seed, sample, images.shape[1:].numel(), _NOISE_STREAM).view(images.shape)
+    drop = random_uniform(seed, sample, 1, _LABEL_STREAM)[:, 0] < label_drop
+    labels = labels.masked_fill(drop, num_classes)
+    kept: int | Tensor = keep
+    mask, total = None, None
+    if keep < length:
+        if per_sample is not None:
+            if isinstance(offset, int) and offset % GROUP:
+                raise ValueError(f"offset must be a multiple of {GROUP} for a mask ratio per sample, not {offset}")
+            kept = per_sample.keep(seed, sample, process.log_snr(t), length)
+            total = per_sample.total(batch, length)
+        mask = sample_mask(batch, length, kept, seed=seed, offset=offset, device=device, total=total)
+    return TrainingDraws(labels, mask, t, noise)

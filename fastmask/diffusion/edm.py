@@ -1,0 +1,83 @@
+"""EDM's process: preconditioning, training noise and times of the sampler (arXiv 2206.00364, table 1)."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastmask.diffusion.process import Coefficients, Process, check_steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EDM(Process):
+    """The variance-exploding process whose time is the noise level sigma."""
+
+    name: ClassVar[str] = "edm"
+
+    sigma_data: float = dataclasses.field(
+        default=0.5, metadata={"fixed": "the checkpoint's weights were trained with it"}
+    )
+    """Standard deviation of the data."""
+    p_mean: float = -1.2
+    """Mean of ln(sigma) in training."""
+    p_std: float = 1.2
+    """Standard deviation of ln(sigma) in training."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be a number above 0, not {self.sigma_data}")
+        if not abs(self.p_mean) < math.inf:
+            raise ValueError(f"p_mean must be a number, not {self.p_mean}")
+        if not 0 <= self.p_std < math.inf:
+            raise ValueError(f"p_std must be at least 0, not {self.p_std}")
+
+    def draw(self, normal: Tensor) -> Tensor:
+        """Return noise levels whose logarithms are normal."""
+        return (normal * self.p_std + self.p_mean).exp()
+
+    def mix(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return 1 and sigma."""
+        return torch.ones_like(t), t
+
+    def noised(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return images + sigma * noise, which spares a pass over the images."""
+        return (images + noise * t[:, None, None, None]).to(images.dtype)
+
+    def coefficients(self, t: Tensor) -> Coefficients:
+        """Return table 1's preconditioning."""
+        variance, data = t.square(), self.sigma_data**2
+        total = variance + data
+        return Coefficients(
+            c_in=1 / total.sqrt(),
+            c_noise=t.log() / 4,
+            c_skip=data / total,
+            c_out=(variance / total).sqrt() * self.sigma_data,
+            weight=total / (variance * data),
+        )
+
+    def slope(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
+        """Return (x - D) / sigma (equation 3 with a constant scale)."""
+        return (x - denoised) / t
+
+    def times(self, num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+        """Return the sampler's noise levels (equation 5) and 0, float64, shape (num_steps + 1,).
+
+        Args:
+            num_steps: levels above 0, at least 2.
+            sigma_min: the lowest of them.
+            sigma_max: the highest.
+            rho: how much they crowd toward the lowest.
+
+        Raises:
+            ValueError: fewer than two steps, or levels that do not fall.
+        """
+        check_steps(num_steps)
+        if not (0 < sigma_min < sigma_max < math.inf and 0 < rho < math.inf):
+            raise ValueError(
+                f"noise levels must fall from sigma_max {sigma_max} to sigma_min {sigma_min}, by rho {rho}"
+            )
+        ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
+        levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+        return torch.cat([levels, levels.new_zeros(1)])

@@ -1,0 +1,163 @@
+"""The training objective: a weighted sum of named terms, each of which gives losses of shape (B,)."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.diffusion.denoiser import Denoiser
+from fastmask.diffusion.process import Coefficients
+from fastmask.kernels import Mask, masked_loss
+
+TOTAL = "loss"  # name of the sum among the parts
+
+
+class Pass(NamedTuple):
+    """A forward pass of the network, from which the terms are computed.
+
+    Attributes:
+        images: clean images, shape (B, C, H, W).
+        noised: noised images, the same shape.
+        raw: the network's raw tokens, shape (B, L, P).
+        coefficients: of the samples' times, each (B,).
+        mask: the positions that the encoder saw; None is all.
+    """
+
+    images: Tensor
+    noised: Tensor
+    raw: Tensor
+    coefficients: Coefficients
+    mask: Mask | None
+
+
+class Term(nn.Module):
+    """A term of the objective: a module whose forward takes the denoiser and a `Pass`, and returns losses by name.
+
+    Args:
+        weights: the weight in the sum of each loss that the term gives, by its name.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.weights = dict(weights)
+
+
+class MaskedDenoising(Term):
+    """MaskDiT's loss (arXiv 2306.09305, equation 5): denoising of kept patches, reconstruction of dropped ones.
+
+    Args:
+        mae_coef: weight of the reconstruction.
+    """
+
+    def __init__(self, mae_coef: float = 0.1) -> None:
+        super().__init__({"denoising": 1.0, "reconstruction": mae_coef})
+
+    def forward(self, net: Denoiser, seen: Pass) -> dict[str, Tensor]:
+        """Return both losses of each sample."""
+        denoising, reconstruction = masked_loss(
+            seen.raw,
+            seen.images,
+            seen.noised,
+            seen.coefficients.c_skip,
+            seen.coefficients.c_out,
+            seen.coefficients.weight,
+            seen.mask,
+            patch_size=net.model.patch_size,
+            impl=net.model.impl,
+        )
+        return {"denoising": denoising, "reconstruction": reconstruction}
+
+
+class Objective(nn.Module):
+    """The one module that training compiles, wraps and calls: a denoiser whose forward returns its losses.
+
+    Args:
+        net: the denoiser.
+        terms: what is summed up, at least one; none may name a loss of another.
+
+    Attributes:
+        names: of the losses that a call returns, their weighted sum first.
+    """
+
+    def __init__(self, net: Denoiser, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.net = net
+        self.terms = nn.ModuleList(terms)
+        self._losses_of = [tuple(term.weights) for term in terms]
+        self.weights = {name: weight for term in terms for name, weight in term.weights.items()}
+        if not terms or len(self.weights) < sum(len(term.weights) for term in terms) or TOTAL in self.weights:
+            names = [name for term in terms for name in term.weights]
+            raise ValueError(f"an objective is a sum of terms whose losses have different names, not {names}")
+        self.names = (TOTAL, *self.weights)
+
+    def forward(self, images: Tensor, labels: Tensor, mask: Mask | None, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Return the losses of a batch by name, each of shape (B,).
+
+        Args:
+            images: clean images, shape (B, C, H, W).
+            labels: int64, shape (B,); ``num_classes`` means no label.
+            mask: which patches the encoder sees; None is all.
+            t: time of each sample, shape (B,).
+            noise: unit noise, shape (B, C, H, W).
+
+        Raises:
+            ValueError: shapes that do not fit the network, or a term that does not return the losses it has weights of.
+        """
+        process = self.net.process
+        _check_times(t, len(images))
+        noised, coefficients = process.noised(images, noise, t), process.coefficients(t)
+        raw = self.net.raw_tokens(noised, coefficients, labels, mask)
+        return self._losses(Pass(images, noised, raw, coefficients, mask))
+
+    def mixed(
+        self,
+        images: Sequence[Tensor],
+        labels: Tensor,
+        masks: Sequence[Mask | None],
+        t: Tensor,
+        noise: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """Return the losses of images of several sizes, which go through the network together.
+
+        Args:
+            images: clean images, each tensor of one size: (B1, C, H1, W1), (B2, C, H2, W2), ..
+            labels: int64, of all images, one tensor after the other, shape (B1 + B2 + ..,).
+            masks: a mask, or None, for each tensor of ``images``.
+            t: times, of the shape of ``labels``.
+            noise: unit noise, of the shapes of ``images``.
+
+        Returns:
+            The losses by name, each of the shape of ``labels``.
+
+        Raises:
+            ValueError: lists that are empty or of different lengths, or shapes that do not fit the network.
+        """
+        if not images or not len(images) == len(noise) == len(masks):
+            raise ValueError(
+                f"a list of images needs lists of as much noise and as many masks, not {len(images)}, {len(noise)} and "
+                f"{len(masks)}"
+            )
+        process, sizes = self.net.process, [len(image) for image in images]
+        _check_times(t, sum(sizes))
+        coefficients = process.coefficients(t)
+        split = [Coefficients(*parts) for parts in zip(*(torch.split(c, sizes) for c in coefficients), strict=True)]
+        noised = [process.noised(*part) for part in zip(images, noise, torch.split(t, sizes), strict=True)]
+        raw = self.net.mixed_raw_tokens(noised, coefficients, labels, masks)
+        losses = [self._losses(Pass(*size)) for size in zip(images, noised, raw, split, masks, strict=True)]
+        return {name: torch.cat([part[name] for part in losses]) for name in self.names}
+
+    def _losses(self, seen: Pass) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        for term, names in zip(self.terms, self._losses_of, strict=True):
+            given = term(self.net, seen)
+            if given.keys() != set(names):
+                raise ValueError(f"a term has weights of {sorted(names)}, and returned losses {sorted(given)}")
+            losses.update(given)
+        weighted = [losses[name] if weight == 1 else weight * losses[name] for name, weight in self.weights.items()]
+        return {TOTAL: sum(weighted[1:], start=weighted[0]), **losses}
+
+
+def _check_times(t: Tensor, batch: int) -> None:
+    if t.shape != (batch,):
+        raise ValueError(f"t must have shape ({batch},), not {tuple(t.shape)}")

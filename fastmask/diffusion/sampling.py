@@ -1,0 +1,90 @@
+"""Sampling: from unit noise to images, with a network's denoiser."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastmask.diffusion.denoiser import Denoiser, check_labels
+from fastmask.diffusion.guidance import guided
+from fastmask.diffusion.solvers import SOLVERS
+from fastmask.kernels import random_normal
+
+_LATENT_STREAM = 6  # of the counter-based generator; the others are listed in draws.py
+
+
+@torch.no_grad()
+def sample(
+    net: Denoiser,
+    noise: Tensor,
+    labels: Tensor,
+    times: Tensor,
+    *,
+    cfg_scale: float | None = None,
+    solver: str = "heun",
+) -> Tensor:
+    """Return the samples that a solver makes of unit noise.
+
+    Args:
+        net: the denoiser.
+        noise: unit noise, shape (B, C, H, W).
+        labels: int64, shape (B,).
+        times: of the solver, as the process's ``times`` gives them, float64, shape (N + 1,).
+        cfg_scale: classifier-free guidance; None or 1 is none.
+        solver: a key of `SOLVERS`.
+
+    Returns:
+        Shape (B, C, H, W), float64: the state is kept in float64, the network runs in its own precision.
+
+    Raises:
+        ValueError: an unknown solver, labels that do not fit, or guidance for a network without
+            classes.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
+    if labels.shape != noise.shape[:1]:
+        raise ValueError(f"labels must have shape ({noise.shape[0]},) for this noise, not {tuple(labels.shape)}")
+    num_classes = net.model.num_classes
+    if num_classes:
+        check_labels(labels, num_classes)
+    denoise = guided(net, labels, 1.0 if cfg_scale is None else cfg_scale, num_classes, net.model.pos_embed.dtype)
+    times = times.to(noise.device)
+    _, b = net.process.mix(times[0])
+    return SOLVERS[solver](denoise, net.process, b * noise.double(), times)
+
+
+def draw_samples(
+    net: Denoiser,
+    labels: Tensor,
+    *,
+    seed: int,
+    num_steps: int = 40,
+    cfg_scale: float | None = None,
+    batch: int = 256,
+    solver: str = "heun",
+) -> Tensor:
+    """Return a sample for each label, drawn by `sample` in batches.
+
+    Args:
+        net: the denoiser.
+        labels: int64, shape (N,).
+        seed: the starting noise of sample i is a function of it and i, whatever the batches.
+        num_steps: steps of the solver.
+        cfg_scale: guidance; None or 1 is none.
+        batch: samples drawn at a time.
+        solver: a key of `SOLVERS`.
+
+    Returns:
+        float32 on the CPU, shape (N, C, H, W).
+    """
+    model = net.model
+    device = model.pos_embed.device
+    shape = (model.in_channels, model.input_size, model.input_size)
+    drawn, times = [], net.process.times(num_steps)
+    for start in range(0, len(labels), batch):
+        part = labels[start : start + batch].to(device)
+        index = torch.arange(start, start + len(part), device=device)
+        noise = random_normal(seed, index, math.prod(shape), _LATENT_STREAM).view(-1, *shape)
+        samples = sample(net, noise, part, times, cfg_scale=cfg_scale, solver=solver)
+        drawn.append(samples.float().cpu())
+    return torch.cat(drawn)
