@@ -52,6 +52,9 @@ class TrainConfig:
     """Folder or name of the AutoencoderKL of diffusers that encodes images, with --data-source images."""
     decoder: Literal["auto", "dali", "pil"] = "auto"
     """Of JPEG files: DALI (on the GPU if training is), or Pillow. auto: DALI if it is installed."""
+    on_bad: Literal["stop", "skip"] = "stop"
+    """What an image that cannot be read does: stop the run, with a checkpoint, or be skipped: another takes its place,
+    the same one at each visit, which the seed decides."""
     image_size: int = 8
     """Side of the images. Own images are trained on as pixels, VAE moments as latents of a side of image_size / 8.
     Without it pixels of an .npz or IDX file keep their own side, whatever the preset's is."""

@@ -23,6 +23,16 @@ def say(message: str) -> None:
     console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
+def say_from_any_rank(message: str) -> None:
+    """Print one line as `say` does, by a process too that leaves what concerns all of them to the first one."""
+    console = get_console()
+    quiet, console.quiet = console.quiet, False
+    try:
+        say(message)
+    finally:
+        console.quiet = quiet
+
+
 def printable(name: str) -> str:
     """Return a file's or class's name with what is no text in it escaped: bytes that are not UTF-8, line breaks."""
     if name.isprintable():

@@ -103,6 +103,8 @@ class Report:
             for name, value in figures.items():
                 self._tensorboard.add_scalar(name, value, step)
         shown = f"loss {figures['loss']:.4f}  {figures['images_per_s']:,.0f} images/s"
+        if figures.get("bad_images"):
+            shown += f"  {figures['bad_images']:,} bad images"
         stage = "masked" if figures["mask_ratio"] > 0 else "unmasked"
         self._progress.update(self._task, completed=step, stage=stage, figures=shown)
         if not console.is_terminal:

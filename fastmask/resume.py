@@ -18,6 +18,7 @@ FREE = frozenset(
         "compile",
         "cuda_graphs",
         "micro_batch_size",
+        "on_bad",
         "on_divergence",
         "divergence_factor",
         "loss_limit",

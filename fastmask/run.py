@@ -20,9 +20,10 @@ from fastmask.cost import Gpu, gpu_named
 from fastmask.counts import forward_macs
 from fastmask.data import DataSet, batches
 from fastmask.data.loader import Batch
+from fastmask.data.replacing import BadImages
 from fastmask.data.verify import verifier_of
 from fastmask.diffusion import Denoiser, draw_samples
-from fastmask.distributed import Ranks, all_max, shard
+from fastmask.distributed import Ranks, all_max, all_sum, shard
 from fastmask.ema import EMA, PowerEMA
 from fastmask.files import whole_file
 from fastmask.optim import learning_rate, make_optimizer
@@ -49,6 +50,7 @@ class Run:
     Attributes:
         step: optimizer steps done.
         samples: number of the next sample: those trained on, and those left out after a loss spike.
+        bad_images: how often an image could not be read and was replaced, on all ranks, when that was last added up.
         recent: mean losses of the last reports.
         changes: what was changed when the run was resumed, and at which steps.
         fingerprint: of the data's content.
@@ -72,6 +74,8 @@ class Run:
         self.stages = config.stages(self.net.model.length)
         self.step, self.samples = 0, 0
         self.recent: list[float] = []
+        self.bad_images, self._bad = 0, BadImages()
+        self._bad_seen = self._bad_added = 0  # of this rank's: those of whole steps, and those in the sum
         self._rollbacks, self._rolled_back_to = 0, -1
         self._stored = 0  # step of the last checkpoint
         if newest:
@@ -116,6 +120,8 @@ class Run:
             with watch.paused():
                 self._store(checkpointer, last)
                 self._draw_samples(report)
+            if last and self.bad_images:
+                say(f"--on-bad skip: {self.bad_images:,} times an image could not be read, and another took its place")
             if signaled:
                 checkpointer.wait()
                 say(f"stopped after step {self.step}: the same command resumes from there")
@@ -127,12 +133,12 @@ class Run:
         again = newest is not None and step_of(newest) <= self._rolled_back_to
         if self.config.on_divergence == "stop" or newest is None or (again and self._rollbacks == _ROLLBACKS):
             raise ValueError(f"{error}; {self._advice(newest)}") from error
-        bad_step, samples = self.step, self.samples
+        bad_step, samples, bad_images = self.step, self.samples, self.bad_images
         if not again:
             self._rollbacks, self._rolled_back_to = 0, step_of(newest)
         self._rollbacks += 1
         self._load(newest)
-        self.samples = samples
+        self.samples, self.bad_images = samples, bad_images
         say(f"{error}: going back from step {bad_step} to {newest}, and past the samples of these steps")
 
     def _advice(self, newest: Path | None) -> str:
@@ -168,6 +174,13 @@ class Run:
         self.training(data, self.samples, keep, learning_rate(self.config, self.step), self.step)
         self.step += 1
         self.samples += self.config.batch_size
+        self._bad_seen = self._bad.count
+
+    def add_up_bad_images(self, ranks: Ranks) -> None:
+        """Bring `bad_images` up to date; all ranks must call."""
+        if self.config.on_bad == "skip":
+            self.bad_images += int(all_sum(torch.tensor(self._bad_seen - self._bad_added), ranks))
+            self._bad_added = self._bad_seen
 
     def _batches(self, steps: int) -> Generator[Batch, None, None]:
         config = self.config
@@ -183,6 +196,7 @@ class Run:
             rank=self.ranks.rank,
             ranks=self.ranks.count,
             verifier=self._verifier,
+            bad_images=self._bad,
         )
 
     def _enter_stage(self, before: int) -> int:
@@ -197,6 +211,7 @@ class Run:
         snapshot = bool(self.profiles) and (last or step % (config.snapshot_every or config.checkpoint_every) == 0)
         if last or step % config.checkpoint_every == 0:
             self.training.tally.check_finite(self.ranks)
+            self.add_up_bad_images(self.ranks)
             self._save(checkpointer, snapshot)
         elif snapshot:
             checkpointer.save_snapshots(step, self.net, self.profiles)
@@ -206,6 +221,7 @@ class Run:
             "config": flat(self.config),
             "scaler": self.training.scaler.state_dict(),
             "samples": self.samples,
+            "bad_images": self.bad_images,
             "recent": self.recent,
             "changes": self.changes,
             "fingerprint": self.fingerprint,
@@ -222,6 +238,7 @@ class Run:
             return
         try:
             self.training.tally.check_finite(Ranks())  # the others may be gone
+            self.add_up_bad_images(Ranks())
             self._save(checkpointer)
             checkpointer.wait()
         except (ValueError, OSError, RuntimeError) as error:
@@ -235,6 +252,7 @@ class Run:
         # Runs of earlier versions counted what they skipped, and compared nothing.
         seen = self.step * int(state["config"]["batch_size"]) + int(state.get("skipped", 0))
         self.samples = int(state.get("samples", seen))
+        self.bad_images = int(state.get("bad_images", 0))
         self.recent = list(state.get("recent", []))
         if state["scaler"]:  # a run in another precision had none
             self.training.scaler.load_state_dict(state["scaler"])
@@ -271,6 +289,9 @@ class Watch:
             "mask_ratio": 1 - keep / run.net.model.length,
             "memory_gb": memory_used(torch.device(config.device)) / 1e9,
         }
+        if config.on_bad == "skip":
+            run.add_up_bad_images(run.ranks)
+            figures["bad_images"] = run.bad_images
         check_spike(figures["loss"], run.recent, config.divergence_factor, config.loss_limit)
         run.recent = [*run.recent, figures["loss"]][-_RECENT:]
         images, seconds = (run.step - self._step) * config.batch_size, time.perf_counter() - self._since

@@ -164,6 +164,7 @@ def resolve_data(
         mirror=config.mirror,
         decoder=config.decoder,
         vae=config.vae if config.data_source == "images" else "",
+        skip_seed=config.seed if config.on_bad == "skip" else None,
         device=torch.device(config.device),
         fetch=fetch,
         keep_side=keep_side and own,

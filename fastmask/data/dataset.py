@@ -71,6 +71,7 @@ def open_data(
     mirror: bool,
     decoder: DecoderName = "auto",
     vae: str = "",
+    skip_seed: int | None = None,
     device: torch.device = _CPU,
     fetch: bool = True,
     keep_side: bool = False,
@@ -86,6 +87,7 @@ def open_data(
         mirror: mirror each image with probability one half.
         decoder: of JPEG files; "auto" is DALI if it is installed.
         vae: encode images into the latents of this VAE as they come.
+        skip_seed: of the order in which others take the place of images that cannot be read; None: one is an error.
         device: where to encode them.
         fetch: whether a store at a URL is fetched. If not, only its manifest is read, and no sample can be.
         keep_side: leave the pixels of an `.npz` or IDX file at their own side, whatever ``image_size`` says.
@@ -101,6 +103,11 @@ def open_data(
     is_store = is_url(data) or (path / MANIFEST).exists() or (path / UNFINISHED).exists()
     if vae and (is_store or data in ("digits", "synthetic")):
         raise ValueError(f"--data-source images encodes images as they come: --data {data} does not name their files")
+    is_array = path.suffix == ".npz" and path.is_file() and not vae
+    if skip_seed is not None and (is_store or is_array or data in ("digits", "synthetic")):
+        raise ValueError(
+            f"--on-bad skip is for images that are decoded at each visit, and --data {data} holds none: leave it out"
+        )
     if is_url(data):
         remote = RemoteStore(data)
         # Before anything is fetched: what does not fit is said at once.
@@ -119,7 +126,7 @@ def open_data(
         store = LatentStore(path, image_size, num_classes, mirror)
         say(f"{data}: {store.describe()}")
         return store
-    if path.suffix == ".npz" and path.is_file() and not vae:
+    if is_array:
         arrays = read_npz(path, num_classes)
         if "moments" in arrays:
             moments = Moments(path, arrays, image_size, mirror)
@@ -138,7 +145,7 @@ def open_data(
         image_size = source.side if keep_side and source.side and not vae else image_size
         say_source(data, source, image_size)
         encoder = Autoencoder(vae, device) if vae else None
-        return ImageSet(source, image_size, num_classes, mirror, chosen, encoder)
+        return ImageSet(source, image_size, num_classes, mirror, chosen, encoder, skip_seed)
     raise ValueError(
         f"--data {data} does not exist: `python -m fastmask.prepare IMAGES {data} --image-size {image_size}` makes "
         f"such a store of latents; an image folder or an .npz is taken as well, and --data synthetic is random latents"

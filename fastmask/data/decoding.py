@@ -19,6 +19,8 @@ from fastmask.data.dali import JpegDecoder, is_jpeg
 from fastmask.data.images import decode, load_pillow, opened, orientation, resize_all
 from fastmask.data.source import Source
 
+ReadItem = Callable[[int], tuple[Any, int]]
+
 _PR_SET_PDEATHSIG = 1
 _LOOKED_AT = 16  # images whose sides are compared with the one that is asked for
 
@@ -89,30 +91,54 @@ def read_ahead(
         yield Decoded(values, part.labels, [(name(item), line) for item, line in part.bad])
 
 
-def by_dali(parts: Iterator[Part], read: "ImageReader", dali: JpegDecoder) -> Iterator[tuple[Part, torch.Tensor]]:
-    """Yield parts, without what turns out to be damaged, with their pixels, uint8 (n, C, size, size)."""
+def by_dali(
+    parts: Iterator[Part],
+    read: "ImageReader",
+    dali: JpegDecoder,
+    read_all: Callable[[ReadItem, list[int]], Part] | None = None,
+) -> Iterator[tuple[Part, torch.Tensor]]:
+    """Yield parts, without what turns out to be damaged, with their pixels, uint8 (n, C, size, size).
+
+    Args:
+        parts: JPEG files as they are, and pixels.
+        read: reads them.
+        dali: decodes the JPEG files.
+        read_all: what is done about damaged items, as `read_part` leaves them out.
+    """
     for part, pixels in dali.ahead(parts):
+        yield (part, pixels) if pixels is not None else _sorted_out(part, read, dali, read_all or read_part)
+
+
+def _sorted_out(
+    part: Part, read: "ImageReader", dali: JpegDecoder, read_all: Callable[[ReadItem, list[int]], Part]
+) -> tuple[Part, torch.Tensor]:
+    """Return what is whole of a part without a JPEG file, or with one that DALI refuses, and its pixels.
+
+    Pillow tells which are damaged. What is left of the JPEG files DALI decodes, as if it had never seen those: the
+    pixels of an image must not depend on what else is in the part.
+    """
+    known = dict(zip(part.items, zip(part.values, part.labels.tolist(), strict=True), strict=True))
+    again = read_all(functools.partial(_decode_too, known, read), part.items)
+    good = Part(again.items, [value for value, _ in again.values], again.labels, sorted(part.bad + again.bad))
+    has_jpeg = any(isinstance(value, bytes) for value in good.values)
+    if again.bad and has_jpeg:
+        ((_, pixels),) = dali.ahead([good])
         if pixels is not None:
-            yield part, pixels
-            continue
-        # No JPEG, or one that DALI refuses: Pillow tells which, and what is wrong with it.
-        again = read_part(functools.partial(_decode_again, part, read), range(len(part.items)))
-        bad = [(part.items[i], line) for i, line in again.bad]
-        if not bad and any(isinstance(value, bytes) for value in part.values):
-            say(f"DALI refused an image near {read.source.name(part.items[0])}, which Pillow decoded")
-        items = [part.items[i] for i in again.items]
-        pixels = torch.from_numpy(np.stack(again.values)) if items else torch.empty(0)
-        yield Part(items, again.values, again.labels, sorted(part.bad + bad)), pixels
+            return good, pixels
+    if has_jpeg:
+        say(f"DALI refused an image near {read.source.name(good.items[0])}, which Pillow decoded")
+    return good, torch.from_numpy(np.stack([decoded for _, decoded in again.values])) if good.items else torch.empty(0)
 
 
-def _decode_again(part: Part, read: "ImageReader", index: int) -> tuple[NDArray[np.uint8], int]:
-    value = part.values[index]
-    if isinstance(value, bytes):
-        value = read.pixels_of(value, part.items[index])
-    return value, int(part.labels[index])
+def _decode_too(
+    known: dict[int, tuple[Any, int]], read: "ImageReader", item: int
+) -> tuple[tuple[Any, NDArray[np.uint8]], int]:
+    """Return a value that was read, or that of another item, beside its pixels by Pillow, and its label."""
+    value, label = known[item] if item in known else read(item)
+    return (value, read.pixels_of(value, item) if isinstance(value, bytes) else value), label
 
 
-def read_part(read: Callable[[int], tuple[Any, int]], items: range | list[int]) -> Part:
+def read_part(read: ReadItem, items: range | list[int]) -> Part:
     """Return what is read of some items; an OSError or ValueError tells that one is damaged."""
     good, values, labels, bad = [], [], [], []
     for item in items:
@@ -196,7 +222,7 @@ def _short_side(source: Source, item: int) -> int:
         return 0
 
 
-def _parts_ahead(read: Callable[[int], tuple[Any, int]], parts: list[range], num_workers: int) -> Generator[Part]:
+def _parts_ahead(read: ReadItem, parts: list[range], num_workers: int) -> Generator[Part]:
     loader = DataLoader(
         _Parts(read, parts),
         batch_size=None,
@@ -232,7 +258,7 @@ def end_with_parent() -> None:
 
 
 class _Parts(Dataset[Part]):
-    def __init__(self, read: Callable[[int], tuple[Any, int]], parts: list[range]) -> None:
+    def __init__(self, read: ReadItem, parts: list[range]) -> None:
         self._read, self._parts = read, parts
 
     def __len__(self) -> int:

@@ -1,5 +1,6 @@
 """Images decoded at each visit, as pixels, or encoded into latents on the way."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from fastmask.data.autoencoder import Autoencoder
 from fastmask.data.dali import JpegDecoder
-from fastmask.data.decoding import ImageReader, Part, by_dali, read_part
+from fastmask.data.decoding import ImageReader, Part, ReadItem, by_dali, read_part
 from fastmask.data.fingerprint import fingerprint_of
 from fastmask.data.images import images_of
 from fastmask.data.latents import latents_of
+from fastmask.data.replacing import Bad, read_or_replace
 from fastmask.data.source import Source
 
 
@@ -27,6 +29,7 @@ class ImageSet:
         mirror: mirror each image with probability one half, before it is encoded.
         decoder: of JPEG files in training; Pillow decodes all others.
         vae: encodes the images.
+        skip_seed: of the order in which others take the place of images that cannot be read; None: one is an error.
 
     Raises:
         ValueError: labels that do not fit, a first image that cannot be read, or a side that the VAE does not divide.
@@ -40,6 +43,7 @@ class ImageSet:
         mirror: bool,
         decoder: Literal["dali", "pil"] = "pil",
         vae: Autoencoder | None = None,
+        skip_seed: int | None = None,
     ) -> None:
         self.class_names = source.names_of(num_classes)
         self.decoder, self._vae = decoder, vae
@@ -49,7 +53,10 @@ class ImageSet:
         self._count, self._size, self._mirror = len(source), image_size, mirror
         self._decode = ImageReader(source, image_size)
         self._keep_jpegs = ImageReader(source, image_size, keep_jpegs=True)
-        self._decode(0)  # a source of something else fails here, not in the middle of an epoch
+        self._read_all = read_or_refuse
+        if skip_seed is not None:
+            self._read_all = functools.partial(read_or_replace, seed=skip_seed, size=len(source))
+        self.read(np.zeros(1, np.int64))  # a source of something else fails here, not in the middle of an epoch
 
     def __len__(self) -> int:
         return self._count
@@ -59,17 +66,21 @@ class ImageSet:
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return the images, uint8 (B, C, H, W), decoded by Pillow, and labels (B,) of these ids."""
-        part = self._read(ids, self._decode)
-        return torch.from_numpy(np.stack(part.values)), torch.from_numpy(part.labels)
+        return self.read_telling(ids)[:2]
+
+    def read_telling(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor, Bad]:
+        """Return what `read` does, and which images could not be read and were replaced."""
+        part = self._read_all(self._decode, ids.tolist())
+        return torch.from_numpy(np.stack(part.values)), self._labels(part), part.bad
 
     def read_for_dali(self, ids: NDArray[np.int64]) -> Part:
         """Return the images of these ids, JPEG files as they are, for `decoded`."""
-        return self._read(ids, self._keep_jpegs)
+        return self._read_all(self._keep_jpegs, ids.tolist())
 
     def decoded(
         self, parts: Iterator[Part], batch_size: int, device: torch.device, num_threads: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images, uint8 (B, 3, H, W), and labels (B,) of what `read_for_dali` returned, decoded on a device.
+    ) -> Iterator[tuple[Tensor, Tensor, Bad]]:
+        """Yield what `read_telling` returns of what `read_for_dali` returned, decoded on a device.
 
         Args:
             parts: what it returned, of at most ``batch_size`` images each.
@@ -78,9 +89,8 @@ class ImageSet:
             num_threads: of the CPU that decode.
         """
         decoder = JpegDecoder(self._size, batch_size, device, num_threads)
-        for part, pixels in by_dali(parts, self._keep_jpegs, decoder):
-            _refuse(part)
-            yield pixels, torch.from_numpy(part.labels)
+        for part, pixels in by_dali(parts, self._keep_jpegs, decoder, self._read_all):
+            yield pixels, self._labels(part), part.bad
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         """Return the images in [-1, 1], some of them mirrored, or latents of theirs, drawn anew at each visit."""
@@ -93,12 +103,13 @@ class ImageSet:
         """Return what tells these images, labels and the VAE's weights from others."""
         return fingerprint_of([self._decode.source.fingerprint(), self._vae.sha256 if self._vae else ""])
 
-    def _read(self, ids: NDArray[np.int64], reader: ImageReader) -> Part:
-        part = read_part(reader, ids.tolist())
-        _refuse(part)
-        return part if self.num_classes else part._replace(labels=np.zeros_like(part.labels))
+    def _labels(self, part: Part) -> Tensor:
+        return torch.from_numpy(part.labels if self.num_classes else np.zeros_like(part.labels))
 
 
-def _refuse(part: Part) -> None:
+def read_or_refuse(read: ReadItem, items: list[int]) -> Part:
+    """Return what is read of some items; a ValueError if one of them is damaged."""
+    part = read_part(read, items)
     if part.bad:
-        raise ValueError(part.bad[0][1])
+        raise ValueError(f"{part.bad[0][1]} (--on-bad skip trains on another image in its place)")
+    return part

@@ -4,6 +4,7 @@ A run is one endless row of samples: number n belongs to epoch n // N and comes 
 The row is a function of the seed alone, so any part of it can be read at any time: that is all there is to resuming.
 """
 
+import collections
 import itertools
 import signal
 import traceback
@@ -20,6 +21,7 @@ from fastmask.data.dataset import DataSet
 from fastmask.data.decoding import as_it_is, end_with_parent
 from fastmask.data.imageset import ImageSet
 from fastmask.data.order import shuffled
+from fastmask.data.replacing import Bad, BadImages
 from fastmask.data.verify import Verifier
 
 Batch = tuple[Tensor, Tensor]
@@ -49,6 +51,7 @@ def batches(
     rank: int = 0,
     ranks: int = 1,
     verifier: Verifier | None = None,
+    bad_images: BadImages | None = None,
 ) -> Generator[Batch, None, None]:
     """Yield what is stored of samples ``start`` .. ``stop - 1`` of a run and their labels, in order, on a device.
 
@@ -67,16 +70,19 @@ def batches(
         rank: whose part to read.
         ranks: how many share the samples.
         verifier: of the data set's files, which is asked at each batch.
+        bad_images: takes down which images of each batch could not be read and were replaced.
 
     Raises:
-        ValueError: a sample that cannot be read, or a file that is not what was written.
+        ValueError: a sample that cannot be read, too many that were replaced, or a file that is not what was written.
     """
+    bad_images = bad_images or BadImages()
     step_size = ranks * batch_size if step_size is None else step_size
     if step_size % (ranks * batch_size):
         raise ValueError(f"a step of {step_size} samples does not divide into batches of {batch_size} on {ranks} ranks")
     steps, share = range(start, stop, step_size), step_size // ranks
-    dali = dataset if isinstance(dataset, ImageSet) and dataset.decoder == "dali" else None
-    read = dali.read_for_dali if dali else dataset.read
+    images = dataset if isinstance(dataset, ImageSet) else None
+    dali = images if images and images.decoder == "dali" else None
+    read = dali.read_for_dali if dali else images.read_telling if images else dataset.read
     shares = range(rank * share, (rank + 1) * share, batch_size)
     rows = _Rows(read, len(dataset), batch_size, seed, steps, shares, stop)
     loader = DataLoader(
@@ -90,13 +96,18 @@ def batches(
         worker_init_fn=_ignore_signals,
     )
     source = _Source(iter(loader))
-    parts: Iterator[Batch] = source
+    parts: Iterator[Any] = source
     if dali:
         parts = dali.decoded(source, batch_size, device, max(1, num_workers))
+    told: collections.deque[Bad] = collections.deque()  # of batches that are copied to the GPU ahead
+    if images:
+        parts = _telling(parts, told)
     try:
         for batch in to_gpu(parts, device) if device.type == "cuda" else parts:
             if verifier:
                 verifier.poll()
+            if told:
+                bad_images.add(len(batch[0]), told.popleft())
             yield batch
     except ValueError as error:
         traceback.clear_frames(error.__traceback__)  # they hold the workers too
@@ -104,6 +115,13 @@ def batches(
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
     finally:
         source.close()
+
+
+def _telling(parts: Iterator[tuple[Tensor, Tensor, Bad]], told: "collections.deque[Bad]") -> Iterator[Batch]:
+    """Yield batches, and put what could not be read of each aside."""
+    for stored, labels, bad in parts:
+        told.append(bad)
+        yield stored, labels
 
 
 class _Source(Iterator[Any]):

@@ -7,12 +7,13 @@ radices a, b of about sqrt(N) and a b >= N an index is x = b l + r, and the roun
 
 where h is the finaliser of SplitMix64 and g its increment (Steele, Lea and Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014), and the keys come from (seed, epoch). What falls outside N goes through the rounds again
-until it is inside, which is a bijection still; fewer than one index in sqrt(N) does. Up to `LISTED` ids are shuffled
-outright: that is faster, and of so few every order is possible.
+until it is inside, which is a bijection still; fewer than one index in sqrt(N) does. Its inverse undoes the rounds, the
+last one first. Up to `LISTED` ids are shuffled outright: that is faster, and of so few every order is possible.
 """
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ _INCREMENT = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _SHIFTS = np.uint64(30), np.uint64(27)
 _HALF = np.uint64(32)
+_REPLACING = 2**64  # an epoch that no run reaches, whose order says which id takes the place of another
 
 
 def shuffled(seed: int, epoch: int, positions: NDArray[np.int64], size: int) -> NDArray[np.int64]:
@@ -40,23 +42,47 @@ def shuffled(seed: int, epoch: int, positions: NDArray[np.int64], size: int) -> 
     """
     if size <= LISTED:
         return _permutation(seed, epoch, size)[positions]
-    keys = _keys(seed, epoch)
+    return _until_inside(_rounds, positions, _keys(seed, epoch), size)
+
+
+def following(seed: int, item: int, size: int) -> int:
+    """Return the id after another one in an order that only this function uses; the first one follows the last.
+
+    From any id on, ``size`` calls give every id once, so one that is not wanted is not met again before all others.
+
+    Args:
+        seed: of the order, at least 0.
+        item: an id in [0, size).
+        size: N, from 1 to 2**62.
+    """
+    if size <= LISTED:
+        order = _permutation(seed, _REPLACING, size)
+        position = np.flatnonzero(order == item)
+    else:
+        position = _until_inside(_inverse_rounds, np.array([item]), _keys(seed, _REPLACING), size)
+    return int(shuffled(seed, _REPLACING, (position + 1) % size, size)[0])
+
+
+def _until_inside(
+    rounds: Callable[..., NDArray[np.uint64]], start: NDArray[np.int64], keys: NDArray[np.uint64], size: int
+) -> NDArray[np.int64]:
+    """Return what rounds lead to, repeated where that is not below the size."""
     rows = math.isqrt(size - 1) + 1  # a
     columns = -(-size // rows)  # b
-    ids = positions.astype(np.uint64)
+    ids = start.astype(np.uint64)
     outside = np.ones(ids.shape, bool)
     while outside.any():
-        ids[outside] = _rounds(ids[outside], keys, np.uint64(rows), np.uint64(columns))
+        ids[outside] = rounds(ids[outside], keys, np.uint64(rows), np.uint64(columns))
         outside = ids >= size
     return ids.astype(np.int64)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)  # two epochs, and the order of `following`
 def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def _keys(seed: int, epoch: int) -> NDArray[np.uint64]:
     return np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64).astype(np.uint64)
 
@@ -68,6 +94,18 @@ def _rounds(x: NDArray[np.uint64], keys: NDArray[np.uint64], rows: np.uint64, co
         left = np.minimum(left, left - rows)  # modulo the radix: below zero it wraps to what is larger
         right = right + _below(columns, left, column_key)
         right = np.minimum(right, right - columns)
+    return left * columns + right
+
+
+def _inverse_rounds(
+    x: NDArray[np.uint64], keys: NDArray[np.uint64], rows: np.uint64, columns: np.uint64
+) -> NDArray[np.uint64]:
+    left, right = x // columns, x % columns
+    for row_key, column_key in zip(keys[-2::-2], keys[::-2], strict=True):
+        right = right - _below(columns, left, column_key)
+        right = np.minimum(right, right + columns)  # what is below zero has wrapped
+        left = left - _below(rows, right, row_key)
+        left = np.minimum(left, left + rows)
     return left * columns + right
 
 
