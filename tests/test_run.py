@@ -3,12 +3,16 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_train import assert_same_run, run, stats, weights
 
 from fastmask.checkpoint import checkpoints
 from fastmask.config import TrainConfig
+from fastmask.data import sample_ids
+from fastmask.data.order import following
 from fastmask.diffusion import training_draws
 from fastmask.run import gpu_of, memory_used
 from fastmask.train import main
@@ -97,6 +101,93 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step(tmp_path, monkeypat
     for name in ("faulty", "whole"):
         run(tmp_path / name, *flags, steps=8, unmask=0)
     assert_same_run(tmp_path / "faulty", tmp_path / "whole")
+
+
+def images(folder, damaged):
+    """Write forty images, of which some are damaged, and return the flags that train on them."""
+    folder.mkdir()
+    for i in range(40):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+            folder / f"{i:02}.png"
+        )
+    for i in damaged:
+        file = folder / f"{i:02}.png"
+        file.write_bytes(file.read_bytes()[:90])
+    return ["--data", str(folder), "--report-every", "1", "--checkpoint-every", "100", "--decoder", "pil"]
+
+
+def times_bad(damaged, count):
+    """Return how often an image cannot be read in the first so many samples of a run over forty."""
+    times = 0
+    for item in sample_ids(0, 0, count, 40).tolist():
+        while item in damaged:
+            item, times = following(0, item, 40), times + 1
+    return times
+
+
+def test_a_damaged_image_stops_with_a_checkpoint_from_which_skip_goes_on(tmp_path):
+    damaged = sample_ids(0, 0, 40, 40)[[33]].tolist()  # of the third step
+    flags = images(tmp_path / "images", damaged)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=rf"{damaged[0]:02}\.png cannot be read .* \(--on-bad skip trains on another"
+        ):
+            run(tmp_path / "run", *flags, steps=5, unmask=0)
+        assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-00000002"]
+    for name in ("run", "whole"):
+        run(tmp_path / name, *flags, "--on-bad", "skip", steps=5, unmask=0)
+    for key, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, weights(tmp_path / "whole")[key])
+    assert stats(tmp_path / "run")[-1]["bad_images"] == times_bad(damaged, 80) == 2
+
+
+def test_a_run_that_skips_is_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
+    """After an error in a step whose images were read already, and with workers."""
+    damaged, real, seen = (3, 17, 30), training_draws, []
+    flags = [*images(tmp_path / "images", damaged), "--on-bad", "skip"]
+
+    def draws(*arguments, **settings):
+        seen.append(1)
+        if len(seen) == 4:
+            raise FaultyError("a fault")
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr("fastmask.step.training_draws", draws)
+    with pytest.raises(FaultyError):
+        run(tmp_path / "faulty", *flags, steps=5, unmask=0)
+    monkeypatch.undo()
+    run(tmp_path / "faulty", *flags, "--num-workers", "2", steps=5, unmask=0)
+    capsys.readouterr()
+    run(tmp_path / "whole", *flags, steps=5, unmask=0)
+    assert_same_run(tmp_path / "faulty", tmp_path / "whole")
+    counts = [times_bad(damaged, 16 * step) for step in range(1, 6)]
+    assert counts[2] < counts[3], "the step that failed had a damaged image"
+    assert [line["bad_images"] for line in stats(tmp_path / "whole")] == counts
+    out = capsys.readouterr().out
+    assert f"--on-bad skip: {counts[-1]} times an image could not be read, and another took its place" in out
+    assert re.search(rf"step +5/5 .*  {counts[-1]} bad images", out)
+
+
+def test_too_many_damaged_images_stop_with_a_checkpoint(tmp_path):
+    damaged = range(0, 40, 5)
+    flags = [*images(tmp_path / "images", damaged), "--on-bad", "skip"]
+    step = next(step for step in range(8) if 16 * step + times_bad(damaged, 16 * step) >= 100)
+    with pytest.raises(ValueError, match=r"of the 1\d\d images that were read are damaged, which is more than 10%"):
+        run(tmp_path, *flags, steps=40, unmask=0)
+    assert [folder.name for folder in checkpoints(tmp_path)] == [f"step-{step - 1:08}"]
+
+
+def test_rolling_back_counts_on(tmp_path, monkeypatch):
+    damaged, real = sample_ids(0, 0, 80, 40)[[50, 66]].tolist(), training_draws  # of the fourth batch and the fifth
+
+    def draws(images, labels, *, offset, **settings):
+        drawn = real(images, labels, offset=offset, **settings)
+        return drawn._replace(noise=torch.where(offset == 3 * 16, torch.nan, drawn.noise))
+
+    monkeypatch.setattr("fastmask.step.training_draws", draws)
+    flags = [*images(tmp_path / "images", damaged), "--on-bad", "skip", "--on-divergence", "rollback"]
+    run(tmp_path, *flags, "--checkpoint-every", "3", steps=4, unmask=0)
+    assert stats(tmp_path)[-1]["bad_images"] == times_bad(damaged, 5 * 16) > times_bad(damaged, 4 * 16)
 
 
 def test_an_error_while_the_weights_are_moved_leaves_none(tmp_path, monkeypatch):

@@ -10,12 +10,13 @@ import pytest
 import torch
 from vaes import small_vae
 
-from fastmask.data import batches, open_data
+from fastmask.data import batches, open_data, sample_ids
 from fastmask.data import dali as module
 from fastmask.data.dali import JpegDecoder, is_jpeg, pick_decoder
 from fastmask.data.decoding import decoded
 from fastmask.data.images import decode
 from fastmask.data.imageset import ImageSet
+from fastmask.data.order import following
 from fastmask.data.sources import open_source
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -275,6 +276,30 @@ def test_an_unreadable_image_in_training_is_one_line(dali, tmp_path, num_workers
     with pytest.raises(ValueError, match=r"06\.jpg cannot be read as an image: ") as error:
         run_of(data, num_workers=num_workers)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_by_dali_the_same_images_take_the_place_of_damaged_ones(dali, tmp_path, num_workers, capsys):
+    """In the same bits as where they come by themselves, whatever else is in a batch with a damaged one."""
+    path = folder(tmp_path)
+    whole = opened(path, "dali").read_for_dali(np.arange(10)).values
+    for name in ("a/06.jpg", "a/08.jpg", "b/03.png"):
+        (path / name).write_bytes((path / name).read_bytes()[:200])
+    data, pil = (opened(path, decoder, skip_seed=3) for decoder in ("dali", "pil"))
+    capsys.readouterr()
+    images, labels = run_of(data, num_workers=num_workers)
+    said = capsys.readouterr().out
+    by_pil, same_labels = run_of(pil)
+    assert torch.equal(labels, same_labels)
+    assert (images.int() - by_pil.int()).abs().max() <= 2
+    assert sorted(said.splitlines()) == sorted(capsys.readouterr().out.splitlines())
+    assert said.count("another image taken in its place") == 3
+    known = {i: torch.from_numpy(by_dali([value], 32)[0]) for i, value in enumerate(whole) if isinstance(value, bytes)}
+    for item, image in zip(sample_ids(3, 0, 30, 10).tolist(), images, strict=True):
+        while item in (3, 4, 6):
+            item = following(3, item, 10)
+        assert item == 8 or torch.equal(image.int(), known[item].int()), "8 is a PNG"
+    assert torch.equal(run_of(data, 3, num_workers, batch_size=3)[0], images[3:])
 
 
 def test_prepare_says_what_decodes_and_the_manifest_too(dali, tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import chi2
 
 from fastmask.data import order
-from fastmask.data.order import LISTED, shuffled
+from fastmask.data.order import LISTED, following, shuffled
 
 
 def whole(seed, epoch, size):
@@ -29,6 +29,28 @@ def test_every_id_comes_once(size):
 def test_the_bijection_holds_for_few_too(size, monkeypatch):
     monkeypatch.setattr(order, "LISTED", 0)
     assert np.array_equal(np.sort(whole(0, 2, size)), np.arange(size))
+
+
+@pytest.mark.parametrize("listed", [0, LISTED])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 64, 65, 121, 122])
+def test_what_follows_is_a_round_through_all(size, listed, monkeypatch):
+    """Of a list, and of the rounds and their inverse."""
+    monkeypatch.setattr(order, "LISTED", listed)
+    rounds = [[0] for _ in range(2)]
+    for seed, ids in enumerate(rounds):
+        while len(ids) < size:
+            ids.append(following(seed, ids[-1], size))
+        assert sorted(ids) == list(range(size))
+        assert following(seed, ids[-1], size) == 0
+    assert size < 7 or rounds[0] != rounds[1]
+
+
+@pytest.mark.parametrize("size", [LISTED + 1, 1_281_167, 10**12])
+def test_what_follows_among_many(size):
+    """The inverse of the rounds is one: the order goes on from an id as from its position."""
+    places = np.array([0, 1, size // 3, size - 2])
+    ids = shuffled(5, order._REPLACING, np.append(places, places + 1), size)
+    assert [following(5, item, size) for item in ids[:4].tolist()] == ids[4:].tolist()
 
 
 @pytest.mark.parametrize("size", [5, 100_000])
