@@ -168,6 +168,12 @@ def test_a_run_that_skips_is_resumed_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert re.search(rf"step +5/5 .*  {counts[-1]} bad images", out)
 
 
+def test_damaged_images_are_counted_on_all_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastmask.run.all_sum", lambda tensor, ranks: 2 * tensor)  # as if another had as many
+    run(tmp_path, *images(tmp_path / "images", [3, 17, 30]), "--on-bad", "skip", steps=4, unmask=0)
+    assert stats(tmp_path)[-1]["bad_images"] == 2 * times_bad([3, 17, 30], 64) > 0
+
+
 def test_too_many_damaged_images_stop_with_a_checkpoint(tmp_path):
     damaged = range(0, 40, 5)
     flags = [*images(tmp_path / "images", damaged), "--on-bad", "skip"]
