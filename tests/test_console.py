@@ -4,13 +4,21 @@ import sys
 
 import pytest
 
-from fastmask.console import printable, say
+from fastmask.console import get_console, printable, say, say_from_any_rank
 
 
 def test_lines_are_said_as_they_are(capsys):
     line = "runs/[bold]3.5[/] " + "wide " * 60 + "."
     say(line)
     assert capsys.readouterr().out == line + "\n"
+
+
+def test_what_every_process_says(capsys, monkeypatch):
+    """Those too that leave the rest to the first one, and do so afterwards."""
+    monkeypatch.setattr(get_console(), "quiet", True)
+    say_from_any_rank("one")
+    say("two")
+    assert capsys.readouterr().out == "one\n"
 
 
 def test_data_are_read_without_rich():

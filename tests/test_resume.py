@@ -24,7 +24,7 @@ def test_every_field_named_is_one():
 
 def test_free_fields_are_not_recorded():
     assert changes_of(STORED, GOOD, "runs/x") == {}
-    changed = dataclasses.replace(GOOD, report_every=7, num_workers=2, sample_every=5, loss_limit=9.0)
+    changed = dataclasses.replace(GOOD, report_every=7, num_workers=2, sample_every=5, loss_limit=9.0, on_bad="skip")
     assert changes_of(STORED, changed, "runs/x") == {}
 
 

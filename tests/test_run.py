@@ -184,16 +184,19 @@ def test_too_many_damaged_images_stop_with_a_checkpoint(tmp_path):
 
 
 def test_rolling_back_counts_on(tmp_path, monkeypatch):
+    """Three steps that are stored, one that is reported, one that diverges, and two more."""
     damaged, real = sample_ids(0, 0, 80, 40)[[50, 66]].tolist(), training_draws  # of the fourth batch and the fifth
 
     def draws(images, labels, *, offset, **settings):
         drawn = real(images, labels, offset=offset, **settings)
-        return drawn._replace(noise=torch.where(offset == 3 * 16, torch.nan, drawn.noise))
+        return drawn._replace(noise=torch.where(offset == 4 * 16, torch.nan, drawn.noise))
 
     monkeypatch.setattr("fastmask.step.training_draws", draws)
     flags = [*images(tmp_path / "images", damaged), "--on-bad", "skip", "--on-divergence", "rollback"]
-    run(tmp_path, *flags, "--checkpoint-every", "3", steps=4, unmask=0)
-    assert stats(tmp_path)[-1]["bad_images"] == times_bad(damaged, 5 * 16) > times_bad(damaged, 4 * 16)
+    run(tmp_path, *flags, "--checkpoint-every", "3", steps=5, unmask=0)
+    counts = [times_bad(damaged, 16 * count) for count in (3, 4, 5, 7)]
+    assert stats(tmp_path)[-1]["bad_images"] == counts[3]
+    assert counts[0] < counts[1] < counts[2]
 
 
 def test_an_error_while_the_weights_are_moved_leaves_none(tmp_path, monkeypatch):

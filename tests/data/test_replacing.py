@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastmask.console import get_console
 from fastmask.data import batches, open_data, sample_ids
 from fastmask.data.order import following
 from fastmask.data.replacing import BadImages, read_or_replace
@@ -104,6 +105,15 @@ def test_where_none_can_be_read_the_search_ends(size, others):
     with pytest.raises(ValueError, match=message):
         read_or_replace(reads, [0], seed=0, size=size)
     assert len(set(tried)) == len(tried) == others + 1
+
+
+def test_each_process_names_what_it_meets_once(capsys, monkeypatch):
+    monkeypatch.setattr(get_console(), "quiet", True)  # as of all but the first
+    bad = BadImages()
+    for _ in range(2):
+        bad.add(4, [(1, "1.png is damaged"), (1, "1.png is damaged")])
+    assert capsys.readouterr().out == "left out, and another image taken in its place: 1.png is damaged\n"
+    assert bad.count == 4
 
 
 def test_too_many_are_an_error_and_a_few_are_not():
