@@ -91,7 +91,7 @@ def batches(
         shuffle=False,
         num_workers=num_workers,
         collate_fn=as_it_is,
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda" and not dali,  # whose files are no tensors
         persistent_workers=False,
         worker_init_fn=_ignore_signals,
     )
