@@ -1,10 +1,12 @@
 """Training in several processes, started by torchrun: who is who, and how the network is shared among them."""
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import inspect
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, cast
 
@@ -17,6 +19,8 @@ from fastmask.model import MaskDiT
 
 Parallel = Literal["ddp", "fsdp2", "fsdp2-grad-op"]
 T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,20 @@ class Ranks:
         except ValueError as error:
             raise ValueError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, as torchrun sets: {error}") from None
         return cls(rank, count, local) if count > 1 else cls()
+
+
+def signal_if_torchrun_dies(number: int) -> None:
+    """Have Linux send a signal to this process when torchrun, which started it, is killed and can end it no more.
+
+    A process of another launcher, or of none, may outlive the one that started it.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    torchrun = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):  # other systems lack the call
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != torchrun:  # it died before the call
+        signal.raise_signal(number)
 
 
 def own_device(device: torch.device, ranks: Ranks) -> torch.device:

@@ -125,7 +125,7 @@ class Run:
             if signaled:
                 checkpointer.wait()
                 say(f"stopped after step {self.step}: the same command resumes from there")
-                raise SystemExit(128 + signaled if signaled == signal.SIGINT else 0)
+                raise SystemExit(exit_code(signaled))
 
     def roll_back(self, error: DivergedError) -> None:
         """Go back to the last checkpoint, and on with samples that the run has not seen; or stop, as configured."""
@@ -315,6 +315,11 @@ class Watch:
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
+
+
+def exit_code(number: int) -> int:
+    """Return the exit code of a run that a signal ended: 0 where somebody asked for it, but for Ctrl-C."""
+    return 128 + number if number in (signal.SIGINT, signal.SIGUSR2) else 0
 
 
 def gpu_of(config: TrainConfig) -> Gpu | None:

@@ -23,13 +23,20 @@ from fastmask.counts import trainable_parameters
 from fastmask.data import DataSet, open_data
 from fastmask.data.images import ImageArray
 from fastmask.data.imageset import ImageSet
-from fastmask.distributed import Ranks, from_first, is_lost_rank, own_device, process_group
+from fastmask.distributed import (
+    Ranks,
+    from_first,
+    is_lost_rank,
+    own_device,
+    process_group,
+    signal_if_torchrun_dies,
+)
 from fastmask.files import locked
 from fastmask.numerics import set_numerics
 from fastmask.optim import resolve_optimizer
 from fastmask.presets import PRESETS
 from fastmask.report import console, print_plan
-from fastmask.run import Run
+from fastmask.run import Run, exit_code
 from fastmask.watch import DivergedError
 
 _NAME = "python -m fastmask.train"
@@ -322,14 +329,16 @@ def check_memory(config: TrainConfig, channels: int, size: int, ranks: Ranks) ->
 
 
 class StopSignals:
-    """Which signal to stop has arrived: SIGINT, SIGTERM, SIGHUP of a closed terminal, or Slurm's SIGUSR1.
+    """Which signal to stop has arrived: SIGINT, SIGTERM, SIGHUP of a closed terminal, Slurm's SIGUSR1, or SIGUSR2.
+
+    SIGUSR2 means that torchrun is gone: without it nobody would end the processes that it started.
 
     Attributes:
         received: its number, 0 before.
         at_once: whether it ends the process at once, as before the first step, or is left to the end of a step.
     """
 
-    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self.received, self.at_once = 0, True
@@ -339,11 +348,11 @@ class StopSignals:
         if self.received:
             raise KeyboardInterrupt  # a second signal does not wait for the step
         self.received = number
-        name = signal.Signals(number).name
+        name = "torchrun is gone" if number == signal.SIGUSR2 else signal.Signals(number).name
         if self.at_once:
-            say(f"stopped by {name} before the first step: the same command starts again")
-            raise SystemExit(128 + number if number == signal.SIGINT else 0)
-        say(f"{name}: stopping after this step, with a checkpoint; a second one does not wait")
+            say(f"{name}: stopped before the first step; the same command starts again")
+            raise SystemExit(exit_code(number))
+        say(f"{name}: stopping after this step, with a checkpoint; a second signal does not wait")
 
 
 @contextlib.contextmanager
@@ -352,6 +361,7 @@ def stop_signals() -> Iterator[StopSignals]:
     signals = StopSignals()
     before = {number: signal.signal(number, signals.note) for number in signals.NUMBERS}
     try:
+        signal_if_torchrun_dies(signal.SIGUSR2)
         yield signals
     finally:
         for number, handler in before.items():

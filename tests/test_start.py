@@ -103,7 +103,7 @@ def test_a_signal_before_the_first_step_is_said(capsys):
         with pytest.raises(SystemExit) as stop:
             StopSignals().note(number, None)
         assert stop.value.code == code
-        assert f"stopped by {signal.Signals(number).name} before the first step" in capsys.readouterr().out
+        assert f"{signal.Signals(number).name}: stopped before the first step" in capsys.readouterr().out
 
 
 def test_a_second_signal_does_not_wait():
