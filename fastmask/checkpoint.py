@@ -65,10 +65,13 @@ class Checkpointer:
     Args:
         run_dir: the run's folder.
         keep: how many checkpoints stay.
+
+    Attributes:
+        writes: whether this process is the one that writes; another one may, if the first is gone.
     """
 
     def __init__(self, run_dir: Path, keep: int) -> None:
-        self.run_dir, self.keep = run_dir, keep
+        self.run_dir, self.keep, self.writes = run_dir, keep, _rank() == 0
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
@@ -120,7 +123,7 @@ class Checkpointer:
         parts = {"model": weights, "ema": {**weights, **ema}, "optimizer": _optimizer_tensors(net, optimizer)}
         if profiles:
             parts["profiles"] = _averages(profiles)
-        host = {part: _to_host(tensors) for part, tensors in parts.items()}
+        host = {part: _to_host(tensors, self.writes) for part, tensors in parts.items()}
         text = json.dumps({"step": step, "format": FORMAT, **state}, indent=2) + "\n"
         widths = [profile.width for profile in profiles]
 
@@ -139,8 +142,8 @@ class Checkpointer:
         """
         self.wait()
         parameters = dict(net.named_parameters())
-        tables = _to_host({name: t for name, t in net.state_dict().items() if name not in parameters})
-        averages, widths = _to_host(_averages(profiles)), [profile.width for profile in profiles]
+        tables = _to_host({name: t for name, t in net.state_dict().items() if name not in parameters}, self.writes)
+        averages, widths = _to_host(_averages(profiles), self.writes), [profile.width for profile in profiles]
         self._begin(net, lambda: self._write_snapshots(step, net, tables, averages, widths))
 
     def wait(self) -> None:
@@ -158,7 +161,7 @@ class Checkpointer:
         device = next(net.parameters()).device
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
-        if _rank() == 0:
+        if self.writes:
             self._writing = self._thread.submit(_as_os_error, write)
 
     def _write_checkpoint(
@@ -339,15 +342,15 @@ def _averages(profiles: Sequence[PowerEMA]) -> dict[str, Tensor]:
     return {f"{p.width:g}/{name}": tensor for p in profiles for name, tensor in p.weights.items()}
 
 
-def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies on the host, whole; nothing on other ranks than 0, which gather with it what is sharded.
+def _to_host(tensors: Mapping[str, Tensor], writes: bool) -> dict[str, Tensor]:
+    """Return copies on the host, whole; nothing on ranks that do not write, which help to gather what is sharded.
 
     Copies from a device may still be under way.
     """
-    host, rank = {}, _rank()
+    host = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
-        if rank == 0:
+        if writes:
             copy = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
             host[name] = copy.copy_(full, non_blocking=True)
     return host

@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,12 @@ def apply_umask(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold a file as a lock inside the block; the system lets go of it when the process ends, however it does.
+
+    Args:
+        path: the file.
+        patience: seconds to wait for it.
 
     Raises:
         ValueError: another process holds it; says which, and on which machine.
@@ -65,11 +70,17 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = open_lock(path)
     try:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 300).decode(errors="replace").strip() or "another process"
-            raise ValueError(f"{path.parent} is in use by {holder}: wait for it, or name another folder") from None
+        until = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < until:
+                    time.sleep(0.1)
+                    continue
+                holder = os.read(descriptor, 300).decode(errors="replace").strip() or "another process"
+                raise ValueError(f"{path.parent} is in use by {holder}: wait for it, or name another folder") from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

@@ -5,6 +5,7 @@ import json
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -13,9 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.checkpoint import Checkpointer, load_checkpoint, load_initial, newest_good, read_state, step_of
+from fastmask.checkpoint import (
+    Checkpointer,
+    checkpoints,
+    load_checkpoint,
+    load_initial,
+    newest_good,
+    read_state,
+    step_of,
+)
 from fastmask.config import TrainConfig, build_model, flat
-from fastmask.console import say
+from fastmask.console import get_console, say
 from fastmask.cost import Gpu, gpu_named
 from fastmask.counts import forward_macs
 from fastmask.data import DataSet, batches
@@ -25,7 +34,7 @@ from fastmask.data.verify import verifier_of
 from fastmask.diffusion import Denoiser, draw_samples
 from fastmask.distributed import Ranks, all_max, all_sum, shard
 from fastmask.ema import EMA, PowerEMA
-from fastmask.files import whole_file
+from fastmask.files import locked, whole_file
 from fastmask.optim import learning_rate, make_optimizer
 from fastmask.profiling import profile_steps
 from fastmask.report import Report, versions
@@ -35,6 +44,8 @@ from fastmask.watch import DivergedError, check_spike
 
 _ROLLBACKS = 3  # from one checkpoint; then other samples do not help
 _RECENT = 10  # mean losses that the next is compared with
+LOCK = ".lock"  # in the run folder, held by the first process
+_PATIENCE = 2.0  # seconds until the lock of a process that was killed is free
 _FIRST_LOSSES = (1, 10)  # steps after a start at which a loss is shown already
 
 
@@ -96,8 +107,10 @@ class Run:
             except DivergedError:
                 raise
             except Exception as error:
-                self._save_what_is_done(checkpointer)
-                if "DataLoader worker" not in str(error):  # which torch raises in the main thread, wherever that is
+                with losses_of_workers_ignored():  # torch would raise them in the middle of what follows
+                    self._save_what_is_done(checkpointer)
+                    data.close()
+                if not is_lost_worker(error):
                     raise
                 raise ValueError(f"a process that reads the data is gone ({error}): is the memory enough?") from error
 
@@ -234,17 +247,43 @@ class Run:
     def _save_what_is_done(self, checkpointer: Checkpointer) -> None:
         """Write a checkpoint after an error, where the weights are those of a whole step and this process has them."""
         sharded = self.ranks.count > 1 and self.config.parallel != "ddp"
-        if self.step == self._stored or self.training.updating or sharded or self.ranks.rank:
+        if self.step == self._stored or self.training.updating or sharded:
             return
         try:
-            self.training.tally.check_finite(Ranks())  # the others may be gone
-            self.add_up_bad_images(Ranks())
-            self._save(checkpointer)
-            checkpointer.wait()
+            with self._writing_alone(checkpointer) as writes:
+                if not writes:
+                    return
+                self.training.tally.check_finite(Ranks())  # the others may be gone
+                self.add_up_bad_images(Ranks())
+                self._save(checkpointer)
+                checkpointer.wait()
         except (ValueError, OSError, RuntimeError) as error:
             say(f"no checkpoint of step {self.step} could be written: {error}")
         else:
             say(f"after an error a checkpoint of step {self.step} was written: the same command resumes from there")
+
+    @contextlib.contextmanager
+    def _writing_alone(self, checkpointer: Checkpointer) -> Iterator[bool]:
+        """Say whether this process is the one to write inside the block.
+
+        That is the first one. If it is gone, another one takes its lock of the run folder, one after the other, until
+        the step is stored.
+        """
+        if not self.ranks.rank:
+            yield True
+            return
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.run_dir / LOCK, patience=_PATIENCE))
+            except (ValueError, OSError):
+                yield False  # the first one is there, or the run has been started again
+                return
+            stored = checkpoints(self.run_dir)
+            if stored and step_of(stored[-1]) >= self.step:
+                yield False
+                return
+            get_console().quiet, checkpointer.writes = False, True
+            yield True
 
     def _load(self, folder: Path) -> None:
         state = load_checkpoint(folder, self.net, self.ema.weights, self.optimizer, self.profiles)
@@ -315,6 +354,29 @@ class Watch:
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
+
+
+def is_lost_worker(error: Exception) -> bool:
+    """Return whether an error means that a process is gone that reads the data.
+
+    torch says so in the main thread, wherever that is; before that, what it was to hand over may be missing.
+    """
+    if isinstance(error, OSError):
+        return isinstance(error, ConnectionError) or (isinstance(error, FileNotFoundError) and error.filename is None)
+    return isinstance(error, EOFError) or "DataLoader worker" in str(error)
+
+
+@contextlib.contextmanager
+def losses_of_workers_ignored() -> Iterator[None]:
+    """Let processes that read the data end inside the block without a word from torch's handler of SIGCHLD."""
+    if threading.current_thread() is not threading.main_thread():  # where torch has none
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def exit_code(number: int) -> int:

@@ -36,7 +36,7 @@ from fastmask.numerics import set_numerics
 from fastmask.optim import resolve_optimizer
 from fastmask.presets import PRESETS
 from fastmask.report import console, print_plan
-from fastmask.run import Run, exit_code
+from fastmask.run import LOCK, Run, exit_code
 from fastmask.watch import DivergedError
 
 _NAME = "python -m fastmask.train"
@@ -239,7 +239,7 @@ def train(
         Run(config, dataset, ranks, anew=True).profile(profile)
         return
     with contextlib.ExitStack() as held:
-        from_first(ranks, lambda: held.enter_context(locked(run_dir / ".lock")))
+        from_first(ranks, lambda: held.enter_context(locked(run_dir / LOCK)))
         run = Run(config, dataset, ranks)
         if run.step >= config.max_steps:
             say(f"{run_dir}: all {run.step} steps are done")
