@@ -162,7 +162,7 @@ class Checkpointer:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
         if self.writes:
-            self._writing = self._thread.submit(_as_os_error, write)
+            self._writing = self._thread.submit(write)
 
     def _write_checkpoint(
         self, step: int, net: Denoiser, parts: Mapping[str, Mapping[str, Tensor]], state: str
@@ -179,7 +179,7 @@ class Checkpointer:
                 if part in ("model", "ema"):
                     save_weights(file, net, tensors, checksum=False)
                 else:
-                    safetensors.torch.save_file(dict(tensors), file)
+                    _save(file, tensors)
             (partial / "state.json").write_text(state)
             (partial / SUMS).write_text("".join(checksums(partial).values()))
             for path in partial.iterdir():
@@ -323,11 +323,11 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _as_os_error(write: Callable[[], None]) -> None:
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
-        write()
+        safetensors.torch.save_file(dict(tensors), file)
     except SafetensorError as error:  # how safetensors reports a failed write
-        raise OSError(str(error)) from error
+        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

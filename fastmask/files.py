@@ -24,17 +24,25 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
-        partial.unlink(missing_ok=True)  # of a killed process, or a link that would be written through
-        yield partial
-        if partial.exists():
-            apply_umask(partial)
-        os.replace(partial, path)
+        with named(path):
+            partial.unlink(missing_ok=True)  # of a killed process, or a link that would be written through
+            yield partial
+            if partial.exists():
+                apply_umask(partial)
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let an OSError of a full or failing disk inside the block name a file, which the system's own error does not."""
+    try:
+        yield
     except OSError as error:
         if error.errno in _DISK_ERRORS and error.filename is None:
             error.filename = str(path)
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -86,6 +94,37 @@ def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+class Presence:
+    """Tells whether a path still is the file that it was: not removed, and not in a folder that was moved or replaced.
+
+    Args:
+        path: the file.
+        interval: seconds in which one look is enough, since a file system may be slow.
+    """
+
+    def __init__(self, path: Path, interval: float = 5.0) -> None:
+        self._path, self._interval = path, interval
+        self._first, self._looked_at = self._look(), time.monotonic()
+
+    def is_lost(self) -> bool:
+        """Return whether it was seen that the file is gone, or is another."""
+        if time.monotonic() - self._looked_at < self._interval:
+            return False
+        self._looked_at = time.monotonic()
+        return self._look() != self._first
+
+    def is_another(self) -> bool:
+        """Return whether there is a file by now that somebody else has made."""
+        return self._look() not in (None, self._first)
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
 
 def sync(file: Any) -> None:

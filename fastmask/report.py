@@ -1,11 +1,14 @@
 """What a run says of itself: `stats.jsonl`, TensorBoard events, sample grids, and the dry run's table."""
 
+import contextlib
 import importlib.util
 import json
 import platform
 import shutil
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +23,7 @@ from fastmask.config import TrainConfig, flat
 from fastmask.console import get_console, say
 from fastmask.cost import ASSUMED, GPUS, RESERVE, memory_of, predict_run
 from fastmask.counts import forward_macs, trainable_parameters
-from fastmask.files import whole_file
+from fastmask.files import named, whole_file
 from fastmask.masking import kept_count
 from fastmask.model import MaskDiT
 
@@ -44,11 +47,9 @@ class Report:
         if speaks and self._path.exists():
             with whole_file(self._path) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._tensorboard: Any = None
+        self._events: Events | None = None
         if speaks and importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (optional, and slow to import)
-
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+            self._events = Events(run_dir / "tensorboard", first_step)
         elif speaks:
             say("no TensorBoard events: tensorboard is not installed (pip install tensorboard)")
         self._progress = Progress(
@@ -71,8 +72,9 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
-        if self._tensorboard:
-            self._tensorboard.close()
+        if self._events:
+            with contextlib.suppress(OSError if error else ()):  # the first error is the one to see
+                self._events.close()
 
     def advance(self, step: int) -> None:
         """Move the bar to a number of steps done."""
@@ -97,11 +99,10 @@ class Report:
         seconds = time.perf_counter() - since
         self._train_s += seconds
         figures = {**figures, "images_per_s": images / seconds, "train_s": self._train_s}
-        with self._path.open("a") as file:
+        with named(self._path), self._path.open("a") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
-        if self._tensorboard:
-            for name, value in figures.items():
-                self._tensorboard.add_scalar(name, value, step)
+        if self._events:
+            self._events.add_scalars(figures, step)
         shown = f"loss {figures['loss']:.4f}  {figures['images_per_s']:,.0f} images/s"
         if figures.get("bad_images"):
             shown += f"  {figures['bad_images']:,} bad images"
@@ -116,8 +117,56 @@ class Report:
         if not self._speaks:
             return
         grid = save_grid(path, images, columns)
-        if self._tensorboard:
-            self._tensorboard.add_image("samples", grid, step, dataformats="HWC")
+        if self._events:
+            self._events.add_image(grid, step)
+
+
+class Events:
+    """Writes TensorBoard's events; what its thread runs into is raised here, as an OSError that names the folder.
+
+    Args:
+        folder: where they go.
+        first_step: steps done so far; TensorBoard drops events of later ones.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  (optional, and slow to import)
+
+        self._folder, self._hook = folder, threading.excepthook
+        threading.excepthook = self._hide_its_own
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def add_scalars(self, figures: dict[str, float], step: int) -> None:
+        """Write figures of a step."""
+        with self._named():
+            for name, value in figures.items():
+                self._writer.add_scalar(name, value, step)
+
+    def add_image(self, pixels: "np.ndarray[Any, np.dtype[np.uint8]]", step: int) -> None:
+        """Write a grid of samples, (height, width, 3)."""
+        with self._named():
+            self._writer.add_image("samples", pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is left."""
+        try:
+            with self._named():
+                self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self._folder)) from error
+
+    def _hide_its_own(self, args: threading.ExceptHookArgs) -> None:
+        """Print the traceback of a thread that fails, unless it is that of TensorBoard, which hands its error over."""
+        handed_over = args.thread is not None and type(args.thread).__module__.startswith("tensorboard.")
+        if not (handed_over and issubclass(args.exc_type, OSError)):
+            self._hook(args)
 
 
 def read_stats(run_dir: Path, last_step: int) -> list[dict[str, float]]:

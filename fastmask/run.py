@@ -34,7 +34,7 @@ from fastmask.data.verify import verifier_of
 from fastmask.diffusion import Denoiser, draw_samples
 from fastmask.distributed import Ranks, all_max, all_sum, shard
 from fastmask.ema import EMA, PowerEMA
-from fastmask.files import locked, whole_file
+from fastmask.files import Presence, locked, whole_file
 from fastmask.optim import learning_rate, make_optimizer
 from fastmask.profiling import profile_steps
 from fastmask.report import Report, versions
@@ -89,6 +89,7 @@ class Run:
         self._bad_seen = self._bad_added = 0  # of this rank's: those of whole steps, and those in the sum
         self._rollbacks, self._rolled_back_to = 0, -1
         self._stored = 0  # step of the last checkpoint
+        self._lock = Presence(self.run_dir / LOCK)
         if newest:
             self._load(newest)
             say(f"resuming from {newest}")
@@ -122,6 +123,8 @@ class Run:
             keep = self._enter_stage(keep)
             self._do_step(data, keep)
             report.advance(self.step)
+            if not self.ranks.rank and self._lock.is_lost():
+                raise ValueError(f"{self.run_dir} was removed, moved or replaced while a run trained in it")
 
             signaled = all_max(stopped(), self.ranks)
             last = self.step == config.max_steps or signaled > 0
@@ -253,6 +256,8 @@ class Run:
             with self._writing_alone(checkpointer) as writes:
                 if not writes:
                     return
+                if self._lock.is_another():
+                    raise ValueError(f"{self.run_dir} is another run's by now")
                 self.training.tally.check_finite(Ranks())  # the others may be gone
                 self.add_up_bad_images(Ranks())
                 self._save(checkpointer)
@@ -260,7 +265,10 @@ class Run:
         except (ValueError, OSError, RuntimeError) as error:
             say(f"no checkpoint of step {self.step} could be written: {error}")
         else:
-            say(f"after an error a checkpoint of step {self.step} was written: the same command resumes from there")
+            say(
+                f"after an error a checkpoint of step {self.step} was written to {self.run_dir}: the same command "
+                f"resumes from there"
+            )
 
     @contextlib.contextmanager
     def _writing_alone(self, checkpointer: Checkpointer) -> Iterator[bool]:
