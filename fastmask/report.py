@@ -73,8 +73,11 @@ class Report:
     ) -> None:
         self._progress.stop()
         if self._events:
-            with contextlib.suppress(OSError if error else ()):  # the first error is the one to see
+            try:
                 self._events.close()
+            except OSError:
+                if error is None:  # else that one is to be seen
+                    raise
 
     def advance(self, step: int) -> None:
         """Move the bar to a number of steps done."""

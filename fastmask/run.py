@@ -108,9 +108,7 @@ class Run:
             except DivergedError:
                 raise
             except Exception as error:
-                with losses_of_workers_ignored():  # torch would raise them in the middle of what follows
-                    self._save_what_is_done(checkpointer)
-                    data.close()
+                self._save_what_is_done(checkpointer)
                 if not is_lost_worker(error):
                     raise
                 raise ValueError(f"a process that reads the data is gone ({error}): is the memory enough?") from error
@@ -200,7 +198,7 @@ class Run:
 
     def _batches(self, steps: int) -> Generator[Batch, None, None]:
         config = self.config
-        return batches(
+        data = batches(
             self.dataset,
             batch_size=config.micro_batch,
             seed=config.seed,
@@ -214,6 +212,7 @@ class Run:
             verifier=self._verifier,
             bad_images=self._bad,
         )
+        return unsignaled(data)
 
     def _enter_stage(self, before: int) -> int:
         """Return how many patches the next step keeps, and say so where that is new."""
@@ -365,26 +364,29 @@ class Watch:
 
 
 def is_lost_worker(error: Exception) -> bool:
-    """Return whether an error means that a process is gone that reads the data.
-
-    torch says so in the main thread, wherever that is; before that, what it was to hand over may be missing.
-    """
+    """Return whether an error means that a process is gone that reads the data: torch's, or that of a broken pipe."""
     if isinstance(error, OSError):
         return isinstance(error, ConnectionError) or (isinstance(error, FileNotFoundError) and error.filename is None)
     return isinstance(error, EOFError) or "DataLoader worker" in str(error)
 
 
-@contextlib.contextmanager
-def losses_of_workers_ignored() -> Iterator[None]:
-    """Let processes that read the data end inside the block without a word from torch's handler of SIGCHLD."""
-    if threading.current_thread() is not threading.main_thread():  # where torch has none
-        yield
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def unsignaled(data: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    """Yield batches, and let a lost process that reads them be an error of the next batch alone.
+
+    torch's handler of SIGCHLD would raise it wherever the main thread is: while the weights are moved, or in the
+    checkpoint that follows. Without it torch looks every few seconds while it waits for a batch.
+    """
+    has_handlers = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD)
     try:
-        yield
+        with contextlib.closing(data):
+            for batch in data:
+                if has_handlers:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                yield batch
     finally:
-        signal.signal(signal.SIGCHLD, handler)
+        if has_handlers:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def exit_code(number: int) -> int:

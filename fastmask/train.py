@@ -345,6 +345,8 @@ class StopSignals:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
+        if self.received and number == signal.SIGUSR2:
+            return  # Linux sends it for each thread of torchrun that ends, and torchrun may have passed on another
         if self.received:
             raise KeyboardInterrupt  # a second signal does not wait for the step
         self.received = number

@@ -107,9 +107,11 @@ def test_a_signal_before_the_first_step_is_said(capsys):
 
 
 def test_a_second_signal_does_not_wait():
+    """Unless it is the end of torchrun, which several signals may tell."""
     signals = StopSignals()
     signals.at_once = False
     signals.note(signal.SIGINT, None)
+    signals.note(signal.SIGUSR2, None)
     assert signals.received == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         signals.note(signal.SIGINT, None)
@@ -141,19 +143,3 @@ def test_a_run_with_workers_ends_after_an_error(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "fastmask.train: error: image 7 cannot be read"
     assert checkpoints(tmp_path)
-
-
-def test_a_killed_worker_ends_the_run(tmp_path):
-    flags = ["--max-steps", "1000000", "--unmask-steps", "0", "--report-every", "1", "--num-workers", "2"]
-    process = start(tmp_path, *flags)
-    until_it_trains(process, tmp_path)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    workers = [int(pid) for pid in children.split()]
-    os.kill(workers[0], signal.SIGKILL)
-    out, errors = process.communicate(timeout=30)
-    assert process.returncode == 2, errors
-    assert "a process that reads the data is gone" in errors.splitlines()[-1]
-    # torch raises it wherever the main thread is: before a step is reported, too, or while the weights are moved.
-    if "after an error a checkpoint of step" in out:
-        step = int(checkpoints(tmp_path)[-1].name.removeprefix("step-"))
-        assert step - max(line["step"] for line in stats(tmp_path)) in (0, 1)

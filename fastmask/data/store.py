@@ -141,7 +141,10 @@ class LatentStore:
         if mapped is None:
             if len(self._maps) >= _OPEN_SHARDS:
                 self._maps.pop(next(iter(self._maps)))
-            mapped = self._maps[number] = map_shard(self.path, self.manifest, self._shards[number])
+            try:
+                mapped = self._maps[number] = map_shard(self.path, self.manifest, self._shards[number])
+            except OSError as error:  # it was there when the store was opened
+                raise ValueError(f"{self.path} cannot be read any more: {error}") from error
         return mapped
 
 

@@ -103,6 +103,17 @@ def test_more_shards_than_are_kept_open(tmp_path, monkeypatch):
         assert np.array_equal(data.read(np.arange(10))[0].numpy(), records_of(about, 10)[0][:, 0])
 
 
+def test_a_store_that_is_gone_is_one_line(tmp_path):
+    """What is mapped can still be read; what is not mapped yet is no error of a worker with its traceback."""
+    write(tmp_path / "store", shard_size=4)
+    data = opened(tmp_path / "store")
+    data.read(np.arange(4))
+    (tmp_path / "store").rename(tmp_path / "gone")
+    data.read(np.arange(4))
+    with pytest.raises(ValueError, match=r"store cannot be read any more: .*No such file or directory: .*00001.npy"):
+        data.read(np.arange(8))
+
+
 def test_another_process_can_be_handed_the_store(tmp_path):
     write(tmp_path / "store")
     data = opened(tmp_path / "store")
