@@ -283,7 +283,7 @@ def load_checkpoint(
     return state
 
 
-def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> None:
+def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> bool:
     """Copy weights from elsewhere into a network and its EMA, of which sharded tensors (DTensor) take their part.
 
     Where they are for other classes or another size of images, the network keeps its own table of these, and a line
@@ -293,6 +293,9 @@ def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> None:
         init: a run folder or a checkpoint, whose weights and EMA both go on, or a file of weights for both.
         net: the denoiser.
         ema: averaged weights, by the names of ``net``'s parameters.
+
+    Returns:
+        Whether all parameters were loaded, and none was left as it was drawn.
 
     Raises:
         ValueError: nothing to read there, damaged files, or the weights of another network (lists the differing names).
@@ -313,6 +316,7 @@ def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> None:
     own = net.state_dict()
     _copy({name: own[name] for name in weights}, weights)
     _copy({name: ema[name] for name in weights if name in ema}, average)
+    return all(name in weights for name, _ in net.named_parameters())
 
 
 def _rank() -> int:

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 import tyro
 
+from fastmask.console import without_secrets
+
 T = TypeVar("T")
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -85,7 +87,7 @@ def run_command(name: str, command: Callable[[Sequence[str]], None]) -> None:
 
 def fail(name: str, message: str) -> None:
     """Print one line on the error stream and exit with code 2."""
-    sys.stderr.write(f"{name}: error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"{name}: error: {without_secrets(' '.join(message.split()))}\n")
     sys.exit(2)
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+from collections.abc import Collection
 from typing import Any, Literal
 
+from fastmask.console import without_secrets
 from fastmask.diffusion import EDM
 from fastmask.diffusion.processes import AnyProcess
 from fastmask.ema import gamma_of
@@ -153,6 +155,15 @@ class TrainConfig:
     cfg_scale: float = 1.5
     """Guidance of those grids; 1 is none."""
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the values by the names of their flags, as they may be printed and stored.
+
+        The process's fields stand beside the others, of which ``process`` is its name; a URL of data has no passwords,
+        tokens and query.
+        """
+        values = dataclasses.asdict(self)
+        return {**values, **values["process"], "process": self.process.name, "data": without_secrets(self.data)}
+
     @property
     def masked_steps(self) -> int:
         """Steps before the unmasked stage."""
@@ -185,12 +196,6 @@ class TrainConfig:
     def micro_batch(self) -> int:
         """Images computed at a time."""
         return min(self.micro_batch_size or self.batch_size, self.batch_size)
-
-
-def flat(config: TrainConfig) -> dict[str, Any]:
-    """Return a configuration by the names of its flags: those of its process beside the others, which has its name."""
-    values = dataclasses.asdict(config)
-    return {**values, **values["process"], "process": config.process.name}
 
 
 def check_config(config: TrainConfig, input_size: int) -> None:
@@ -301,14 +306,15 @@ def build_model(config: TrainConfig, channels: int, size: int) -> MaskDiT:
     )
 
 
-def fit_stages(config: TrainConfig, preset: TrainConfig) -> TrainConfig:
+def fit_stages(config: TrainConfig, preset: TrainConfig, given: Collection[str] = ()) -> TrainConfig:
     """Return a configuration whose warm-up and unmasked steps fit fewer steps than the preset has, in its proportions.
 
-    Where they fit, or are not the preset's, nothing changes.
+    Where they fit, are not the preset's, or are among the fields that were given, nothing changes.
     """
     stages = ("unmask_steps", "warmup_steps")
     fits = config.unmask_steps + config.warmup_steps <= config.max_steps
-    if fits or config.max_steps < 1 or any(getattr(config, name) != getattr(preset, name) for name in stages):
+    chosen = any(name in given or getattr(config, name) != getattr(preset, name) for name in stages)
+    if fits or config.max_steps < 1 or chosen:
         return config
     share = config.max_steps / preset.max_steps
     unmask, warmup = int(preset.unmask_steps * share), int(preset.warmup_steps * share)

@@ -2,10 +2,16 @@
 
 import functools
 import importlib
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+# What stands before the host in a URL and after its path: passwords, tokens, signatures.
+_PASSWORD = re.compile(r"(://[^/?#@:]*):[^/?#]*@")
+_TOKEN = re.compile(r"(https?://)[^/?#@:]+@")
+_QUERY = re.compile(r"([?&][^=&#\s]*=)[^&#\s]*")
 
 
 @functools.cache
@@ -16,8 +22,9 @@ def get_console() -> "Console":
 
 
 def say(message: str) -> None:
-    """Print one line as it is: not styled by what it holds, not broken where the terminal ends."""
+    """Print one line as it is but for secrets: not styled by what it holds, not broken where the terminal ends."""
     console = get_console()
+    message = without_secrets(message)
     # A name that the terminal cannot show must not end what prints it.
     message = message.encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(message, highlight=False, markup=False, soft_wrap=True)
@@ -38,3 +45,10 @@ def printable(name: str) -> str:
     if name.isprintable():
         return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def without_secrets(text: str) -> str:
+    """Return a URL, or a line that holds one, without passwords, tokens and the values of a query."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(r"\1***", _TOKEN.sub(r"\1***@", _PASSWORD.sub(r"\1:***@", text)))

@@ -30,16 +30,17 @@ class EMA:
 
     Attributes:
         decay: the same, of the present step.
+        warmup: see above.
     """
 
     def __init__(self, module: nn.Module, decay: float, *, warmup: bool = True) -> None:
         self.decay = self._longest = decay
-        self._warmup = warmup
+        self.warmup = warmup
         self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in module.named_parameters()}
 
     def begin_step(self, step: int) -> None:
         """Set the decay of a step, counted from 1: min(decay, 0.5^(1 / h)) with a half-life h of 0.05 step."""
-        if self._warmup:
+        if self.warmup:
             self.decay = min(self._longest, 0.5 ** (1 / (_WARMUP * step)))
 
     @torch.no_grad()

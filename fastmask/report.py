@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from fastmask.config import TrainConfig, flat
+from fastmask.config import TrainConfig
 from fastmask.console import get_console, say
 from fastmask.cost import ASSUMED, GPUS, RESERVE, memory_of, predict_run
 from fastmask.counts import forward_macs, trainable_parameters
@@ -247,7 +247,7 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
         model: the network; its tensors may be on the meta device.
     """
     fields = Table(title=f"configuration of {config.preset}", show_header=False)
-    names = [f"{name} = {value}" for name, value in flat(config).items()]
+    names = [f"{name} = {value}" for name, value in config.recorded().items()]
     half = -(-len(names) // 2)
     for i in range(half):
         fields.add_row(names[i], names[half + i] if half + i < len(names) else "")

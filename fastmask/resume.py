@@ -1,11 +1,11 @@
 """What may change when a run is resumed from a checkpoint, and how a change is recorded."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastmask.config import TrainConfig, flat
+from fastmask.config import TrainConfig
+from fastmask.console import without_secrets
 
 # Fields that do not change what is learned: they may differ, and are not recorded.
 FREE = frozenset(
@@ -63,8 +63,9 @@ def changes_of(
     Raises:
         ValueError: a field differs that cannot change; names each, and why.
     """
-    now, defaults = (json.loads(json.dumps(flat(some))) for some in (config, TrainConfig()))
+    now, defaults = (json.loads(json.dumps(some.recorded())) for some in (config, TrainConfig()))
     before = {**defaults, **stored}  # a field that was added later had its default
+    before["data"] = without_secrets(str(before["data"]))  # which earlier versions stored as given
     changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
     of_process = {field.name: field.metadata.get("fixed") for field in dataclasses.fields(config.process)}
     if "process" in changed:  # whose fields are of another one

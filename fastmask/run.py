@@ -23,8 +23,8 @@ from fastmask.checkpoint import (
     read_state,
     step_of,
 )
-from fastmask.config import TrainConfig, build_model, flat
-from fastmask.console import get_console, say
+from fastmask.config import TrainConfig, build_model
+from fastmask.console import get_console, say, without_secrets
 from fastmask.cost import Gpu, gpu_named
 from fastmask.counts import forward_macs
 from fastmask.data import DataSet, batches
@@ -94,7 +94,9 @@ class Run:
             self._load(newest)
             say(f"resuming from {newest}")
         elif config.init:
-            load_initial(config.init, self.net, self.ema.weights)
+            # A label table that was just drawn would stay in an average without warm-up for as long as trained weights
+            # should; the other weights change with it, so their average is worth no more than that of a new run.
+            self.ema.warmup = not load_initial(config.init, self.net, self.ema.weights)
 
     def go_on(self, checkpointer: Checkpointer, stopped: Callable[[], int]) -> None:
         """Train to the last step, or until told to stop; an error leaves a checkpoint of the last whole step."""
@@ -233,13 +235,14 @@ class Run:
 
     def _save(self, checkpointer: Checkpointer, snapshot: bool = False) -> None:
         state = {
-            "config": flat(self.config),
+            "config": self.config.recorded(),
             "scaler": self.training.scaler.state_dict(),
             "samples": self.samples,
             "bad_images": self.bad_images,
             "recent": self.recent,
             "changes": self.changes,
             "fingerprint": self.fingerprint,
+            "ema_warms_up": self.ema.warmup,
             "ema_warmup": True,  # or it began with trained weights; averages of earlier versions began at random
         }
         weights = self.ema.weights
@@ -300,6 +303,7 @@ class Run:
         self.samples = int(state.get("samples", seen))
         self.bad_images = int(state.get("bad_images", 0))
         self.recent = list(state.get("recent", []))
+        self.ema.warmup = bool(state.get("ema_warms_up", not self.config.init))
         if state["scaler"]:  # a run in another precision had none
             self.training.scaler.load_state_dict(state["scaler"])
         self.training.begin_anew()
@@ -453,11 +457,11 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint
             changes.append({"step": step, "field": name, "from": before, "to": value})
     if not ranks.rank and step < config.max_steps:
         said = {
-            "config": flat(config),
+            "config": config.recorded(),
             "fingerprint": fingerprint,
             "changes": changes,
             "versions": versions(),
-            "command": sys.argv,
+            "command": [without_secrets(argument) for argument in sys.argv],
         }
         with whole_file(run_dir / "run.json") as partial:
             partial.write_text(json.dumps(said, indent=2) + "\n")

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -65,7 +65,8 @@ def main(argv: Sequence[str]) -> None:
     )
     if command.profile < 0:
         raise ValueError(f"profile must be at least 0, not {command.profile}")
-    config = fit_stages(command.config, preset)
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    config = fit_stages(command.config, preset, given)
     if config != command.config:
         say(
             f"max_steps {config.max_steps} of the preset's {preset.max_steps}: unmask_steps {config.unmask_steps}, "
@@ -73,12 +74,11 @@ def main(argv: Sequence[str]) -> None:
         )
     check_ranges(config)
     config = resolve_machine(config, ranks)
-    keep_side = not any(argument.split("=")[0] in ("--image-size", "--image_size") for argument in argv)
     if command.dry_run:
-        dry_run(config, preset, keep_side)
+        dry_run(config, preset, given)
         return
     with stop_signals() as signals:
-        config, dataset = resolve_data(config, preset, keep_side=keep_side)
+        config, dataset = resolve_data(config, preset, given)
         with process_group(ranks, torch.device(config.device)):
             train(config, dataset, ranks, profile=command.profile, signals=signals)
 
@@ -113,7 +113,8 @@ def _run_name(config: TrainConfig) -> str:
     """Return a name for a run folder: the preset's, and that of the data where they are not the preset's."""
     if config.data == preset_config(config.preset, PRESETS).data:
         return config.preset
-    data = re.sub(r"[^A-Za-z0-9._-]+", "-", config.data.rstrip("/").rpartition("/")[2]).strip("-.")
+    path = re.split(r"[?#]", config.data)[0] if "://" in config.data else config.data  # no signature in a name
+    data = re.sub(r"[^A-Za-z0-9._-]+", "-", path.rstrip("/").rpartition("/")[2]).strip("-.")
     return f"{config.preset}-{data}" if data else config.preset
 
 
@@ -152,18 +153,20 @@ def _resolve_graphs(config: TrainConfig, device: torch.device, ranks: Ranks) -> 
 
 
 def resolve_data(
-    config: TrainConfig, preset: TrainConfig, *, fetch: bool = True, keep_side: bool = False
+    config: TrainConfig, preset: TrainConfig, given: Collection[str] = (), *, fetch: bool = True
 ) -> tuple[TrainConfig, DataSet]:
     """Open the data, and return the configuration with the number of classes that they have.
 
     Args:
         config: what to train, and on what.
-        preset: what it began from; data that it does not name bring their number of classes.
+        preset: what it began from. Data that it does not name bring their number of classes, and pixels of an array
+            their side.
+        given: fields that were asked for, and are not taken from the data even where the preset has the same.
         fetch: whether data at a URL are fetched, and not only described.
-        keep_side: whether pixels of an array that the preset does not name are trained on at their own side.
     """
     own = config.data != preset.data and config.data not in ("digits", "synthetic")
-    from_data = own and config.num_classes == preset.num_classes
+    from_data = own and config.num_classes == preset.num_classes and "num_classes" not in given
+    keep_side = own and "image_size" not in given
     dataset = open_data(
         config.data,
         image_size=config.image_size,
@@ -174,29 +177,29 @@ def resolve_data(
         skip_seed=config.seed if config.on_bad == "skip" else None,
         device=torch.device(config.device),
         fetch=fetch,
-        keep_side=keep_side and own,
+        keep_side=keep_side,
     )
-    if keep_side and own and isinstance(dataset, ImageArray | ImageSet) and config.data_source != "images":
+    if keep_side and isinstance(dataset, ImageArray | ImageSet) and config.data_source != "images":
         config = dataclasses.replace(config, image_size=dataset.shape[1])
     if isinstance(dataset, ImageSet):
         by = "DALI" if dataset.decoder == "dali" else "Pillow"
-        say(f"{config.data}: {len(dataset):,} images, JPEG files decoded by {by}")
+        say(f"{config.data}: JPEG files decoded by {by}")
     config = dataclasses.replace(config, num_classes=dataset.num_classes)
     check_config(config, dataset.shape[1])
     return config, dataset
 
 
-def dry_run(config: TrainConfig, preset: TrainConfig, keep_side: bool = False) -> None:
+def dry_run(config: TrainConfig, preset: TrainConfig, given: Collection[str] = ()) -> None:
     """Print what a run would be, without allocating its weights; data that are missing are assumed to be latents.
 
     Args:
         config: what it would be.
         preset: see `resolve_data`.
-        keep_side: see there.
+        given: see there.
     """
     channels, size = 4, config.image_size // 8
     if config.data != preset.data or config.data == "digits" or Path(config.data).exists():
-        config, dataset = resolve_data(config, preset, fetch=False, keep_side=keep_side)
+        config, dataset = resolve_data(config, preset, given, fetch=False)
         channels, size, _ = dataset.shape
     else:
         check_config(config, size)
@@ -267,11 +270,14 @@ def train(
 def introduce(run: Run, dataset: DataSet) -> None:
     """Say what is about to be trained, on what, and where it can be watched."""
     config = run.config
-    names = list(map(str, dataset.class_names[:4]))
-    shown = f" ({', '.join(names)}{', ...' if dataset.num_classes > len(names) else ''})" if names else ""
-    classes = f"{dataset.num_classes} classes{shown}" if dataset.num_classes else "no classes"
     shape = " x ".join(map(str, dataset.shape))
-    say(f"data {config.data}: {len(dataset):,} images of {shape}, {classes}")
+    if config.data in ("digits", "synthetic"):
+        names = list(map(str, dataset.class_names[:4]))
+        shown = f" ({', '.join(names)}{', ...' if dataset.num_classes > len(names) else ''})" if names else ""
+        classes = f"{dataset.num_classes} classes{shown}" if dataset.num_classes else "no classes"
+        say(f"data {config.data}: {len(dataset):,} images of {shape}, {classes}")
+    else:  # how many there are of which classes was said when they were opened
+        say(f"data {config.data}: trained on as {shape}")
     count = trainable_parameters(run.net.model)
     parameters = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
     say(

@@ -9,12 +9,12 @@ import torch
 from test_train import run, stats, weights
 
 from fastmask.checkpoint import checkpoints, read_state
-from fastmask.config import TrainConfig, flat
+from fastmask.config import TrainConfig
 from fastmask.diffusion import EDM
 from fastmask.resume import FIXED, FREE, changes_of
 
 GOOD = TrainConfig()
-STORED = json.loads(json.dumps(flat(GOOD)))
+STORED = json.loads(json.dumps(GOOD.recorded()))
 
 
 def test_every_field_named_is_one():

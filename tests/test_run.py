@@ -2,20 +2,25 @@
 
 import json
 import re
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 from test_train import assert_same_run, run, stats, weights
 
 from fastmask.checkpoint import checkpoints
+from fastmask.cli import fail
 from fastmask.config import TrainConfig
 from fastmask.data import sample_ids
 from fastmask.data.order import following
 from fastmask.diffusion import training_draws
+from fastmask.prepare import main as prepare
 from fastmask.run import gpu_of, memory_used
-from fastmask.train import main
+from fastmask.train import main, resolve_machine
 
 
 def test_non_finite_loss_stops_the_run(tmp_path):
@@ -278,3 +283,89 @@ def test_memory_is_that_of_this_process():
 
 def test_a_cpu_has_no_known_peak():
     assert gpu_of(TrainConfig(device="cpu")) is None
+
+
+def class_images(folder, count=6, classes="ab"):
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def store_of(images, store):
+    prepare([images, str(store), "--space", "pixel", "--image-size", "8"])
+
+
+class HostWithSecret(LocalFileSystem):
+    """What lies on this machine, under a URL that bears a password and a signature."""
+
+    protocol = "withsecret"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        path = str(path).split("?")[0]
+        return "/" + path.split("@host/")[-1] if "@host/" in path else path
+
+
+def test_secrets_of_a_url_are_neither_printed_nor_stored(tmp_path, monkeypatch, capsys):
+    fsspec.register_implementation("withsecret", HostWithSecret, clobber=True)
+    store_of(class_images(tmp_path / "folder"), tmp_path / "store")
+    url = f"withsecret://user:hunter2@host{tmp_path}/store?X-Amz-Signature=hunter2&sig=hunter2"
+    flags = ["--data", url, "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["fastmask.train", *flags])
+    run(tmp_path / "run", *flags, "--dry-run")
+    for lr in ("1e-4", "1e-3"):
+        run(tmp_path / "run", "--data", url, "--lr", lr, "--checkpoint-every", "1", steps=2 + (lr == "1e-3"), unmask=0)
+    stored = [path.read_text() for path in (tmp_path / "run").rglob("*.json")]
+    assert len(stored) == 3
+    assert "hunter2" not in capsys.readouterr().out + "".join(stored)
+    said = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert said["config"]["data"] == f"withsecret://user:***@host{tmp_path}/store?X-Amz-Signature=***&sig=***"
+    assert [change["field"] for change in said["changes"]] == ["max_steps", "lr"], "the same data are no change"
+    assert "hunter2" not in resolve_machine(TrainConfig(data=url, device="cpu", optimizer="torch")).run_dir
+    with pytest.raises(SystemExit):
+        fail("fastmask.train", f"{url} cannot be read")
+    assert "hunter2" not in capsys.readouterr().err
+
+
+def test_the_number_of_images_is_said_once(tmp_path, capsys):
+    np.savez(tmp_path / "own.npz", images=np.zeros((12, 8, 8, 3), np.uint8))
+    folder = class_images(tmp_path / "folder")
+    store_of(folder, tmp_path / "store")
+    capsys.readouterr()
+    for data in (folder, str(tmp_path / "own.npz"), str(tmp_path / "store"), "digits"):
+        run(tmp_path / "run", "--run-dir", str(tmp_path / Path(data).stem), "--data", data, steps=1, unmask=0)
+        out = capsys.readouterr().out
+        counts = re.findall(r"\b(?:12|1,438) \w+", out)
+        assert len(counts) == 1, out
+
+
+def test_a_number_of_classes_that_is_given_is_taken(tmp_path):
+    """Also where it is the preset's, which of itself is replaced by that of the data."""
+    data = class_images(tmp_path / "folder")
+    for flags, classes in (([], 2), (["--num-classes", "10"], 10), (["--num_classes=10"], 10)):
+        run_dir = tmp_path / f"run{len(flags)}{classes}"
+        run(run_dir, "--data", data, *flags, steps=1, unmask=0)
+        assert json.loads((run_dir / "run.json").read_text())["config"]["num_classes"] == classes
+
+
+def test_steps_that_are_given_are_not_fitted(tmp_path):
+    preset = ["--preset", "digits", "--max-steps", "12", "--device", "cpu", "--dry-run"]
+    main(preset)
+    with pytest.raises(ValueError, match="unmask_steps 500 is more than max_steps 12"):
+        main([*preset, "--unmask-steps", "500"])
+
+
+def test_the_average_of_a_label_table_that_is_drawn_anew_warms_up(tmp_path):
+    """Also after the run is resumed; one of loaded weights alone does not."""
+    np.savez(tmp_path / "new.npz", images=np.zeros((12, 8, 8), np.uint8), labels=np.arange(12) % 2)
+    flags, table = ["--lr", "1e-2", "--ema-decay", "0.9999"], "model.y_embedder.embedding_table.weight"
+    run(tmp_path / "first", *flags, steps=5, unmask=0)
+    for data, warms_up in ((str(tmp_path / "new.npz"), True), ("digits", False)):
+        run_dir = tmp_path / Path(data).stem
+        for steps in (20, 60):
+            run(run_dir, "--init", str(tmp_path / "first"), "--data", data, *flags, steps=steps, unmask=0)
+        now, average = (weights(run_dir, part)[table] for part in ("model", "ema"))
+        # Without a warm-up the average would still hold 99.4 % of what it began with.
+        assert (float((now - average).norm() / now.norm()) < 0.3) == warms_up

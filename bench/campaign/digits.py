@@ -21,7 +21,7 @@ from torch import Tensor
 from bench import rows
 from bench.campaign.state import Campaign
 from bench.train.steps import as_trained
-from fastmask.config import TrainConfig, build_model, flat, preset_config
+from fastmask.config import TrainConfig, build_model, preset_config
 from fastmask.data.loader import sample_ids
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.objective import TOTAL
@@ -114,7 +114,7 @@ def record(path: Path = RECORD) -> dict[str, Any]:
     config, device, start = full_config(), torch.device("cpu"), time.perf_counter()
     losses = train(config, device, bf16=False)
     made = {
-        "config": flat(config),
+        "config": config.recorded(),
         "window": WINDOW,
         "means": means(losses, WINDOW),
         "seconds": round(time.perf_counter() - start, 1),
@@ -132,7 +132,7 @@ def expected_means(config: TrainConfig) -> list[float]:
     if not RECORD.exists():
         raise ValueError(f"{RECORD} is missing: {again}")
     recorded = json.loads(RECORD.read_text())
-    now, first = (json.loads(json.dumps(flat(some))) for some in (config, TrainConfig()))
+    now, first = (json.loads(json.dumps(some.recorded())) for some in (config, TrainConfig()))
     if {**first, **recorded["config"]} != now:  # a field that came later had its default
         raise ValueError(f"{RECORD} is of another configuration: {again}")
     return recorded["means"]

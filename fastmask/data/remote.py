@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastmask.console import say
+from fastmask.console import say, without_secrets
 from fastmask.data.manifest import MANIFEST, MAX_BYTES, StoredFile, parse_manifest, read_manifest
 from fastmask.data.stalls import within
 from fastmask.files import cache_folder, open_lock, read_regular, sync, whole_file, write_durably
@@ -27,12 +27,6 @@ _FETCHING = ".fetching.json"
 _LOCK = ".lock"
 
 
-# What stands before the host in a URL and after its path: passwords, tokens, signatures.
-_PASSWORD = re.compile(r"(://[^/?#@:]*):[^/?#]*@")
-_TOKEN = re.compile(r"(https?://)[^/?#@:]+@")
-_QUERY = re.compile(r"([?&][^=&#\s]*=)[^&#\s]*")
-
-
 class _NoAnswerError(ValueError):
     """Nothing answers at a URL, as opposed to one that answers that it has no such file, or not for us."""
 
@@ -40,11 +34,6 @@ class _NoAnswerError(ValueError):
 def is_url(data: str) -> bool:
     """Return whether a name of data is a URL, such as s3://bucket/store."""
     return "://" in data
-
-
-def without_secrets(url: str) -> str:
-    """Return a URL, or a line that holds one, without passwords, tokens and the values of a query."""
-    return _QUERY.sub(r"\1***", _TOKEN.sub(r"\1***@", _PASSWORD.sub(r"\1:***@", url)))
 
 
 def local_copy(url: str) -> Path:

@@ -336,7 +336,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(dali, tmp_path, capsys):
     arguments += ["--device", "cpu", "--optimizer", "torch"]
     for run, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
         main([*arguments, "--run-dir", str(tmp_path / run), "--max-steps", str(steps)])
-        assert "10 images, JPEG files decoded by DALI" in capsys.readouterr().out
+        assert ": JPEG files decoded by DALI" in capsys.readouterr().out
     whole, parts = (load_file(newest_good(tmp_path / run, print) / "model.safetensors") for run in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -16,8 +16,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from stores import records_of, write
 
+from fastmask.console import without_secrets
 from fastmask.data import LatentStore, open_data, stalls
-from fastmask.data.remote import RemoteStore, local_copy, without_secrets
+from fastmask.data.remote import RemoteStore, local_copy
 
 NO_HTTP = pytest.mark.skipif(not importlib.util.find_spec("aiohttp"), reason="fsspec reads http with aiohttp")
 
