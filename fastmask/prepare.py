@@ -215,7 +215,7 @@ def _import(config: PrepareConfig, latents: Latents) -> Job:
         raise ValueError(f"{config.source} holds no latents")
     if config.space == "pixel":
         raise ValueError(f"{config.source} holds latents ({latents.kind}), of which --space pixel cannot be made")
-    records = [record for record, _ in sample_records(latents.read, len(latents))]
+    records = [record for record, _ in sample_records(latents.read, len(latents), config.source)]
     shape = collections.Counter(record.shape for record in records).most_common(1)[0][0]
     copies, channels, side, width = shape
     kept = copies if config.mirror else 1

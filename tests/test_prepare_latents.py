@@ -142,3 +142,9 @@ def test_training_on_latents_in_a_layout_of_others_names_prepare(tmp_path, name)
         ValueError, match=rf"{name} holds latents .*: make a store of them by python -m fastmask\.prepare"
     ):
         open_data(str(tmp_path / name), image_size=32, num_classes=None, mirror=False)
+
+
+def test_values_that_are_not_finite_are_told_of_their_file(tmp_path):
+    np.savez(tmp_path / "some.npz", moments=np.full((6, 8, 4, 4), np.nan, np.float32))
+    with pytest.raises(ValueError, match=r"some\.npz: record 0 holds values that are not finite"):
+        imported(tmp_path / "some.npz", tmp_path / "store")

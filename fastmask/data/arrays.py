@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastmask.data.fingerprint import of_arrays
 from fastmask.data.labels import check_label
-from fastmask.data.npz import read_npz
+from fastmask.data.npz import images_refused, read_npz
 from fastmask.data.source import Source
 from fastmask.files import open_regular
 
@@ -61,7 +61,7 @@ def open_npz(path: Path, labelled: bool = True) -> Array:
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
-        raise ValueError(f"{path}: `images` must be uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W)")
+        raise ValueError(images_refused(path, arrays["images"]))
     return Array("npz", path, images, arrays.get("labels"), labelled)
 
 

@@ -129,7 +129,9 @@ class Edm2:
 
     def _mean(self) -> NDArray[np.float64]:
         """Return the mean of each channel of some records that can be read; a ValueError if none can."""
-        records = [record[0, : record.shape[1] // 2] for record, _ in sample_records(self.read, len(self))]
+        records = [
+            record[0, : record.shape[1] // 2] for record, _ in sample_records(self.read, len(self), str(self._path))
+        ]
         alike = [record.mean((1, 2), dtype=np.float64) for record in records if len(record) == len(records[0])]
         mean: NDArray[np.float64] = np.mean(alike, axis=0)
         return mean

@@ -15,6 +15,7 @@ from fastmask.files import read_regular
 HIDDEN = "hidden, or left behind by a system"
 NO_IMAGE = "no images by their names"
 SPECIAL = "pipes, sockets or devices"
+EMPTY = "empty folders"
 
 _DROPPINGS = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -221,7 +222,10 @@ def files_below(folder: Path) -> Iterator[tuple[str, str]]:
             identity = _identity(entry.path)
             if any(identity == above for above, _ in opened):
                 raise ValueError(f"{entry.path} is a symbolic link to a folder that holds it: remove the link")
-            opened.append((identity, iter(_entries(entry.path))))
+            entries = _entries(entry.path)
+            if not entries:  # a class of which nothing was unpacked shifts the numbers of those after it
+                yield f"{name}/", EMPTY
+            opened.append((identity, iter(entries)))
         elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
             yield name, ""
         else:

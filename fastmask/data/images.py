@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmask.data.fingerprint import of_arrays
-from fastmask.data.npz import Arrays
+from fastmask.data.npz import Arrays, images_refused
 from fastmask.kernels import random_uniform
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
@@ -180,10 +180,7 @@ class ImageArray:
         if images.ndim == 3:
             images = images[..., None]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
-            raise ValueError(
-                f"{path}: `images` must be uint8 of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W), not "
-                f"{arrays['images'].dtype} of shape {tuple(arrays['images'].shape)}"
-            )
+            raise ValueError(images_refused(path, arrays["images"]))
         self._stored = images.shape[1:3]
         image_size = image_size or min(self._stored)
         if self._stored != (image_size, image_size):

@@ -96,6 +96,8 @@ def parse_label_file(content: bytes, where: str, *, bare: bool) -> dict[str, Lab
         return None
     labels = _listed(listed, where) if isinstance(listed, list) else given
     for file, label in labels.items():
+        if isinstance(label, float) and label.is_integer():
+            labels[file] = label = int(label)
         if not isinstance(label, int | str) or isinstance(label, bool):
             raise ValueError(
                 f"{where}: the label of {printable(file)} must be a number or a name, not {reprlib.repr(label)} "

@@ -60,29 +60,32 @@ def shown(values: float | list[float]) -> str:
     return " ".join(f"{value:.5g}" for value in (values if isinstance(values, list) else [values]))
 
 
-def sample_records(read: Callable[[int], Record], count: int) -> list[Record]:
+def sample_records(read: Callable[[int], Record], count: int, what: str) -> list[Record]:
     """Return up to 64 records that are evenly spread over some, without those that are damaged or not finite.
 
     Args:
         read: returns a record; an OSError or ValueError if it is damaged.
         count: how many there are.
+        what: where they are from, for messages.
 
     Raises:
         ValueError: all are damaged; says how the first is.
     """
-    parts = [_try(read, item) for item in np.unique(np.linspace(0, count - 1, _SAMPLED).astype(int)).tolist()]
+    parts = [_try(read, item, what) for item in np.unique(np.linspace(0, count - 1, _SAMPLED).astype(int)).tolist()]
     found = [part for part in parts if isinstance(part, tuple)]
     if not found:
         raise ValueError(str(parts[0]))
     return found
 
 
-def _try(read: Callable[[int], Record], item: int) -> Record | Exception:
+def _try(read: Callable[[int], Record], item: int, what: str) -> Record | Exception:
     try:
         record = read(item)
     except (OSError, ValueError) as error:
         return error
-    return record if np.isfinite(record[0]).all() else ValueError("values that were looked at are not finite")
+    if not np.isfinite(record[0]).all():
+        return ValueError(f"{what}: record {item} holds values that are not finite")
+    return record
 
 
 def check_latent(values: NDArray[Any], name: str, *, even: bool = False) -> NDArray[Any]:

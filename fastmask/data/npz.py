@@ -60,6 +60,14 @@ def read_npz(path: Path, num_classes: int | None) -> Arrays:
     return arrays
 
 
+def images_refused(path: Path, images: NDArray[Any]) -> str:
+    """Return the line for an array `images` that holds none."""
+    return (
+        f"{path}: `images` must be uint8 of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W), not {images.dtype} of shape "
+        f"{tuple(images.shape)}"
+    )
+
+
 def _members(file: zipfile.ZipFile) -> list[str]:
     """Return the names of arrays, as `numpy.savez` took them."""
     return [name.removesuffix(".npy") for name in file.namelist()]

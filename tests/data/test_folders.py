@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastmask.data.folders import HIDDEN, NO_IMAGE, SPECIAL
+from fastmask.data.folders import EMPTY, HIDDEN, NO_IMAGE, SPECIAL
 from fastmask.data.sources import open_source
 
 
@@ -30,6 +30,14 @@ def test_a_folder_per_class(tmp_path):
         (str(tmp_path / name), name.encode(), label)
         for name, label in [("cat/deep/a.png", 0), ("cat/z.JPG", 0), ("dog/b.png", 1)]
     ]
+
+
+def test_a_class_folder_without_files_is_told(tmp_path):
+    files(tmp_path, "cat/a.png", "dog/b.png")
+    (tmp_path / "cow" / "calf").mkdir(parents=True)
+    source = open_source(tmp_path)
+    assert source.class_names == ["cat", "dog"]
+    assert source.left_out == {EMPTY: ["cow/calf/"]}
 
 
 def test_a_folder_without_classes(tmp_path):

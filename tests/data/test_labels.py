@@ -55,6 +55,7 @@ def test_forms_of_a_label_file():
     assert parsed({"a.png": 1, "b.png": "x"}) == {"a.png": 1, "b.png": "x"}
     assert parsed({"labels": [["00000/img00000000.png", 6]]}) == {"00000/img00000000.png": 6}
     assert parsed({"labels": None}) is None
+    assert parsed({"a.png": 3.0, "b.png": 0.0}) == {"a.png": 3, "b.png": 0}
     assert parse_label_file(b'{"name": "photos"}', "dataset.json", bare=False) == {}
 
 
