@@ -194,7 +194,7 @@ def test_a_sample_of_records():
             raise OSError("gone")
         return np.full((1, 4, 2, 2), np.nan if item == 999 else item), 0
 
-    found = sample_records(read, 1000)
+    found = sample_records(read, 1000, "some")
     assert (len(asked), min(asked), max(asked)) == (64, 0, 999)
     assert [int(record[0, 0, 0, 0]) for record, _ in found] == [item for item in asked if item not in (0, 999)]
     with pytest.raises(ValueError, match=r"^gone$"):
