@@ -12,8 +12,6 @@ from typing import Any
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
-# Windows, where weights are read too, has no waiting pipes in folders, and would translate the ends of lines.
-_READ = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
@@ -146,7 +144,7 @@ def open_regular(path: Path | str) -> int:
     Raises:
         ValueError: a pipe, a device or anything else that need not have an end.
     """
-    descriptor = os.open(path, _READ)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     return _checked_regular(descriptor, path)
 
 

@@ -1,5 +1,6 @@
 """What may change when a run is resumed from a checkpoint, and how a change is recorded."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any

@@ -17,7 +17,6 @@ import pytest
 from test_crash import LIVES
 from test_train import SMALL, stats
 
-import fastmask
 from fastmask.checkpoint import checkpoints
 from fastmask.prepare import main as prepare
 
@@ -49,6 +48,7 @@ class Watched:
 
     def __init__(self, folder: Path, *flags: str, ranks: int = 1, largest_file: int | None = None):
         self.run_dir = folder / "run"
+        self.ranks_count = ranks
         self._out, self._errors = folder / "out", folder / "errors"
         arguments = ["--run-dir", str(self.run_dir), *SMALL, *FOREVER, *flags]
         if ranks == 1:
@@ -115,9 +115,8 @@ class Watched:
             if time.monotonic() > until:
                 pytest.fail(f"{len(left)} processes did not end: {self.out[-2000:]} {self.errors[-2000:]}")
             time.sleep(0.05)
-        traced = re.findall(r'^ +File "(.*)", line', self.errors, re.MULTILINE)
-        ours = [path for path in traced if path.startswith(str(Path(fastmask.__file__).parent)) or "threading" in path]
-        assert not ours, self.errors  # torchrun prints a traceback of its own
+        # torchrun prints one of its own where a rank fails.
+        assert self.errors.count("Traceback (most") <= (self.ranks_count > 1), self.errors
         return self.exit_code
 
     def said(self) -> list[str]:
@@ -220,20 +219,11 @@ def test_the_run_folder_is_moved_between_two_reports(tmp_path, start):
     assert checkpoints(run.run_dir)
 
 
-def test_the_run_folder_is_replaced_by_a_file(tmp_path, start):
-    run = start("--num-workers", "1").until_it_trains()
-    run.run_dir.rename(tmp_path / "moved")
-    run.run_dir.write_text("")
-    assert run.ends() == 2
-    (line,) = run.said()
-    assert f"Not a directory: '{run.run_dir}" in line or "was removed, moved or replaced" in line
-    assert "could be written" in run.out
-
-
 def test_the_disk_takes_no_more(tmp_path, start):
-    """Files end at 20 KB: those of TensorBoard and the figures do so some time after a checkpoint."""
-    run = start("--num-workers", "1", "--checkpoint-every", "1", largest_file=20_000)
+    """Files end at 200 KB, which first TensorBoard's reaches, in a thread of its own."""
+    run = start("--num-workers", "1", "--checkpoint-every", "50", largest_file=200_000)
     assert run.ends() == 2
     (line,) = run.said()
     assert "File too large" in line
-    assert str(run.run_dir) in line
+    assert str(run.run_dir / "tensorboard") in line
+    run.assert_stored()

@@ -198,7 +198,7 @@ def test_a_sample_of_records():
     assert (len(asked), min(asked), max(asked)) == (64, 0, 999)
     assert [int(record[0, 0, 0, 0]) for record, _ in found] == [item for item in asked if item not in (0, 999)]
     with pytest.raises(ValueError, match=r"^gone$"):
-        sample_records(read, 1)
+        sample_records(read, 1, "some")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
