@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -24,6 +25,16 @@ def pytest_configure(config):
         from margins import Margins  # noqa: PLC0415 - imports fastmask, which reads the variable above
 
         config.pluginmanager.register(Margins(config.getoption("--margins-list")))
+
+
+def pytest_collection_finish():
+    # What was imported and collected stays until the end: no later collection of garbage has to go over it again.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or libraries report at the end what was left over
 
 
 @pytest.fixture(autouse=True, scope="session")
