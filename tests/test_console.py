@@ -1,9 +1,11 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import fastmask.console
 from fastmask.console import get_console, printable, say, say_from_any_rank
 
 
@@ -33,9 +35,10 @@ def test_data_are_read_without_rich():
     [("utf-8", "caf\\udce9 \u732b.png"), ("ascii", "caf\\udce9 \\u732b.png"), ("latin-1", "caf\\udce9 \\u732b.png")],
 )
 def test_no_name_stops_a_line(encoding, printed):
-    """Whatever the terminal can show."""
-    program = r"from fastmask.console import say; say('caf\udce9 \u732b.png')"
-    command = [sys.executable, "-X", f"utf8={int(encoding == 'utf-8')}", "-c", program]
+    """Whatever the terminal can show. The module runs alone: the package would import torch."""
+    program = r"import runpy, sys; runpy.run_path(sys.argv[1])['say']('caf\udce9 \u732b.png')"
+    path = Path(fastmask.console.__file__)
+    command = [sys.executable, "-X", f"utf8={int(encoding == 'utf-8')}", "-c", program, path]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run(command, capture_output=True, env=environment, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
