@@ -1,9 +1,12 @@
 """What several test files share: the published implementation's numbers and a small network."""
 
+import contextlib
 import functools
 import json
 import math
+import resource
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -104,3 +107,14 @@ class GaussianDenoiser:
         weight = (self.variance / (self.variance + t.double().square()))[:, None, None, None]
         mean = self.mean[labels][:, None, None, None]
         return mean + weight * (x.double() - mean)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let no file grow beyond some bytes: this stands for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
