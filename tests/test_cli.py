@@ -131,8 +131,19 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(path for path in (ROOT / "fastmask").rglob("*.py") if '__name__ == "__main__"' in path.read_text())
 
 
-@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+# Those that train or draw share `run_command`, so one of them is enough for what does not depend on the command.
+SHARING = [path for path in COMMANDS if "kernels" not in path.parts]
+READ = [(path, "") for path in COMMANDS] + [(path, "1") for path in COMMANDS if path not in SHARING[:-1]]
+
+
+def test_the_commands_share_what_reports_mistakes():
+    assert len(SHARING) == len(COMMANDS) - 1
+    for path in SHARING:
+        command = f'if __name__ == "__main__":\n    run_command("fastmask.{path.stem}", main)\n'
+        assert path.read_text().endswith(command), path
+
+
+@pytest.mark.parametrize(("path", "unbuffered"), READ, ids=lambda v: v or "buffered" if isinstance(v, str) else v.name)
 def test_a_reader_that_leaves_is_not_an_error(path, unbuffered):
     """As with `| head`, but that the pipe is closed before the first line. Without a buffer the first write fails."""
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
