@@ -84,7 +84,7 @@ def tune(campaign: Campaign, width: int) -> None:
         with settings_for_all(settings):
             for key, call in calls.items():
                 compared[(name, *key)] = captured(call, campaign.device, settings)
-    final = rows.measure(compared, campaign.device, **({} if campaign.miniature else {"rounds": 30}))
+    final = rows.measure(compared, campaign.device, **(quick if campaign.miniature else {"rounds": 30}))
     total = {name: sum(t.median_ms for key, t in final.items() if key[0] == name) for name in ("present", "winner")}
     if total["winner"] > _MARGIN * total["present"]:
         best = present
