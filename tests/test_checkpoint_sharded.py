@@ -10,6 +10,7 @@ from test_checkpoint import Trained, assert_same
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from util import run_ranks
 
 from fastmask.checkpoint import Checkpointer, load_initial, newest_good
 from fastmask.ema import EMA, PowerEMA
@@ -99,7 +100,7 @@ def test_two_processes_go_on_from_one_and_the_other_way_round(tmp_path):
     Trained(steps=0, num_classes=7).save(tmp_path / "wider")
     (plain.save(tmp_path / "damaged") / "state.json").unlink()
 
-    torch.multiprocessing.spawn(go_on, (tmp_path,), PROCESSES)
+    run_ranks(go_on, tmp_path, processes=PROCESSES)
 
     for kind in ("checkpoints/step-00000003", "snapshots"):
         ours, theirs = (

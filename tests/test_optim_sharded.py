@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from util import run_ranks
 
 from fastmask.ema import EMA
 from fastmask.optim import AdamWEMA, clip_gradients
@@ -61,4 +62,4 @@ def compare(rank, meeting):
 
 
 def test_two_processes_do_the_step_of_one(tmp_path):
-    torch.multiprocessing.spawn(compare, (str(tmp_path / "meeting"),), nprocs=PROCESSES)
+    run_ranks(compare, tmp_path / "meeting", processes=PROCESSES)

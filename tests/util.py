@@ -4,12 +4,13 @@ import contextlib
 import functools
 import json
 import math
+import multiprocessing
 import resource
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -118,3 +119,9 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def run_ranks(function: Callable[..., None], *arguments: Any, processes: int) -> None:
+    """Call a function in processes, with the number of each first; they are forked from one that has imported torch."""
+    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "fastmask.checkpoint", "fastmask.optim"])
+    torch.multiprocessing.start_processes(function, arguments, processes, start_method="forkserver")
