@@ -2,15 +2,14 @@
 
 import json
 import multiprocessing
-import os
 import random
 import re
-import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import torch
 from safetensors.torch import load_file
 
@@ -38,35 +37,15 @@ FLAGS = {
     "device": "cpu",
 }
 
-# A process that has imported what training needs, and has a copy made of itself for each life of the run: as a new
-# interpreter, `python -m fastmask.train` would take seconds for it, in which it touches no file of the run.
-LIVES = multiprocessing.get_context("forkserver")
-LIVES.set_forkserver_preload(["fastmask.train", "sklearn.datasets", "torch._dynamo", "torch.utils.tensorboard"])
-
 
 def arguments(run_dir: Path) -> list[str]:
     flags = [word for name, value in FLAGS.items() for word in (f"--{name}", str(value))]
     return ["--run-dir", str(run_dir), *flags, "--ema-widths", "0.05", "0.1"]
 
 
-def train(run_dir: Path, log: Path) -> None:
-    """Do what `python -m fastmask.train` does, in a process of its own, and write what it says to a file."""
-    with log.open("w") as out:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(out.fileno(), stream.fileno())
-    sys.argv[1:] = arguments(run_dir)
-    runpy.run_module("fastmask.train", run_name="__main__", alter_sys=True)
-
-
 def command(run_dir: Path) -> None:
     done = [sys.executable, "-m", "fastmask.train", *arguments(run_dir)]
     subprocess.run(done, check=True, stdout=subprocess.DEVNULL)
-
-
-def start(run_dir: Path, log: Path) -> multiprocessing.Process:
-    process = LIVES.Process(target=train, args=(run_dir, log))
-    process.start()
-    return process
 
 
 def steps_said(log: Path) -> list[int]:
@@ -111,7 +90,7 @@ def test_twenty_kills_change_nothing(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command(whole)
     # How long a start and a step take on this machine, now.
-    process, log = start(tmp_path / "timed", tmp_path / "timed.log"), tmp_path / "timed.log"
+    process, log = forked.start(arguments(tmp_path / "timed"), tmp_path / "timed.log"), tmp_path / "timed.log"
     until(log.exists, process, log)
     started = time.monotonic()
     until(lambda: steps_said(log), process, log)
@@ -124,7 +103,7 @@ def test_twenty_kills_change_nothing(tmp_path):
     longest_s = {"starting": start_s, "stepping": 9 * step_s, "writing": step_s}
     for k, moment in enumerate(chance.sample(MOMENTS, len(MOMENTS))):
         log.unlink(missing_ok=True)
-        process = start(killed, log)
+        process = forked.start(arguments(killed), log)
         # However slow the machine is by now, no life does so many steps that the run ends before the last kill.
         last_step = (k + 1) * STEPS // (len(MOMENTS) + 2)
         kill_at(moment, process, killed, log, chance.uniform(0, longest_s[moment]), last_step)

@@ -1,6 +1,7 @@
 """Training in two processes on gloo: the same as in one, up to the order of summation, however it is split."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import forked
 import pytest
 import torch
 from fake_cuda import FakeCuda
@@ -33,11 +36,37 @@ def torchrun(run_dir: Path, *flags: str, ranks: int = 2) -> "subprocess.Popen[st
     )
 
 
-def train_on_two(run_dir: Path, *flags: str) -> str:
-    process = torchrun(run_dir, *flags)
+def finished(process: "subprocess.Popen[str]") -> str:
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
     return out
+
+
+def variables(rank: int, port: int) -> dict[str, Any]:
+    """Return what a rank finds in its environment, which torchrun or Slurm says."""
+    return {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def two_ranks(run_dir: Path, *flags: str) -> "list[multiprocessing.Process]":
+    """Start both ranks; each writes what it says to a file in the run's folder."""
+    run_dir.mkdir(exist_ok=True)
+    arguments, port = ["--run-dir", str(run_dir), *FLAGS, *flags], free_port()
+    return [forked.start(arguments, run_dir / f"rank-{rank}.log", **variables(rank, port)) for rank in range(2)]
+
+
+def train_on_two(run_dir: Path, *flags: str) -> None:
+    """Train in two ranks; a test with torchrun itself, which takes much longer, holds that its ranks do the same."""
+    ranks = two_ranks(run_dir, *flags)
+    for rank in ranks:
+        rank.join(timeout=300)
+    said = [(run_dir / f"rank-{rank}.log").read_text() for rank in range(2)]
+    assert [rank.exitcode for rank in ranks] == [0, 0], "\n".join(said)
 
 
 def assert_alike(a: Path, b: Path) -> None:
@@ -61,7 +90,7 @@ def alone(tmp_path_factory):
 
 
 def test_ddp_with_accumulation_equals_one_process(alone, tmp_path):
-    out = train_on_two(tmp_path, "--micro-batch-size", "4")
+    out = finished(torchrun(tmp_path, "--micro-batch-size", "4"))
     assert out.count("step       6/6") == 1, "one rank speaks"
     assert "Warning" not in out
     assert_alike(tmp_path, alone)
@@ -91,12 +120,14 @@ def test_ranks_draw_the_same_ratios_per_sample(tmp_path):
 def test_two_ranks_killed_go_on_in_the_same_bits_and_one_rank_alike(tmp_path, alone, parallel):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_on_two(whole, "--parallel", parallel)
-    process = torchrun(killed, "--parallel", parallel)
+    ranks = two_ranks(killed, "--parallel", parallel)
     while len(checkpoints(killed)) < 2:
-        assert process.poll() is None, process.communicate()[0]
+        assert all(rank.is_alive() for rank in ranks), (killed / "rank-0.log").read_text()
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)  # torchrun and its workers
-    process.wait()
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.join()
     for later in checkpoints(killed)[1:]:
         shutil.rmtree(later)
     train_on_two(killed, "--parallel", parallel)
@@ -166,18 +197,15 @@ def test_the_gpu_of_a_run_is_the_current_one(monkeypatch, ranks):
 
 def without_torchrun(run_dir: Path, rank: int, port: int, *flags: str) -> "subprocess.Popen[str]":
     """Start a rank as Slurm does, which watches over none."""
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    environment |= {name: str(value) for name, value in given.items()}
+    environment |= {name: str(value) for name, value in variables(rank, port).items()}
     command = [sys.executable, "-m", "fastmask.train", "--run-dir", str(run_dir), *FLAGS, *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_lost_rank_ends_the_other(tmp_path):
     """With a line and with a checkpoint, though it has workers that do not listen to signals."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = ["--max-steps", "100000", "--unmask-steps", "0", "--checkpoint-every", "100000", "--num-workers", "1"]
     ranks = [without_torchrun(tmp_path, rank, port, *flags) for rank in range(2)]
     while not (tmp_path / "stats.jsonl").exists() or len(stats(tmp_path)) < 3:
