@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 from test_train import SMALL, run, stats
 
@@ -28,12 +29,15 @@ def until_it_trains(process, run_dir):
 
 def test_a_run_folder_is_one_run_s_at_a_time(tmp_path):
     """The lock is held by the training process itself, so it outlives whoever started that, and ends with it."""
-    process = start(tmp_path, "--max-steps", "1000000", "--unmask-steps", "0", "--report-every", "1")
-    until_it_trains(process, tmp_path)
+    endless = ["--max-steps", "1000000", "--unmask-steps", "0", "--report-every", "1"]
+    process = forked.start(["--run-dir", str(tmp_path), *SMALL, *endless], tmp_path / "log")
+    while not (tmp_path / "stats.jsonl").exists() or not stats(tmp_path):
+        assert process.is_alive(), (tmp_path / "log").read_text()
+        time.sleep(0.05)
     with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {process.pid} on .*: wait for it, or name"):
         run(tmp_path)
     process.kill()
-    process.communicate()
+    process.join()
     written = len(stats(tmp_path))
     assert written > 0
     run(tmp_path / "other")

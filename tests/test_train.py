@@ -1,6 +1,7 @@
 """The trainer as its users run it: learning, stopping and going on, and the line that each mistake gets."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -130,14 +132,13 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     flags = ["--checkpoint-every", "5", "--report-every", "5"]
     run(whole, *flags, steps=300)
-    command = [sys.executable, "-m", "fastmask.train", "--run-dir", str(killed), *SMALL, *flags]
-    command += ["--max-steps", "300", "--unmask-steps", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    arguments = ["--run-dir", str(killed), *SMALL, *flags, "--max-steps", "300", "--unmask-steps", "2"]
+    process = forked.start(arguments, tmp_path / "log")
     while len(checkpoints(killed)) < 2:
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.is_alive(), "the run ended before it could be killed"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert int(checkpoints(killed)[-1].name.removeprefix("step-")) < 300
     run(killed, *flags, steps=300)
     assert_same_run(whole, killed)
@@ -145,14 +146,15 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)])
 def test_a_stop_signal_leaves_a_checkpoint(tmp_path, number, code):
-    command = [sys.executable, "-m", "fastmask.train", "--run-dir", str(tmp_path), *SMALL, "--max-steps", "100000"]
-    process = subprocess.Popen([*command, "--report-every", "1"], stdout=subprocess.PIPE, text=True)
+    arguments = ["--run-dir", str(tmp_path), *SMALL, "--max-steps", "100000", "--report-every", "1"]
+    process = forked.start(arguments, tmp_path / "log")
     while not (tmp_path / "stats.jsonl").exists() or not stats(tmp_path):
-        assert process.poll() is None
+        assert process.is_alive(), (tmp_path / "log").read_text()
         time.sleep(0.05)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == code
+    os.kill(process.pid, number)
+    process.join(timeout=60)
+    out = (tmp_path / "log").read_text()
+    assert process.exitcode == code, out
     step = int(checkpoints(tmp_path)[-1].name.removeprefix("step-"))
     assert f"stopped after step {step}: the same command resumes from there" in out
     assert stats(tmp_path)[-1]["step"] == step
