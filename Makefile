@@ -1,5 +1,5 @@
 # make demo      train a masked diffusion transformer on real digits and draw samples
-# make test      lint, types and tests, as CI runs them
+# make test      lint, types and tests, as CI runs them; make lint and make tests do a part of it
 # make kernels   compile every Triton kernel for three generations of GPUs, with none of them here, and count bytes
 # make bench     measure here; make report writes the README's table, docs/measured.md and the plots from committed rows
 # make sanitize  build the native kernels with checks of addresses and undefined behaviour, and run their tests
@@ -24,7 +24,7 @@ NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py silu_linear.py mo
 	embed_kept_patches.py embed_natively.py restore_tokens.py) \
 	$(addprefix tests/test_,model.py golden.py packed.py optim.py) $(TRAINER_TESTS)
 
-.PHONY: demo test test-dali venv venv-dali lint bench report kernels sanitize numerics abi cuda emulated clean
+.PHONY: demo test tests test-dali venv venv-dali lint bench report kernels sanitize numerics abi cuda emulated clean
 .DELETE_ON_ERROR:
 
 venv: .venv/.done
@@ -40,7 +40,9 @@ demo: venv
 	$(BIN)/python -m fastmask.train --preset digits --run-dir $(DEMO)
 	$(BIN)/python -m fastmask.evaluate $(DEMO)
 
-test: venv lint
+test: lint tests
+
+tests: venv
 	$(PYTEST) $(addprefix --ignore=,$(TRAINER_TESTS))
 	TRITON_INTERPRET=0 $(PYTEST) -m 'not once' $(NATIVE_TESTS)
 
