@@ -27,10 +27,16 @@ def pytest_configure(config):
         config.pluginmanager.register(Margins(config.getoption("--margins-list")))
 
 
-def pytest_collection_finish():
-    # What was imported and collected stays until the end: no later collection of garbage has to go over it again.
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    # What is imported and collected stays until the end: no collection of garbage has to go over it, now or later.
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_unconfigure():
