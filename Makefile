@@ -59,8 +59,8 @@ venv-dali: .venv-dali/.done
 
 NO_IMAGES := order.py remote.py remote_hostile.py stalls.py writer.py npy.py pickled.py manifest.py schema.py
 test-dali: .venv-dali/.done
-	.venv-dali/bin/python -m pytest -n 2 --dist worksteal -p no:benchmark $(addprefix --ignore=tests/data/test_,$(NO_IMAGES)) \
-		tests/data tests/test_prepare.py tests/test_bench_stores.py
+	.venv-dali/bin/python -m pytest -n 2 --dist worksteal -p no:benchmark -m 'not once' \
+		$(addprefix --ignore=tests/data/test_,$(NO_IMAGES)) tests/data tests/test_prepare.py tests/test_bench_stores.py
 
 lint: venv
 	$(BIN)/ruff check .

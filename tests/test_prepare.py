@@ -130,6 +130,7 @@ def test_other_labels_are_not_gone_on_with(folder, tmp_path):
         prepare(folder, tmp_path / "store", "--on-bad", "skip")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_names_that_are_not_utf8_stop_nothing(tmp_path, encoding):
     """As of a zip made on Windows: of the source, of a class, of a damaged image, and of the store."""
@@ -239,6 +240,7 @@ def test_odd_images_are_read_as_they_are_meant(tmp_path):
     assert np.array_equal(pixels[2], noise(16, 16, 3))
 
 
+@pytest.mark.once
 def test_killed_at_any_moment(folder, tmp_path):
     command = [sys.executable, "-m", "fastmask.prepare", str(folder), *SMALL, "--shard-size", "1", "--batch-size", "1"]
     prepare(folder, tmp_path / "good", "--shard-size", "1")
@@ -262,6 +264,7 @@ def has_ended(pid):
         return True
 
 
+@pytest.mark.once
 def test_killed_with_workers_that_have_more_to_say_than_a_pipe_takes(tmp_path):
     """They end with it, and hold no lock, so that the command goes on at once."""
     for i in range(120):

@@ -271,6 +271,7 @@ def test_damage_of_any_kind_is_one_line():
     assert refused > 150
 
 
+@pytest.mark.once
 def test_no_small_file_takes_much_memory():
     """Strips, which would be enlarged, and a PNG that claims more pixels than it holds."""
     program = """

@@ -194,6 +194,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.once
 def test_memory_that_cannot_be_had_is_one_line(tmp_path):
     path = claiming(tmp_path / "data.npz", (1000, 400, 400, 3), bytes(480 * 10**6))
     found = subprocess.run([sys.executable, "-c", CODE, str(path)], capture_output=True, text=True, check=False)

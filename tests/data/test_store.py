@@ -298,6 +298,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.once
 def test_a_shard_that_is_cut_while_it_is_mapped(tmp_path):
     """Reading what is gone would be a SIGBUS, so another process does it."""
     write(tmp_path / "store", count=3000, shard_size=3000)
