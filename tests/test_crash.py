@@ -88,9 +88,8 @@ def assert_same_file(ours: Path, theirs: Path) -> None:
 
 def test_twenty_kills_change_nothing(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command(whole)
-    # How long a start and a step take on this machine, now.
-    process, log = forked.start(arguments(tmp_path / "timed"), tmp_path / "timed.log"), tmp_path / "timed.log"
+    # It also tells how long a start and a step take on this machine, now.
+    process, log = forked.start(arguments(whole), tmp_path / "whole.log"), tmp_path / "whole.log"
     until(log.exists, process, log)
     started = time.monotonic()
     until(lambda: steps_said(log), process, log)
