@@ -53,7 +53,10 @@ def _cache(tmp_path_factory):
 def _fixed_seed(request):
     torch.manual_seed(request.config.getoption("--seed"))
     yield
-    torch.set_num_threads(request.config.getoption("--threads"))  # which a test may have changed
+    # What a test may have changed, such as by training.
+    torch.set_num_threads(request.config.getoption("--threads"))
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def pytest_collection_modifyitems(items):
