@@ -18,11 +18,12 @@ PIP := $(BIN)/python $(INSTALL)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -p no:benchmark
 DEMO := runs/digits-demo
 # The trainer is tested with the native kernels; all else with Triton's, interpreted, and the ops and the network with both.
-TRAINER_TESTS := $(addprefix tests/test_,train.py run.py resume.py start.py step.py distributed.py crash.py)
+TRAINER_TESTS := $(addprefix tests/test_,train.py start.py crash.py) \
+	$(addprefix tests/training/test_,run.py resume.py step.py parallel.py)
 NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py silu_linear.py modulate_norm.py add_gated_norm.py norms.py \
 	norm_linear.py native.py impl.py position_table.py hostile.py adamw_ema.py sample_mask.py masked_loss.py \
 	embed_kept_patches.py embed_natively.py restore_tokens.py) \
-	$(addprefix tests/test_,model.py golden.py packed.py optim.py) $(TRAINER_TESTS)
+	$(addprefix tests/,models/test_maskdit.py test_golden.py test_packed.py training/test_optim.py) $(TRAINER_TESTS)
 
 .PHONY: demo test tests test-dali venv venv-dali lint bench report kernels sanitize numerics abi cuda emulated clean
 .DELETE_ON_ERROR:
@@ -57,10 +58,11 @@ tests: venv
 
 venv-dali: .venv-dali/.done
 
-NO_IMAGES := order.py remote.py remote_hostile.py stalls.py writer.py npy.py pickled.py manifest.py schema.py
+NO_IMAGES := tests/data/test_order.py $(addprefix tests/data/foreign/test_,npy.py pickled.py) \
+	$(addprefix tests/data/store/test_,remote.py remote_hostile.py stalls.py writer.py manifest.py schema.py)
 test-dali: .venv-dali/.done
 	.venv-dali/bin/python -m pytest -n 2 --dist worksteal -p no:benchmark -m 'not once' \
-		$(addprefix --ignore=tests/data/test_,$(NO_IMAGES)) tests/data tests/test_prepare.py tests/test_bench_stores.py
+		$(addprefix --ignore=,$(NO_IMAGES)) tests/data tests/test_prepare.py tests/test_bench_stores.py
 
 lint: venv
 	$(BIN)/ruff check .

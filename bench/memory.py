@@ -20,12 +20,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastmask.config import build_model, preset_config
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective
+from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
 from fastmask.kernels import Impl, Mask
-from fastmask.masking import kept_count
 from fastmask.presets import PRESETS
+from fastmask.training.config import build_model, preset_config
 
 # The published implementation's, measured the same way at XL/2, 256x256, half the patches masked, in MB per image.
 PUBLISHED = {"bf16": 256.4, "fp32": 423.3}
@@ -76,7 +76,7 @@ def saved_tensors(preset: str, impl: Impl, precision: str, batch: int, checkpoin
 
     with fake_forward(preset, impl, precision, batch, checkpoint_blocks) as (objective, forward):
         if checkpoint_blocks:  # which holds the arguments of each block where no hook of autograd's sees them
-            for block in (*objective.net.model.blocks, *objective.net.model.decoder_blocks):
+            for block in (block for stack in objective.net.model.stacks for block in stack.blocks):
                 block.register_forward_pre_hook(
                     lambda _, args: [keep_one(t) for t in tree_leaves(args) if isinstance(t, Tensor)] and None
                 )

@@ -1,6 +1,6 @@
 """`python -m bench.model`: what a preset costs, counted, and how fast and how dear it would be on a GPU, predicted.
 
-The formulas are those of `fastmask/cost.py`. `--count` sets them beside what the operators of a step do on tensors
+The formulas are those of `fastmask/cost/work.py`. `--count` sets them beside what the operators of a step do on tensors
 without data. Nothing here is measured.
 """
 
@@ -17,21 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.tables import header, line
-from fastmask.config import TrainConfig, build_model, preset_config
-from fastmask.cost import ASSUMED, GPUS, RESERVE, Assumptions, Gpu, memory_of, predict_run, work_of
-from fastmask.counts import forward_macs, trainable_parameters
+from fastmask.cost.predict import ASSUMED, Assumptions, predict_run
+from fastmask.cost.work import RESERVE, memory_of, work_of
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective
+from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
+from fastmask.gpus import GPUS, Gpu
 from fastmask.kernels import Mask
-from fastmask.masking import kept_count
-from fastmask.model import MaskDiT
+from fastmask.models.counts import forward_macs, trainable_parameters
+from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
+from fastmask.training.config import TrainConfig, build_model, preset_config
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
 class Count(NamedTuple):
-    """What the operators of a forward and backward pass do; bytes as in `fastmask.cost.Work`."""
+    """What the operators of a forward and backward pass do; bytes as in `fastmask.cost.work.Work`."""
 
     launches: int
     product_bytes: float

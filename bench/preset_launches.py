@@ -15,15 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from fastmask.config import TrainConfig, build_model, preset_config
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
+from fastmask.diffusion.masking import kept_count, parse_per_sample
 from fastmask.diffusion.objective import TOTAL
 from fastmask.kernels import sample_mask
 from fastmask.kernels._dispatch import _TRITON_OPS, _launcher
-from fastmask.masking import kept_count, parse_per_sample
-from fastmask.model import MaskDiT
-from fastmask.optim import AdamWEMA
+from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
+from fastmask.training.config import TrainConfig, build_model, preset_config
+from fastmask.training.optim import AdamWEMA
 
 Case = tuple[str, Callable[[], Any]]
 

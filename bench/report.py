@@ -15,8 +15,8 @@ from typing import Any
 from bench.compare import checked, key, machine_of, time_of
 from bench.rows import RESULTS, ROOT, Row
 from bench.tables import header, line
-from fastmask.cost import GPUS, gpu_named
 from fastmask.files import whole_file
+from fastmask.gpus import GPUS, gpu_named
 
 NOT_MEASURED = "not measured"
 SIZES = ("s2", "b2", "l2", "xl2", "h2")

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from bench.compile import recorded
 from bench.launches import empty
 from bench.tables import header, line
-from fastmask.config import preset_config
+from fastmask.diffusion.masking import kept_count
 from fastmask.files import whole_file
 from fastmask.kernels import Mask
 from fastmask.kernels._triton import (
@@ -47,8 +47,8 @@ from fastmask.kernels.embed_kept_patches import embed_kept_patches_reference
 from fastmask.kernels.masked_loss import masked_loss_reference
 from fastmask.kernels.modulate_norm import modulate_norm_reference
 from fastmask.kernels.restore_tokens import restore_tokens_reference
-from fastmask.masking import kept_count
 from fastmask.presets import PRESETS
+from fastmask.training.config import preset_config
 
 _BATCH = 128
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastmask.diffusion import EDM, Denoiser, EDMPrecond
 from fastmask.kernels import Mask
-from fastmask.model import MaskDiT
+from fastmask.models.maskdit import MaskDiT
 
 if TYPE_CHECKING:
-    from fastmask.weights import load_maskdit
+    from fastmask.diffusion.weights import load_maskdit
 
 __version__ = "0.1.0"
 __all__ = ["EDM", "Denoiser", "EDMPrecond", "Mask", "MaskDiT", "load_maskdit"]
@@ -18,6 +18,6 @@ def __getattr__(name: str) -> Any:
     """Import `load_maskdit` when it is first used: it needs safetensors, and the network needs torch alone."""
     if name != "load_maskdit":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = importlib.import_module("fastmask.weights").load_maskdit
+    found = importlib.import_module("fastmask.diffusion.weights").load_maskdit
     globals()[name] = found
     return found

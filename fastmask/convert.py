@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastmask.cli import parse, run_command
 from fastmask.console import say
-from fastmask.distributed import require_one_process
-from fastmask.ema import gamma_of, posthoc_coefficients
+from fastmask.diffusion.weights import load_maskdit, save_weights, weights_for
 from fastmask.files import whole_file
+from fastmask.ranks import require_one_process
 from fastmask.rundir import listing, locate, snapshots, step_of
-from fastmask.weights import load_maskdit, save_weights, weights_for
+from fastmask.training.ema import gamma_of, posthoc_coefficients
 
 # Share of the wanted profile that a sum of snapshots may miss before it is worth a word.
 _NOTABLE = 0.05

@@ -20,18 +20,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.console import printable, say
-from fastmask.data.autoencoder import Autoencoder
-from fastmask.data.check import FITTING, check_store
-from fastmask.data.dali import JpegDecoder, pick_decoder
-from fastmask.data.decoding import Decoded, decoded, read_ahead, say_source
-from fastmask.data.importers import HalfRecords, Latents, open_latents
+from fastmask.data.foreign.open import HalfRecords, Latents, open_latents
+from fastmask.data.images.dali import JpegDecoder, pick_decoder
+from fastmask.data.images.reader import Decoded, decoded, read_ahead, say_source
 from fastmask.data.latents import ScaledBy, Scaling, number_or_list, sample_records, shown
-from fastmask.data.manifest import Manifest
-from fastmask.data.remote import is_url, local_copy
-from fastmask.data.sources import Source, open_source
-from fastmask.data.writer import StoreWriter
-from fastmask.distributed import Ranks, own_device, process_group
-from fastmask.report import console, save_grid
+from fastmask.data.sources.open import Source, open_source
+from fastmask.data.store.check import FITTING, check_store
+from fastmask.data.store.manifest import Manifest
+from fastmask.data.store.remote import is_url, local_copy
+from fastmask.data.store.writer import StoreWriter
+from fastmask.data.vae import Autoencoder
+from fastmask.grid import save_grid
+from fastmask.ranks import Ranks, own_device, process_group
+from fastmask.training.report import console
 
 _IMAGE_SIZE = 256  # of a store of images that have no side of their own
 _VAE = "stabilityai/sd-vae-ft-mse"

@@ -14,10 +14,10 @@ from torch import Tensor
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.console import say
 from fastmask.diffusion import draw_samples
-from fastmask.distributed import Ranks, own_device, require_one_process
+from fastmask.diffusion.weights import Kind, load_maskdit
 from fastmask.files import whole_file
-from fastmask.report import save_grid
-from fastmask.weights import Kind, load_maskdit
+from fastmask.grid import save_grid
+from fastmask.ranks import Ranks, own_device, require_one_process
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

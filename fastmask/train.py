@@ -14,30 +14,24 @@ from typing import Literal
 
 import torch
 
-from fastmask.checkpoint import Checkpointer, checkpoints
 from fastmask.cli import parse, pick_device, run_command
-from fastmask.config import TrainConfig, build_model, check_config, check_ranges, fit_stages, preset_config
 from fastmask.console import say
-from fastmask.cost import RESERVE, memory_of
-from fastmask.counts import trainable_parameters
+from fastmask.cost.plan import print_plan
+from fastmask.cost.work import RESERVE, memory_of
 from fastmask.data import DataSet, open_data
-from fastmask.data.images import ImageArray
-from fastmask.data.imageset import ImageSet
-from fastmask.distributed import (
-    Ranks,
-    from_first,
-    is_lost_rank,
-    own_device,
-    process_group,
-    signal_if_torchrun_dies,
-)
+from fastmask.data.images.dataset import ImageSet
+from fastmask.data.in_memory import ImageArray
 from fastmask.files import locked
-from fastmask.numerics import set_numerics
-from fastmask.optim import resolve_optimizer
+from fastmask.models.counts import trainable_parameters
 from fastmask.presets import PRESETS
-from fastmask.report import console, print_plan
-from fastmask.run import LOCK, Run, exit_code
-from fastmask.watch import DivergedError
+from fastmask.ranks import Ranks, from_first, is_lost_rank, own_device, process_group, signal_if_torchrun_dies
+from fastmask.training.checkpoint import Checkpointer, checkpoints
+from fastmask.training.config import TrainConfig, build_model, check_config, check_ranges, fit_stages, preset_config
+from fastmask.training.monitor import DivergedError
+from fastmask.training.numerics import set_numerics
+from fastmask.training.optim import resolve_optimizer
+from fastmask.training.report import console
+from fastmask.training.run import LOCK, Run, exit_code
 
 _NAME = "python -m fastmask.train"
 

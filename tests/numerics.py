@@ -18,8 +18,10 @@ ROOT = Path(__file__).parent.parent
 LIMIT = 0.7
 OPS = ("adamw_ema", "add_gated_norm", "attention", "embed_kept_patches", "gelu_linear", "masked_loss", "modulate_norm")
 OPS += ("native", "norm_linear", "norms", "philox", "restore_tokens", "silu_linear")
-NETWORKS = ("baselines", "diffusion", "ema", "golden", "model", "optim", "packed", "step")
-FILES = [f"tests/kernels/test_{name}.py" for name in OPS] + [f"tests/test_{name}.py" for name in NETWORKS]
+NETWORKS = ("diffusion/test_denoiser", "diffusion/test_objective", "diffusion/test_process", "diffusion/test_sampling")
+NETWORKS += ("models/test_maskdit", "test_baselines", "test_golden", "test_packed")
+NETWORKS += ("training/test_ema", "training/test_optim", "training/test_step")
+FILES = [f"tests/kernels/test_{name}.py" for name in OPS] + [f"tests/{name}.py" for name in NETWORKS]
 
 # What each library calls an instruction set, and the level of x86 of the native kernels.
 TORCH = {

@@ -42,7 +42,7 @@ def test_a_session_stores_and_prints_what_it_ran_and_a_red_gate_gives_no_number(
     (tmp_path / "sabotage.py").write_text(
         "from pathlib import Path\n"
         "from bench import rows\n"
-        "from fastmask.data.digits import Digits\n"
+        "from fastmask.data.in_memory import Digits\n"
         "rows.RESULTS = Path(__file__).parent / 'results'\n"
         "Digits.to_images = lambda self, stored, seed, sample: stored + 1e-3\n"
     )

@@ -7,8 +7,8 @@ import pytest
 
 from bench import model
 from fastmask.cli import run_command
-from fastmask.report import console
 from fastmask.train import main as train
+from fastmask.training.report import console
 
 
 def said(monkeypatch, capsys, *argv):

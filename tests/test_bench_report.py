@@ -10,10 +10,10 @@ import pytest
 from bench import plots, report
 from bench.model import network
 from bench.report import NOT_MEASURED, PUBLISHED, Rows, cell, committed, kernels, loaders, steps, summary
-from fastmask.config import preset_config
-from fastmask.counts import forward_macs
-from fastmask.masking import kept_count
+from fastmask.diffusion.masking import kept_count
+from fastmask.models.counts import forward_macs
 from fastmask.presets import PRESETS
+from fastmask.training.config import preset_config
 
 H100 = "NVIDIA H100 80GB HBM3"
 GMAC = {"dense": 120.0, "masked-0.5": 60.0}

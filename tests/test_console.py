@@ -25,7 +25,7 @@ def test_what_every_process_says(capsys, monkeypatch):
 
 def test_data_are_read_without_rich():
     """As on a GPU machine that lacks it: nothing but a line to say asks for it."""
-    program = "import sys; sys.modules['rich'] = None; import fastmask.data, fastmask.step"
+    program = "import sys; sys.modules['rich'] = None; import fastmask.data, fastmask.training.step"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

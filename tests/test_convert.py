@@ -13,8 +13,8 @@ from util import files_of_at_most
 from fastmask import EDMPrecond, MaskDiT, load_maskdit
 from fastmask.cli import run_command
 from fastmask.convert import main
+from fastmask.diffusion.weights import save_weights
 from fastmask.rundir import checkpoints, snapshots
-from fastmask.weights import save_weights
 
 WIDTHS = ["--ema-widths", "0.05", "0.1", "--checkpoint-every", "1000", "--snapshot-every", "4"]
 

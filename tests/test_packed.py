@@ -10,9 +10,9 @@ from util import SMALL_SIZES, small_net
 
 from fastmask import Mask, MaskDiT
 from fastmask.diffusion import EDM, MaskedDenoising, Objective, training_draws
+from fastmask.diffusion.masking import GROUP, parse_per_sample
 from fastmask.kernels import sample_mask
-from fastmask.masking import GROUP, parse_per_sample
-from fastmask.model import Attention, Packing, sincos_position
+from fastmask.models.layers import Attention, Packing, sincos_position
 from fastmask.testing import assert_near, assert_network_accurate, network_steps, relative_error
 
 LENGTH = 16  # positions of small_net

@@ -17,11 +17,11 @@ from PIL import Image
 from vaes import small_vae
 
 from fastmask.data import LatentStore, open_data
-from fastmask.data.imageset import ImageSet
-from fastmask.data.manifest import read_manifest
-from fastmask.data.sources import open_source
+from fastmask.data.images.dataset import ImageSet
+from fastmask.data.sources.open import open_source
+from fastmask.data.store.manifest import read_manifest
+from fastmask.grid import save_grid
 from fastmask.prepare import main
-from fastmask.report import save_grid
 
 SMALL = ("--space", "pixel", "--image-size", "16", "--num-workers", "0", "--shard-size", "5", "--batch-size", "2")
 

@@ -8,7 +8,7 @@ import torch
 from latent_files import EDM2_MEAN, EDM2_STD, edm2_of, features_of, latent_tar_of, raw_moments, shards_of
 
 from fastmask.data import open_data
-from fastmask.data.manifest import read_manifest
+from fastmask.data.store.manifest import read_manifest
 from fastmask.prepare import main
 
 LATENTS = ("--image-size", "32", "--num-workers", "0", "--shard-size", "5", "--batch-size", "2", "--device", "cpu")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from test_prepare import broken, content, folder, has_ended, prepare  # noqa: F401  (a fixture)
 
-from fastmask.data.manifest import read_manifest
+from fastmask.data.store.manifest import read_manifest
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
 

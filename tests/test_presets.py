@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from fastmask.config import TrainConfig, check_config, preset_config
 from fastmask.presets import PRESETS
+from fastmask.training.config import TrainConfig, check_config, preset_config
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoint import Trained
 
-from fastmask.checkpoint import Checkpointer
+from fastmask.diffusion.weights import load_maskdit
 from fastmask.rundir import find_checkpoint, find_weights, locate, share_of_start, snapshots
-from fastmask.weights import load_maskdit
+from fastmask.training.checkpoint import Checkpointer
 
 SOURCES = "name a run folder, one of its checkpoints/step-N, or a .safetensors or .pt file of weights"
 

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from util import files_of_at_most, small_net
 
-from fastmask.checkpoint import Checkpointer
 from fastmask.cli import run_command
 from fastmask.convert import main as convert_main
 from fastmask.diffusion import draw_samples
+from fastmask.diffusion.weights import save_weights
 from fastmask.evaluate import main as evaluate_main
-from fastmask.report import save_grid
+from fastmask.grid import save_grid
 from fastmask.sample import main as sample_main
-from fastmask.weights import save_weights
+from fastmask.training.checkpoint import Checkpointer
 
 SHALLOW = {"depth": 1, "decoder_depth": 0}
 

@@ -10,10 +10,10 @@ import forked
 import pytest
 from test_train import SMALL, run, stats
 
-from fastmask.checkpoint import checkpoints
-from fastmask.config import TrainConfig
-from fastmask.distributed import Ranks
+from fastmask.ranks import Ranks
 from fastmask.train import StopSignals, check_memory, check_tools, main, resolve_machine
+from fastmask.training.checkpoint import checkpoints
+from fastmask.training.config import TrainConfig
 
 
 def start(run_dir, *flags):

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from util import small_net
 
+from fastmask.diffusion.weights import save_weights
 from fastmask.tensorfile import choose_weights, read_weights
-from fastmask.weights import save_weights
 
 NET, EMA = small_net(depth=1, decoder_depth=1), small_net(depth=1, decoder_depth=1, seed=1)
 RAW, AVERAGE = ({k.removeprefix("model."): t for k, t in net.state_dict().items()} for net in (NET, EMA))

@@ -16,10 +16,10 @@ import torch
 from fake_cuda import FakeCuda
 from safetensors.torch import load_file
 
-from fastmask.checkpoint import checkpoints
 from fastmask.cli import run_command
-from fastmask.config import TrainConfig
 from fastmask.train import main, resolve_machine
+from fastmask.training.checkpoint import checkpoints
+from fastmask.training.config import TrainConfig
 
 SMALL = ["--width", "16", "--depth", "1", "--num-heads", "2", "--decoder-width", "16", "--decoder-depth", "1"]
 SMALL += [

@@ -17,8 +17,8 @@ import pytest
 from test_crash import LIVES
 from test_train import SMALL, stats
 
-from fastmask.checkpoint import checkpoints
 from fastmask.prepare import main as prepare
+from fastmask.training.checkpoint import checkpoints
 
 SOON = 30.0  # seconds
 FOREVER = ["--max-steps", "1000000", "--unmask-steps", "0", "--checkpoint-every", "1000000", "--report-every", "1"]

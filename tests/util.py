@@ -123,5 +123,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def run_ranks(function: Callable[..., None], *arguments: Any, processes: int) -> None:
     """Call a function in processes, with the number of each first; they are forked from one that has imported torch."""
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "fastmask.checkpoint", "fastmask.optim"])
+    multiprocessing.set_forkserver_preload(
+        ["torch.distributed.fsdp", "fastmask.training.checkpoint", "fastmask.training.optim"]
+    )
     torch.multiprocessing.start_processes(function, arguments, processes, start_method="forkserver")

@@ -21,15 +21,15 @@ from torch import Tensor
 from bench import rows
 from bench.campaign.state import Campaign
 from bench.train.steps import as_trained
-from fastmask.config import TrainConfig, build_model, preset_config
 from fastmask.data.loader import sample_ids
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
+from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
-from fastmask.ema import EMA
 from fastmask.files import whole_file
-from fastmask.masking import kept_count
-from fastmask.optim import learning_rate, make_optimizer
 from fastmask.presets import PRESETS
+from fastmask.training.config import TrainConfig, build_model, preset_config
+from fastmask.training.ema import EMA
+from fastmask.training.optim import learning_rate, make_optimizer
 
 SCANS = rows.ROOT / "bench" / "digits.npz"
 RECORD = rows.RESULTS / "digits-cpu.json"

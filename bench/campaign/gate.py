@@ -19,10 +19,10 @@ from bench.baselines.plain import PlainDiT, PlainLoss
 from bench.campaign.state import Campaign, release
 from bench.kernels import OPS, shapes_of
 from bench.kernels._cases import Op, Shapes
-from fastmask.config import TrainConfig, build_model
 from fastmask.diffusion import EDM, Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.objective import TOTAL
 from fastmask.testing import network_errors_over_bound, network_steps, norm_error_over_bound, op_errors_over_bound
+from fastmask.training.config import TrainConfig, build_model
 
 PRESETS_CHECKED = ("xl2-in256", "b2-in256", "s2-in256")
 _FAILURES_SAID = 20  # tests that are named at most

@@ -16,7 +16,7 @@ import torch
 
 from bench import rows
 from bench.kernels._graph import CaptureFailedError
-from fastmask.cost import gpu_named
+from fastmask.gpus import gpu_named
 
 
 class DeviceLostError(RuntimeError):

@@ -18,12 +18,12 @@ from bench import rows
 from bench.campaign.gate import network_is_right
 from bench.campaign.state import Campaign, peak_tflops, release
 from bench.train.steps import config_of, makers, stacks_of
-from fastmask.config import build_model
-from fastmask.cost import memory_of
-from fastmask.counts import trainable_parameters
-from fastmask.masking import GROUP
-from fastmask.model import MaskDiT
+from fastmask.cost.work import memory_of
+from fastmask.diffusion.masking import GROUP
+from fastmask.models.counts import trainable_parameters
+from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
+from fastmask.training.config import build_model
 
 _SIZES = (("xl2", 256), ("xl2", 512), ("b2", 256), ("l2", 256), ("s2", 256), ("b2", 512), ("l2", 512), ("s2", 512))
 # The one that the project is judged by comes first, though it takes longest.

@@ -20,11 +20,11 @@ import torch
 from bench import rows
 from bench.data.bench_loaders import picture
 from fastmask import prepare
-from fastmask.data.dali import JpegDecoder, pick_decoder
-from fastmask.data.decoding import decoded
-from fastmask.data.images import decode
-from fastmask.data.sources import Source, open_source
-from fastmask.report import console
+from fastmask.data.images.dali import JpegDecoder, pick_decoder
+from fastmask.data.images.pixels import decode
+from fastmask.data.images.reader import decoded
+from fastmask.data.sources.open import Source, open_source
+from fastmask.training.report import console
 
 PHOTOS, BATCH, SHARDS = 512, 32, 4
 HEIGHT, WIDTH, SIZE = 375, 500, 256

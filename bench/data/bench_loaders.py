@@ -23,9 +23,9 @@ from torch import Tensor
 
 from bench import rows
 from fastmask.data import DataSet, batches, open_data
-from fastmask.data.manifest import Manifest
 from fastmask.data.order import shuffled
-from fastmask.data.writer import StoreWriter
+from fastmask.data.store.manifest import Manifest
+from fastmask.data.store.writer import StoreWriter
 
 SEED = 0
 BATCH = 32

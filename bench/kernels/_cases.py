@@ -14,10 +14,10 @@ from torch import Tensor
 from bench import rows
 from bench.kernels._gate import complaint
 from bench.kernels._graph import Graphed
-from fastmask.config import preset_config
+from fastmask.diffusion.masking import kept_count
 from fastmask.kernels import backends
-from fastmask.masking import kept_count
 from fastmask.presets import PRESETS
+from fastmask.training.config import preset_config
 
 DIRECTIONS = ("forward", "forward_backward")
 PRESET = {"cuda": "xl2-in256", "cpu": "b2-in256"}

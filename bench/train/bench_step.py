@@ -18,7 +18,7 @@ from bench import rows
 from bench.progress import Measurement, Progress
 from bench.train.steps import FORMS, STACKS, Step, freed, stacks_of, steps
 from bench.train.table import PRODUCTS, name_of, shown
-from fastmask.masking import GROUP
+from fastmask.diffusion.masking import GROUP
 
 ROUNDS = {"s2": 7, "b2": 5, "xl2": 3}
 IN_TURN = ("s2", "b2")  # the networks of all forms fit into memory together, 7 GB for b2

@@ -13,17 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from bench.baselines.plain import PlainDiT, PlainLoss, PlainTrainer
-from fastmask.config import TrainConfig, build_model, preset_config
-from fastmask.counts import forward_macs
 from fastmask.diffusion import Denoiser
-from fastmask.distributed import Ranks
-from fastmask.ema import EMA
-from fastmask.masking import GROUP, kept_count
-from fastmask.model import MaskDiT
-from fastmask.numerics import set_numerics
-from fastmask.optim import make_optimizer
+from fastmask.diffusion.masking import GROUP, kept_count
+from fastmask.models.counts import forward_macs
+from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
-from fastmask.step import TrainingStep
+from fastmask.ranks import Ranks
+from fastmask.training.config import TrainConfig, build_model, preset_config
+from fastmask.training.ema import EMA
+from fastmask.training.numerics import set_numerics
+from fastmask.training.optim import make_optimizer
+from fastmask.training.step import TrainingStep
 
 FORMS = {"dense": None, "masked-0.5": 0.5, "masked-0.75": 0.75}
 _PRODUCTS = ("fastmask::silu_linear_fwd", "fastmask::silu_linear_bwd")

@@ -9,19 +9,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmask.console import say
-from fastmask.data.autoencoder import Autoencoder
-from fastmask.data.dali import DecoderName, pick_decoder
-from fastmask.data.decoding import say_source
-from fastmask.data.digits import Digits
-from fastmask.data.images import ImageArray
-from fastmask.data.imageset import ImageSet
-from fastmask.data.importers import layout_of
-from fastmask.data.latents import Moments, Synthetic
-from fastmask.data.manifest import MANIFEST, UNFINISHED
-from fastmask.data.npz import read_npz
-from fastmask.data.remote import RemoteStore, is_url
-from fastmask.data.sources import open_source
-from fastmask.data.store import LatentStore
+from fastmask.data.foreign.open import layout_of
+from fastmask.data.images.dali import DecoderName, pick_decoder
+from fastmask.data.images.dataset import ImageSet
+from fastmask.data.images.reader import say_source
+from fastmask.data.in_memory import Digits, ImageArray, Moments, Synthetic
+from fastmask.data.sources.npz import read_npz
+from fastmask.data.sources.open import open_source
+from fastmask.data.store.manifest import MANIFEST, UNFINISHED
+from fastmask.data.store.reader import LatentStore
+from fastmask.data.store.remote import RemoteStore, is_url
+from fastmask.data.vae import Autoencoder
 
 _CPU = torch.device("cpu")
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastmask.data.dataset import DataSet
-from fastmask.data.decoding import as_it_is, end_with_parent
-from fastmask.data.imageset import ImageSet
+from fastmask.data.images.dataset import ImageSet
+from fastmask.data.images.reader import as_it_is, end_with_parent
+from fastmask.data.images.replacing import Bad, BadImages
 from fastmask.data.order import shuffled
-from fastmask.data.replacing import Bad, BadImages
-from fastmask.data.verify import Verifier
+from fastmask.data.store.verify import Verifier
 
 Batch = tuple[Tensor, Tensor]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastmask.diffusion.edm import EDM
 from fastmask.diffusion.process import Coefficients, Process
 from fastmask.kernels import Mask, unpatchify
-from fastmask.model import MaskDiT
+from fastmask.models.maskdit import MaskDiT
 
 
 class Denoiser(nn.Module):

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmask.diffusion.masking import GROUP, RatioPerSample
 from fastmask.diffusion.process import Process
 from fastmask.kernels import Mask, random_normal, random_uniform, sample_mask
-from fastmask.masking import GROUP, RatioPerSample
 
 # Streams of the counter-based generator; stream 0 is sample_mask's, 4 and 5 the data's, 6 sampling's, 7 masking's.
 _TIME_STREAM, _NOISE_STREAM, _LABEL_STREAM = 1, 2, 3
@@ -51,7 +51,7 @@ def training_draws(
         num_classes: the label that means none.
         label_drop: probability of replacing a label by none.
         per_sample: how each sample draws its own K, unless ``keep`` is L. The batch must then be made of whole groups,
-            so the offset, too, is a multiple of `fastmask.masking.GROUP` (a tensor's value is not checked).
+            so the offset, too, is a multiple of `fastmask.diffusion.masking.GROUP` (a tensor's value is not checked).
         seed: the run's seed, an int, or int64 of shape () on the device of the images.
         offset: global index of the batch's first sample in the run, like ``seed`` and given with it. Calls of the same
             seed whose samples' indices overlap share draws: a training loop adds B from one call to the next.

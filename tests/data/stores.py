@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-from fastmask.data.manifest import Manifest, checksum_of
-from fastmask.data.writer import StoreWriter
+from fastmask.data.store.manifest import Manifest, checksum_of
+from fastmask.data.store.writer import StoreWriter
 
 
 def manifest(kind="moments", copies=2, **fields):

@@ -7,10 +7,8 @@ import torch
 from PIL import Image
 
 from fastmask.data import open_data
-from fastmask.data.digits import Digits
-from fastmask.data.images import ImageArray
-from fastmask.data.imageset import ImageSet
-from fastmask.data.latents import Moments, Synthetic
+from fastmask.data.images.dataset import ImageSet
+from fastmask.data.in_memory import Digits, ImageArray, Moments, Synthetic
 
 
 def opened(data, image_size=16, num_classes=None, mirror=False):

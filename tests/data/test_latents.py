@@ -4,22 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from fastmask.data.importers import open_latents
+from fastmask.data.foreign.open import open_latents
+from fastmask.data.in_memory import Moments, Synthetic, holds_moments
 from fastmask.data.latents import (
-    Moments,
     ScaledBy,
     Scaling,
-    Synthetic,
     all_finite,
     check_label,
     check_latent,
-    holds_moments,
     latents_of,
     number_or_list,
     sample_records,
     shown,
 )
-from fastmask.data.npz import read_npz
+from fastmask.data.sources.npz import read_npz
 from fastmask.kernels import random_normal
 
 PATH = Path("some.npz")

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from fastmask.data import batches, sample_ids
-from fastmask.data.imageset import ImageSet
-from fastmask.data.sources import open_source
+from fastmask.data.images.dataset import ImageSet
+from fastmask.data.sources.open import open_source
 
 CPU = torch.device("cpu")
 

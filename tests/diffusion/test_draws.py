@@ -8,8 +8,8 @@ from scipy import stats
 from util import small_net
 
 from fastmask.diffusion import EDM, MaskedDenoising, Objective, training_draws
+from fastmask.diffusion.masking import kept_count
 from fastmask.kernels import sample_mask
-from fastmask.masking import kept_count
 
 PROCESS = EDM()
 SEEDED = {"seed": 3, "offset": 0}

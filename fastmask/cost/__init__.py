@@ -1,0 +1,1 @@
+"""What training costs, by formula: work and memory, predictions, and the plan of a dry run."""

@@ -1,0 +1,95 @@
+"""What `--dry-run` prints: the configuration, the counts of its network, memory and a prediction."""
+
+import torch
+from rich.table import Table
+
+from fastmask.console import say
+from fastmask.cost.predict import ASSUMED, predict_run
+from fastmask.cost.work import RESERVE, memory_of
+from fastmask.diffusion.masking import kept_count
+from fastmask.gpus import GPUS
+from fastmask.models.counts import forward_macs, trainable_parameters
+from fastmask.models.maskdit import MaskDiT
+from fastmask.training.config import TrainConfig
+from fastmask.training.report import console
+
+
+def print_plan(config: TrainConfig, model: MaskDiT) -> None:
+    """Print what a run would be: its configuration, and the counts of its network.
+
+    Args:
+        config: the resolved configuration.
+        model: the network; its tensors may be on the meta device.
+    """
+    fields = Table(title=f"configuration of {config.preset}", show_header=False)
+    names = [f"{name} = {value}" for name, value in config.recorded().items()]
+    half = -(-len(names) // 2)
+    for i in range(half):
+        fields.add_row(names[i], names[half + i] if half + i < len(names) else "")
+    console.print(fields)
+
+    parameters = trainable_parameters(model)
+    kept = kept_count(model.length, config.mask_ratio)
+    full, masked = forward_macs(model), forward_macs(model, kept)
+    counts = Table(title="counts", show_header=False)
+    for _ in range(2):
+        counts.add_column(no_wrap=True)
+    counts.add_row("input", f"{model.in_channels} x {model.input_size} x {model.input_size}, {model.length} patches")
+    counts.add_row("trainable parameters", f"{parameters / 1e6:.1f}M")
+    if kept < model.length:
+        counts.add_row(f"forward, {kept} of {model.length} patches kept", f"{masked / 1e9:.2f} GMAC per image")
+    counts.add_row("forward, unmasked", f"{full / 1e9:.2f} GMAC per image")
+    counts.add_row("training, 6 FLOP per forward MAC", f"{6 * masked / 1e9:.1f} GFLOP per image")
+    precision = "bf16" if config.precision == "fp32" and config.device == "cpu" else config.precision
+    _add_memory(counts, config, model, precision)
+    images = config.max_steps * config.batch_size
+    counts.add_row(f"images seen, {config.max_steps:,} steps x {config.batch_size}", f"{images:,}")
+    counts.add_row("training in all", f"{_mean_macs(config, model) * 6 * images:.3g} FLOP")
+    _add_prediction(counts, config, model, precision)
+    console.print(counts)
+    say("Memory is an estimate for one process; more micro-batches per step or another optimizer take no more.")
+    say(f"The prediction was not measured; {ASSUMED}.")
+
+
+def _add_memory(counts: Table, config: TrainConfig, model: MaskDiT, precision: str) -> None:
+    """Add what is in memory at most, by part, at the run's lowest mask ratio, and the batches that fit."""
+    ratio = min(config.ratio_at(step) for step in (0, config.max_steps - 1))  # it rises or falls all the way
+    again, averages = config.activation_checkpointing == "block", 1 + len(config.ema_widths)
+    memory = memory_of(model, ratio, precision, averages=averages, checkpoint_blocks=again)
+    counts.add_row("weights / gradients, fp32", f"{memory.weights / 1e9:.2f} GB each")
+    counts.add_row("AdamW's two moments, fp32", f"{memory.moments / 1e9:.2f} GB")
+    counts.add_row("EMA, fp32" if averages == 1 else f"{averages} EMAs, fp32", f"{memory.ema / 1e9:.2f} GB")
+    if memory.copy:
+        counts.add_row(f"copy of the weights, {precision}", f"{memory.copy / 1e9:.2f} GB")
+    counts.add_row(f"kept for backward, {precision}", f"{memory.activations / 1e6:.1f} MB per image")
+    if memory.recomputed:
+        counts.add_row("one block computed again, at most", f"{memory.recomputed / 1e6:.1f} MB per image")
+    counts.add_row("held for a moment in backward", f"{memory.working / 1e6:.1f} MB per image")
+    micro = config.micro_batch
+    counts.add_row(f"at once, micro-batches of {micro}", f"{memory.high_water(micro) / 1e9:.2f} GB")
+    on_gpu = config.device.startswith("cuda")
+    here = [torch.cuda.get_device_properties(config.device).total_memory / 1e9] if on_gpu else []
+    for size in here or (24, 40, 80, 141):
+        largest = memory.largest_batch(size * 1e9)
+        shown = f"{largest}" if largest else "none"
+        counts.add_row(f"largest batch in {size:.0f} GB, {RESERVE:.0%} free", shown)
+
+
+def _add_prediction(counts: Table, config: TrainConfig, model: MaskDiT, precision: str) -> None:
+    """Add what one H100 would take. On a CPU fp32 stands for "auto", which is bf16 there."""
+    gpu = GPUS["h100"]
+    try:
+        run = predict_run(config, model, gpu, precision)
+    except ValueError as error:
+        counts.add_row(f"prediction, one {gpu.name}, {precision}", str(error))
+        return
+    shown = f"{run.images_per_s:,.0f} images/s, {run.gpu_hours:,.1f} hours"
+    counts.add_row(f"prediction, one {gpu.name}, {precision}", shown)
+
+
+def _mean_macs(config: TrainConfig, model: MaskDiT) -> float:
+    """Return the forward MACs per image, averaged over the run."""
+    stages = config.stages(model.length)
+    ends = [*(stage.first_step for stage in stages[1:]), config.max_steps]
+    steps = [end - stage.first_step for stage, end in zip(stages, ends, strict=True)]
+    return sum(n * forward_macs(model, stage.keep) for n, stage in zip(steps, stages, strict=True)) / config.max_steps

@@ -1,0 +1,150 @@
+"""Arrays and labels from an `.npz` file, checked before they are read: a small file can inflate to any size."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastmask.console import say
+from fastmask.data.foreign.npy import Header, parse_header
+from fastmask.data.store.manifest import MAX_CLASSES
+
+Arrays = dict[str, NDArray[Any]]
+
+_NAMES = ("images", "moments", "labels", "scale", "shift")
+_MAX_HEADER_BYTES = 1 << 16
+_BLOCK = 1 << 24
+# An encrypted member is a RuntimeError, an unknown compression a NotImplementedError, which is one too.
+_DAMAGE = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def read_npz(path: Path, num_classes: int | None) -> Arrays:
+    """Return `images` or `moments` of a file, and `labels` as int64 with `num_classes` (both absent: no labels).
+
+    `scale` and `shift` of moments come along where they are there; what else the file holds is left out, and said.
+
+    Args:
+        path: the file.
+        num_classes: labels must be below it; None takes one more than the highest label, 0 leaves them out.
+
+    Raises:
+        ValueError: a file that cannot be read or held in memory, or arrays that do not fit one another.
+    """
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not an .npz file, or is cut off: write it with numpy.savez")
+    try:
+        with zipfile.ZipFile(path) as file:
+            headers = {name: _header(file, name, path) for name in _members(file)}
+            _check_memory(path, [headers[name] for name in _NAMES if name in headers])
+            arrays = {name: _values(file, name, headers[name]) for name in _NAMES if name in headers}
+    except _DAMAGE as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path} cannot be read as an .npz of plain arrays: {error}") from error
+    values = [arrays[name] for name in ("images", "moments") if name in arrays]
+    if len(values) != 1:
+        raise ValueError(f"{path} must hold either `images` or `moments`")
+    if not values[0].ndim or not len(values[0]):
+        raise ValueError(f"{path} holds no samples")
+    if num_classes == 0:
+        arrays.pop("labels", None)
+    elif "labels" in arrays:
+        arrays["labels"] = _checked_labels(path, arrays["labels"], len(values[0]), num_classes)
+        arrays["num_classes"] = np.array(arrays["labels"].max() + 1 if num_classes is None else num_classes)
+    elif num_classes:
+        raise ValueError(f"{path} holds no `labels`, which num_classes {num_classes} asks for")
+    _say_left_out(path, headers, len(values[0]), labelled=num_classes == 0 or "labels" in arrays)
+    return arrays
+
+
+def images_refused(path: Path, images: NDArray[Any]) -> str:
+    """Return the line for an array `images` that holds none."""
+    return (
+        f"{path}: `images` must be uint8 of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W), not {images.dtype} of shape "
+        f"{tuple(images.shape)}"
+    )
+
+
+def _members(file: zipfile.ZipFile) -> list[str]:
+    """Return the names of arrays, as `numpy.savez` took them."""
+    return [name.removesuffix(".npy") for name in file.namelist()]
+
+
+def _header(file: zipfile.ZipFile, name: str, path: Path) -> Header | None:
+    """Return the header of an array; None if a member that is not read is none, else a ValueError."""
+    try:
+        with file.open(f"{name}.npy") as member:
+            header = parse_header(member.read(_MAX_HEADER_BYTES), f"`{name}`")
+        length = file.getinfo(f"{name}.npy").file_size
+        if length != header.offset + header.bytes:
+            raise ValueError(f"`{name}` has {length:,} bytes, not those of {header.dtype} of shape {header.shape}")
+    except (KeyError, *_DAMAGE) as error:
+        if name not in _NAMES:
+            return None
+        raise ValueError(
+            f"{path}: `{name}` is not a numpy array of numbers ({error}): write the file with numpy.savez"
+        ) from error
+    return header
+
+
+def _check_memory(path: Path, headers: list[Header | None]) -> None:
+    needed, free = sum(header.bytes for header in headers if header), free_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{path} takes {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free: give it in parts, or "
+            f"images as files"
+        )
+
+
+def free_memory() -> int | None:
+    """Return how many bytes of this machine's memory can be had, None where the system does not tell it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
+def _values(file: zipfile.ZipFile, name: str, header: Header | None) -> NDArray[Any]:
+    assert header is not None
+    try:
+        values = np.empty(header.bytes, np.uint8)
+    except MemoryError as error:
+        raise ValueError(f"`{name}` takes {header.bytes / 1e9:,.1f} GB of memory, which cannot be had") from error
+    with file.open(f"{name}.npy") as member:
+        member.read(header.offset)
+        place = 0
+        while block := member.read(_BLOCK):  # which compares the checksum at the end
+            values[place : place + len(block)] = np.frombuffer(block, np.uint8)
+            place += len(block)
+    typed = values.view(header.dtype) if len(values) else np.empty(0, header.dtype)
+    return typed.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+def _say_left_out(path: Path, headers: dict[str, Header | None], count: int, labelled: bool) -> None:
+    """Say which members are not used; a ValueError if one of them may be the labels that are missing."""
+    others = {name: header for name, header in headers.items() if name not in _NAMES}
+    for name, header in others.items():
+        integers = header is not None and header.shape == (count,) and header.dtype.kind in "iu"
+        if integers and not labelled:
+            raise ValueError(
+                f"{path} holds no `labels`, but `{name}`, {count} integers: give them the name `labels`, or give "
+                f"--num-classes 0 to train without labels"
+            )
+    if others:
+        say(f"{path}: left out: {', '.join(sorted(others))}")
+
+
+def _checked_labels(path: Path, labels: NDArray[Any], count: int, num_classes: int | None) -> NDArray[np.int64]:
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"{path}: `labels` must be {count} integers, not {labels.dtype} of shape {tuple(labels.shape)}"
+        )
+    highest = MAX_CLASSES - 1 if num_classes is None else num_classes - 1
+    bad = labels[(labels < 0) | (labels > highest)]
+    if len(bad):
+        raise ValueError(f"{path}: label {bad[0]} is outside 0 .. {highest}")
+    return labels.astype(np.int64)

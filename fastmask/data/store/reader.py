@@ -1,0 +1,208 @@
+"""A store: what is trained on, prepared once, in memory-mapped shards of records of one size (docs/store.md)."""
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmask.console import printable
+from fastmask.data.fingerprint import fingerprint_of
+from fastmask.data.foreign.npy import parse_header
+from fastmask.data.images.pixels import images_of
+from fastmask.data.latents import ScaledBy, Scaling, all_finite, latents_of
+from fastmask.data.store.manifest import DATA_OFFSET, Manifest, Shard, StoredFile, first_few, read_manifest, sha256_of
+from fastmask.files import open_regular
+
+_OPEN_SHARDS = 256  # mapped at a time; each takes two file descriptors
+
+
+class LatentStore:
+    """A store as a `DataSet`.
+
+    Where a copy of the mirrored image is stored, mirroring counts each image twice: id i + N is the mirrored one of
+    id i, so a pass over the data takes every image and every mirror image once, and no more is read than is trained
+    on. Pixels are mirrored when they are used.
+
+    Args:
+        path: the store's folder; `open_data` and `fastmask.data.store.remote.local_copy` fetch one from a URL.
+        image_size: must be the store's.
+        num_classes: labels must be below it; None takes the store's, 0 leaves the labels out.
+        mirror: mirror each image with probability one half.
+        manifest: of the store, where it is known before its files are there; None reads it, and looks at the files.
+
+    Attributes:
+        path: the store's folder.
+        manifest: the store's.
+
+    Raises:
+        ValueError: a store that is damaged, or not one of what is asked for.
+    """
+
+    def __init__(
+        self, path: Path, image_size: int, num_classes: int | None, mirror: bool, manifest: Manifest | None = None
+    ) -> None:
+        self.manifest = manifest = manifest or read_manifest(path)
+        if image_size != manifest.image_size:
+            raise ValueError(f"{path} holds images of side {manifest.image_size}: image_size {image_size} is another")
+        if num_classes and num_classes < manifest.num_classes:
+            raise ValueError(f"{path} has {manifest.num_classes} classes, more than num_classes {num_classes}")
+        if num_classes and not manifest.num_classes:
+            raise ValueError(f"{path} has no labels, which num_classes {num_classes} asks for")
+        if mirror and manifest.kind != "pixels" and manifest.shape[0] == 1:
+            raise ValueError(f"{path} holds no latents of mirrored images: prepare it from images, without --no-mirror")
+        if not manifest.count:
+            raise ValueError(f"{path} holds no records")
+        copies, channels, height, width = manifest.shape
+        self.path, self._mirror = path, mirror
+        self._copies = copies if mirror else 1
+        self._shards = [shard for shard in manifest.shards if shard.count]
+        self._starts = np.cumsum([0] + [shard.count for shard in self._shards[:-1]])
+        self._maps: dict[int, MappedShard] = {}
+        self._scaling = Scaling(manifest.scale, manifest.shift)
+        self.shape = (channels // 2 if manifest.kind == "moments" else channels, height, width)
+        self.num_classes = manifest.num_classes if num_classes is None else num_classes
+        self.class_names = manifest.class_names[: self.num_classes]
+        self.class_names += [str(label) for label in range(len(self.class_names), self.num_classes)]
+
+    def __len__(self) -> int:
+        return self.manifest.count * self._copies
+
+    def describe(self) -> str:
+        """Return what the store holds, in one line."""
+        manifest, names = self.manifest, self.class_names
+        classes = f"{len(names):,} classes ({first_few(names)})" if names else "no labels"
+        skipped = sum(len(shard.skipped) for shard in manifest.shards)
+        line = f"a store of {manifest.count:,} {manifest.kind} {manifest.shape}, {classes}"
+        if skipped:
+            line += f", {skipped:,} images left out when it was made"
+        if manifest.kind == "pixels":
+            return line
+        said_by = f"its manifest; VAE {printable(manifest.vae)}" if manifest.vae else "its manifest"
+        return f"{line}, {ScaledBy(manifest.scale, manifest.shift, said_by)}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # another process maps the files itself
+
+    def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return the pixels, uint8 (B, C, H, W), or moments or latents, float16, and labels (B,) of these ids.
+
+        Raises:
+            ValueError: a file that is not what the manifest says, a value that is not finite or a label that is not
+                below the number of classes; names the file.
+        """
+        copies, numbers = np.divmod(ids, self.manifest.count)
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        rows = numbers - self._starts[shards]
+        stored = np.empty((len(ids), *self.manifest.shape[1:]), self.manifest.dtype)
+        labels = np.zeros(len(ids), np.int64)
+        for shard in np.unique(shards).tolist():
+            self._map(shard).check_length()
+        for i, (shard, row, copy) in enumerate(zip(shards.tolist(), rows.tolist(), copies.tolist(), strict=True)):
+            mapped = self._map(shard)
+            stored[i] = mapped.records[row, copy]
+            if self.num_classes:
+                labels[i] = mapped.labels[row]
+        if stored.dtype == np.float16 and not all_finite(stored):
+            bad = int(np.flatnonzero(~np.isfinite(stored).reshape(len(ids), -1).all(1))[0])
+            name = self._shards[shards[bad]].records.name
+            raise ValueError(f"{self.path / name}: record {rows[bad]} holds values that are not finite")
+        return torch.from_numpy(stored), torch.from_numpy(labels)
+
+    def fingerprint(self) -> str:
+        """Return what tells these records, labels and their scale from others, by the manifest's checksums."""
+        manifest = self.manifest
+        shards = [(shard.count, shard.records.sha256, shard.labels.sha256) for shard in manifest.shards if shard.count]
+        about = manifest.kind, manifest.dtype, manifest.shape, _numbers(manifest.scale), _numbers(manifest.shift)
+        return fingerprint_of([*about, *shards])
+
+    def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
+        """Return pixels in [-1, 1], some of them mirrored, or latents drawn from the moments, anew at each visit."""
+        if self.manifest.kind == "pixels":
+            return images_of(stored, seed, sample, self._mirror)
+        latents = latents_of(stored, seed, sample) if self.manifest.kind == "moments" else stored.float()
+        return self._scaling.apply(latents)
+
+    def _map(self, number: int) -> "MappedShard":
+        mapped = self._maps.get(number)
+        if mapped is None:
+            if len(self._maps) >= _OPEN_SHARDS:
+                self._maps.pop(next(iter(self._maps)))
+            try:
+                mapped = self._maps[number] = map_shard(self.path, self.manifest, self._shards[number])
+            except OSError as error:  # it was there when the store was opened
+                raise ValueError(f"{self.path} cannot be read any more: {error}") from error
+        return mapped
+
+
+class MappedShard(NamedTuple):
+    """A shard's records (n, copies, channels, height, width) and labels (n,), both mapped from their files."""
+
+    records: NDArray[Any]
+    labels: NDArray[np.int32]
+    files: list[tuple[Path, mmap.mmap]]
+
+    def check_length(self) -> None:
+        """Raise a ValueError if a file has been cut since it was mapped: reading what is gone would end the process."""
+        for path, mapped in self.files:
+            if mapped.size() < len(mapped):
+                raise ValueError(
+                    f"{path} was cut to {mapped.size():,} of {len(mapped):,} bytes while it was in use: copy it again"
+                )
+
+
+def map_shard(store: Path, manifest: Manifest, shard: Shard) -> MappedShard:
+    """Return a shard, mapped into memory.
+
+    Raises:
+        ValueError: a file that is not as long, or not of the type and shape, as the manifest says, or a label that is
+            not below the number of classes.
+    """
+    records, records_map = _map_file(store, shard.records, manifest.dtype, (shard.count, *manifest.shape))
+    labels, labels_map = _map_file(store, shard.labels, "int32", (shard.count,))
+    highest = manifest.num_classes - 1
+    if manifest.num_classes and len(labels) and not 0 <= labels.min() <= labels.max() <= highest:
+        row = int(np.flatnonzero((labels < 0) | (labels > highest))[0])
+        raise ValueError(
+            f"{store / shard.labels.name}: record {row} has label {labels[row]}, which is outside 0 .. {highest}"
+        )
+    files = [(store / shard.records.name, records_map), (store / shard.labels.name, labels_map)]
+    return MappedShard(records, labels, files)
+
+
+def _map_file(store: Path, file: StoredFile, dtype: str, shape: tuple[int, ...]) -> tuple[NDArray[Any], mmap.mmap]:
+    path = store / file.name
+    descriptor = open_regular(path)
+    try:
+        length = os.fstat(descriptor).st_size
+        if length != file.bytes:
+            raise ValueError(f"{path} has {length:,} bytes instead of {file.bytes:,}: copy it again")
+        mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+    expected, header = np.dtype(dtype).newbyteorder("<"), parse_header(mapped[:DATA_OFFSET], str(path))
+    if header != (expected, False, shape, DATA_OFFSET):
+        raise ValueError(
+            f"{path} holds {header.dtype} of shape {header.shape} by its header, and {expected} of shape {shape} by "
+            f"the manifest"
+        )
+    if not shape[0]:
+        return np.empty(shape, expected), mapped  # numpy takes no view of nothing
+    return np.frombuffer(mapped, expected, offset=DATA_OFFSET).reshape(shape), mapped
+
+
+def _numbers(values: float | list[float]) -> list[float]:
+    return [float(value) for value in (values if isinstance(values, list) else [values])]
+
+
+def damaged_files(store: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield a line for every file of a store whose checksum is not the manifest's."""
+    for shard in manifest.shards:
+        for file in (shard.records, shard.labels):
+            if sha256_of(store / file.name) != file.sha256:
+                yield f"{store / file.name} is damaged: its SHA-256 is not that of the manifest"

@@ -1,0 +1,268 @@
+"""Weights in the published names: the network that they describe, and files of them."""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fastmask.console import say
+from fastmask.diffusion import EDM, Denoiser, Process
+from fastmask.diffusion.processes import from_json, to_json
+from fastmask.models.layers import sincos_position
+from fastmask.models.maskdit import MaskDiT
+from fastmask.rundir import find_weights
+from fastmask.tensorfile import check_finite, choose_weights, read_weights, with_checksum
+
+Kind = Literal["ema", "raw"]
+
+# Encoder heads of the published sizes S, B, L, XL and H, by width.
+_PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}
+_MAX_NAMES_SHOWN = 6
+_LABELS = "model.y_embedder.embedding_table.weight"
+_POSITIONS = ("model.pos_embed", "model.decoder_pos_embed")
+_SAME_POSITION = 1e-2  # more than rounding to 16 bits changes a sine
+
+
+def load_maskdit(
+    source: Mapping[str, Tensor] | str | os.PathLike[str],
+    num_heads: int | None = None,
+    decoder_num_heads: int = 16,
+    *,
+    sigma_data: float = 0.5,
+    weights: Kind = "ema",
+) -> Denoiser:
+    """Return the network that a set of weights in the published names describes, on the CPU in fp32.
+
+    Sizes are read from the shapes. Heads and process leave no trace there: a file written by fastmask states its
+    own, which then hold; for others they are arguments.
+
+    Args:
+        source: a mapping of names to tensors; a run folder, whose newest checkpoint that is whole is read; a checkpoint
+            folder; or a `.safetensors` or `.pt` file. Names may carry prefixes of wrappers and of the preconditioner.
+        num_heads: encoder heads; None takes those of the published size of the same width.
+        decoder_num_heads: decoder heads.
+        sigma_data: standard deviation of the data, for EDM's process.
+        weights: the averaged weights of a run or of a training file that has both, or the raw ones.
+
+    Returns:
+        The denoiser in training mode, with gradients enabled.
+
+    Raises:
+        ValueError: a missing, unreadable or damaged file, weights that are not a MaskDiT's or not finite, or heads that
+            cannot be told.
+    """
+    stated: dict[str, str] = {}
+    average = weights == "ema"
+    if isinstance(source, Mapping):
+        what, tensors = "the given mapping", choose_weights(source, "the given mapping", average)
+    else:
+        path = find_weights(source, average, say)
+        what = str(path)
+        tensors, stated = read_weights(path, average)
+    sizes = _read_sizes(tensors, what)
+    num_heads = _heads(stated, "num_heads", what) or num_heads or _PUBLISHED_HEADS.get(sizes["width"])
+    if num_heads is None:
+        raise ValueError(
+            f"{what}: no published size has width {sizes['width']}, so its heads are unknown: pass num_heads"
+        )
+    decoder_num_heads = _heads(stated, "decoder_num_heads", what) or decoder_num_heads
+    try:
+        with torch.device("meta"):
+            model = MaskDiT(**sizes, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+    net = Denoiser(model, _process(stated, what) or EDM(sigma_data=sigma_data))
+    found = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    check_same_shapes(net.state_dict(), found, what)
+    found = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in found.items()}
+    check_finite(found, what)
+    net.load_state_dict(found, assign=True)
+    return net.requires_grad_()
+
+
+def weights_for(net: Denoiser, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Return what a network takes of a file of weights, by its own names, on the CPU, and a line for all that differs.
+
+    What depends on the number of classes or on the size of the images, and differs there, is left out: the label table
+    and the position tables, which the network then has of its own.
+
+    Args:
+        net: the denoiser.
+        path: the file.
+
+    Raises:
+        ValueError: an unreadable or damaged file, weights that are not finite, or of another network (lists the
+            differing names).
+    """
+    what = str(path)
+    tensors, stated = read_weights(path)
+    _read_sizes(tensors, what)
+    found, own = {f"model.{name}": tensor for name, tensor in tensors.items()}, net.state_dict()
+    left, notes = _other_labels(own, found, what)
+    others, note = _other_positions(net, found, what)
+    left, notes = left | others, notes + note
+    found = _without(found, left)
+    check_same_shapes(_without(own, left), found, what)
+    for name in ("num_heads", "decoder_num_heads"):
+        heads, ours = _heads(stated, name, what), getattr(net.model, name)
+        if heads and heads != ours and (name == "num_heads" or net.model.decoder_blocks):
+            raise ValueError(f"{what} is of another network: its {name} is {heads} instead of {ours}")
+    process = _process(stated, what) or net.process
+    if process != net.process:
+        notes.append(f"{what} was trained with {process}, and continues with {net.process}")
+    found = {name: tensor.float() for name, tensor in found.items()}
+    check_finite(found, what)
+    return found, notes
+
+
+def save_weights(
+    path: Path, net: Denoiser, weights: Mapping[str, Tensor] | None = None, *, checksum: bool = True
+) -> None:
+    """Write weights (the network's own, or others of the same names) so that `load_maskdit` reads them alone.
+
+    Args:
+        path: a `.safetensors` file.
+        net: the denoiser.
+        weights: the weights, if they are not its own.
+        checksum: whether the file states a checksum of itself; those of a checkpoint have theirs beside them.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    stated = {
+        "num_heads": str(net.model.num_heads),
+        "decoder_num_heads": str(net.model.decoder_num_heads),
+        "process": to_json(net.process),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or net.state_dict()).items()}
+    try:
+        safetensors.torch.save_file(tensors, path, with_checksum(tensors, stated) if checksum else stated)
+    except SafetensorError as error:  # how safetensors reports a failed write
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def check_same_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], what: str) -> None:
+    """Raise a ValueError that lists the names in which two sets of tensors differ, if any do."""
+    differing = [f"{name} is missing" for name in expected.keys() - got.keys()]
+    differing += [f"{name} is not part of the network" for name in got.keys() - expected.keys()]
+    differing += [
+        f"{name} has shape {tuple(got[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected.keys() & got.keys()
+        if expected[name].shape != got[name].shape
+    ]
+    if differing:
+        more = f", and {len(differing) - _MAX_NAMES_SHOWN} more" if len(differing) > _MAX_NAMES_SHOWN else ""
+        raise ValueError(f"{what} is of another network: {', '.join(sorted(differing)[:_MAX_NAMES_SHOWN])}{more}")
+
+
+def _other_labels(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> tuple[set[str], list[str]]:
+    """Return the name of the label table if it is for another number of classes, and a line that says so."""
+    there, here = (weights[_LABELS].shape if _LABELS in weights else None for weights in (found, own))
+    if there == here or (there and here and there[:1] != here[:1]):
+        return set(), []
+    known = f"{what} is for {there[1] if there else 0} classes"
+    if here is None:
+        return {_LABELS}, [f"{known}: its label table is left out"]
+    return {_LABELS}, [f"{known}: the label table for {here[1]} is drawn anew"]
+
+
+def _other_positions(net: Denoiser, found: Mapping[str, Tensor], what: str) -> tuple[set[str], list[str]]:
+    """Return the names of position tables that are for another size of images, and a line that says so."""
+    own, left, side = net.state_dict(), set(), 0
+    for name in own.keys() & found.keys() & set(_POSITIONS):
+        if found[name].shape == own[name].shape or found[name].ndim != 3:
+            continue
+        side = math.isqrt(found[name].shape[1])
+        table = sincos_position(side, side, own[name].shape[2])
+        if found[name].shape != table.shape:
+            continue  # of another network, which its other tensors tell too
+        if not (found[name].float() - table).abs().max() <= _SAME_POSITION:
+            raise ValueError(f"{what}: {name} is not the fixed table of sines, so it serves no other size of images")
+        left.add(name)
+    if not left:
+        return left, []
+    now, before = net.model.input_size, side * net.model.patch_size
+    return left, [
+        f"{what} is for images of {before} x {before}: the position tables for {now} x {now} are computed anew"
+    ]
+
+
+def _without(weights: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if name not in names}
+
+
+def _heads(stated: Mapping[str, str], name: str, what: str) -> int:
+    """Return a number of heads that a file states, 0 if it states none."""
+    text = stated.get(name, "")
+    if text and not re.fullmatch(r"[1-9]\d{0,4}", text):
+        raise ValueError(f"{what} states {name} {text!r}, which is no number of heads")
+    return int(text or 0)
+
+
+def _process(stated: Mapping[str, str], what: str) -> Process | None:
+    """Return the process that a file states, None if it states none; files of earlier versions have EDM's number."""
+    try:
+        if "process" in stated:
+            return from_json(stated["process"])
+        return EDM(sigma_data=float(stated["sigma_data"])) if "sigma_data" in stated else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} states no process that is known: {error}") from error
+
+
+def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:
+    try:
+        width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+        length = weights["pos_embed"].shape[1]
+        num_classes, decoder_width = 0, 512
+        if "y_embedder.embedding_table.weight" in weights:
+            num_classes = weights["y_embedder.embedding_table.weight"].shape[1]
+        if "mask_token" in weights:
+            decoder_width = weights["mask_token"].shape[2]
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(
+            f"{what} is no MaskDiT: it lacks a usable x_embedder.proj.weight, pos_embed, mask_token or label table"
+        ) from None
+    _refuse_dit(weights, patch_size**2 * in_channels, what)
+    return {
+        "input_size": math.isqrt(length) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "width": width,
+        "depth": _count_blocks(weights, "blocks."),
+        "num_classes": num_classes,
+        "decoder_width": decoder_width,
+        "decoder_depth": _count_blocks(weights, "decoder_blocks."),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
+    }
+
+
+def _refuse_dit(weights: Mapping[str, Tensor], values: int, what: str) -> None:
+    """Raise a ValueError for a DiT as published: it predicts noise, often a variance too, and counts classes otherwise.
+
+    Args:
+        weights: by bare names.
+        values: numbers in a patch.
+        what: where they are from.
+    """
+    table, head = (weights.get(f"{name}.weight") for name in ("y_embedder.embedding_table", "final_layer.linear"))
+    width = weights["x_embedder.proj.weight"].shape[0]
+    signs = []
+    learned = head is not None and head.shape[:1] == (2 * values,)
+    if learned:
+        signs.append(f"its head gives {2 * values} numbers for the {values} of a patch")
+    if table is not None and table.shape[0] != width == table.shape[1]:
+        signs.append(f"its label table has {table.shape[0]} rows, one of them for no label")
+    if signs:
+        sigma = " with learned sigma" if learned else ""
+        raise ValueError(f"{what} is a DiT{sigma}: not MaskDiT, which is what is read here ({', '.join(signs)})")
+
+
+def _count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:
+    return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})

@@ -1,0 +1,206 @@
+"""Layers of adaLN diffusion transformers (DiT, arXiv 2212.09748), under the published names of their parameters."""
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmask.kernels import Impl, add_gated_linear, attention, gelu_linear, modulated_linear, silu_linear
+
+
+def sincos_position(rows: int, columns: int, width: int) -> Tensor:
+    """Return the fixed 2-D position table of a grid of patches (MAE, arXiv 2111.06377).
+
+    The first half of an entry encodes the column of the patch, the second half its row; each half is sines, then
+    cosines, of the coordinate times 10000^(-i / (width / 4)).
+
+    Returns:
+        Shape (1, rows * columns, width), fp32, positions row by row.
+    """
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequency  # (side, width / 4)
+    encoded = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, width / 2)
+    table = torch.cat([encoded[:columns].repeat(rows, 1), encoded[:rows].repeat_interleave(columns, 0)], dim=1)
+    return table.float()[None]
+
+
+class PatchEmbedding(nn.Module):
+    """Holds the weights of the patch embedding in the layout of a convolution."""
+
+    def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch_size, patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
+        nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
+
+
+class TimeEmbedding(nn.Module):
+    """c_noise (B,) -> (B, D): a sinusoid of 256 features, then an MLP."""
+
+    FEATURES = 256
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        into, out_of = nn.Linear(self.FEATURES, width), nn.Linear(width, width)
+        for linear in (into, out_of):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self.mlp = nn.Sequential(into, nn.SiLU(), out_of)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        """Return the embedding of (B,) noise conditions."""
+        half = self.FEATURES // 2
+        frequency = torch.exp(torch.arange(half, device=c_noise.device) * (-math.log(10000.0) / half))
+        angle = c_noise[:, None].to(torch.promote_types(c_noise.dtype, torch.float32)) * frequency
+        features = torch.cat([angle.cos(), angle.sin()], dim=1)
+        out: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return out
+
+
+class LabelEmbedding(nn.Module):
+    """Labels (B,) -> (B, D): one column of the table; label ``num_classes`` means no label and is the zero vector."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Linear(num_classes, width, bias=False)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Return the embedding of (B,) int64 labels."""
+        known = (labels < self.num_classes)[:, None]
+        rows = F.embedding(labels.clamp(max=self.num_classes - 1), self.embedding_table.weight.t())
+        return torch.where(known, rows, 0.0)
+
+
+class Packing(NamedTuple):
+    """Where the samples of packed tokens (N, D) lie, for those that are not dense (B, K, D).
+
+    Attributes:
+        cu_seqlens: int32, shape (B + 1,): sample b is in rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1.
+        max_seqlen: no sample has more tokens.
+    """
+
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. Its first Linear, `qkv`, is computed together with the norm before it."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = _linear(width, 3 * width)
+        self.proj = _linear(width, width)
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(width // num_heads, eps=1e-6) for _ in range(2))
+
+    def forward(self, qkv: Tensor, packing: Packing) -> Tensor:
+        """Return attention among the tokens of each sample, (B, K, D) or (N, D), from their three projections."""
+        q, k, v = qkv.view(*qkv.shape[:-1], 3, self.num_heads, -1).unbind(-3)  # (B, K, H, D/H) or (N, H, D/H)
+        if self.qk_norm:
+            q, k = _rms_norm(q, self.q_norm), _rms_norm(k, self.k_norm)
+        attended = attention(q, k, v, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen)
+        out: Tensor = self.proj(attended.flatten(-2))
+        return out
+
+
+def _rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """Return a norm in the dtype of ``x``, to which the scale is rounded: PyTorch fuses it for one dtype alone."""
+    return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
+
+
+class MLP(nn.Module):
+    """Linear D -> 4 D, tanh-GELU, Linear 4 D -> D. The first, `fc1`, is computed together with the norm before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = _linear(width, 4 * width)
+        self.fc2 = _linear(4 * width, width)
+
+    def forward(self, hidden: Tensor, impl: Impl | None) -> Tensor:
+        """Return the rest of the MLP, (..., D), from the hidden values before GELU, (..., 4 D)."""
+        return gelu_linear(hidden, self.fc2.weight, self.fc2.bias, impl=impl)
+
+
+class Stream(NamedTuple):
+    """The residual stream between blocks: x + gate * branch, which the next norm adds up as it reads them.
+
+    Attributes:
+        x: tokens, shape (B, K, D) or (N, D).
+        branch: of the shape of ``x``; None before the first block.
+        gate: shape (B, D).
+    """
+
+    x: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
+
+    def enter(
+        self, shift: Tensor, scale: Tensor, linear: nn.Linear, packing: Packing, impl: Impl | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual added up, and a Linear of its modulated norm."""
+        weights = shift, scale, linear.weight, linear.bias
+        if self.branch is None or self.gate is None:
+            return self.x, modulated_linear(self.x, *weights, cu_seqlens=packing.cu_seqlens, impl=impl)
+        return add_gated_linear(self.x, self.branch, self.gate, *weights, cu_seqlens=packing.cu_seqlens, impl=impl)
+
+
+class Block(nn.Module):
+    """An adaLN-Zero block, but for its last residual addition, which is done with the norm that follows."""
+
+    def __init__(self, width: int, num_heads: int, condition_width: int, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.attn = Attention(width, num_heads, qk_norm)
+        self.mlp = MLP(width)
+        self.adaLN_modulation = _modulation(condition_width, 6 * width)
+
+    def forward(self, stream: Stream, condition: Tensor, packing: Packing, impl: Impl | None) -> Stream:
+        """Return the stream after this block; ``condition`` is c, of shape (B, condition width)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = _modulated(self.adaLN_modulation, condition, impl).chunk(
+            6, dim=1
+        )
+        x, qkv = stream.enter(shift1, scale1, self.attn.qkv, packing, impl)
+        x, hidden = Stream(x, self.attn(qkv, packing), gate1).enter(shift2, scale2, self.mlp.fc1, packing, impl)
+        return Stream(x, self.mlp(hidden, impl), gate2)
+
+
+class ModulatedLinear(nn.Module):
+    """A modulated norm followed by a Linear: the bridge to the decoder, and the head."""
+
+    def __init__(self, width: int, out_width: int, condition_width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, out_width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.adaLN_modulation = _modulation(condition_width, 2 * width)
+
+    def forward(self, stream: Stream, condition: Tensor, packing: Packing, impl: Impl | None) -> Tensor:
+        """Return the Linear of the norm of a stream, shape (..., out width)."""
+        shift, scale = _modulated(self.adaLN_modulation, condition, impl).chunk(2, dim=1)
+        return stream.enter(shift, scale, self.linear, packing, impl)[1]
+
+
+def _linear(in_width: int, out_width: int) -> nn.Linear:
+    linear = nn.Linear(in_width, out_width)
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _modulation(condition_width: int, out_width: int) -> nn.Sequential:
+    linear = nn.Linear(condition_width, out_width)
+    # Zero, so that every block starts as the identity (adaLN-Zero).
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.SiLU(), linear)
+
+
+def _modulated(modulation: nn.Sequential, condition: Tensor, impl: Impl | None) -> Tensor:
+    """Return SiLU and the Linear of a condition, the shifts, scales and gates: (B, out width)."""
+    linear = cast(nn.Linear, modulation[1])
+    return silu_linear(condition, linear.weight, linear.bias, impl=impl)

@@ -1,0 +1,231 @@
+"""The masked diffusion transformer (MaskDiT, arXiv 2306.09305), with the published names of its parameters.
+
+Published checkpoints load as they are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.kernels import Impl, Mask, embed_kept_patches, restore_tokens
+from fastmask.models.layers import (
+    Block,
+    LabelEmbedding,
+    ModulatedLinear,
+    PatchEmbedding,
+    TimeEmbedding,
+    sincos_position,
+)
+from fastmask.models.stack import Stack, run_stack
+
+
+class MaskDiT(nn.Module):
+    """The network F: noised images and conditions to raw patch tokens.
+
+    With ``decoder_depth=0`` it is a plain DiT, which knows no masks: the blocks, then the head.
+
+    Args:
+        input_size: side of the (latent) image.
+        patch_size: p.
+        in_channels: C.
+        width: D, of the encoder.
+        depth: blocks of the encoder.
+        num_heads: attention heads of the encoder.
+        num_classes: labels are 0 .. num_classes - 1, and num_classes means none; 0 is an unconditional network.
+        decoder_width: E.
+        decoder_depth: blocks of the decoder.
+        decoder_num_heads: attention heads of the decoder.
+        qk_norm: normalise queries and keys of each head (arXiv 2302.05442), with trained scales.
+        impl: form of the ops: "fused", "reference", or None for the default of the device that `forward` runs on.
+
+    Attributes:
+        checkpoint_blocks: keep of each block its input alone for backward, and recompute the rest there.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    pos_embed: Tensor
+    decoder_pos_embed: Tensor
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        width: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        num_classes: int = 1000,
+        decoder_width: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        qk_norm: bool = False,
+        impl: Impl | None = None,
+    ) -> None:
+        super().__init__()
+        self.impl = impl
+        self.checkpoint_blocks = False
+        check_sizes(input_size, patch_size, width, depth, num_heads, decoder_width, decoder_depth, decoder_num_heads)
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes, self.qk_norm = num_classes, qk_norm
+        self.num_heads, self.decoder_num_heads = num_heads, decoder_num_heads
+        side = input_size // patch_size
+        self.length = side**2
+        values = patch_size * patch_size * in_channels
+
+        self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
+        self.register_buffer("pos_embed", sincos_position(side, side, width))
+        self.t_embedder = TimeEmbedding(width)
+        if num_classes:
+            self.y_embedder = LabelEmbedding(num_classes, width)
+        self.blocks = nn.ModuleList(Block(width, num_heads, width, qk_norm) for _ in range(depth))
+        if decoder_depth:
+            self.decoder_layer = ModulatedLinear(width, decoder_width, width)
+            self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_width) * 0.02)
+            self.register_buffer("decoder_pos_embed", sincos_position(side, side, decoder_width))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_width, decoder_num_heads, width, qk_norm) for _ in range(decoder_depth)
+        )
+        self.final_layer = ModulatedLinear(decoder_width if decoder_depth else width, values, width)
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The encoder, of kept tokens, and the decoder, of all; of a plain DiT one stack of all tokens."""
+        if not self.decoder_blocks:
+            return (Stack(self.blocks, self.final_layer, "all"),)
+        return Stack(self.blocks, self.decoder_layer, "kept"), Stack(self.decoder_blocks, self.final_layer, "all")
+
+    def forward(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor, mask: Mask | None = None, image_scale: Tensor | None = None
+    ) -> Tensor:
+        """Return F(image_scale * x) as raw tokens of every position.
+
+        Args:
+            x: noised images, shape (B, C, input_size, input_size).
+            c_noise: the noise condition, shape (B,), of a process's coefficients.
+            labels: int64, shape (B,).
+            mask: the positions that the encoder sees; None is all. Samples may keep unequal numbers of them.
+            image_scale: shape (B,), multiplies ``x``; None is 1.
+
+        Returns:
+            Shape (B, L, P), laid out (p, p, C) with channels fastest.
+        """
+        if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
+            expected = (x.shape[0], self.in_channels, self.input_size, self.input_size)
+            raise ValueError(f"images must have shape {expected}, not {tuple(x.shape)}")
+        return self.forward_mixed([x], c_noise, labels, [mask], image_scale)[0]
+
+    def forward_mixed(
+        self,
+        images: Sequence[Tensor],
+        c_noise: Tensor,
+        labels: Tensor,
+        masks: Sequence[Mask | None],
+        image_scale: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Return what `forward` does for images of several sizes, which go through the blocks together, packed.
+
+        Args:
+            images: noised images, each tensor of one size: (B1, C, H1, W1), (B2, C, H2, W2), .., with sides that divide
+                into patches. The position table of each is that of its own grid.
+            c_noise: the noise condition of all images, one tensor after the other, shape (B1 + B2 + ..,).
+            labels: int64, of the shape of ``c_noise``.
+            masks: a mask, or None, for each tensor of ``images``.
+            image_scale: of the shape of ``c_noise``.
+
+        Returns:
+            For each tensor of ``images`` the raw tokens, as in `forward`.
+        """
+        self._check(images, c_noise, labels, masks)
+        condition = self.t_embedder(c_noise)
+        if self.num_classes:
+            condition = condition + self.y_embedder(labels)
+        counts = [len(x) for x in images]
+        scales = [None] * len(counts) if image_scale is None else torch.split(image_scale, counts)
+        embedded = [self._embed(x, mask, scale) for x, mask, scale in zip(images, masks, scales, strict=True)]
+        options = condition, self.impl, self.checkpoint_blocks
+        if not self.decoder_blocks:
+            return run_stack(self.stacks[0], embedded, masks, *options)
+        encoder, decoder = self.stacks
+        kept = run_stack(encoder, embedded, masks, *options)
+        restored = [self._restore(part, x, mask) for part, x, mask in zip(kept, images, masks, strict=True)]
+        return run_stack(decoder, restored, [None] * len(counts), *options)
+
+    def _embed(self, x: Tensor, mask: Mask | None, image_scale: Tensor | None) -> Tensor:
+        """Return the embedded kept patches of images of one size, (B, K, D), or (N, D) for unequal numbers of them."""
+        proj = self.x_embedder.proj
+        tokens: Tensor = embed_kept_patches(
+            x,
+            proj.weight,
+            proj.bias,  # type: ignore[arg-type]
+            self._positions(x, self.pos_embed),
+            None if mask is None else mask.ids_keep,
+            cu_seqlens=None if mask is None else mask.cu_seqlens,
+            patch_size=self.patch_size,
+            image_scale=image_scale,
+            impl=self.impl,
+        )
+        return tokens
+
+    def _restore(self, kept: Tensor, x: Tensor, mask: Mask | None) -> Tensor:
+        """Return tokens of every position, (B, L, E), with the decoder's position table."""
+        position = self._positions(x, self.decoder_pos_embed)
+        if mask is None:
+            return kept + position
+        token = self.mask_token[0, 0]
+        cu_seqlens = mask.cu_seqlens
+        return restore_tokens(kept, token, position, mask.ids_restore, cu_seqlens=cu_seqlens, impl=self.impl)  # type: ignore[no-any-return]
+
+    def _positions(self, x: Tensor, table: Tensor) -> Tensor:
+        """Return the position table of the grid of images, shape (L, width)."""
+        rows, columns = (side // self.patch_size for side in x.shape[2:])
+        if rows * columns == self.length and rows == columns:
+            return table[0]
+        return sincos_position(rows, columns, table.shape[2])[0].to(table)
+
+    def _check(self, images: Sequence[Tensor], c_noise: Tensor, labels: Tensor, masks: Sequence[Mask | None]) -> None:
+        p = self.patch_size
+        if not images or len(masks) != len(images):
+            raise ValueError(f"a list of images needs a list of as many masks, not {len(images)} and {len(masks)}")
+        for x in images:
+            if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % p or x.shape[3] % p:
+                raise ValueError(
+                    f"images must have shape (B, {self.in_channels}, H, W) of sides that patches of {p} divide, not "
+                    f"{tuple(x.shape)}"
+                )
+        batch = sum(x.shape[0] for x in images)
+        if c_noise.shape != (batch,):
+            raise ValueError(f"c_noise must have shape ({batch},), not {tuple(c_noise.shape)}")
+        if self.num_classes and (labels.shape != (batch,) or labels.dtype not in (torch.int32, torch.int64)):
+            raise ValueError(
+                f"labels must be int64 of shape ({batch},), not {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        if any(mask is not None for mask in masks) and not self.decoder_blocks:
+            raise ValueError(
+                "a network without a decoder (decoder_depth=0) cannot fill in dropped patches: pass no mask"
+            )
+
+
+def check_sizes(
+    input_size: int,
+    patch_size: int,
+    width: int,
+    depth: int,
+    num_heads: int,
+    decoder_width: int,
+    decoder_depth: int,
+    decoder_num_heads: int,
+) -> None:
+    """Raise a ValueError that names the first size of a network that cannot be built."""
+    if patch_size < 1 or input_size < patch_size or input_size % patch_size:
+        raise ValueError(f"an image side of {input_size} does not divide into patches of {patch_size}")
+    if depth < 1 or decoder_depth < 0:
+        raise ValueError(f"depth must be at least 1 and decoder_depth at least 0, not {depth} and {decoder_depth}")
+    sides = [("", width, num_heads), ("decoder_", decoder_width, decoder_num_heads)]
+    for name, size, heads in sides if decoder_depth else sides[:1]:
+        if size < 4 or size % 4:
+            raise ValueError(f"{name}width must be a multiple of 4 (the position table has four parts), not {size}")
+        if heads < 1 or size % heads:
+            raise ValueError(f"{name}width {size} does not divide into {name}num_heads {heads}")

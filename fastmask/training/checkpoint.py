@@ -1,0 +1,396 @@
+"""Writing and reading the checkpoints and snapshots of a run.
+
+A checkpoint is a folder `step-00001000` with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors`,
+`profiles.safetensors` where the run has such averages, `state.json`, and `SHA256SUMS` as `sha256sum -c` reads it. It is
+written under a temporary name and renamed when it is on the disk, so every folder of that name is whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from fastmask.console import say
+from fastmask.diffusion import Denoiser
+from fastmask.diffusion.weights import check_same_shapes, save_weights, weights_for
+from fastmask.files import apply_umask, whole_file
+from fastmask.ranks import whole
+from fastmask.rundir import (
+    FORMAT,
+    PARTS,
+    SUMS,
+    checkpoints,
+    find_checkpoint,
+    find_weights,
+    locate,
+    newest_whole,
+    read_state,
+    step_of,
+    warn_of_start,
+)
+from fastmask.rundir import sums as checksums
+from fastmask.tensorfile import read_tensors
+from fastmask.training.ema import PowerEMA
+
+__all__ = [
+    "Checkpointer",
+    "checkpoints",
+    "load_checkpoint",
+    "load_initial",
+    "newest_good",
+    "read_state",
+    "step_of",
+]
+
+
+class Checkpointer:
+    """Writes the checkpoints and snapshots of a run while the run goes on. A context manager.
+
+    A call copies the tensors to the host and returns; a thread writes them. What the thread runs into is raised by the
+    next call, or at the end of the block, on the rank that writes.
+
+    Under torch.distributed every rank makes the same calls, and rank 0 writes. It gathers sharded tensors (DTensor) one
+    by one, so the files are the same for any number of ranks: nothing is left to consolidate, and a run may go on with
+    another number of them.
+
+    Args:
+        run_dir: the run's folder.
+        keep: how many checkpoints stay.
+
+    Attributes:
+        writes: whether this process is the one that writes; another one may, if the first is gone.
+    """
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.run_dir, self.keep, self.writes = run_dir, keep, _rank() == 0
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except OSError as failed:
+            if not isinstance(error, Exception):
+                raise
+            raise OSError(f"{failed}; before that: {error}") from error  # a user sees one line, and both matter
+        finally:
+            self._thread.shutdown()
+
+    def save(
+        self,
+        step: int,
+        net: Denoiser,
+        ema: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any],
+        profiles: Sequence[PowerEMA] = (),
+        *,
+        snapshot: bool = False,
+    ) -> None:
+        """Begin to write the checkpoint of a step, of values as they are now.
+
+        Once it is on the disk all but the newest ``keep`` are deleted, and what there is of later steps: the run went
+        on from before them because they are damaged.
+
+        Args:
+            step: optimizer steps done.
+            net: the denoiser.
+            ema: averaged weights, by the names of ``net``'s parameters.
+            optimizer: its state tensors are stored by parameter name.
+            state: JSON values, stored beside ``step``.
+            profiles: averages that snapshots are taken of.
+            snapshot: write snapshots of ``profiles`` too, before the checkpoint.
+
+        Raises:
+            OSError: what was begun before could not be written; checkpoints on the disk are untouched.
+        """
+        self.wait()
+        weights = net.state_dict()
+        parts = {"model": weights, "ema": {**weights, **ema}, "optimizer": _optimizer_tensors(net, optimizer)}
+        if profiles:
+            parts["profiles"] = _averages(profiles)
+        host = {part: _to_host(tensors, self.writes) for part, tensors in parts.items()}
+        text = json.dumps({"step": step, "format": FORMAT, **state}, indent=2) + "\n"
+        widths = [profile.width for profile in profiles]
+
+        def write() -> None:
+            if snapshot:
+                self._write_snapshots(step, net, host["model"], host.get("profiles", {}), widths)
+            self._write_checkpoint(step, net, host, text)
+
+        self._begin(net, write)
+
+    def save_snapshots(self, step: int, net: Denoiser, profiles: Sequence[PowerEMA]) -> None:
+        """Begin to write `snapshots/step-00001000-0.05.safetensors`, in fp16, the position tables in fp32.
+
+        Raises:
+            OSError: what was begun before could not be written.
+        """
+        self.wait()
+        parameters = dict(net.named_parameters())
+        tables = _to_host({name: t for name, t in net.state_dict().items() if name not in parameters}, self.writes)
+        averages, widths = _to_host(_averages(profiles), self.writes), [profile.width for profile in profiles]
+        self._begin(net, lambda: self._write_snapshots(step, net, tables, averages, widths))
+
+    def wait(self) -> None:
+        """Return when what was begun is on the disk; ranks that do not write return at once.
+
+        Raises:
+            OSError: it could not be written; checkpoints on the disk are untouched.
+        """
+        if self._writing is not None:
+            wait([self._writing])
+            written, self._writing = self._writing, None
+            written.result()
+
+    def _begin(self, net: Denoiser, write: Callable[[], None]) -> None:
+        device = next(net.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        if self.writes:
+            self._writing = self._thread.submit(write)
+
+    def _write_checkpoint(
+        self, step: int, net: Denoiser, parts: Mapping[str, Mapping[str, Tensor]], state: str
+    ) -> None:
+        root = self.run_dir / "checkpoints"
+        root.mkdir(parents=True, exist_ok=True)
+        final, partial = root / f"step-{step:08d}", root / f".partial-{step:08d}"
+        for left in root.glob(".partial-*"):  # by a run that was killed
+            shutil.rmtree(left)
+        partial.mkdir()
+        try:
+            for part, tensors in parts.items():
+                file = partial / f"{part}.safetensors"
+                if part in ("model", "ema"):
+                    save_weights(file, net, tensors, checksum=False)
+                else:
+                    _save(file, tensors)
+            (partial / "state.json").write_text(state)
+            (partial / SUMS).write_text("".join(checksums(partial).values()))
+            for path in partial.iterdir():
+                apply_umask(path)
+                _flush(path)
+            _flush(partial)
+            if final.exists():
+                _remove(final)
+            partial.rename(final)
+            _flush(root)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = [folder for folder in checkpoints(self.run_dir) if step_of(folder) <= step][-self.keep :]
+        for folder in checkpoints(self.run_dir):
+            if folder not in kept:
+                _remove(folder)
+
+    def _write_snapshots(
+        self,
+        step: int,
+        net: Denoiser,
+        tables: Mapping[str, Tensor],
+        averages: Mapping[str, Tensor],
+        widths: Sequence[float],
+    ) -> None:
+        for width in widths:
+            prefix = f"{width:g}/"
+            halves = {key.removeprefix(prefix): t.half() for key, t in averages.items() if key.startswith(prefix)}
+            with whole_file(self.run_dir / "snapshots" / f"step-{step:08d}-{width:g}.safetensors") as partial:
+                save_weights(partial, net, {**tables, **halves})
+                _flush(partial)
+
+
+def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint of a run whose files are as they were written, or None if there is no checkpoint.
+
+    Under torch.distributed rank 0 reads and warns, and every rank returns what it found.
+
+    Args:
+        run_dir: the run's folder.
+        warn: is given a line for each damaged checkpoint that is newer.
+
+    Raises:
+        ValueError: all are damaged.
+    """
+    found: list[Any] = [None, None]
+    if _rank() == 0:
+        try:
+            found[0] = newest_whole(run_dir, None, warn)
+        except ValueError as error:
+            found[1] = f"{error}; bring one back from a copy, or delete them to begin anew"
+    if _is_distributed():
+        torch.distributed.broadcast_object_list(found)
+    newest: Path | None
+    newest, damage = found
+    if damage:
+        raise ValueError(damage)
+    return newest
+
+
+def load_checkpoint(
+    folder: Path,
+    net: Denoiser,
+    ema: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    profiles: Sequence[PowerEMA] = (),
+) -> dict[str, Any]:
+    """Copy a checkpoint into a network, its averages and its optimizer, and return what ``state.json`` holds.
+
+    Sharded targets (DTensor) take their part; every rank reads.
+
+    Args:
+        folder: a checkpoint that `newest_good` has found.
+        net: the denoiser.
+        ema: averaged weights, by the names of ``net``'s parameters.
+        optimizer: of ``net``'s parameters.
+        profiles: averages that snapshots are taken of.
+
+    Raises:
+        ValueError: an unreadable file, or a checkpoint of another network (lists the differing names); nothing was
+            copied.
+    """
+    state = read_state(folder)
+    weights, averaged, stored = (read_tensors(folder / f"{part}.safetensors")[0] for part in PARTS)
+    kept = read_tensors(folder / "profiles.safetensors")[0] if profiles else {}
+    for tensors in (weights, averaged):
+        check_same_shapes(net.state_dict(), tensors, str(folder))
+    check_same_shapes(_averages(profiles), kept, f"{folder / 'profiles.safetensors'}")
+    _copy(net.state_dict(), weights)
+    _copy(ema, averaged)
+    _copy(_averages(profiles), kept)
+    for name, parameter in net.named_parameters():
+        prefix = f"{name}/"
+        mine = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
+        if mine:
+            # torch's AdamW keeps the step count of its fused form beside the parameter.
+            optimizer.state[parameter] = {
+                key: _part_for(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
+                for key, value in mine.items()
+            }
+    return state
+
+
+def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> bool:
+    """Copy weights from elsewhere into a network and its EMA, of which sharded tensors (DTensor) take their part.
+
+    Where they are for other classes or another size of images, the network keeps its own table of these, and a line
+    says so.
+
+    Args:
+        init: a run folder or a checkpoint, whose weights and EMA both go on, or a file of weights for both.
+        net: the denoiser.
+        ema: averaged weights, by the names of ``net``'s parameters.
+
+    Returns:
+        Whether all parameters were loaded, and none was left as it was drawn.
+
+    Raises:
+        ValueError: nothing to read there, damaged files, or the weights of another network (lists the differing names).
+    """
+    try:
+        place, names = locate(init), ("model.safetensors", "ema.safetensors")
+        if place.file:
+            weights, notes = weights_for(net, find_weights(init, True, say))
+            average = weights
+        else:
+            folder = find_checkpoint(place, (*names, "state.json"), say)
+            warn_of_start(folder, say)
+            (weights, notes), (average, _) = (weights_for(net, folder / name) for name in names)
+    except ValueError as error:
+        raise ValueError(f"--init {error}") from error
+    for note in notes:
+        say(note)
+    own = net.state_dict()
+    _copy({name: own[name] for name in weights}, weights)
+    _copy({name: ema[name] for name in weights if name in ema}, average)
+    return all(name in weights for name, _ in net.named_parameters())
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        safetensors.torch.save_file(dict(tensors), file)
+    except SafetensorError as error:  # how safetensors reports a failed write
+        raise OSError(f"{file} cannot be written: {error}") from error
+
+
+def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, parameter in net.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _averages(profiles: Sequence[PowerEMA]) -> dict[str, Tensor]:
+    return {f"{p.width:g}/{name}": tensor for p in profiles for name, tensor in p.weights.items()}
+
+
+def _to_host(tensors: Mapping[str, Tensor], writes: bool) -> dict[str, Tensor]:
+    """Return copies on the host, whole; nothing on ranks that do not write, which help to gather what is sharded.
+
+    Copies from a device may still be under way.
+    """
+    host = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if writes:
+            copy = torch.empty(full.shape, dtype=full.dtype, pin_memory=full.is_cuda)
+            host[name] = copy.copy_(full, non_blocking=True)
+    return host
+
+
+@torch.no_grad()
+def _copy(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(_part_for(target, values[name]))
+
+
+def _part_for(target: Tensor, value: Tensor) -> Tensor:
+    """Return a copy of a whole tensor on a target's device, sharded as the target is."""
+    if not hasattr(target, "device_mesh"):
+        return value.to(target.device, copy=True)
+    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415  (slow to import)
+
+    assert isinstance(target, DTensor)
+    # Every rank has read the whole and takes its part without asking another.
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def _flush(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; it loses its name first, so that half of one never bears it. A link alone is unlinked."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    dying = folder.with_name(f".partial-{folder.name}")
+    folder.rename(dying)
+    shutil.rmtree(dying)

@@ -1,0 +1,479 @@
+"""A training run between its checkpoints: what it consists of, how it is resumed, and what it reports."""
+
+import contextlib
+import json
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmask.console import get_console, say, without_secrets
+from fastmask.data import DataSet, batches
+from fastmask.data.images.replacing import BadImages
+from fastmask.data.loader import Batch
+from fastmask.data.store.verify import verifier_of
+from fastmask.diffusion import Denoiser, draw_samples
+from fastmask.files import Presence, locked, whole_file
+from fastmask.gpus import Gpu, gpu_named
+from fastmask.models.counts import forward_macs
+from fastmask.ranks import Ranks, all_max, all_sum
+from fastmask.training.checkpoint import (
+    Checkpointer,
+    checkpoints,
+    load_checkpoint,
+    load_initial,
+    newest_good,
+    read_state,
+    step_of,
+)
+from fastmask.training.config import TrainConfig, build_model
+from fastmask.training.ema import EMA, PowerEMA
+from fastmask.training.monitor import DivergedError, check_spike
+from fastmask.training.optim import learning_rate, make_optimizer
+from fastmask.training.parallel import shard
+from fastmask.training.profiling import profile_steps
+from fastmask.training.report import Report, versions
+from fastmask.training.resume import changes_of
+from fastmask.training.step import DTYPES, TrainingStep, eager
+
+_ROLLBACKS = 3  # from one checkpoint; then other samples do not help
+_RECENT = 10  # mean losses that the next is compared with
+LOCK = ".lock"  # in the run folder, held by the first process
+_PATIENCE = 2.0  # seconds until the lock of a process that was killed is free
+_FIRST_LOSSES = (1, 10)  # steps after a start at which a loss is shown already
+
+
+class Run:
+    """A run between its checkpoints: the network, what moves it, and how far it is.
+
+    Args:
+        config: the resolved configuration.
+        dataset: what to train on.
+        ranks: the processes that train together.
+        anew: do not look for checkpoints, and write nothing.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: number of the next sample: those trained on, and those left out after a loss spike.
+        bad_images: how often an image could not be read and was replaced, on all ranks, when that was last added up.
+        recent: mean losses of the last reports.
+        changes: what was changed when the run was resumed, and at which steps.
+        fingerprint: of the data's content.
+    """
+
+    def __init__(self, config: TrainConfig, dataset: DataSet, ranks: Ranks, anew: bool = False) -> None:
+        self.config, self.dataset, self.ranks = config, dataset, ranks
+        self.run_dir, device = Path(config.run_dir), torch.device(config.device)
+        newest = None if anew else newest_good(self.run_dir, say)
+        self.fingerprint = dataset.fingerprint()
+        self.changes = [] if anew else open_run(config, newest, ranks, self.fingerprint)
+        self._verifier = None if anew else verifier_of(dataset, ranks)
+        channels, size, _ = dataset.shape
+        self.net = Denoiser(build_model(config, channels, size), config.process).to(device)
+        shard(self.net.model, config.parallel, DTYPES.get(config.precision), device, ranks)
+        self.ema = EMA(self.net, config.ema_decay, warmup=not config.init)
+        self.profiles = [PowerEMA(self.net, width) for width in config.ema_widths]
+        averages = [self.ema, *self.profiles]
+        self.optimizer = make_optimizer(self.net, config, averages)
+        self.training = TrainingStep(self.net, dataset, config, self.optimizer, averages, ranks)
+        self.stages = config.stages(self.net.model.length)
+        self.step, self.samples = 0, 0
+        self.recent: list[float] = []
+        self.bad_images, self._bad = 0, BadImages()
+        self._bad_seen = self._bad_added = 0  # of this rank's: those of whole steps, and those in the sum
+        self._rollbacks, self._rolled_back_to = 0, -1
+        self._stored = 0  # step of the last checkpoint
+        self._lock = Presence(self.run_dir / LOCK)
+        if newest:
+            self._load(newest)
+            say(f"resuming from {newest}")
+        elif config.init:
+            # A label table that was just drawn would stay in an average without warm-up for as long as trained weights
+            # should; the other weights change with it, so their average is worth no more than that of a new run.
+            self.ema.warmup = not load_initial(config.init, self.net, self.ema.weights)
+
+    def go_on(self, checkpointer: Checkpointer, stopped: Callable[[], int]) -> None:
+        """Train to the last step, or until told to stop; an error leaves a checkpoint of the last whole step."""
+        config = self.config
+        with (
+            Report(self.run_dir, self.step, config.max_steps, self.ranks.rank == 0) as report,
+            contextlib.closing(self._batches(config.max_steps)) as data,  # also ends the workers
+        ):
+            try:
+                self._train(data, report, checkpointer, stopped)
+            except DivergedError:
+                raise
+            except Exception as error:
+                self._save_what_is_done(checkpointer)
+                if not is_lost_worker(error):
+                    raise
+                raise ValueError(f"a process that reads the data is gone ({error}): is the memory enough?") from error
+
+    def _train(
+        self, data: Iterator[Batch], report: Report, checkpointer: Checkpointer, stopped: Callable[[], int]
+    ) -> None:
+        config, keep, watch, first = self.config, 0, Watch(self, report), self.step
+        while self.step < config.max_steps:
+            keep = self._enter_stage(keep)
+            self._do_step(data, keep)
+            report.advance(self.step)
+            if not self.ranks.rank and self._lock.is_lost():
+                raise ValueError(f"{self.run_dir} was removed, moved or replaced while a run trained in it")
+
+            signaled = all_max(stopped(), self.ranks)
+            last = self.step == config.max_steps or signaled > 0
+            if last or self.step % config.report_every == 0:
+                watch.write(keep)
+            elif self.step - first in _FIRST_LOSSES:
+                watch.show_loss()
+            self.training.finish()
+            with watch.paused():
+                self._store(checkpointer, last)
+                self._draw_samples(report)
+            if last and self.bad_images:
+                say(f"--on-bad skip: {self.bad_images:,} times an image could not be read, and another took its place")
+            if signaled:
+                checkpointer.wait()
+                say(f"stopped after step {self.step}: the same command resumes from there")
+                raise SystemExit(exit_code(signaled))
+
+    def roll_back(self, error: DivergedError) -> None:
+        """Go back to the last checkpoint, and on with samples that the run has not seen; or stop, as configured."""
+        newest = newest_good(self.run_dir, say)
+        again = newest is not None and step_of(newest) <= self._rolled_back_to
+        if self.config.on_divergence == "stop" or newest is None or (again and self._rollbacks == _ROLLBACKS):
+            raise ValueError(f"{error}; {self._advice(newest)}") from error
+        bad_step, samples, bad_images = self.step, self.samples, self.bad_images
+        if not again:
+            self._rollbacks, self._rolled_back_to = 0, step_of(newest)
+        self._rollbacks += 1
+        self._load(newest)
+        self.samples, self.bad_images = samples, bad_images
+        say(f"{error}: going back from step {bad_step} to {newest}, and past the samples of these steps")
+
+    def _advice(self, newest: Path | None) -> str:
+        """Return what to do after a loss spike that ends the run."""
+        ways = "a lower --lr, --grad-clip 1 or --precision fp32"
+        if newest is None:
+            return f"there is no checkpoint yet: start again with {ways}, or a shorter --checkpoint-every"
+        rollback = "" if self.config.on_divergence == "rollback" else ", or --on-divergence rollback"
+        return f"the same command with {ways}{rollback} resumes from {newest} and records the change"
+
+    def profile(self, count: int) -> None:
+        """Do some steps under the profiler, and say where their time went."""
+        config, keep = self.config, self._enter_stage(0)
+        data = self._batches(steps=sys.maxsize // config.batch_size)  # however short the run is
+        gpu = gpu_of(config)
+
+        def run_step() -> None:
+            self._do_step(data, keep)
+            self.training.finish()
+
+        profile_steps(
+            run_step,
+            count,
+            self.run_dir,
+            torch.device(config.device),
+            data_wait_s=lambda: self.training.data_wait_s,
+            flops_per_step=6 * forward_macs(self.net.model, keep) * config.batch_size / self.ranks.count,
+            peak_flops=gpu.peak(config.precision) if gpu else None,
+            rank=self.ranks.rank,
+        )
+
+    def _do_step(self, data: Iterator[Batch], keep: int) -> None:
+        self.training(data, self.samples, keep, learning_rate(self.config, self.step), self.step)
+        self.step += 1
+        self.samples += self.config.batch_size
+        self._bad_seen = self._bad.count
+
+    def add_up_bad_images(self, ranks: Ranks) -> None:
+        """Bring `bad_images` up to date; all ranks must call."""
+        if self.config.on_bad == "skip":
+            self.bad_images += int(all_sum(torch.tensor(self._bad_seen - self._bad_added), ranks))
+            self._bad_added = self._bad_seen
+
+    def _batches(self, steps: int) -> Generator[Batch, None, None]:
+        config = self.config
+        data = batches(
+            self.dataset,
+            batch_size=config.micro_batch,
+            seed=config.seed,
+            start=self.samples,
+            stop=self.samples + (steps - self.step) * config.batch_size,
+            num_workers=config.num_workers,
+            device=torch.device(config.device),
+            step_size=config.batch_size,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            verifier=self._verifier,
+            bad_images=self._bad,
+        )
+        return unsignaled(data)
+
+    def _enter_stage(self, before: int) -> int:
+        """Return how many patches the next step keeps, and say so where that is new."""
+        keep = next(stage.keep for stage in reversed(self.stages) if stage.first_step <= self.step)
+        if keep != before and len(self.stages) > 1:
+            say(f"from step {self.step + 1} on {keep} of {self.net.model.length} patches are kept")
+        return keep
+
+    def _store(self, checkpointer: Checkpointer, last: bool) -> None:
+        config, step = self.config, self.step
+        snapshot = bool(self.profiles) and (last or step % (config.snapshot_every or config.checkpoint_every) == 0)
+        if last or step % config.checkpoint_every == 0:
+            self.training.tally.check_finite(self.ranks)
+            self.add_up_bad_images(self.ranks)
+            self._save(checkpointer, snapshot)
+        elif snapshot:
+            checkpointer.save_snapshots(step, self.net, self.profiles)
+
+    def _save(self, checkpointer: Checkpointer, snapshot: bool = False) -> None:
+        state = {
+            "config": self.config.recorded(),
+            "scaler": self.training.scaler.state_dict(),
+            "samples": self.samples,
+            "bad_images": self.bad_images,
+            "recent": self.recent,
+            "changes": self.changes,
+            "fingerprint": self.fingerprint,
+            "ema_warms_up": self.ema.warmup,
+            "ema_warmup": True,  # or it began with trained weights; averages of earlier versions began at random
+        }
+        weights = self.ema.weights
+        checkpointer.save(self.step, self.net, weights, self.optimizer, state, self.profiles, snapshot=snapshot)
+        self._stored = self.step
+
+    def _save_what_is_done(self, checkpointer: Checkpointer) -> None:
+        """Write a checkpoint after an error, where the weights are those of a whole step and this process has them."""
+        sharded = self.ranks.count > 1 and self.config.parallel != "ddp"
+        if self.step == self._stored or self.training.updating or sharded:
+            return
+        try:
+            with self._writing_alone(checkpointer) as writes:
+                if not writes:
+                    return
+                if self._lock.is_another():
+                    raise ValueError(f"{self.run_dir} is another run's by now")
+                self.training.tally.check_finite(Ranks())  # the others may be gone
+                self.add_up_bad_images(Ranks())
+                self._save(checkpointer)
+                checkpointer.wait()
+        except (ValueError, OSError, RuntimeError) as error:
+            say(f"no checkpoint of step {self.step} could be written: {error}")
+        else:
+            say(
+                f"after an error a checkpoint of step {self.step} was written to {self.run_dir}: the same command "
+                f"resumes from there"
+            )
+
+    @contextlib.contextmanager
+    def _writing_alone(self, checkpointer: Checkpointer) -> Iterator[bool]:
+        """Say whether this process is the one to write inside the block.
+
+        That is the first one. If it is gone, another one takes its lock of the run folder, one after the other, until
+        the step is stored.
+        """
+        if not self.ranks.rank:
+            yield True
+            return
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.run_dir / LOCK, patience=_PATIENCE))
+            except (ValueError, OSError):
+                yield False  # the first one is there, or the run has been started again
+                return
+            stored = checkpoints(self.run_dir)
+            if stored and step_of(stored[-1]) >= self.step:
+                yield False
+                return
+            get_console().quiet, checkpointer.writes = False, True
+            yield True
+
+    def _load(self, folder: Path) -> None:
+        state = load_checkpoint(folder, self.net, self.ema.weights, self.optimizer, self.profiles)
+        self.step = self._stored = int(state["step"])
+        # Runs of earlier versions counted what they skipped, and compared nothing.
+        seen = self.step * int(state["config"]["batch_size"]) + int(state.get("skipped", 0))
+        self.samples = int(state.get("samples", seen))
+        self.bad_images = int(state.get("bad_images", 0))
+        self.recent = list(state.get("recent", []))
+        self.ema.warmup = bool(state.get("ema_warms_up", not self.config.init))
+        if state["scaler"]:  # a run in another precision had none
+            self.training.scaler.load_state_dict(state["scaler"])
+        self.training.begin_anew()
+
+    def _draw_samples(self, report: Report) -> None:
+        config = self.config
+        if not config.sample_every or (self.step % config.sample_every and self.step != config.max_steps):
+            return
+        if self.ranks.rank and config.parallel == "ddp":
+            return  # with FSDP every rank holds a part of the network
+        try:
+            with self.ema.applied(self.net), eager():
+                samples, columns = sample_grid(self.net, config)
+            report.picture(self.step, self.run_dir / "samples" / f"step-{self.step:08d}.png", samples, columns)
+        except (ValueError, OSError, RuntimeError) as error:  # a grid is not worth a run
+            say(f"no samples of step {self.step} were drawn: {error}")
+
+
+class Watch:
+    """What goes into the report: the time since the last one without that for checkpoints, and the figures."""
+
+    def __init__(self, run: Run, report: Report) -> None:
+        self._run, self._report = run, report
+        self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s
+
+    def write(self, keep: int) -> None:
+        """Report the steps since the last time; a `DivergedError` if they went wrong."""
+        run, config = self._run, self._run.config
+        figures = {
+            **run.training.tally.take(run.ranks),
+            **run.training.norms(),
+            "lr": learning_rate(config, run.step - 1),
+            "mask_ratio": 1 - keep / run.net.model.length,
+            "memory_gb": memory_used(torch.device(config.device)) / 1e9,
+        }
+        if config.on_bad == "skip":
+            run.add_up_bad_images(run.ranks)
+            figures["bad_images"] = run.bad_images
+        check_spike(figures["loss"], run.recent, config.divergence_factor, config.loss_limit)
+        run.recent = [*run.recent, figures["loss"]][-_RECENT:]
+        images, seconds = (run.step - self._step) * config.batch_size, time.perf_counter() - self._since
+        figures["data_wait"] = (run.training.data_wait_s - self._waited) / seconds
+        gpu = gpu_of(config)
+        if gpu:
+            flops = 6 * forward_macs(run.net.model, keep) * images / seconds
+            figures["mfu"] = flops / (gpu.peak(config.precision) * run.ranks.count)
+        self._report.write(run.step, figures, images=images, since=self._since)
+        self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s
+
+    def show_loss(self) -> None:
+        """Show the mean loss since the last report, of a run that is just beginning; a `DivergedError` if too high."""
+        loss = self._run.training.tally.mean_loss(self._run.ranks)
+        check_spike(loss, [], 0.0, self._run.config.loss_limit)
+        self._report.show(self._run.step, f"loss {loss:.4f}")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside the block out."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+
+def is_lost_worker(error: Exception) -> bool:
+    """Return whether an error means that a process is gone that reads the data: torch's, or that of a broken pipe."""
+    if isinstance(error, OSError):
+        return isinstance(error, ConnectionError) or (isinstance(error, FileNotFoundError) and error.filename is None)
+    return isinstance(error, EOFError) or "DataLoader worker" in str(error)
+
+
+def unsignaled(data: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    """Yield batches, and let a lost process that reads them be an error of the next batch alone.
+
+    torch's handler of SIGCHLD would raise it wherever the main thread is: while the weights are moved, or in the
+    checkpoint that follows. Without it torch looks every few seconds while it waits for a batch.
+    """
+    has_handlers = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        with contextlib.closing(data):
+            for batch in data:
+                if has_handlers:
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                yield batch
+    finally:
+        if has_handlers:
+            signal.signal(signal.SIGCHLD, before)
+
+
+def exit_code(number: int) -> int:
+    """Return the exit code of a run that a signal ended: 0 where somebody asked for it, but for Ctrl-C."""
+    return 128 + number if number in (signal.SIGINT, signal.SIGUSR2) else 0
+
+
+def gpu_of(config: TrainConfig) -> Gpu | None:
+    """Return the peaks of the GPU that a run is on, None where they are not known, or on a CPU."""
+    return gpu_named(torch.cuda.get_device_name(config.device)) if config.device.startswith("cuda") else None
+
+
+def memory_used(device: torch.device) -> int:
+    """Return the most bytes that this process has had so far: on a GPU of tensors, else of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def sample_grid(net: Denoiser, config: TrainConfig) -> tuple[Tensor, int]:
+    """Return samples (N, C, H, W), from the same noise at every call, and how many to draw in a row.
+
+    With at most 16 classes each column is a class; with more, the classes are spread evenly.
+    """
+    num_classes = net.model.num_classes
+    columns = num_classes if 1 < num_classes <= 16 else 8
+    index = torch.arange(8 * columns)
+    labels = index % columns if columns == num_classes else index * num_classes // len(index)
+    scale = config.cfg_scale if num_classes else None
+    samples = draw_samples(net, labels, seed=config.seed, num_steps=config.sample_steps, cfg_scale=scale)
+    return samples, columns
+
+
+def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint: str) -> list[dict[str, Any]]:
+    """Make the run folder, write what the run is to `run.json`, and return what has been changed since it began.
+
+    Args:
+        config: the resolved configuration.
+        newest: the checkpoint to resume from, if there is one.
+        ranks: the processes; the first one writes.
+        fingerprint: of the data, which tells them wherever they lie.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
+    run_dir = Path(config.run_dir)
+    state = read_state(newest) if newest else _begun(run_dir)
+    if state and not newest:
+        state["config"]["init"] = config.init  # nothing was trained from the weights that were named before
+    trained_on = state.get("fingerprint")  # earlier versions compared the path alone
+    if trained_on not in (None, fingerprint):
+        raise ValueError(
+            f"{config.run_dir} holds a run on other images than {config.data} has now (were some added, removed or "
+            f"changed?): bring those back, or give another "
+            f"--run-dir, with --init {config.run_dir} to start from its weights"
+        )
+    same_data = trained_on == fingerprint
+    changed = changes_of(state["config"], config, config.run_dir, same_data=same_data) if state else {}
+    changes: list[dict[str, Any]] = list(state.get("changes", [])) if newest else []
+    step = step_of(newest) if newest else 0
+    if newest and step < config.max_steps:
+        for name, (before, value) in changed.items():
+            say(f"changed from step {step + 1} on: {name} {before} -> {value}")
+            changes.append({"step": step, "field": name, "from": before, "to": value})
+    if not ranks.rank and step < config.max_steps:
+        said = {
+            "config": config.recorded(),
+            "fingerprint": fingerprint,
+            "changes": changes,
+            "versions": versions(),
+            "command": [without_secrets(argument) for argument in sys.argv],
+        }
+        with whole_file(run_dir / "run.json") as partial:
+            partial.write_text(json.dumps(said, indent=2) + "\n")
+    return changes
+
+
+def _begun(run_dir: Path) -> dict[str, Any]:
+    """Return what `run.json` holds of a run that has no checkpoint yet; nothing if there is none, or it is damaged."""
+    try:
+        found = json.loads((run_dir / "run.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    is_run = isinstance(found, dict) and isinstance(found.get("config"), dict)
+    return found if is_run else {}

@@ -1,0 +1,182 @@
+"""The cost formulas against what a step's operators do and keep, and the predictions against arithmetic by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+from networks import preset_network
+
+import bench.model
+from bench.memory import high_water, per_image
+from bench.model import count_step
+from fastmask.cost.predict import ASSUMED, predict_run
+from fastmask.cost.work import RESERVE, memory_of, work_of
+from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
+from fastmask.diffusion.masking import kept_count
+from fastmask.diffusion.objective import TOTAL
+from fastmask.gpus import GPUS
+from fastmask.models.counts import trainable_parameters
+from fastmask.presets import PRESETS
+from fastmask.training.config import preset_config
+from fastmask.training.ema import EMA
+from fastmask.training.optim import make_optimizer
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """Add a preset with few blocks, so that counting it is quick."""
+
+    def add(name, depth):
+        row = PRESETS[name]
+        few = {"depth": depth, "decoder_depth": min(1, row.get("decoder_depth", 1))}
+        monkeypatch.setitem(PRESETS, "probe", {**row, **few})
+        return preset_network("probe")
+
+    return add
+
+
+@pytest.mark.parametrize(("name", "precision"), [("xl2-in256", "bf16"), ("dit-s2-in256", "fp32")])
+def test_work_is_that_of_the_operators(probe, name, precision):
+    """A block's bytes within one percent; launches exactly."""
+    found = []
+    for depth in (1, 2):
+        config, model = probe(name, depth)
+        work, counted = work_of(model, config.mask_ratio, precision), count_step("probe", precision)
+        assert work.launches == counted.launches
+        found.append((work, counted))
+    for part in ("product_bytes", "other_bytes"):
+        formula, operators = (getattr(found[1][i], part) - getattr(found[0][i], part) for i in (0, 1))
+        assert formula == pytest.approx(operators, rel=0.01), part
+        assert getattr(found[1][0], part) == pytest.approx(getattr(found[1][1], part), rel=0.08), part
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("xl2-in256", "bf16"), ("xl2-in256", "fp32"), ("xl2-in512", "bf16"), ("dit-b2-in256", "fp32")],
+)
+def test_memory_is_what_autograd_keeps(probe, name, precision):
+    config, model = probe(name, 2)
+    kept = sum(per_image("probe", "fused", precision).values())
+    assert memory_of(model, config.mask_ratio, precision).activations == pytest.approx(kept, rel=0.006)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["b2-in256", "dit-s2-in256"])
+def test_a_block_computed_again_keeps_exactly_what_enters_it(probe, name, precision):
+    kept, counted = {}, {}
+    for depth in (1, 2):
+        config, model = probe(name, depth)
+        kept[depth] = memory_of(model, config.mask_ratio, precision, checkpoint_blocks=True).activations
+        counted[depth] = sum(per_image("probe", "fused", precision, True).values())
+    assert kept[2] - kept[1] == counted[2] - counted[1]
+    assert 0 < counted[1] - kept[1] < 100e3  # the condition, and what the loss keeps of an image
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@pytest.mark.parametrize(("name", "precision"), [("b2-in256", "bf16"), ("b2-in256", "fp32"), ("dit-s2-in256", "bf16")])
+def test_high_water_is_that_of_a_step(probe, name, precision, checkpoint_blocks):
+    """Beside what a storage for every tensor takes, from its making to its end, in a step of two micro-batches."""
+    config, model = probe(name, 4)
+    memory = memory_of(model, config.mask_ratio, precision, checkpoint_blocks=checkpoint_blocks)
+    state = memory.weights + memory.moments + memory.ema
+    for batch in (4, 32):
+        most, between = high_water("probe", precision, batch, checkpoint_blocks)
+        assert 1 <= memory.high_water(batch) / (state + most) < 1.1
+    kept = batch * memory.activations + memory.gradients + (0 if checkpoint_blocks else memory.copy)
+    assert kept == pytest.approx(between, rel=0.03)
+
+
+def test_recomputation_is_work_too(probe, monkeypatch):
+    build = bench.model.build_model
+
+    def build_checkpointing(*args):
+        model = build(*args)
+        model.checkpoint_blocks = True
+        return model
+
+    monkeypatch.setattr(bench.model, "build_model", build_checkpointing)
+    found = []
+    for depth in (1, 2):
+        config, model = probe("b2-in256", depth)
+        work = work_of(model, config.mask_ratio, "bf16", checkpoint_blocks=True)
+        counted = count_step("probe", "bf16")
+        assert work.launches == counted.launches
+        found.append((work, counted))
+    for part in ("product_bytes", "other_bytes"):
+        formula, operators = (getattr(found[1][i], part) - getattr(found[0][i], part) for i in (0, 1))
+        assert formula == pytest.approx(operators, rel=0.01), part
+    config, model = preset_network("xl2-in256")
+    again, once = (work_of(model, 0.5, "bf16", checkpoint_blocks=flag).flops for flag in (True, False))
+    assert 1.32 < again / once < 4 / 3
+    blocks = dataclasses.replace(config, activation_checkpointing="block")
+    slow, fast = (
+        predict_run(each, model, GPUS["h100"], "bf16", assumed=ASSUMED._replace(mfu=0.5)).images_per_s
+        for each in (blocks, config)
+    )
+    assert fast / slow == pytest.approx(again / once)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+def test_high_water_is_what_the_gpu_says(checkpoint_blocks):
+    config, device, batch = preset_config("b2-in256", PRESETS), torch.device("cuda"), 64
+    config = dataclasses.replace(config, ema_widths=(0.1,))
+    before = torch.cuda.memory_allocated()
+    with device:
+        net = Denoiser(bench.model.build_model(config, 4, 32), config.process)
+    model = net.model
+    model.checkpoint_blocks = checkpoint_blocks
+    averages = [EMA(net, config.ema_decay), EMA(net, 0.99)]
+    optimizer, objective = make_optimizer(net, config, averages), Objective(net, [MaskedDenoising()])
+    images = torch.randn(batch, 4, 32, 32, device=device)
+    labels = torch.randint(config.num_classes, (batch,), device=device)
+
+    def step(first):
+        for offset in (first, first + batch):
+            draws = training_draws(
+                config.process,
+                images,
+                labels,
+                seed=0,
+                offset=offset,
+                num_classes=config.num_classes,
+                label_drop=0.1,
+                length=model.length,
+                keep=kept_count(model.length, config.mask_ratio),
+            )
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = objective(images, *draws)[TOTAL].mean()
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step(2 * batch)
+    torch.cuda.synchronize()
+    taken = torch.cuda.max_memory_allocated() - before
+    memory = memory_of(model, config.mask_ratio, "bf16", averages=2, checkpoint_blocks=checkpoint_blocks)
+    assert memory.high_water(batch) == pytest.approx(taken, rel=0.1)
+
+
+def test_memory_by_part():
+    _, model = preset_network("xl2-in256")
+    memory, n = memory_of(model, 0.5, "bf16"), trainable_parameters(model)
+    assert memory[:5] == (4 * n, 4 * n, 8 * n, 4 * n, 2 * n)
+    assert memory_of(model, 0.5, "tf32").copy == 0
+    assert memory.activations / 1e6 == pytest.approx(147.1, abs=0.2)  # counted: `python -m bench.memory`
+    most = memory.largest_batch(80e9)
+    assert memory.fixed + most * memory.per_image <= 80e9 * (1 - RESERVE) < memory.fixed + (most + 1) * memory.per_image
+    assert memory.largest_batch(1e9) == 0
+    assert memory_of(model, 0.75, "bf16").activations < memory.activations
+    assert memory_of(model, 0.5, "bf16", averages=3) == memory._replace(ema=12 * n)
+    blocks = memory_of(model, 0.5, "bf16", checkpoint_blocks=True)
+    assert blocks.activations / 1e6 == pytest.approx(32.7, abs=0.1)  # `python -m bench.memory --checkpoint-blocks`
+    assert memory.recomputed == 0 < blocks.recomputed < memory.activations / 30
+    assert blocks.largest_batch(80e9) > 3 * most
+
+
+def test_the_update_reads_five_arrays_and_writes_four():
+    config, model = preset_network("xl2-in256")
+    assert work_of(model, config.mask_ratio, "bf16").update_bytes == 36 * trainable_parameters(model)

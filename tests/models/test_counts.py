@@ -1,0 +1,79 @@
+"""The counts by formula against what the operators of a forward pass really do."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastmask.diffusion.masking import kept_count
+from fastmask.kernels import Mask
+from fastmask.models.counts import forward_macs, trainable_parameters
+from fastmask.presets import PRESETS
+from fastmask.training.config import build_model, preset_config
+
+
+def attention_macs(tokens: int, width: int, depth: int) -> int:
+    """The counter misses attention on the CPU: q k^T and its product with v."""
+    return depth * 2 * tokens * tokens * width
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
+def test_formula_equals_operator_count(preset, masked):
+    """Of two blocks of each kind, all alike; of all of them in the preset that the project is judged by."""
+    config = preset_config(preset, PRESETS)
+    if preset != "xl2-in256":
+        config = dataclasses.replace(config, depth=min(2, config.depth), decoder_depth=min(2, config.decoder_depth))
+    ratio = config.mask_ratio if masked else 0.0
+    if masked and not ratio:
+        pytest.skip("this preset trains unmasked")
+    batch = 2
+    pixels = config.data == "digits"
+    channels, size = (1, config.image_size) if pixels else (4, config.image_size // 8)
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = build_model(config, channels, size)
+        keep = kept_count(model.length, ratio)
+        mask = None
+        if ratio:
+            ids = torch.zeros(batch, model.length, dtype=torch.int32)
+            mask = Mask(ids[:, :keep], ids)
+        model(torch.zeros(batch, channels, size, size), torch.zeros(batch), torch.zeros(batch, dtype=torch.int64), mask)
+    counted = counter.get_total_flops() / 2 / batch
+    counted += attention_macs(keep, config.width, config.depth)
+    counted += attention_macs(model.length, config.decoder_width, config.decoder_depth)
+    assert forward_macs(model, keep) == counted
+    assert trainable_parameters(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions", "gmac"),
+    [
+        ("xl2-in256", 730.1, 65.45),  # MaskDiT-XL/2 at half the patches
+        ("l2-in256", 509.8, 46.7),
+        ("h2-in256", 1009.5, 89.3),
+        ("dit-xl2-in256", 674.8, 118.6),  # DiT, arXiv 2212.09748, table 4
+        ("dit-s2-in256", 32.9, 6.05),
+        ("dit-b2-in256", 130.3, 23.0),
+        ("dit-l2-in256", 457.8, 80.7),
+        ("dit-xl2-in512", 674.8, 524.5),
+    ],
+)
+def test_published_sizes(preset, millions, gmac):
+    config = preset_config(preset, PRESETS)
+    with torch.device("meta"):
+        model = build_model(config, 4, config.image_size // 8)
+    assert trainable_parameters(model) / 1e6 == pytest.approx(millions, abs=0.051)
+    macs = forward_macs(model, kept_count(model.length, config.mask_ratio))
+    assert macs / 1e9 == pytest.approx(gmac, abs=0.06)
+
+
+@pytest.mark.parametrize(("size", "least"), [("s2", 1.2), ("b2", 1.5), ("l2", 1.7), ("xl2", 1.8), ("h2", 1.8)])
+def test_masking_saves_operations(size, least):
+    """At half the patches every masked preset must do less than the dense DiT of its encoder."""
+    config = preset_config(f"{size}-in256", PRESETS)
+    with torch.device("meta"):
+        masked = build_model(config, 4, 32)
+        dense = type(masked)(width=config.width, depth=config.depth, num_heads=config.num_heads, decoder_depth=0)
+    assert forward_macs(dense) / forward_macs(masked, kept_count(256, config.mask_ratio)) > least
