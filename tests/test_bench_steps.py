@@ -198,7 +198,7 @@ steps.config_of = tiny
 rows.RESULTS = Path(__file__).parent / "results"
 
 def pytest_collection_modifyitems():
-    import bench_step
+    from bench.train import bench_step
     bench_step.ROUNDS["s2"] = 3
 """
 

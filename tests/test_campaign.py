@@ -75,7 +75,7 @@ def test_every_test_for_a_gpu_is_found_there(bare_machine):
     found = {line.split("::")[0] for line in done.stdout.splitlines() if "::" in line}
     missing = {str(Path(file).relative_to(ROOT)) for file in files} - found
     quoting = "tests/test_campaign_parts.py"  # has one as text
-    assert missing == {"tests/data/test_dali.py", quoting}, done.stdout
+    assert missing == {"tests/data/images/test_dali.py", quoting}, done.stdout
 
 
 def test_load_maskdit_is_still_exported():

@@ -124,7 +124,7 @@ def test_a_second_signal_does_not_wait():
 WITH_A_FAULTY_IMAGE = """
 import sys
 from fastmask.cli import run_command
-from fastmask.data.digits import Digits
+from fastmask.data.in_memory import Digits
 from fastmask.train import main
 
 read = Digits.read

@@ -28,7 +28,7 @@ def test_networks_and_weights_work_anywhere(tmp_path):
     code = """
 from pathlib import Path
 from fastmask import EDMPrecond, MaskDiT, kernels, load_maskdit
-from fastmask.weights import save_weights
+from fastmask.diffusion.weights import save_weights
 from fastmask.diffusion import draw_samples
 import fastmask.sample
 net = EDMPrecond(MaskDiT(8, 2, 3, 16, 1, 2, 5, 12, 1, 2))

@@ -89,7 +89,7 @@ def test_an_lmdb_that_claims_what_it_does_not_hold(tmp_path, others, message):
 CODE = """
 import sys
 from pathlib import Path
-from fastmask.data.importers import open_latents
+from fastmask.data.foreign.open import open_latents
 
 try:
     for item in range(len(latents := open_latents(Path(sys.argv[1])))):

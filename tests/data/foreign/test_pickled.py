@@ -179,7 +179,7 @@ CODE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_pickled import ATTACKS, limit_memory
-from fastmask.data.pickled import unpickle_array
+from fastmask.data.foreign.pickled import unpickle_array
 
 limit_memory(300 << 20)
 for attack, content in ATTACKS.items():
@@ -198,7 +198,7 @@ def limit_memory(more):
 
 
 def test_attacks_take_no_memory():
-    command = [sys.executable, "-c", CODE, str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", CODE, str(Path(__file__).parent)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout == "refused\n" * len(ATTACKS)

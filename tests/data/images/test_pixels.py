@@ -277,7 +277,7 @@ def test_no_small_file_takes_much_memory():
     """Strips, which would be enlarged, and a PNG that claims more pixels than it holds."""
     program = """
 import resource, struct, zlib
-from fastmask.data.images import decode
+from fastmask.data.images.pixels import decode
 
 def png(width, height):
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)

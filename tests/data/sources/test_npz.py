@@ -183,7 +183,7 @@ def test_more_than_the_memory_holds(tmp_path, monkeypatch):
 CODE = """
 import resource, sys
 from pathlib import Path
-from fastmask.data.npz import read_npz
+from fastmask.data.sources.npz import read_npz
 
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)

@@ -194,7 +194,7 @@ def test_flipped_bits_do_not_end_the_process(tmp_path, arrow, kind):
     folder = saved(arrow, tmp_path / "data", kind)
     program = """
 import contextlib, pathlib, random, sys
-from fastmask.data.sources import open_source
+from fastmask.data.sources.open import open_source
 path, draw, refused = pathlib.Path(sys.argv[1]), random.Random(0), 0
 content = path.read_bytes()
 for number in range(400):

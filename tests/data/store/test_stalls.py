@@ -67,7 +67,7 @@ def test_the_thread_ends_when_nobody_wants_more():
 
 CODE = """
 import time
-from fastmask.data import stalls
+from fastmask.data.store import stalls
 
 def never():
     time.sleep(600)
