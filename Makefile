@@ -5,8 +5,6 @@
 # make sanitize  build the native kernels with checks of addresses and undefined behaviour, and run their tests
 # make numerics  run the numeric tests with the instruction sets of other processors, on two threads, with 20 seeds
 # make abi TORCH=2.11.0  load the native kernels, as built for CI's torch, in another one, and run their tests there
-# make cuda      compile the CUDA C++ kernels with nvcc, with no GPU: registers and shared memory, and no spills
-# make emulated  test the same kernels on the CPU, where the threads of a block take turns
 # make test-dali the tests of data by DALI's CPU operators, with every optional package, in an environment of their own
 # make venv      only the environment both of them use
 
@@ -25,7 +23,7 @@ NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py silu_linear.py mo
 	embed_kept_patches.py embed_natively.py restore_tokens.py) \
 	$(addprefix tests/,models/test_maskdit.py test_golden.py test_packed.py training/test_optim.py) $(TRAINER_TESTS)
 
-.PHONY: demo test tests test-dali venv venv-dali lint bench report kernels sanitize numerics abi cuda emulated clean
+.PHONY: demo test tests test-dali venv venv-dali lint bench report kernels sanitize numerics abi clean
 .DELETE_ON_ERROR:
 
 venv: .venv/.done
@@ -68,7 +66,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(wildcard kernels/*/*.cpp kernels/*/*.cu kernels/*/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard kernels/*/*.cpp kernels/*/*.h)
 
 bench: venv
 	$(BIN)/python -m pytest bench/ --benchmark-only
@@ -104,20 +102,6 @@ abi: venv
 	build/torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy safetensors tyro rich scipy pytest pytest-xdist
 	FASTMASK_NATIVE=$(CURDIR)/fastmask/kernels/_native.so TRITON_INTERPRET=0 \
 		build/torch-$(TORCH)/bin/python -m pytest -q -n 2 $(filter tests/kernels/%,$(NATIVE_TESTS))
-
-CANDIDATES = cmake -S . -B $(CURDIR)/build/$@ -DFASTMASK_OUT=$(CURDIR)/build/$@ -DFASTMASK_CUDA=$(1) \
-		-DTORCH_ROOT=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])') && \
-	cmake --build build/$@ --parallel --target fastmask_native_cuda
-
-cuda: venv
-	$(call CANDIDATES,ON)
-	$(BIN)/python -m bench.resources build/cuda/_native_cuda.so --out bench/results/cuda.md
-	@echo FASTMASK_NATIVE_CUDA=$(CURDIR)/build/cuda/_native_cuda.so
-
-emulated: venv
-	$(call CANDIDATES,EMULATED)
-	FASTMASK_NATIVE_CUDA=$(CURDIR)/build/emulated/_native_cuda.so \
-		$(BIN)/python -m pytest -q -p no:benchmark tests/kernels/test_cuda_candidates.py
 
 clean:
 	rm -rf .venv .venv-dali build *.egg-info .pytest_cache .mypy_cache .ruff_cache

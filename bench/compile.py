@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.launches import CASES, SCALARS, WIDTHS
 from bench.tables import header, line
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 
 ARCHITECTURES = (80, 90, 100)
 _WARP_ROW = 129  # values: a row of fewer does not fill a warp's loads of 128 bits
@@ -222,7 +222,7 @@ def main() -> int:
     sys.stdout.write(f"{len(lines) - 2} kernels compiled, {failed} wrong\n")
     if options.out:
         head = f"Compiled with triton {triton.__version__} by `python -m bench.compile`; no GPU was used.\n\n"
-        with whole_file(options.out) as partial:
+        with atomic_write(options.out) as partial:
             partial.write_text(head + "\n".join(lines) + "\n")
     return 1 if failed else 0
 

@@ -42,7 +42,7 @@ def fake_forward(
         impl: form of the ops.
         precision: "fp32", or "bf16" for autocast.
         batch: images.
-        checkpoint_blocks: whether backward computes the blocks again.
+        checkpoint_blocks: whether backward recomputes the blocks.
     """
     config = preset_config(preset, PRESETS)
     size = config.image_size // 8
@@ -134,7 +134,7 @@ def high_water(preset: str, precision: str, batch: int, checkpoint_blocks: bool 
         preset: a row of the preset table; the ops are fused.
         precision: "fp32", or "bf16" for autocast.
         batch: images of a micro-batch.
-        checkpoint_blocks: whether backward computes the blocks again.
+        checkpoint_blocks: whether backward recomputes the blocks.
     """
     with (
         fake_forward(preset, "fused", precision, batch, checkpoint_blocks) as (objective, forward),

@@ -24,7 +24,7 @@ from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
 from fastmask.gpus import GPUS, Gpu
 from fastmask.kernels import Mask
-from fastmask.models.counts import forward_macs, trainable_parameters
+from fastmask.models.counts import forward_macs, num_parameters
 from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
 from fastmask.training.config import TrainConfig, build_model, preset_config
@@ -36,7 +36,7 @@ class Count(NamedTuple):
     """What the operators of a forward and backward pass do; bytes as in `fastmask.cost.work.Work`."""
 
     launches: int
-    product_bytes: float
+    matmul_bytes: float
     other_bytes: float
 
 
@@ -83,14 +83,14 @@ def counts(config: TrainConfig, model: MaskDiT, precision: str, size: float) -> 
     """Yield name and value of what is counted."""
     keep = kept_count(model.length, config.mask_ratio)
     work, memory = (f(model, config.mask_ratio, precision) for f in (work_of, memory_of))
-    yield "parameters", f"{trainable_parameters(model) / 1e6:.1f}M"
+    yield "parameters", f"{num_parameters(model) / 1e6:.1f}M"
     yield "patches kept", f"{keep} of {model.length}"
     yield "training, per image", f"{work.flops / 1e9:.1f} GFLOP"
     if keep < model.length:
         yield "training, per image, unmasked", f"{6 * forward_macs(model) / 1e9:.1f} GFLOP"
-    yield "bytes of products, per image", f"{work.product_bytes / 1e6:.1f} MB"
+    yield "bytes of products, per image", f"{work.matmul_bytes / 1e6:.1f} MB"
     yield "bytes of all else, per image", f"{work.other_bytes / 1e6:.1f} MB"
-    weights = work.product_weight_bytes + work.cast_bytes
+    weights = work.matmul_weight_bytes + work.cast_bytes
     yield "bytes of weights, per micro-batch", f"{weights / 1e9:.2f} GB"
     yield "to add gradients up, per micro-batch after the first", f"{work.accumulate_bytes / 1e9:.2f} GB"
     yield "bytes of AdamW and EMA, per step", f"{work.update_bytes / 1e9:.2f} GB"

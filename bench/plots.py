@@ -26,7 +26,7 @@ from bench.report import (
     rate,
     size_of,
 )
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 
 COLOURS = dict(zip(STACKS, ("#bbbbbb", "#777777", "#8ecae6", "#1f6f9f"), strict=True))
 
@@ -95,7 +95,7 @@ def speedup(all_rows: Rows, rows: list[Row]) -> Any:
 
 
 def copies(rows: list[Row]) -> Any:
-    """Return a figure of the share of the copy bandwidth that kernels bound by memory reach with their least bytes."""
+    """Return a figure of the share of the copy bandwidth that memory-bound kernels reach with their minimum traffic."""
     short = {"forward": "fwd", "forward_backward": "fwd+bwd", "float32": "fp32", "bfloat16": "bf16"}
     cases = [[short.get(row["case"][k], row["case"][k]) for k in ("op", "direction", "dtype", "shape")] for row in rows]
     names = [" ".join(case) for case in cases]
@@ -109,13 +109,13 @@ def copies(rows: list[Row]) -> Any:
     axis.set_xlim(0, 105 * max(1.0, *map(of_copy, rows)))
     axis.set_ylim(-0.6, len(places) - 0.4)
     axis.axvline(100, color="#999999", linewidth=0.6)
-    axis.set_xlabel("percent of the measured copy bandwidth, by the least bytes")
+    axis.set_xlabel("percent of the measured copy bandwidth, by the minimum traffic")
     _legend(figure, colours, below=0.5)
     return figure
 
 
 def _by_memory(row: Row) -> bool:
-    """Return whether a kernel's bytes bound it: it has no matrix products, and its copy was measured."""
+    """Return whether a kernel's bytes bound it: it has no matmuls, and its copy was measured."""
     return not row.get("flops") and ("copy_bandwidth" in row or "copy_percent" in row)
 
 
@@ -135,7 +135,7 @@ def _legend(figure: Any, colours: dict[str, Any], below: float = 0.24) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 

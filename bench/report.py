@@ -15,7 +15,7 @@ from typing import Any
 from bench.compare import checked, key, machine_of, time_of
 from bench.rows import RESULTS, ROOT, Row
 from bench.tables import header, line
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 from fastmask.gpus import GPUS, gpu_named
 
 NOT_MEASURED = "not measured"
@@ -207,7 +207,7 @@ def write_readme(path: Path, rows: Rows) -> None:
     if start < 0 or end < start:
         raise ValueError(f"{path} has no lines {README_MARKS[0]} and {README_MARKS[1]}")
     middle = "\n".join([README_MARKS[0], *summary(rows), "", ""])
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text[:start] + middle + text[end:])
 
 
@@ -216,7 +216,7 @@ def kernels(rows: Rows) -> Iterator[str]:
     found = rows.of("kernel")
     for machine, mine in per_machine(found):
         yield from heading("Kernels", machine, mine)
-        columns = ["op", "direction", "dtype", "shape", "variant", "ms (p20 to p80)", "GB/s of the least bytes"]
+        columns = ["op", "direction", "dtype", "shape", "variant", "ms (p20 to p80)", "GB/s of minimum traffic"]
         yield from header([*columns, "of copy bandwidth", "against reference"])
         for row in sorted(mine, key=lambda row: [str(row["case"][name]) for name in ("op", "shape", "direction")]):
             case = row["case"]
@@ -348,7 +348,7 @@ def main() -> int:
         if options.readme:
             write_readme(options.readme, rows)
         if options.out:
-            with whole_file(options.out) as partial:
+            with atomic_write(options.out) as partial:
                 partial.write_text(text)
         else:
             sys.stdout.write(text)

@@ -31,7 +31,7 @@ from bench.compile import recorded
 from bench.launches import empty
 from bench.tables import header, line
 from fastmask.diffusion.masking import kept_count
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 from fastmask.kernels import Mask
 from fastmask.kernels._triton import (
     adamw_ema,
@@ -174,7 +174,7 @@ class Op(NamedTuple):
     kept: list[Tensor]
 
     def least(self) -> tuple[int, int]:
-        """Return the least bytes, forward and backward."""
+        """Return the minimum traffic, forward and backward."""
         forward = [*self.inputs, *self.read, *self.written, *self.kept]
         backward = [*self.written, *self.inputs, *self.again, *self.kept]
         return sum(map(size, forward)), sum(map(size, backward))
@@ -323,7 +323,7 @@ def main() -> None:
     sys.stdout.write("\n".join(lines) + "\n")
     if options.out:
         head = f"{options.preset}, {_BATCH} images, counted by `python -m bench.traffic`; no GPU was used.\n\n"
-        with whole_file(options.out) as partial:
+        with atomic_write(options.out) as partial:
             partial.write_text(head + "\n".join(lines) + "\n")
 
 

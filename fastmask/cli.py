@@ -16,6 +16,7 @@ from fastmask.console import without_secrets
 
 T = TypeVar("T")
 
+_RENAMED = {"--mirror": "--flip", "--no-mirror": "--no-flip"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _BOX = re.compile(r"[\u2500-\u257f]|^ *-{3,} *$")  # of lines, or of hyphens where the output is not in UTF-8
 
@@ -34,6 +35,10 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
         ValueError: an unknown flag (names the near ones) or a value that cannot be read.
         SystemExit: after `--help`, with code 0.
     """
+    for argument in argv:
+        name = argument.split("=")[0]
+        if name in _RENAMED:
+            raise ValueError(f"{name} is called {_RENAMED[name]} now")
     said = io.StringIO()
     omit = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     try:

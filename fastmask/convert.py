@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmask.cli import parse, run_command
 from fastmask.console import say
 from fastmask.diffusion.weights import load_maskdit, save_weights, weights_for
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 from fastmask.ranks import require_one_process
 from fastmask.rundir import listing, locate, snapshots, step_of
 from fastmask.training.ema import gamma_of, posthoc_coefficients
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         for name, sum_of_it in total.items():
             sum_of_it.add_(tensors[name].float(), alpha=coefficient)
     try:
-        with whole_file(out) as partial:
+        with atomic_write(out) as partial:
             save_weights(partial, net, {**net.state_dict(), **total})
     except OSError as error:
         raise OSError(f"--out {out} cannot be written: {error.__cause__ or error}") from error

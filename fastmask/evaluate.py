@@ -13,7 +13,7 @@ from fastmask.console import say
 from fastmask.data.in_memory import load_digits
 from fastmask.diffusion import draw_samples
 from fastmask.diffusion.weights import load_maskdit
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 from fastmask.ranks import require_one_process
 from fastmask.rundir import find_checkpoint, locate, step_of
 from fastmask.training.report import read_stats
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         "num_steps": config.num_steps,
         "step": step,
     }
-    with whole_file(run_dir / "summary.json") as partial:
+    with atomic_write(run_dir / "summary.json") as partial:
         partial.write_text(json.dumps(summary, indent=2) + "\n")
     draw_digits(run_dir / "digits.png", samples.numpy(), labels.numpy(), real)
     draw_loss(run_dir / "loss.png", stats)

@@ -16,7 +16,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` when the block ends well and is removed otherwise.
 
     An OSError of a full or failing disk names ``path``, which the system's own error does not.
@@ -47,7 +47,7 @@ def named(path: Path) -> Iterator[None]:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file that is there, whole, even if the machine loses its power after this returned."""
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         file.write(content)
         sync(file)
     folder = os.open(path.parent, os.O_RDONLY)

@@ -9,7 +9,7 @@ class Gpu(NamedTuple):
 
     Attributes:
         name: in full.
-        bf16: FLOP/s of matrix products in bf16 and fp16.
+        bf16: FLOP/s of matmuls in bf16 and fp16.
         tf32: of those in tf32.
         fp32: of those in fp32.
         bandwidth: bytes per second between it and its memory.
@@ -26,7 +26,7 @@ class Gpu(NamedTuple):
     source: str
 
     def peak(self, precision: str) -> float:
-        """Return the FLOP/s of matrix products in a precision."""
+        """Return the FLOP/s of matmuls in a precision."""
         return {"fp32": self.fp32, "tf32": self.tf32}.get(precision, self.bf16)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
@@ -40,6 +40,6 @@ def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.d
     )
     zoom = max(1, 32 // height)
     array = grid.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         Image.fromarray(array).save(partial, format="PNG")
     return array

@@ -1,4 +1,4 @@
-"""`python -m fastmask.prepare`: makes a store of any images, checked; goes on where it stopped."""
+"""`python -m fastmask.prepare`: makes a store of any images, checked; resumes where it stopped."""
 
 import collections
 import contextlib
@@ -49,7 +49,7 @@ class PrepareConfig:
     Latents of MaskDiT (LMDB or tars), fast-DiT (.npy), EDM2 and REPA (zip or folder), LightningDiT (safetensors) and
     an .npz of `moments` are imported."""
     store: tyro.conf.Positional[str] = ""
-    """Folder of the store; the same command goes on where it stopped."""
+    """Folder of the store; the same command resumes from its last checkpoint."""
     check: str = ""
     """Instead verify the store of this name, and draw a sheet of its images, decoded; one at a URL is fetched first."""
     image_size: int | None = None
@@ -62,8 +62,8 @@ class PrepareConfig:
     vae: str = ""
     """Folder or name of an AutoencoderKL of diffusers: stabilityai/sd-vae-ft-mse if none is given, or the store's own
     to draw its images with --check."""
-    mirror: bool = True
-    """Store latents of mirrored images too."""
+    flip: bool = True
+    """Store latents of flipped images too."""
     latents: Literal["auto", "edm2", "repa"] = "auto"
     """Whose imported latents they are, of the projects that share EDM2's layout; auto: told by their mean."""
     latent_scale: tuple[float, ...] = ()
@@ -73,7 +73,7 @@ class PrepareConfig:
     batch_size: int = 32
     """Images decoded, and encoded, at a time."""
     decoder: Literal["auto", "dali", "pil"] = "auto"
-    """Of JPEG files: DALI (on the GPU if --device is one), or Pillow. auto: DALI if it is installed."""
+    """JPEG decoder: DALI (on the GPU if --device is one), or Pillow. auto: DALI if it is installed."""
     num_workers: int = 2
     """Processes that decode, or read for DALI, and threads of DALI; 0 does it in this one."""
     on_bad: Literal["stop", "skip"] = "stop"
@@ -196,7 +196,7 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
     manifest = Manifest(
         kind="moments",
         dtype="float16",
-        shape=(1 + config.mirror, 2 * encoder.channels, side, side),
+        shape=(1 + config.flip, 2 * encoder.channels, side, side),
         vae=name,
         vae_sha256=encoder.sha256,
         encoder=encoder.precision,
@@ -204,7 +204,7 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
         shift=encoder.shift,
         **about,
     )
-    record = functools.partial(encoder.moments, mirror=config.mirror)
+    record = functools.partial(encoder.moments, flip=config.flip)
     return Job(manifest, len(source), names, read, record, source.name)
 
 
@@ -219,11 +219,11 @@ def _import(config: PrepareConfig, latents: Latents) -> Job:
     records = [record for record, _ in sample_records(latents.read, len(latents), config.source)]
     shape = collections.Counter(record.shape for record in records).most_common(1)[0][0]
     copies, channels, side, width = shape
-    kept = copies if config.mirror else 1
+    kept = copies if config.flip else 1
     flips = "with" if copies == 2 else "without"
-    lines = [f"{latents.kind}, {len(latents):,} {latents.holds} {shape[1:]} {flips} mirror images", *latents.notes]
+    lines = [f"{latents.kind}, {len(latents):,} {latents.holds} {shape[1:]} {flips} flipped images", *latents.notes]
     if kept < copies:
-        lines.append("left out: the latents of mirror images, as --no-mirror asks")
+        lines.append("left out: the latents of flipped images, as --no-flip asks")
     for line in lines:
         say(f"{config.source}: {line}")
     if side != width or (latents.holds == "moments" and channels % 2):
@@ -356,7 +356,7 @@ def check(store: Path, vae: str, device: torch.device) -> None:
     if found.damaged:
         raise ValueError(
             f"{store} is damaged: {len(found.damaged)} of its files; delete them and copy or fetch them again, or "
-            f"prepare it anew"
+            f"prepare it again"
         )
     say(f"{store} is whole")
     images = found.images[:: -(-len(found.images) // _SHOWN)]

@@ -141,7 +141,7 @@ def is_lost_rank(error: RuntimeError) -> bool:
     return any(sign in str(error) for sign in signs)
 
 
-def meeting(ranks: Ranks) -> Callable[[], None]:
+def barrier(ranks: Ranks) -> Callable[[], None]:
     """Return what waits until every rank has called it, for days if need be; a ValueError if one of them is gone.
 
     All ranks must call this too, which is as patient.

@@ -155,7 +155,7 @@ def find_weights(source: str | os.PathLike[str], average: bool, warn: Callable[[
 
 
 def newest_whole(
-    run_dir: Path, names: Sequence[str] | None, warn: Callable[[str], None], then: str = "going on from"
+    run_dir: Path, names: Sequence[str] | None, warn: Callable[[str], None], then: str = "resuming from"
 ) -> Path | None:
     """Return the newest checkpoint of a run whose files are as they were written, or None if there is no checkpoint.
 

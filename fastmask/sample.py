@@ -15,7 +15,7 @@ from fastmask.cli import parse, pick_device, run_command
 from fastmask.console import say
 from fastmask.diffusion import draw_samples
 from fastmask.diffusion.weights import Kind, load_maskdit
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 from fastmask.grid import save_grid
 from fastmask.ranks import Ranks, own_device, require_one_process
 
@@ -32,7 +32,7 @@ class SampleConfig:
     weights: Kind = "ema"
     """Averaged weights, or the raw ones that are trained."""
     num_samples: int = 64
-    """How many."""
+    """Number of samples."""
     classes: tuple[int, ...] = ()
     """Labels to draw, in turn; all of them when none are named."""
     unconditional: bool = False
@@ -118,7 +118,7 @@ def write(out: Path, samples: Tensor, labels: Tensor, columns: int) -> None:
     if out.suffix == ".png":
         save_grid(out, samples, columns)
         return
-    with whole_file(out) as partial, partial.open("wb") as file:
+    with atomic_write(out) as partial, partial.open("wb") as file:
         np.savez(file, samples=samples.numpy(), labels=labels.numpy())
 
 

@@ -1,4 +1,4 @@
-"""`python -m fastmask.train`: trains a masked diffusion transformer, and goes on where it stopped."""
+"""`python -m fastmask.train`: trains a masked diffusion transformer, and resumes from its last checkpoint."""
 
 import contextlib
 import dataclasses
@@ -18,11 +18,11 @@ from fastmask.cli import parse, pick_device, run_command
 from fastmask.console import say
 from fastmask.cost.plan import print_plan
 from fastmask.cost.work import RESERVE, memory_of
-from fastmask.data import DataSet, open_data
-from fastmask.data.images.dataset import ImageSet
+from fastmask.data import Dataset, open_data
+from fastmask.data.images.dataset import ImageDataset
 from fastmask.data.in_memory import ImageArray
 from fastmask.files import locked
-from fastmask.models.counts import trainable_parameters
+from fastmask.models.counts import num_parameters
 from fastmask.presets import PRESETS
 from fastmask.ranks import Ranks, from_first, is_lost_rank, own_device, process_group, signal_if_torchrun_dies
 from fastmask.training.checkpoint import Checkpointer, checkpoints
@@ -148,7 +148,7 @@ def _resolve_graphs(config: TrainConfig, device: torch.device, ranks: Ranks) -> 
 
 def resolve_data(
     config: TrainConfig, preset: TrainConfig, given: Collection[str] = (), *, fetch: bool = True
-) -> tuple[TrainConfig, DataSet]:
+) -> tuple[TrainConfig, Dataset]:
     """Open the data, and return the configuration with the number of classes that they have.
 
     Args:
@@ -165,7 +165,7 @@ def resolve_data(
         config.data,
         image_size=config.image_size,
         num_classes=None if from_data else config.num_classes,
-        mirror=config.mirror,
+        flip=config.flip,
         decoder=config.decoder,
         vae=config.vae if config.data_source == "images" else "",
         skip_seed=config.seed if config.on_bad == "skip" else None,
@@ -173,9 +173,9 @@ def resolve_data(
         fetch=fetch,
         keep_side=keep_side,
     )
-    if keep_side and isinstance(dataset, ImageArray | ImageSet) and config.data_source != "images":
+    if keep_side and isinstance(dataset, ImageArray | ImageDataset) and config.data_source != "images":
         config = dataclasses.replace(config, image_size=dataset.shape[1])
-    if isinstance(dataset, ImageSet):
+    if isinstance(dataset, ImageDataset):
         by = "DALI" if dataset.decoder == "dali" else "Pillow"
         say(f"{config.data}: JPEG files decoded by {by}")
     config = dataclasses.replace(config, num_classes=dataset.num_classes)
@@ -206,7 +206,7 @@ def dry_run(config: TrainConfig, preset: TrainConfig, given: Collection[str] = (
 
 def train(
     config: TrainConfig,
-    dataset: DataSet,
+    dataset: Dataset,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
     *,
     profile: int = 0,
@@ -233,7 +233,7 @@ def train(
     check_tools(config)
     run_dir, signals = Path(config.run_dir), signals or StopSignals()
     if profile:
-        Run(config, dataset, ranks, anew=True).profile(profile)
+        Run(config, dataset, ranks, fresh=True).profile(profile)
         return
     with contextlib.ExitStack() as held:
         from_first(ranks, lambda: held.enter_context(locked(run_dir / LOCK)))
@@ -246,7 +246,7 @@ def train(
         checkpointer = held.enter_context(Checkpointer(run_dir, config.keep_checkpoints))
         while run.step < config.max_steps:
             try:
-                run.go_on(checkpointer, lambda: signals.received)
+                run.train(checkpointer, lambda: signals.received)
             except DivergedError as error:  # noqa: PERF203  (a step is what costs)
                 checkpointer.wait()
                 run.roll_back(error)
@@ -261,7 +261,7 @@ def train(
         say(f"trained {config.max_steps} steps: {checkpoints(run_dir)[-1]}")
 
 
-def introduce(run: Run, dataset: DataSet) -> None:
+def introduce(run: Run, dataset: Dataset) -> None:
     """Say what is about to be trained, on what, and where it can be watched."""
     config = run.config
     shape = " x ".join(map(str, dataset.shape))
@@ -272,7 +272,7 @@ def introduce(run: Run, dataset: DataSet) -> None:
         say(f"data {config.data}: {len(dataset):,} images of {shape}, {classes}")
     else:  # how many there are of which classes was said when they were opened
         say(f"data {config.data}: trained on as {shape}")
-    count = trainable_parameters(run.net.model)
+    count = num_parameters(run.net.model)
     parameters = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
     say(
         f"network of {parameters} parameters, precision {config.precision}, on "

@@ -137,10 +137,10 @@ def test_the_table_of_loaders():
     assert [line.split() for line in tables.loaders(measured)][2:] == [
         ["DataLoader", "over", ".npy", "25,600", "100", "[90.0,", "125]"]
     ]
-    measured.append((case, "LatentStore", {**timing(32.0), "images_per_s": 1e6, "own_mib": 1494.3, "grown_mib": 0.21}))
+    measured.append((case, "StoreDataset", {**timing(32.0), "images_per_s": 1e6, "own_mib": 1494.3, "grown_mib": 0.21}))
     lines = tables.loaders(measured)
     assert lines[0].split() == ["images/s", "ms", "[p20,", "p80]", "MiB", "growth"]
-    assert lines[-1].split() == ["LatentStore", "1,000,000", "1.00", "[0.900,", "1.25]", "1,494", "+0.2"]
+    assert lines[-1].split() == ["StoreDataset", "1,000,000", "1.00", "[0.900,", "1.25]", "1,494", "+0.2"]
     assert len(lines) == 4
     assert max(map(len, lines)) < 80
     assert tables.loaders([]) == []

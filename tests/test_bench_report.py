@@ -86,7 +86,7 @@ def test_the_figures_are_those_of_the_rows():
     assert by_stack["dense", "ours"]["against plain eager"] == NOT_MEASURED
     assert by_stack["dense", "ours"]["FLOP bound"] == ""
     norm = next(row for row in tables(kernels(rows)) if row["variant"] == "fused")
-    assert norm["GB/s of the least bytes"] == "2000"
+    assert norm["GB/s of minimum traffic"] == "2000"
     assert norm["of copy bandwidth"] == "80.0%"
     assert norm["against reference"] == "2.00x"
 
@@ -152,14 +152,14 @@ def reading(images_per_s, variant, bench="store", **more):
 
 
 def test_a_store_stands_beside_files_and_a_copy():
-    rows = [reading(600, "LatentStore"), reading(100, "DataLoader over .npy"), reading(2400, "copy")]
+    rows = [reading(600, "StoreDataset"), reading(100, "DataLoader over .npy"), reading(2400, "copy")]
     by_reader = {row["reader"]: row for row in tables(report.stores(Rows(rows)))}
-    ours = by_reader["LatentStore"]
+    ours = by_reader["StoreDataset"]
     assert (ours["images/s"], ours["against files of .npy"], ours["of a plain copy"]) == ("600", "6.00x", "25.0%")
     assert by_reader["copy"]["of a plain copy"] == ""
     (alone,) = tables(report.stores(Rows(rows[:1])))
     assert (alone["against files of .npy"], alone["of a plain copy"]) == (NOT_MEASURED, NOT_MEASURED)
-    (long,) = tables(report.stores(Rows([reading(600, "LatentStore", own_mib=494.3, grown_mib=0.2)])))
+    (long,) = tables(report.stores(Rows([reading(600, "StoreDataset", own_mib=494.3, grown_mib=0.2)])))
     assert (long["memory"], long["grown by"], long["of a plain copy"]) == ("494 MiB", "0.2 MiB", "")
 
 

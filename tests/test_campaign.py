@@ -1,4 +1,4 @@
-"""The campaign in miniature: what it measures, what it refuses, and how it goes on where it stopped."""
+"""The campaign in miniature: what it measures, what it refuses, and how it resumes where it stopped."""
 
 import contextlib
 import importlib

@@ -19,7 +19,7 @@ from fastmask.cli import fail, parse, pick_device, run_command
 class Flags:
     source: tyro.conf.Positional[str]
     steps: int = 3
-    """How many."""
+    """Number of samples."""
     rate: float = 0.5
     kind: Literal["a", "b"] = "a"
     labels: tuple[int, ...] = ()
@@ -42,6 +42,8 @@ def test_values_and_defaults():
         (["x", "--stepz", "3"], "--stepz, 3: did you mean --steps?"),
         (["x", "--step", "3"], "--step, 3: did you mean --steps?"),
         (["x", "y"], "Unrecognized options: y"),
+        (["x", "--mirror"], "--mirror is called --flip now"),
+        (["x", "--no-mirror=1"], "--no-mirror is called --no-flip now"),
         (["x", "--steps", "2.5"], "--steps: invalid literal for int() with base 10: '2.5'"),
         (["x", "--steps"], "--steps"),
         (["x", "--rate", "fast"], "--rate: could not convert string to float: 'fast'"),

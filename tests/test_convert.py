@@ -128,7 +128,9 @@ def test_a_snapshot_that_is_cut_off_or_of_another_network(run_dir, tmp_path):
     small = EDMPrecond(MaskDiT(8, 2, 1, width=16, depth=1, num_classes=3, **sizes))
     assert net.state_dict().keys() == small.state_dict().keys()
     save_weights(bad, small)
-    with pytest.raises(ValueError, match=rf"{bad.name} is for 3 classes: .* is drawn anew, and the newest one is not"):
+    with pytest.raises(
+        ValueError, match=rf"{bad.name} is for 3 classes: .* is freshly initialized, and the newest one is not"
+    ):
         main([str(tmp_path), "--posthoc-ema", "0.05"])
 
 

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from fastmask.files import locked, open_lock, open_regular, read_regular, whole_file, write_durably
+from fastmask.files import atomic_write, locked, open_lock, open_regular, read_regular, write_durably
 
 
 def test_a_whole_file(tmp_path):
     path = tmp_path / "deep" / "er" / "out.txt"
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("new")
         assert not path.exists()
     assert path.read_text() == "new"
@@ -21,14 +21,14 @@ def test_a_whole_file(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "out.txt"
     path.write_text("old")
-    with pytest.raises(UnicodeEncodeError), whole_file(path) as partial:
+    with pytest.raises(UnicodeEncodeError), atomic_write(path) as partial:
         partial.write_text("ne\udcff", "ascii")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_write_that_never_began(tmp_path):
-    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "out.txt"):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "out.txt"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -43,7 +43,7 @@ def test_a_durable_file(tmp_path):
 
 def test_files_have_the_mode_that_the_umask_asks_for(tmp_path):
     """Whatever the library that writes them thinks: safetensors lets the owner alone read."""
-    with whole_file(tmp_path / "weights") as partial:
+    with atomic_write(tmp_path / "weights") as partial:
         partial.write_bytes(b"")
         partial.chmod(0o600)
     (tmp_path / "other").write_bytes(b"")
@@ -86,13 +86,13 @@ def test_a_link_at_the_place_of_a_lock_is_not_followed(tmp_path):
 def test_a_full_disk_names_the_file(tmp_path, number):
     """The system's own error does not: "[Errno 28] No space left on device"."""
     path = tmp_path / "out.txt"
-    with pytest.raises(OSError, match=r"out\.txt") as error, whole_file(path):
+    with pytest.raises(OSError, match=r"out\.txt") as error, atomic_write(path):
         raise OSError(number, os.strerror(number))
     assert str(error.value) == f"[Errno {number}] {os.strerror(number)}: '{path}'"
 
 
 def test_another_error_is_left_as_it_is(tmp_path):
-    with pytest.raises(ConnectionResetError) as error, whole_file(tmp_path / "out.txt"):
+    with pytest.raises(ConnectionResetError) as error, atomic_write(tmp_path / "out.txt"):
         raise ConnectionResetError(errno.ECONNRESET, "reset")
     assert error.value.filename is None
 

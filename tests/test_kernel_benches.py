@@ -10,7 +10,7 @@ import torch
 from fake_gpu import Cuda
 
 from bench import rows
-from bench.kernels import OPS, _cuda, _graph, all_cases, cases, figures
+from bench.kernels import OPS, _graph, all_cases, cases, figures
 from bench.kernels._cases import Op, case_of, shapes_of
 from bench.kernels._graph import CaptureFailedError, Graphed
 from fastmask.kernels.modulate_norm import modulate_norm_reference
@@ -73,14 +73,6 @@ def test_without_interpreted_kernels_ours_is_missing_on_a_cpu(monkeypatch):
 def test_shapes_are_those_of_the_preset_s_latents(preset, sizes):
     shapes = shapes_of(preset, CPU)
     assert (shapes.side, shapes.channels, shapes.length, shapes.keep) == sizes
-
-
-def test_a_candidate_is_there_on_a_gpu_alone_and_says_how_to_build_it(monkeypatch):
-    monkeypatch.delenv("FASTMASK_NATIVE_CUDA", raising=False)
-    _cuda.load.cache_clear()
-    assert _cuda.candidate(_cuda.adamw_ema, CPU) == {}
-    assert _cuda.candidate(_cuda.adamw_ema, torch.device("cuda")) == {"cuda": _cuda.MISSING}
-    assert "make cuda" in _cuda.MISSING
 
 
 def test_what_has_only_a_backward_is_not_timed_forward():

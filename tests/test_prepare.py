@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from vaes import small_vae
 
-from fastmask.data import LatentStore, open_data
-from fastmask.data.images.dataset import ImageSet
+from fastmask.data import StoreDataset, open_data
+from fastmask.data.images.dataset import ImageDataset
 from fastmask.data.sources.open import open_source
 from fastmask.data.store.manifest import read_manifest
 from fastmask.grid import save_grid
@@ -54,7 +54,10 @@ def test_a_store_holds_what_the_folder_does(folder, tmp_path, capsys):
     manifest = prepare(folder, tmp_path / "store")
     assert (manifest.count, manifest.class_names, manifest.class_counts) == (12, ["cat", "dog"], [6, 6])
     assert [shard.count for shard in manifest.shards] == [5, 5, 2]
-    store, images = LatentStore(tmp_path / "store", 16, None, False), ImageSet(open_source(folder), 16, None, False)
+    store, images = (
+        StoreDataset(tmp_path / "store", 16, None, False),
+        ImageDataset(open_source(folder), 16, None, False),
+    )
     for ours, theirs in zip(store.read(np.arange(12)), images.read(np.arange(12)), strict=True):
         assert torch.equal(ours, theirs)
     said = capsys.readouterr().out
@@ -116,7 +119,7 @@ def test_names_become_labels_in_order(tmp_path):
     source = labelled_tar(tmp_path / "names.tar", {"label": "dog"}, {"label": "cat"}, {"label": "dog"})
     manifest = prepare(source, tmp_path / "store")
     assert (manifest.class_names, manifest.class_counts) == (["cat", "dog"], [1, 2])
-    data = LatentStore(tmp_path / "store", 16, None, False)
+    data = StoreDataset(tmp_path / "store", 16, None, False)
     assert data.read(np.arange(3))[1].tolist() == [1, 0, 1]
 
 
@@ -174,7 +177,7 @@ def test_other_sources(folder, tmp_path):
     prepare(tmp_path / "data.tar", tmp_path / "b")
     assert content(tmp_path / "a") == content(tmp_path / "b")
     assert prepare(tmp_path / "grey.npz", tmp_path / "c").shape == (1, 1, 16, 16)
-    data = open_data(str(tmp_path / "c"), image_size=16, num_classes=None, mirror=False)
+    data = open_data(str(tmp_path / "c"), image_size=16, num_classes=None, flip=False)
     assert np.array_equal(data.read(np.arange(6))[0][:, 0].numpy(), noise(6, 16, 16))
 
 
@@ -220,7 +223,7 @@ def test_a_damaged_image_stops_and_the_same_command_goes_on(folder, tmp_path):
     with pytest.raises(ValueError, match=r"dog/05\.png cannot be read as an image: .* \(--on-bad skip leaves such"):
         prepare(folder, tmp_path / "store")
     with pytest.raises(ValueError, match="is a store that is not finished"):
-        open_data(str(tmp_path / "store"), image_size=16, num_classes=None, mirror=False)
+        open_data(str(tmp_path / "store"), image_size=16, num_classes=None, flip=False)
     (folder / "dog" / "05.png").write_bytes(whole)
     prepare(folder, tmp_path / "store")
     assert content(tmp_path / "store") == content(tmp_path / "good")
@@ -234,7 +237,7 @@ def test_odd_images_are_read_as_they_are_meant(tmp_path):
     Image.fromarray(deep).save(path / "b.png")
     Image.fromarray(noise(16, 16, 3)).save(path / "c.jpg", "PNG")  # a wrong name, told by its content
     prepare(path, tmp_path / "store")
-    pixels = LatentStore(tmp_path / "store", 16, None, False).read(np.arange(3))[0].permute(0, 2, 3, 1).numpy()
+    pixels = StoreDataset(tmp_path / "store", 16, None, False).read(np.arange(3))[0].permute(0, 2, 3, 1).numpy()
     assert np.abs(pixels[0].astype(int) - [255, 0, 255]).max() <= 2
     assert np.array_equal(pixels[1, ..., 1], np.arange(256).reshape(16, 16))
     assert np.array_equal(pixels[2], noise(16, 16, 3))
@@ -353,14 +356,14 @@ def test_latents(folder, tmp_path, capsys):
     assert (manifest.kind, manifest.shape, manifest.scale) == ("moments", (2, 8, 2, 2), 0.18215)
     said = capsys.readouterr().out
     assert "vae: latents of 4 channels, a downsampling of 8, scale 0.18215, shift 0 (its configuration)" in said
-    data = open_data(str(tmp_path / "store"), image_size=16, num_classes=None, mirror=True)
+    data = open_data(str(tmp_path / "store"), image_size=16, num_classes=None, flip=True)
     assert (len(data), data.shape) == (24, (4, 2, 2))
-    pixels, _ = ImageSet(open_source(folder), 16, None, False).read(np.arange(12))
+    pixels, _ = ImageDataset(open_source(folder), 16, None, False).read(np.arange(12))
     images = pixels.float() / 127.5 - 1
     with torch.no_grad():
         exact = small_vae().eval().encode(torch.cat([images, images.flip(3)])).latent_dist.parameters
     torch.testing.assert_close(data.read(np.arange(24))[0].float(), exact, rtol=2e-3, atol=2e-3)
-    assert prepare(folder, tmp_path / "one", *flags, "--no-mirror").shape == (1, 8, 2, 2)
+    assert prepare(folder, tmp_path / "one", *flags, "--no-flip").shape == (1, 8, 2, 2)
     with pytest.raises(ValueError, match="image_size must be a multiple of 8 for this VAE, not 20"):
         prepare(folder, tmp_path / "other", *flags, "--image-size", "20")
 
@@ -383,7 +386,7 @@ def test_the_sheet_of_latents_is_decoded(folder, tmp_path, capsys):
     decoded, said = sheet()
     assert "decoding 12 latents on cpu" in said
     assert "warning" not in said.replace("warning: the scale", "")  # random weights have latents of any size
-    latents = LatentStore(tmp_path / "store", 16, None, False)
+    latents = StoreDataset(tmp_path / "store", 16, None, False)
     drawn = latents.to_images(latents.read(np.arange(12))[0], 0, torch.arange(12))
     drawn = drawn * torch.tensor(deviations).view(4, 1, 1) / 0.18215 + torch.tensor(means).view(4, 1, 1)
     with torch.no_grad():

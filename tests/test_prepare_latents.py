@@ -22,7 +22,7 @@ def imported(source, store, *flags):
 
 def trained_on(store, count):
     """Return what is trained on, without the noise of the posterior if that is small."""
-    data = open_data(str(store), image_size=32, num_classes=None, mirror=False)
+    data = open_data(str(store), image_size=32, num_classes=None, flip=False)
     return data.to_images(data.read(np.arange(count))[0], 0, torch.arange(count)).numpy()
 
 
@@ -38,7 +38,7 @@ def test_latents_are_imported(tmp_path, capsys, whose):
     expected = (raw[:, :4] - shift[:, None, None]) * scale[:, None, None]
     np.testing.assert_allclose(trained_on(tmp_path / "store", 40), expected, rtol=1e-2, atol=1e-2)
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"{source}: {whose}, 40 moments (8, 4, 4) without mirror images"
+    assert said[0] == f"{source}: {whose}, 40 moments (8, 4, 4) without flipped images"
     assert said[1].startswith(f"{source}: taken for {whose}, by the mean of channels ")
     assert said[2].startswith(f"{source}: scale 0.1")
     assert said[2].endswith("deviation of 0.5)" if whose == "edm2" else "as REPA trains on it)")
@@ -79,14 +79,14 @@ def test_latents_of_lightningdit(tmp_path, capsys):
     assert (manifest.class_counts, manifest.vae) == ([4, 3, 3], "their VA-VAE")
     assert "latents of side 4 of images of side 64, a downsampling of 16" in (said := capsys.readouterr().out)
     assert "(latents_stats.pt, to a mean of 0 and a deviation of 1)" in said
-    data = open_data(str(tmp_path / "store"), image_size=64, num_classes=None, mirror=True)
+    data = open_data(str(tmp_path / "store"), image_size=64, num_classes=None, flip=True)
     images = data.to_images(data.read(np.arange(20))[0], 0, torch.arange(20)).numpy()
     mean, std = (np.reshape(value, (-1, 1, 1)) for value in (latents.mean((0, 2, 3)), latents.std((0, 2, 3), ddof=1)))
     np.testing.assert_allclose(images[:10], (latents - mean) / std, rtol=1e-2, atol=1e-2)
     np.testing.assert_allclose(images[10:], (latents[..., ::-1] + 1 - mean) / std, rtol=1e-2, atol=1e-2)
-    one = imported(source, tmp_path / "one", "--image-size", "64", "--no-mirror")
+    one = imported(source, tmp_path / "one", "--image-size", "64", "--no-flip")
     assert one.shape == (1, 32, 4, 4)
-    assert "left out: the latents of mirror images, as --no-mirror asks" in capsys.readouterr().out
+    assert "left out: the latents of flipped images, as --no-flip asks" in capsys.readouterr().out
     (source / "latents_stats.pt").unlink()
     with pytest.raises(ValueError, match=r"latents_stats\.pt is not there: give --latent-scale and --latent-shift"):
         imported(source, tmp_path / "other", "--image-size", "64")
@@ -141,7 +141,7 @@ def test_training_on_latents_in_a_layout_of_others_names_prepare(tmp_path, name)
     with pytest.raises(
         ValueError, match=rf"{name} holds latents .*: make a store of them by python -m fastmask\.prepare"
     ):
-        open_data(str(tmp_path / name), image_size=32, num_classes=None, mirror=False)
+        open_data(str(tmp_path / name), image_size=32, num_classes=None, flip=False)
 
 
 def test_values_that_are_not_finite_are_told_of_their_file(tmp_path):

@@ -224,7 +224,7 @@ def test_unmasked_stage_starts_from_a_masked_run(tmp_path):
 def test_own_images(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "own.npz", images=images, labels=np.arange(20) % 3)
-    run(tmp_path / "run", "--data", str(tmp_path / "own.npz"), "--image-size", "16", "--mirror", steps=2, unmask=0)
+    run(tmp_path / "run", "--data", str(tmp_path / "own.npz"), "--image-size", "16", "--flip", steps=2, unmask=0)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["num_classes"] == 3
     assert weights(tmp_path / "run")["model.x_embedder.proj.weight"].shape == (16, 3, 2, 2)
 

@@ -96,18 +96,16 @@ def batch_of(net, batch=3, dtype=torch.float32):
 class GaussianDenoiser:
     """The exact denoiser of N(mean[label], deviation^2) data; keeps what it was asked."""
 
-    process = EDM()
-
-    def __init__(self, deviation=0.5, mean=(0.0, 0.0), num_classes=0):
-        self.variance, self.mean = deviation**2, torch.tensor(mean)
+    def __init__(self, deviation=0.5, mean=(0.0, 0.0), num_classes=0, process=EDM()):  # noqa: B008  (immutable)
+        self.variance, self.mean, self.process = deviation**2, torch.tensor(mean), process
         self.model = SimpleNamespace(num_classes=num_classes, pos_embed=torch.empty(0))
         self.asked = []
 
     def __call__(self, x, t, labels):
         self.asked.append((x.dtype, t, labels))
-        weight = (self.variance / (self.variance + t.double().square()))[:, None, None, None]
+        a, b = (factor[:, None, None, None] for factor in self.process.mix(t.double()))
         mean = self.mean[labels][:, None, None, None]
-        return mean + weight * (x.double() - mean)
+        return mean + a * self.variance / (a**2 * self.variance + b**2) * (x.double() - a * mean)
 
 
 @contextlib.contextmanager

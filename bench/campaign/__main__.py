@@ -1,6 +1,6 @@
 """`python -m bench.campaign`: all that one GPU can tell in nine minutes, each part written as soon as it is done.
 
-Rows go to bench/results/DEVICE.jsonl and the table to DEVICE.md; the same command goes on with what is missing. Without
+Rows go to bench/results/DEVICE.jsonl and the table to DEVICE.md; the same command resumes with what is missing. Without
 a GPU a miniature of every part runs, to test the code, and its rows go to a temporary folder.
 """
 
@@ -85,16 +85,16 @@ def main(argv: Sequence[str]) -> int:
         run_parts(campaign, {name: chosen[name] for name in left}, until)
     except KeyboardInterrupt:
         code = 130
-        campaign.say(f"interrupted: the {campaign.stored()} rows of this call are in {path}; the same command goes on")
+        campaign.say(f"interrupted: the {campaign.stored()} rows of this call are in {path}; the same command resumes")
     except DeviceLostError as error:
-        campaign.say(f"this process can measure no more ({error}): a new one goes on with {error.part}")
+        campaign.say(f"this process can measure no more ({error}): a new one continues with {error.part}")
         again = [*argv, "--run", campaign.run, "--until", str(until), "--from-part", error.part]
         os.execv(sys.executable, [sys.executable, "-m", "bench.campaign", *again])
     campaign.say("\n" + table.write(campaign.rows, path.with_suffix(".md")))
     missing = {name: len(part.todo(campaign)) for name, part in chosen.items()}
     if any(missing.values()):
         said = ", ".join(f"{name} {count}" for name, count in missing.items() if count)
-        campaign.say(f"not measured ({said}): the same command goes on")
+        campaign.say(f"not measured ({said}): the same command resumes")
     failed = sum(row["run"] == campaign.run for row in campaign.find("failure"))
     campaign.say(f"{campaign.stored()} rows in {time.monotonic() - STARTED:.0f} s, {failed} failures: {path}")
     return code or min(1, failed)

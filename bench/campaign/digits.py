@@ -2,7 +2,7 @@
 
 What it is compared with is a run on a CPU in fp32, `bench/results/digits-cpu.json`, of the same weights, order, noise
 and masks, so that only rounding differs. The scans travel in `bench/digits.npz`: the 1,797 of scikit-learn, its copy of
-the UCI data set "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; CC BY 4.0). The file was made by
+the UCI dataset "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; CC BY 4.0). The file was made by
 
     python -c "import numpy, sklearn.datasets as s; d = s.load_digits(); numpy.savez_compressed('bench/digits.npz',
         images=d.images.astype('uint8'), labels=d.target.astype('uint8'))"
@@ -25,7 +25,7 @@ from fastmask.data.loader import sample_ids
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 from fastmask.presets import PRESETS
 from fastmask.training.config import TrainConfig, build_model, preset_config
 from fastmask.training.ema import EMA
@@ -57,7 +57,7 @@ def load_scans() -> tuple[Tensor, Tensor]:
 
 
 def train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
-    """Return the loss of each step. Chance is a function of the seed: the same on every device, but for rounding."""
+    """Return the loss of each step; its draws depend on the seed alone, the same on every device but for rounding."""
     with as_trained(config):
         return _train(config, device, bf16)
 
@@ -121,7 +121,7 @@ def record(path: Path = RECORD) -> dict[str, Any]:
         "commit": rows.commit(),
         **rows.machine(device),
     }
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(made, indent=1) + "\n")
     return made
 

@@ -20,7 +20,7 @@ from fastmask.gpus import gpu_named
 
 
 class DeviceLostError(RuntimeError):
-    """This process can use the GPU no more, as after an illegal access or a failed capture; a new one may go on.
+    """This process can use the GPU no more, as after an illegal access or a failed capture; a new one may continue.
 
     Attributes:
         part: the part of the campaign that the new one begins with.

@@ -20,7 +20,7 @@ from bench.campaign.state import Campaign, peak_tflops, release
 from bench.train.steps import config_of, makers, stacks_of
 from fastmask.cost.work import memory_of
 from fastmask.diffusion.masking import GROUP
-from fastmask.models.counts import trainable_parameters
+from fastmask.models.counts import num_parameters
 from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
 from fastmask.training.config import build_model
@@ -170,7 +170,7 @@ class Together:
         self.name = f"{size} {image_size} {form}, batch {batch}"
         there = stacks_of(campaign.device, form, batch)
         self.made = makers(size, image_size, form, batch, campaign.device, stacks=there, bf16=not campaign.miniature)
-        self.resident = 16 * trainable_parameters(network(size, image_size, form))
+        self.resident = 16 * num_parameters(network(size, image_size, form))
         self.rounds = {"rounds": 2, "warmup": 1} if campaign.miniature else {"rounds": 7, "warmup": 1}
         self.calls: dict[str, Callable[[], Any]] = {}
         self.figures: dict[str, dict[str, Any]] = {}

@@ -7,7 +7,7 @@ from typing import Any
 from bench.campaign.state import latest
 from bench.rows import Row
 from bench.tables import header, line
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 
 
 def render(all_rows: list[Row]) -> str:
@@ -31,7 +31,7 @@ def render(all_rows: list[Row]) -> str:
 def write(all_rows: list[Row], path: Path) -> str:
     """Write the tables to a file, whole or not at all, and return them."""
     text = render(all_rows)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text)
     return text
 
@@ -109,7 +109,7 @@ def _steps(rows: list[Row]) -> Iterator[str]:
     peaks = sorted({row["peak_tflops_bf16"] for row in rows if "peak_tflops_bf16" in row})
     yield from ("", "`x plain` and `x dense` compare images/s of the same call; ~ marks plain steps that were timed")
     yield "before or after, and not in turn. Ours run under the trainer's numerics, which repeat bits, plain PyTorch"
-    yield "under its own. `products` is the bound of `ours`: its matrix products and attention alone. Peak GB: what a"
+    yield "under its own. `products` is the bound of `ours`: its matmuls and attention alone. Peak GB: what a"
     yield "step takes, measured, and 16 bytes per parameter; of graphs all that they hold. Ready: when the first step"
     yield "was done."
     if peaks:

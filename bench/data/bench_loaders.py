@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench import rows
-from fastmask.data import DataSet, batches, open_data
+from fastmask.data import Dataset, batches, open_data
 from fastmask.data.order import shuffled
 from fastmask.data.store.manifest import Manifest
 from fastmask.data.store.writer import StoreWriter
@@ -44,7 +44,7 @@ class Source(NamedTuple):
         image_size: in pixels.
         num_classes: of the labels.
         read: returns the stored values and the labels of ids.
-        images: returns mean and standard deviation of what is trained on, from the stored values; None: no chance.
+        images: returns mean and standard deviation of what is trained on, from the stored values; None: nothing random.
     """
 
     data: str
@@ -63,7 +63,7 @@ def moments(folder: Path) -> Source:
 
 
 def store(folder: Path) -> Source:
-    """The same moments, a mirror image's beside each, in eight shards."""
+    """The same moments, a flipped image's beside each, in eight shards."""
     stored, labels = _moments()
     write_store(folder / "store", np.stack([stored, stored[..., ::-1]], 1), labels, 256)
     read = functools.partial(_rows_of, stored, labels)
@@ -130,7 +130,7 @@ def digits(folder: Path) -> Source:
 
 def synthetic(folder: Path) -> Source:
     """Nothing is stored: a sample is to be what it is when read alone."""
-    alone = open_data("synthetic", image_size=256, num_classes=1000, mirror=False)
+    alone = open_data("synthetic", image_size=256, num_classes=1000, flip=False)
 
     def read(ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
         return tuple(map(torch.cat, zip(*(alone.read(ids[i : i + 1]) for i in range(len(ids))), strict=True)))
@@ -152,14 +152,14 @@ SOURCES = {
 }
 
 
-def opened(source: Source) -> DataSet:
-    """Open a source's data set; Pillow decodes, whose pixels are known (bench_decoding has DALI's)."""
+def opened(source: Source) -> Dataset:
+    """Open a source's dataset; Pillow decodes, whose pixels are known (bench_decoding has DALI's)."""
     size, classes = source.image_size, source.num_classes
-    return open_data(source.data, image_size=size, num_classes=classes, mirror=False, decoder="pil")
+    return open_data(source.data, image_size=size, num_classes=classes, flip=False, decoder="pil")
 
 
 def training_batches(
-    dataset: DataSet, num_workers: int, device: torch.device
+    dataset: Dataset, num_workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield the stored values, labels and images of each batch of a run without end, on the device."""
     parts = batches(dataset, batch_size=BATCH, seed=SEED, start=0, stop=2**40, num_workers=num_workers, device=device)

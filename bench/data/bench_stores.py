@@ -111,7 +111,7 @@ def read_lmdb(dataset: Lmdb, num_workers: int) -> Generator[Pair]:
 
 
 def read_store(folder: Path, num_workers: int) -> Generator[Pair]:
-    store = open_data(str(folder), image_size=256, num_classes=1000, mirror=False)
+    store = open_data(str(folder), image_size=256, num_classes=1000, flip=False)
     yield from batches(store, batch_size=BATCH, seed=SEED, start=0, stop=2**40, num_workers=num_workers, device=CPU)
 
 
@@ -168,7 +168,7 @@ def prepared(folder: Path, stored: Records, labels: NDArray[np.int64]) -> dict[s
     write_store(folder / "store", stored[:, None], labels, len(stored) // SHARDS)
     files = Files(folder / "files", stored, labels)
     readers: dict[str, Callable[[int], Generator[Pair]]] = {
-        "LatentStore": lambda workers: read_store(folder / "store", workers),
+        "StoreDataset": lambda workers: read_store(folder / "store", workers),
         "DataLoader over .npy": lambda workers: read_items(files, workers),
     }
     if _installed("DataLoader over LMDB"):
@@ -196,7 +196,7 @@ def take(
     rounds: int,
     progress: Callable[[Any, int, int], None] = lambda name, number, rounds: None,
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of ``TIMED`` batches, in turn; workers are started anew, and run only while timed."""
+    """Return the milliseconds of ``TIMED`` batches, in turn; workers are restarted, and run only while timed."""
     taken: dict[str, list[float]] = {name: [] for name in readers}
     for number in range(1, rounds + 1):
         for name, read in readers.items():
@@ -253,7 +253,7 @@ def bench_long_run(request, tmp_path, noted, progress):
     times: list[float] = []
     with contextlib.closing(read_store(tmp_path, 2)) as parts, progress.of("long run", 0) as told:
         for epoch in range(1, EPOCHS + 1):
-            told("LatentStore", epoch, EPOCHS)
+            told("StoreDataset", epoch, EPOCHS)
             start = time.perf_counter()
             for number in range(LONG // BATCH):
                 next(parts)
@@ -265,4 +265,4 @@ def bench_long_run(request, tmp_path, noted, progress):
     assert grown < 16, f"memory in MiB, of each epoch: {taken}"
     case = {"data": f"{LONG:,} moments 8x32x32 fp16, {EPOCHS} epochs", "image_size": 256, "shape": "8x32x32"}
     case |= {"batch": BATCH, "batches": LONG // BATCH, "num_workers": 2}
-    noted("store", case, "LatentStore", times, CPU, own_mib=round(taken[0], 1), grown_mib=round(grown, 1))
+    noted("store", case, "StoreDataset", times, CPU, own_mib=round(taken[0], 1), grown_mib=round(grown, 1))

@@ -107,7 +107,7 @@ class Case(NamedTuple):
         missing: why a variant is not there, and how to get it.
         least_bytes: forward every input and result once; backward the gradients of the results, the inputs that the
             derivative depends on, and the gradients of inputs.
-        flops: of matrix products and attention; 0 if there are none.
+        flops: of matmuls and attention; 0 if there are none.
         check: raises an AssertionError when a variant is inaccurate, of those that are named, or without names of all.
     """
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from bench.kernels import _cuda
 from bench.kernels._cases import Op, Shapes
 from fastmask.kernels import adamw_ema
 from fastmask.kernels.adamw_ema import adamw_ema_reference
@@ -60,7 +59,7 @@ def op(shapes: Shapes) -> Op:
         reference=listed(adamw_ema_reference, **still),
         fused=listed(adamw_ema, impl="fused"),
         kernel="adamw_ema",
-        others={"torch fused": listed(by_torch), **_cuda.candidate(listed(_cuda.adamw_ema, **still), shapes.device)},
+        others={"torch fused": listed(by_torch)},
         in_place=True,
     )
 

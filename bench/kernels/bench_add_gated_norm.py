@@ -1,13 +1,9 @@
-"""add_gated_norm as in a block: an fp32 residual, branch and modulations in the products' dtype.
-
-On a GPU also with the gradients of the CUDA C++ candidate.
-"""
+"""add_gated_norm as in a block: an fp32 residual, branch and modulations in the dtype of the matmuls."""
 
 import functools
 
 import torch
 
-from bench.kernels import _cuda
 from bench.kernels._cases import Op, Shapes
 from fastmask.kernels import add_gated_norm
 from fastmask.kernels.add_gated_norm import add_gated_norm_reference
@@ -32,8 +28,6 @@ def op(shapes: Shapes) -> Op:
         fused=functools.partial(add_gated_norm, impl="fused"),
         kernel="add_gated_norm",
         options={"out_dtype": shapes.dtype},
-        others=_cuda.candidate(_cuda.add_gated_norm, shapes.device),
-        backward_only=("cuda",),
         compile_on_cpu=True,
     )
 

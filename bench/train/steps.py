@@ -230,7 +230,7 @@ class _Trained:
 
 
 class _Held:
-    """A data set whose batches are images already; `TrainingStep` asks no more of it."""
+    """A dataset whose batches are images already; `TrainingStep` asks no more of it."""
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         return stored
@@ -267,7 +267,7 @@ def _share_state(trained: _Trained, trainer: PlainTrainer) -> None:
 
 
 def products(step: Callable[[], Any], device: torch.device) -> Callable[[], None]:
-    """Return a call that does the matrix products and the attention of a step again, and nothing else.
+    """Return a call that does the matmuls and the attention of a step again, and nothing else.
 
     Its time bounds that of the step. The products run on other numbers of the same shapes, strides and dtypes.
     """

@@ -8,7 +8,7 @@ from fastmask.cost.predict import ASSUMED, predict_run
 from fastmask.cost.work import RESERVE, memory_of
 from fastmask.diffusion.masking import kept_count
 from fastmask.gpus import GPUS
-from fastmask.models.counts import forward_macs, trainable_parameters
+from fastmask.models.counts import forward_macs, num_parameters
 from fastmask.models.maskdit import MaskDiT
 from fastmask.training.config import TrainConfig
 from fastmask.training.report import console
@@ -28,7 +28,7 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
         fields.add_row(names[i], names[half + i] if half + i < len(names) else "")
     console.print(fields)
 
-    parameters = trainable_parameters(model)
+    parameters = num_parameters(model)
     kept = kept_count(model.length, config.mask_ratio)
     full, masked = forward_macs(model), forward_macs(model, kept)
     counts = Table(title="counts", show_header=False)
@@ -63,7 +63,7 @@ def _add_memory(counts: Table, config: TrainConfig, model: MaskDiT, precision: s
         counts.add_row(f"copy of the weights, {precision}", f"{memory.copy / 1e9:.2f} GB")
     counts.add_row(f"kept for backward, {precision}", f"{memory.activations / 1e6:.1f} MB per image")
     if memory.recomputed:
-        counts.add_row("one block computed again, at most", f"{memory.recomputed / 1e6:.1f} MB per image")
+        counts.add_row("one block recomputed, at most", f"{memory.recomputed / 1e6:.1f} MB per image")
     counts.add_row("held for a moment in backward", f"{memory.working / 1e6:.1f} MB per image")
     micro = config.micro_batch
     counts.add_row(f"at once, micro-batches of {micro}", f"{memory.high_water(micro) / 1e9:.2f} GB")

@@ -15,7 +15,7 @@ class Assumptions(NamedTuple):
     """What a prediction assumes; none of it is measured.
 
     Attributes:
-        products: share of the peak that matrix products reach.
+        products: share of the peak that matmuls reach.
         bandwidth: share of the peak bandwidth that everything else reaches.
         launch_s: seconds that the host takes to launch an operation, in eager mode without a CUDA graph.
         mfu: share of the peak that a step as a whole reaches; replaces the other three. None is the roofline.
@@ -58,7 +58,7 @@ def step_seconds(
     rate = gpu.bandwidth * assumed.bandwidth
     products = max(
         batch * work.flops / (peak * assumed.products),
-        (batch * work.product_bytes + parts * work.product_weight_bytes) / rate,
+        (batch * work.matmul_bytes + parts * work.matmul_weight_bytes) / rate,
     )
     others = batch * work.other_bytes + parts * work.cast_bytes + (parts - 1) * work.accumulate_bytes
     return max(products + others / rate, parts * work.launches * assumed.launch_s) + work.update_bytes / rate
@@ -97,7 +97,7 @@ def predict_run(
         config: the configuration.
         model: its network; the tensors may be on the meta device.
         gpu: a value of `GPUS`.
-        precision: of the matrix products.
+        precision: of the matmuls.
         gpus: how many.
         assumed: what else is taken for granted.
         points: steps, evenly spaced, at which the mask ratio is looked at.

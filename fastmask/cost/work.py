@@ -7,7 +7,7 @@ GB are 10^9 bytes.
 from typing import NamedTuple
 
 from fastmask.diffusion.masking import kept_count
-from fastmask.models.counts import forward_macs, trainable_parameters
+from fastmask.models.counts import forward_macs, num_parameters
 from fastmask.models.maskdit import MaskDiT
 
 RESERVE = 0.1  # share of a GPU's memory left to context, workspaces and fragmentation; assumed as well
@@ -17,10 +17,10 @@ class Work(NamedTuple):
     """What a training step does.
 
     Attributes:
-        flops: of matrix products and attention, per image, those of blocks computed again included.
-        product_bytes: that the matrix products read and write, per image.
+        flops: of matmuls and attention, per image, those of blocks recomputed included.
+        matmul_bytes: that the matmuls read and write, per image.
         other_bytes: that attention and all else reads and writes, per image.
-        product_weight_bytes: that products read and write of weights and their gradients, per micro-batch.
+        matmul_weight_bytes: that products read and write of weights and their gradients, per micro-batch.
         cast_bytes: moved to cast weights and gradients between fp32 and 16 bits, per micro-batch.
         accumulate_bytes: moved to add gradients up, per micro-batch after a step's first.
         update_bytes: moved by `adamw_ema` with one average, per step.
@@ -28,9 +28,9 @@ class Work(NamedTuple):
     """
 
     flops: float
-    product_bytes: float
+    matmul_bytes: float
     other_bytes: float
-    product_weight_bytes: float
+    matmul_weight_bytes: float
     cast_bytes: float
     accumulate_bytes: float
     update_bytes: float
@@ -49,11 +49,11 @@ class Memory(NamedTuple):
         gradients: fp32.
         moments: AdamW's two, fp32.
         ema: all averages of the weights, fp32.
-        copy: the weights in 16 bits, which autocast makes and backward reads; where blocks are computed again, those
+        copy: the weights in 16 bits, which autocast makes and backward reads; where blocks are recomputed, those
             that autocast holds until forward ends.
         activations: kept for backward.
         working: held for a moment in backward, at the widest place.
-        recomputed: what the largest block keeps while backward goes through it, where blocks are computed again.
+        recomputed: what the largest block keeps while backward runs through it, where blocks are recomputed.
     """
 
     weights: int
@@ -100,13 +100,13 @@ def work_of(model: MaskDiT, ratio: float, precision: str, *, checkpoint_blocks: 
         model: the network; its tensors may be on the meta device.
         ratio: the mask ratio.
         precision: "bf16", "fp16", "tf32" or "fp32".
-        checkpoint_blocks: whether backward computes the blocks again, as `MaskDiT.checkpoint_blocks` says.
+        checkpoint_blocks: whether backward recomputes the blocks, as `MaskDiT.checkpoint_blocks` says.
     """
     low = _bytes_of(precision)
     stacks = _stacks(model, ratio)
     wide = sum(stack.depth * stack.tokens * stack.width for stack in stacks)  # values of a token-wide tensor per block
     blocks = sum(stack.depth for stack in stacks)
-    parameters = trainable_parameters(model)
+    parameters = num_parameters(model)
     again = int(checkpoint_blocks)  # forward passes of the blocks beside the first
     # Per block, in token widths. Products: qkv 1 + 3, proj 1 + 1, fc1 1 + 4, fc2 4 + 1; forward and two in backward.
     products = (3 + again) * 16 * low
@@ -115,13 +115,13 @@ def work_of(model: MaskDiT, ratio: float, precision: str, *, checkpoint_blocks: 
     # Norms 2 (2), GELU 8, attention 4; back 2 (4), 16 and 8, gradient of qkv 6, bias sums 9.
     rest = ((1 + again) * (4 + 8 + 4) + 8 + 16 + 8 + 6 + 9) * low
     ends = sum(stack.tokens * stack.width for stack in stacks) * (20 + 3 * low)  # a stack's input and its first norm
-    # Per block, for one that is computed again, around them, and around a decoder.
+    # Per block, for one that is recomputed, around them, and around a decoder.
     launches = (55, 21, 86, 29) if low == 2 else (33, 10, 66, 19)
     return Work(
-        flops=6 * forward_macs(model, stacks[0].tokens) + 2 * again * sum(map(_products_of, stacks)),
-        product_bytes=products * wide,
+        flops=6 * forward_macs(model, stacks[0].tokens) + 2 * again * sum(map(_matmul_macs, stacks)),
+        matmul_bytes=products * wide,
         other_bytes=(residuals + rest) * wide + ends,
-        product_weight_bytes=(3 + again) * low * parameters,
+        matmul_weight_bytes=(3 + again) * low * parameters,
         cast_bytes=(12 + 6 * again) * parameters if low == 2 else 0,  # 4 + 2 each way
         accumulate_bytes=12 * parameters,
         update_bytes=(20 + 16) * parameters,  # p, g, m, v and the average read; all but g written, in one pass
@@ -139,9 +139,9 @@ def memory_of(
         ratio: the mask ratio; the lowest of a run takes most.
         precision: "bf16", "fp16", "tf32" or "fp32".
         averages: how many averages of the weights are kept.
-        checkpoint_blocks: whether backward computes the blocks again, as `MaskDiT.checkpoint_blocks` says.
+        checkpoint_blocks: whether backward recomputes the blocks, as `MaskDiT.checkpoint_blocks` says.
     """
-    low, parameters = _bytes_of(precision), trainable_parameters(model)
+    low, parameters = _bytes_of(precision), num_parameters(model)
     stacks = _stacks(model, ratio)
     kept, copied, recomputed = 0, parameters, 0
     for tokens, width, heads, depth in stacks:
@@ -165,7 +165,7 @@ def _bytes_of(precision: str) -> int:
     return 2 if precision in ("bf16", "fp16") else 4
 
 
-def _products_of(stack: _Stack) -> int:
+def _matmul_macs(stack: _Stack) -> int:
     """Return the MACs of a stack's blocks, without those of their modulations."""
     return stack.depth * stack.tokens * stack.width * (12 * stack.width + 2 * stack.tokens)
 

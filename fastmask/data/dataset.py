@@ -1,4 +1,4 @@
-"""What a data set is to training, and which one a name means."""
+"""What a dataset is to training, and which one a name means."""
 
 from pathlib import Path
 from typing import Protocol
@@ -11,20 +11,20 @@ from torch import Tensor
 from fastmask.console import say
 from fastmask.data.foreign.open import layout_of
 from fastmask.data.images.dali import DecoderName, pick_decoder
-from fastmask.data.images.dataset import ImageSet
+from fastmask.data.images.dataset import ImageDataset
 from fastmask.data.images.reader import say_source
 from fastmask.data.in_memory import Digits, ImageArray, Moments, Synthetic
 from fastmask.data.sources.npz import read_npz
 from fastmask.data.sources.open import open_source
 from fastmask.data.store.manifest import MANIFEST, UNFINISHED
-from fastmask.data.store.reader import LatentStore
+from fastmask.data.store.reader import StoreDataset
 from fastmask.data.store.remote import RemoteStore, is_url
 from fastmask.data.vae import Autoencoder
 
 _CPU = torch.device("cpu")
 
 
-class DataSet(Protocol):
+class Dataset(Protocol):
     """Samples by id.
 
     Attributes:
@@ -53,7 +53,8 @@ class DataSet(Protocol):
         Args:
             stored: what `read` returned.
             seed: the run's seed.
-            sample: global index of each sample in the run, int64 (B,); all chance is a function of it and the seed.
+            sample: global index of each sample in the run, int64 (B,); all randomness is a function of it
+                and the seed.
 
         Returns:
             float32, shape (B, C, H, W).
@@ -66,15 +67,15 @@ def open_data(
     *,
     image_size: int,
     num_classes: int | None,
-    mirror: bool,
+    flip: bool,
     decoder: DecoderName = "auto",
     vae: str = "",
     skip_seed: int | None = None,
     device: torch.device = _CPU,
     fetch: bool = True,
     keep_side: bool = False,
-) -> DataSet:
-    """Return the data set that a name means.
+) -> Dataset:
+    """Return the dataset that a name means.
 
     Args:
         data: "digits", "synthetic" (random latents), a store (docs/store.md) or its URL, an `.npz` with `images`
@@ -82,7 +83,7 @@ def open_data(
             `fastmask.prepare` takes.
         image_size: side of the images in pixels.
         num_classes: labels must be below it; None takes it from the data, 0 leaves the labels out.
-        mirror: mirror each image with probability one half.
+        flip: flip each image left to right with probability one half.
         decoder: of JPEG files; "auto" is DALI if it is installed.
         vae: encode images into the latents of this VAE as they come.
         skip_seed: of the order in which others take the place of images that cannot be read; None: one is an error.
@@ -109,7 +110,7 @@ def open_data(
     if is_url(data):
         remote = RemoteStore(data)
         # Before anything is fetched: what does not fit is said at once.
-        store = LatentStore(remote.folder, image_size, num_classes, mirror, remote.manifest)
+        store = StoreDataset(remote.folder, image_size, num_classes, flip, remote.manifest)
         if fetch:
             remote.fetch()
         else:
@@ -117,20 +118,20 @@ def open_data(
         say(f"{remote.url}: {store.describe()}")
         return store
     if data == "digits":
-        return Digits(image_size, num_classes, mirror)
+        return Digits(image_size, num_classes, flip)
     if data == "synthetic":
         return Synthetic(image_size, num_classes or 0)
     if is_store:
-        store = LatentStore(path, image_size, num_classes, mirror)
+        store = StoreDataset(path, image_size, num_classes, flip)
         say(f"{data}: {store.describe()}")
         return store
     if is_array:
         arrays = read_npz(path, num_classes)
         if "moments" in arrays:
-            moments = Moments(path, arrays, image_size, mirror)
+            moments = Moments(path, arrays, image_size, flip)
             say(f"{data}: {moments.describe()}")
             return moments
-        images = ImageArray(path, arrays, None if keep_side else image_size, mirror)
+        images = ImageArray(path, arrays, None if keep_side else image_size, flip)
         say(f"{data}: {images.describe()}")
         return images
     if layout := layout_of(path):
@@ -143,7 +144,7 @@ def open_data(
         image_size = source.side if keep_side and source.side and not vae else image_size
         say_source(data, source, image_size)
         encoder = Autoencoder(vae, device) if vae else None
-        return ImageSet(source, image_size, num_classes, mirror, chosen, encoder, skip_seed)
+        return ImageDataset(source, image_size, num_classes, flip, chosen, encoder, skip_seed)
     raise ValueError(
         f"--data {data} does not exist: `python -m fastmask.prepare IMAGES {data} --image-size {image_size}` makes "
         f"such a store of latents; an image folder or an .npz is taken as well, and --data synthetic is random latents"

@@ -1,4 +1,4 @@
-"""Fingerprints of data sets: the same content has the same one wherever it lies, other content has another.
+"""Fingerprints of datasets: the same content has the same one wherever it lies, other content has another.
 
 They are cheap, so that every start can compare them: what has checksums is told by those, files by their names and
 sizes, and of contents a sample is read, evenly spread.

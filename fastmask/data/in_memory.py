@@ -18,13 +18,13 @@ from fastmask.kernels import random_normal, random_uniform
 
 
 class ImageArray:
-    """An `.npz` of images, uint8, shape (N, H, W, C) with C of 1 or 3 or (N, H, W), kept in memory, as a `DataSet`.
+    """An `.npz` of images, uint8, shape (N, H, W, C) with C of 1 or 3 or (N, H, W), kept in memory, as a `Dataset`.
 
     Images of another side than ``image_size`` are resized and cropped when the file is opened; None keeps them, where
     they are squares.
     """
 
-    def __init__(self, path: Path, arrays: Arrays, image_size: int | None, mirror: bool) -> None:
+    def __init__(self, path: Path, arrays: Arrays, image_size: int | None, flip: bool) -> None:
         images = arrays["images"]
         if images.ndim == 3:
             images = images[..., None]
@@ -36,7 +36,7 @@ class ImageArray:
             images = resize_all(images, image_size)
         self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         self._labels = torch.from_numpy(arrays.get("labels", np.zeros(len(images), np.int64)))
-        self._mirror = mirror
+        self._flip = flip
         self.shape = (images.shape[3], image_size, image_size)
         self.num_classes = int(arrays.get("num_classes", 0))
         self.class_names = [str(label) for label in range(self.num_classes)]
@@ -62,8 +62,8 @@ class ImageArray:
         return of_arrays(self._images.numpy(), self._labels.numpy())
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return the images in [-1, 1], some of them mirrored."""
-        return images_of(stored, seed, sample, self._mirror)
+        """Return the images in [-1, 1], some of them flipped."""
+        return images_of(stored, seed, sample, self._flip)
 
 
 _CHANNELS = 4
@@ -73,13 +73,13 @@ _SYNTHETIC_SAMPLES = 1_000_000
 
 
 class Moments:
-    """An `.npz` of moments, float16 or float32, shape (N, 2C, h, w), means before log-variances, as a `DataSet`.
+    """An `.npz` of moments, float16 or float32, shape (N, 2C, h, w), means before log-variances, as a `Dataset`.
 
     Where the file holds `scale` and `shift`, numbers or one per channel, latents are trained on as
     (latent - shift) * scale; 4 channels without them are Stable Diffusion's.
     """
 
-    def __init__(self, path: Path, arrays: Arrays, image_size: int, mirror: bool) -> None:
+    def __init__(self, path: Path, arrays: Arrays, image_size: int, flip: bool) -> None:
         moments, scaled_by = _checked_moments(path, arrays)
         if scaled_by is None:
             raise ValueError(
@@ -94,8 +94,8 @@ class Moments:
                 f"{path} holds moments of side {side}, which are not those of image_size {image_size} at a "
                 f"downsampling of {downsampling or 'less than 1'}"
             )
-        if mirror:
-            raise ValueError(f"{path} holds latents, and a mirrored latent is not that of the mirrored image")
+        if flip:
+            raise ValueError(f"{path} holds latents, and a flipped latent is not that of the flipped image")
         self._path, self.scaled_by = path, scaled_by
         self._moments = torch.from_numpy(moments)
         self._labels = torch.from_numpy(arrays.get("labels", np.zeros(len(moments), np.int64)))
@@ -130,7 +130,7 @@ class Moments:
         return of_arrays(moments, self._labels.numpy(), scaled_by.scale, scaled_by.shift)
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return latents (B, C, h, w) drawn from the moments, anew at each visit."""
+        """Return latents (B, C, h, w) drawn from the moments, freshly at each visit."""
         return self._scaling.apply(latents_of(stored, seed, sample))
 
 
@@ -200,7 +200,7 @@ def _checked_moments(path: Path, arrays: Arrays) -> tuple[NDArray[Any], ScaledBy
 
 
 class Synthetic:
-    """Random latents of unit variance and random labels, functions of the sample's id alone, as a `DataSet`."""
+    """Random latents of unit variance and random labels, functions of the sample's id alone, as a `Dataset`."""
 
     def __init__(self, image_size: int, num_classes: int) -> None:
         side = _side(image_size)
@@ -259,15 +259,15 @@ def load_digits() -> DigitsSplit:
 
 
 class Digits:
-    """The scans that are not held out, as a `DataSet`."""
+    """The scans that are not held out, as a `Dataset`."""
 
-    def __init__(self, image_size: int, num_classes: int | None, mirror: bool) -> None:
+    def __init__(self, image_size: int, num_classes: int | None, flip: bool) -> None:
         if image_size != 8:
             raise ValueError(f"the digits are 8x8 scans: image_size must be 8, not {image_size}")
         if num_classes not in (None, 0, 10):
             raise ValueError(f"the digits have 10 classes: num_classes must be 10, or 0 for none, not {num_classes}")
-        if mirror:
-            raise ValueError("a mirrored digit is no digit: leave mirror out")
+        if flip:
+            raise ValueError("a flipped digit is no digit: leave flip out")
         self._images, self._labels, _, _ = load_digits()
         self.shape = (1, 8, 8)
         self.num_classes = 10 if num_classes is None else num_classes
@@ -287,5 +287,5 @@ class Digits:
         return of_arrays(self._images.numpy(), self._labels.numpy())
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return the scans as they are: nothing is left to chance."""
+        """Return the scans as they are: nothing is random."""
         return stored

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
-from fastmask.data.dataset import DataSet
-from fastmask.data.images.dataset import ImageSet
+from fastmask.data.dataset import Dataset
+from fastmask.data.images.dataset import ImageDataset
 from fastmask.data.images.reader import as_it_is, end_with_parent
 from fastmask.data.images.replacing import Bad, BadImages
 from fastmask.data.order import shuffled
@@ -39,7 +40,7 @@ def sample_ids(seed: int, offset: int, count: int, size: int) -> NDArray[np.int6
 
 
 def batches(
-    dataset: DataSet,
+    dataset: Dataset,
     *,
     batch_size: int,
     seed: int,
@@ -69,7 +70,7 @@ def batches(
         step_size: samples of a step on all ranks, a multiple of ``ranks * batch_size``; None: that product.
         rank: whose part to read.
         ranks: how many share the samples.
-        verifier: of the data set's files, which is asked at each batch.
+        verifier: of the dataset's files, which is asked at each batch.
         bad_images: takes down which images of each batch could not be read and were replaced.
 
     Raises:
@@ -80,7 +81,7 @@ def batches(
     if step_size % (ranks * batch_size):
         raise ValueError(f"a step of {step_size} samples does not divide into batches of {batch_size} on {ranks} ranks")
     steps, share = range(start, stop, step_size), step_size // ranks
-    images = dataset if isinstance(dataset, ImageSet) else None
+    images = dataset if isinstance(dataset, ImageDataset) else None
     dali = images if images and images.decoder == "dali" else None
     read = dali.read_for_dali if dali else images.read_telling if images else dataset.read
     shares = range(rank * share, (rank + 1) * share, batch_size)
@@ -167,12 +168,12 @@ def _ignore_signals(worker: int) -> None:
     end_with_parent()
 
 
-class _Rows(Dataset[Any]):
+class _Rows(TorchDataset[Any]):
     """A rank's batches by their number.
 
     Args:
         read: returns a batch of ids.
-        size: of the data set.
+        size: of the dataset.
         batch_size: samples at a time.
         seed: of the order.
         steps: first sample of each step.

@@ -1,4 +1,4 @@
-"""The order of an epoch: a keyed bijection of 0 .. N - 1, so that the ids of large data sets are never listed.
+"""The order of an epoch: a keyed bijection of 0 .. N - 1, so that the ids of large datasets are never listed.
 
 It is a generalised Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002). With
 radices a, b of about sqrt(N) and a b >= N an index is x = b l + r, and the rounds are

@@ -87,12 +87,12 @@ class Autoencoder:
         images: Tensor = self._vae.decode(latents.to(self._device, self._vae.dtype)).sample
         return images.float().clamp(-1, 1)
 
-    def moments(self, pixels: Tensor | NDArray[np.uint8], mirror: bool) -> NDArray[np.float16]:
-        """Return the moments of images and, as a second copy, of the mirrored ones.
+    def moments(self, pixels: Tensor | NDArray[np.uint8], flip: bool) -> NDArray[np.float16]:
+        """Return the moments of images and, as a second copy, of the flipped ones.
 
         Args:
             pixels: uint8 (n, 3 or 1, H, W).
-            mirror: whether to encode mirrored images too.
+            flip: whether to encode flipped images too.
 
         Returns:
             float16 (n, 1 or 2, 2C, h, w), means before log-variances.
@@ -101,7 +101,7 @@ class Autoencoder:
             ValueError: a moment that float16 cannot hold.
         """
         images = torch.as_tensor(pixels).to(self._device).float().div(127.5).sub(1)
-        copies = [images, images.flip(3)] if mirror else [images]
+        copies = [images, images.flip(3)] if flip else [images]
         moments = torch.stack([self.encode(copy) for copy in copies], 1).to(torch.float16)
         if not moments.isfinite().all():
             raise ValueError("the VAE gives moments that are not finite in float16: is it meant for these images?")

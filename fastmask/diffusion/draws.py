@@ -40,7 +40,7 @@ def training_draws(
     With ``seed`` and ``offset`` the draws are the same on every device, in a batch of any size and in any order of
     batches. Without them every call takes a new seed from the device's torch generator: no two calls share noise, and
     the same calls after the same ``torch.manual_seed`` repeat it, in every process that sets it. A CUDA graph that was
-    captured with tensors for both draws anew at each replay once these are changed in place.
+    captured with tensors for both draws afresh at each replay once these are changed in place.
 
     Args:
         process: draws the times.

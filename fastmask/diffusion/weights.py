@@ -170,7 +170,7 @@ def _other_labels(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: 
     known = f"{what} is for {there[1] if there else 0} classes"
     if here is None:
         return {_LABELS}, [f"{known}: its label table is left out"]
-    return {_LABELS}, [f"{known}: the label table for {here[1]} is drawn anew"]
+    return {_LABELS}, [f"{known}: the label table for {here[1]} is freshly initialized"]
 
 
 def _other_positions(net: Denoiser, found: Mapping[str, Tensor], what: str) -> tuple[set[str], list[str]]:
@@ -189,9 +189,7 @@ def _other_positions(net: Denoiser, found: Mapping[str, Tensor], what: str) -> t
     if not left:
         return left, []
     now, before = net.model.input_size, side * net.model.patch_size
-    return left, [
-        f"{what} is for images of {before} x {before}: the position tables for {now} x {now} are computed anew"
-    ]
+    return left, [f"{what} is for images of {before} x {before}: the position tables for {now} x {now} are recomputed"]
 
 
 def _without(weights: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:

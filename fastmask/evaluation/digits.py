@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
 from fastmask.data.in_memory import DigitsSplit
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 
 _ROWS = 8  # digits drawn per class
 
@@ -92,7 +92,7 @@ def draw_loss(path: Path, stats: list[dict[str, Any]]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
 
 

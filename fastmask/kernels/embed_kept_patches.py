@@ -33,7 +33,7 @@ from fastmask.kernels._layout import (
     position_table,
     sample_of_row,
 )
-from fastmask.kernels._product import product_dtype
+from fastmask.kernels._matmul import product_dtype
 from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_bwd, modulate_norm_reference
 from fastmask.kernels.patches import patchify
 

@@ -3,7 +3,7 @@
     y = gelu(x) W^T + b,  gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
 
 Plain PyTorch keeps both x and gelu(x), each of four token widths, which is the largest part of a block's memory. Here
-backward computes gelu(x) again, in the same pass over x that its own gradient needs anyway.
+backward recomputes gelu(x), in the same pass over x that its own gradient needs anyway.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
 from fastmask.kernels._layout import check_dtype
-from fastmask.kernels._product import check_linear, linear_gradients, product_dtype, product_operands
+from fastmask.kernels._matmul import check_linear, linear_gradients, product_dtype, product_operands
 
 
 def gelu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

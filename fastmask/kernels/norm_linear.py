@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, native_takes, public_op, resolve_impl
 from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens
-from fastmask.kernels._product import check_linear, linear_gradients, product_dtype, product_operands
+from fastmask.kernels._matmul import check_linear, linear_gradients, product_dtype, product_operands
 from fastmask.kernels.add_gated_norm import (
     add_gated_norm_bwd,
     add_gated_norm_fwd,

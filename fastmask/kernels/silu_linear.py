@@ -3,9 +3,9 @@
     y = silu(x) W^T + b,  silu(x) = x / (1 + e^-x)
 
 x has a row per sample, and W is large: for a small batch the time is that of reading W, in backward that of reading it
-once more and of writing its gradient. Libraries of matrix products lay W out for many rows first; on a CPU the native
+once more and of writing its gradient. Libraries of matmuls lay W out for many rows first; on a CPU the native
 kernel does not, and reads it once. Everywhere else their products are the better ones and run here as well. Backward
-keeps x alone, of which silu(x) is computed again.
+keeps x alone, of which silu(x) is recomputed.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._dispatch import Impl, check_impl, define_native_op, native_takes, public_op
-from fastmask.kernels._product import check_linear, product_dtype
+from fastmask.kernels._matmul import check_linear, product_dtype
 
 MAX_ROWS = 16  # of more, products of matrices are as fast
 

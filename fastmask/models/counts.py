@@ -28,7 +28,7 @@ def forward_macs(model: MaskDiT, keep: int | None = None) -> int:
     return total
 
 
-def trainable_parameters(model: MaskDiT) -> int:
+def num_parameters(model: MaskDiT) -> int:
     """Return the number of trained values."""
     return sum(parameter.numel() for parameter in model.parameters())
 

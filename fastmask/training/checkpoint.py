@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastmask.console import say
 from fastmask.diffusion import Denoiser
 from fastmask.diffusion.weights import check_same_shapes, save_weights, weights_for
-from fastmask.files import apply_umask, whole_file
+from fastmask.files import apply_umask, atomic_write
 from fastmask.ranks import whole
 from fastmask.rundir import (
     FORMAT,
@@ -53,13 +53,13 @@ __all__ = [
 
 
 class Checkpointer:
-    """Writes the checkpoints and snapshots of a run while the run goes on. A context manager.
+    """Writes the checkpoints and snapshots of a run while training continues. A context manager.
 
     A call copies the tensors to the host and returns; a thread writes them. What the thread runs into is raised by the
     next call, or at the end of the block, on the rank that writes.
 
     Under torch.distributed every rank makes the same calls, and rank 0 writes. It gathers sharded tensors (DTensor) one
-    by one, so the files are the same for any number of ranks: nothing is left to consolidate, and a run may go on with
+    by one, so the files are the same for any number of ranks: nothing is left to consolidate, and a run may resume with
     another number of them.
 
     Args:
@@ -208,7 +208,7 @@ class Checkpointer:
         for width in widths:
             prefix = f"{width:g}/"
             halves = {key.removeprefix(prefix): t.half() for key, t in averages.items() if key.startswith(prefix)}
-            with whole_file(self.run_dir / "snapshots" / f"step-{step:08d}-{width:g}.safetensors") as partial:
+            with atomic_write(self.run_dir / "snapshots" / f"step-{step:08d}-{width:g}.safetensors") as partial:
                 save_weights(partial, net, {**tables, **halves})
                 _flush(partial)
 
@@ -230,7 +230,7 @@ def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
         try:
             found[0] = newest_whole(run_dir, None, warn)
         except ValueError as error:
-            found[1] = f"{error}; bring one back from a copy, or delete them to begin anew"
+            found[1] = f"{error}; bring one back from a copy, or delete them to start over"
     if _is_distributed():
         torch.distributed.broadcast_object_list(found)
     newest: Path | None
@@ -290,7 +290,7 @@ def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> bool:
     says so.
 
     Args:
-        init: a run folder or a checkpoint, whose weights and EMA both go on, or a file of weights for both.
+        init: a run folder or a checkpoint, whose weights and EMA are both continued, or a file of weights for both.
         net: the denoiser.
         ema: averaged weights, by the names of ``net``'s parameters.
 

@@ -36,7 +36,8 @@ class TrainConfig:
     device: str = "auto"
     """Where to train: cuda, cuda:1, cpu; auto is the GPU if there is one."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Of matmuls; weights stay fp32. auto: bf16 on a GPU that has it, fp16 on another GPU, fp32 on a CPU."""
+    """Compute precision of matmuls; weights stay in fp32. auto: bf16 on a GPU that has it, fp16 on another, fp32 on a
+    CPU."""
 
     compile: Literal["auto", "none", "block", "whole"] = "auto"
     """What torch.compile builds: blocks, which starts sooner, or the whole network. auto: block on a GPU, else none."""
@@ -53,7 +54,7 @@ class TrainConfig:
     vae: str = "stabilityai/sd-vae-ft-mse"
     """Folder or name of the AutoencoderKL of diffusers that encodes images, with --data-source images."""
     decoder: Literal["auto", "dali", "pil"] = "auto"
-    """Of JPEG files: DALI (on the GPU if training is), or Pillow. auto: DALI if it is installed."""
+    """JPEG decoder: DALI (on the GPU if training is), or Pillow. auto: DALI if it is installed."""
     on_bad: Literal["stop", "skip"] = "stop"
     """What an image that cannot be read does: stop the run, with a checkpoint, or be skipped: another takes its place,
     the same one at each visit, which the seed decides."""
@@ -62,8 +63,8 @@ class TrainConfig:
     Without it pixels of an .npz or IDX file keep their own side, whatever the preset's is."""
     num_classes: int = 10
     """Labels are below it; 0 trains without labels. With --data of your own it is read from the data."""
-    mirror: bool = False
-    """Mirror each image left to right with probability one half."""
+    flip: bool = False
+    """Flip each image left to right with probability one half."""
     num_workers: int = 0
     """Processes that read and decode images, and threads of DALI; 0 reads in the training process."""
 
@@ -108,7 +109,7 @@ class TrainConfig:
     micro_batch_size: int = 0
     """Images that a process computes at a time, the gradients of its share accumulated. 0: its whole share."""
     activation_checkpointing: Literal["none", "block"] = "none"
-    """What is kept for backward: everything, or of each block its input, computed again there."""
+    """What is kept for backward: everything, or of each block its input, recomputed there."""
     lr: float = 1e-4
     """Learning rate."""
     warmup_steps: int = 0
@@ -147,7 +148,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """How many checkpoints stay on the disk."""
+    """Number of checkpoints that stay on the disk."""
     sample_every: int = 0
     """Steps between grids of samples drawn with the averaged weights; 0 draws none."""
     sample_steps: int = 18

@@ -1,4 +1,4 @@
-"""What a run watches of itself as it goes, on the device, so that no step waits for it."""
+"""Training monitors, on the device so that no step waits: loss by noise level, norms, loss spikes."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -77,12 +77,12 @@ class Tally:
         raise DivergedError(f"the loss {where} is not finite{levels}")
 
     def mean_loss(self, ranks: Ranks) -> float:
-        """Return the mean loss per image since `take`, over all ranks, without starting anew; waits for the device."""
+        """Return the mean loss per image since `take`, over all ranks, without a reset; waits for the device."""
         self.check_finite(ranks)
         return float((all_sum(self._sums[:1], ranks) / all_sum(self._count, ranks)).item())
 
     def take(self, ranks: Ranks) -> dict[str, float]:
-        """Return the mean losses per image since the last call, all finite and over all ranks, and start anew."""
+        """Return the mean losses per image since the last call, all finite and over all ranks, and reset the sums."""
         self.check_finite(ranks)
         sums, count = all_sum(self._sums, ranks).tolist(), all_sum(self._count, ranks).item()
         self._sums.zero_()

@@ -8,7 +8,7 @@ from fastmask.training.config import TrainConfig
 
 
 def set_numerics(config: TrainConfig) -> None:
-    """Set the precision of fp32 matrix products, and make repeated runs give the same bits."""
+    """Set the precision of fp32 matmuls, and make repeated runs give the same bits."""
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results with it alone
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -135,7 +135,9 @@ class AdamWEMA(torch.optim.AdamW):
         """Load a state of this class, or of `torch.optim.AdamW` in any of its forms but amsgrad and maximize."""
         for group in state_dict["param_groups"]:
             if group.get("amsgrad") or group.get("maximize"):
-                raise ValueError("a state of AdamW with amsgrad or maximize cannot go on here: use torch.optim.AdamW")
+                raise ValueError(
+                    "a state of AdamW with amsgrad or maximize cannot be continued here: use torch.optim.AdamW"
+                )
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             group["fused"], group["foreach"] = True, None

@@ -21,7 +21,7 @@ def shard(model: MaskDiT, parallel: Parallel, dtype: torch.dtype | None, device:
 
     Args:
         model: the network, the same on every rank.
-        parallel: "fsdp2" gathers a block's weights anew in backward, "fsdp2-grad-op" keeps them from the forward pass.
+        parallel: "fsdp2" gathers a block's weights again in backward, "fsdp2-grad-op" keeps them from the forward pass.
         dtype: in which weights are gathered, autocast's; None is their own. Gradients are added up in fp32.
         device: of the network.
         ranks: the processes.
@@ -54,7 +54,7 @@ def replicate(objective: nn.Module, parallel: Parallel, device: torch.device, ra
 
 
 @contextlib.contextmanager
-def gradients_stay(module: nn.Module, model: nn.Module, stay: bool) -> Iterator[None]:
+def no_sync(module: nn.Module, model: nn.Module, stay: bool) -> Iterator[None]:
     """Let backward inside the block add up gradients on this rank alone, if ``stay``: more follow in the same step."""
     if hasattr(model, "set_requires_gradient_sync"):  # which `fully_shard` gives it
         cast(Any, model).set_requires_gradient_sync(not stay)

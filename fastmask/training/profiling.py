@@ -20,10 +20,10 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmask.console import get_console, say
-from fastmask.files import whole_file
+from fastmask.files import atomic_write
 
-PRODUCTS, ATTENTION, OPTIMIZER, DATA = "matrix products", "attention", "optimizer", "data"
-COMMUNICATION, OTHER, GAPS = "communication", "all else", "host gaps"
+PRODUCTS, ATTENTION, OPTIMIZER, DATA = "matmuls", "attention", "optimizer", "data"
+COMMUNICATION, OTHER, GAPS = "communication", "all else", "CPU-bound time"
 _OURS = "fastmask"
 
 # Kinds by the names of operators and kernels; the first that is found in a name counts.
@@ -51,7 +51,7 @@ class Profile(NamedTuple):
         step_s: seconds of a step under the profiler.
         unprofiled_s: seconds of a step before it.
         parts: seconds by name: the kinds of this module, and each op of this library by its own; they make up the step.
-        flops_per_step: of matrix products and attention.
+        flops_per_step: of matmuls and attention.
         peak_flops: FLOP/s that the device can do, where that is known.
     """
 
@@ -93,7 +93,7 @@ def profile_steps(
         run_dir: the run's folder.
         device: where the steps run.
         data_wait_s: tells how many seconds the host has waited for data so far.
-        flops_per_step: of matrix products and attention on this device.
+        flops_per_step: of matmuls and attention on this device.
         peak_flops: FLOP/s that the device can do, if known.
         rank: number of this process; only that of 0 stores and prints.
 
@@ -122,7 +122,7 @@ def profile_steps(
     found = Profile(step_s, unprofiled_s, parts, flops_per_step, peak_flops)
     if rank == 0:
         path = run_dir / "profile" / "trace.json.gz"
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             profiler.export_chrome_trace(str(partial))
         _print(found, count, device)
         say(f"trace of {count + 1} steps: {path}")
@@ -162,9 +162,7 @@ def _busy(found: Profile, largest: str, share: float) -> str:
     rate = found.flops_per_step / (found.parts.get(PRODUCTS, 0.0) + found.parts.get(ATTENTION, 0.0))
     unit, name = (1e12, "TFLOP/s") if rate >= 1e12 else (1e9, "GFLOP/s")
     peak = f" of {found.peak_flops / unit:,.0f}" if found.peak_flops else ""
-    return (
-        f"matrix products and attention take {share:.0%}: the run is bound by them, at {rate / unit:,.1f}{peak} {name}"
-    )
+    return f"matmuls and attention take {share:.0%}: the run is bound by them, at {rate / unit:,.1f}{peak} {name}"
 
 
 def _print(found: Profile, count: int, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastmask.console import get_console, say
-from fastmask.files import named, whole_file
+from fastmask.files import atomic_write, named
 from fastmask.grid import save_grid
 
 console = get_console()
@@ -40,7 +40,7 @@ class Report:
         kept = read_stats(run_dir, first_step) if speaks else []
         self._train_s = kept[-1]["train_s"] if kept else 0.0
         if speaks and self._path.exists():
-            with whole_file(self._path) as partial:
+            with atomic_write(self._path) as partial:
                 partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._events: Events | None = None
         if speaks and importlib.util.find_spec("tensorboard"):

@@ -35,6 +35,8 @@ FREE = frozenset(
     }
 )
 
+_RENAMED = {"mirror": "flip"}  # fields of earlier versions
+
 _SHAPE = "the checkpoint's weights are of that network"
 _DATA = "the run has been trained on those images"
 
@@ -42,7 +44,7 @@ _DATA = "the run has been trained on those images"
 FIXED = {
     **dict.fromkeys(("patch_size", "width", "depth", "num_heads", "qk_norm", "num_classes", "image_size"), _SHAPE),
     **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_num_heads"), _SHAPE),
-    **dict.fromkeys(("data", "data_source", "vae", "mirror"), _DATA),
+    **dict.fromkeys(("data", "data_source", "vae", "flip"), _DATA),
     "process": "the checkpoint's weights were trained with it",
     "seed": "it decides which samples come next",
     "init": "the weights come from the checkpoint",
@@ -65,7 +67,10 @@ def changes_of(
         ValueError: a field differs that cannot change; names each, and why.
     """
     now, defaults = (json.loads(json.dumps(some.recorded())) for some in (config, TrainConfig()))
-    before = {**defaults, **stored}  # a field that was added later had its default
+    before = {
+        **defaults,
+        **{_RENAMED.get(name, name): value for name, value in stored.items()},
+    }  # later fields: defaults
     before["data"] = without_secrets(str(before["data"]))  # which earlier versions stored as given
     changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
     of_process = {field.name: field.metadata.get("fixed") for field in dataclasses.fields(config.process)}

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from fastmask.console import get_console, say, without_secrets
-from fastmask.data import DataSet, batches
+from fastmask.data import Dataset, batches
 from fastmask.data.images.replacing import BadImages
 from fastmask.data.loader import Batch
 from fastmask.data.store.verify import verifier_of
 from fastmask.diffusion import Denoiser, draw_samples
-from fastmask.files import Presence, locked, whole_file
+from fastmask.files import Presence, atomic_write, locked
 from fastmask.gpus import Gpu, gpu_named
 from fastmask.models.counts import forward_macs
 from fastmask.ranks import Ranks, all_max, all_sum
@@ -57,7 +57,7 @@ class Run:
         config: the resolved configuration.
         dataset: what to train on.
         ranks: the processes that train together.
-        anew: do not look for checkpoints, and write nothing.
+        fresh: do not look for checkpoints, and write nothing.
 
     Attributes:
         step: optimizer steps done.
@@ -68,13 +68,13 @@ class Run:
         fingerprint: of the data's content.
     """
 
-    def __init__(self, config: TrainConfig, dataset: DataSet, ranks: Ranks, anew: bool = False) -> None:
+    def __init__(self, config: TrainConfig, dataset: Dataset, ranks: Ranks, fresh: bool = False) -> None:
         self.config, self.dataset, self.ranks = config, dataset, ranks
         self.run_dir, device = Path(config.run_dir), torch.device(config.device)
-        newest = None if anew else newest_good(self.run_dir, say)
+        newest = None if fresh else newest_good(self.run_dir, say)
         self.fingerprint = dataset.fingerprint()
-        self.changes = [] if anew else open_run(config, newest, ranks, self.fingerprint)
-        self._verifier = None if anew else verifier_of(dataset, ranks)
+        self.changes = [] if fresh else open_run(config, newest, ranks, self.fingerprint)
+        self._verifier = None if fresh else verifier_of(dataset, ranks)
         channels, size, _ = dataset.shape
         self.net = Denoiser(build_model(config, channels, size), config.process).to(device)
         shard(self.net.model, config.parallel, DTYPES.get(config.precision), device, ranks)
@@ -99,7 +99,7 @@ class Run:
             # should; the other weights change with it, so their average is worth no more than that of a new run.
             self.ema.warmup = not load_initial(config.init, self.net, self.ema.weights)
 
-    def go_on(self, checkpointer: Checkpointer, stopped: Callable[[], int]) -> None:
+    def train(self, checkpointer: Checkpointer, stopped: Callable[[], int]) -> None:
         """Train to the last step, or until told to stop; an error leaves a checkpoint of the last whole step."""
         config = self.config
         with (
@@ -307,7 +307,7 @@ class Run:
         self.ema.warmup = bool(state.get("ema_warms_up", not self.config.init))
         if state["scaler"]:  # a run in another precision had none
             self.training.scaler.load_state_dict(state["scaler"])
-        self.training.begin_anew()
+        self.training.reset()
 
     def _draw_samples(self, report: Report) -> None:
         config = self.config
@@ -464,7 +464,7 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint
             "versions": versions(),
             "command": [without_secrets(argument) for argument in sys.argv],
         }
-        with whole_file(run_dir / "run.json") as partial:
+        with atomic_write(run_dir / "run.json") as partial:
             partial.write_text(json.dumps(said, indent=2) + "\n")
     return changes
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.data import DataSet
+from fastmask.data import Dataset
 from fastmask.data.loader import Batch
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, TrainingDraws, training_draws
 from fastmask.diffusion.objective import TOTAL
@@ -22,7 +22,7 @@ from fastmask.training.ema import EMA
 from fastmask.training.graphs import GraphedCalls
 from fastmask.training.monitor import Tally, gradient_norm, update_ratio
 from fastmask.training.optim import AdamWEMA, begin_step, clip_gradients
-from fastmask.training.parallel import gradients_stay, replicate
+from fastmask.training.parallel import no_sync, replicate
 
 _COMPILES = 64  # of one function: a few for each kept count; Dynamo stops with an error beyond
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast, by precision
@@ -49,7 +49,7 @@ class TrainingStep:
     def __init__(
         self,
         net: Denoiser,
-        dataset: DataSet,
+        dataset: Dataset,
         config: TrainConfig,
         optimizer: torch.optim.Optimizer,
         emas: Sequence[EMA],
@@ -84,7 +84,7 @@ class TrainingStep:
 
         Args:
             batches: this rank's micro-batches.
-            first_sample: global index of the step's first sample; chance is a function of it and the seed.
+            first_sample: global index of the step's first sample; all randomness is a function of it and the seed.
             keep: K, how many patches the encoder sees; all of them is training without a mask.
         """
         config, share = self._config, self._config.batch_size // self._ranks.count
@@ -115,7 +115,7 @@ class TrainingStep:
         ratio = update_ratio(self._net, self._optimizer)
         return {"grad_norm": gradient_norm(self._net) / scale, "update_ratio": ratio}
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Forget what was added up and captured: weights and state were loaded."""
         self.tally = Tally(self._device, self._objective.names)
         if self._graphs:
@@ -127,7 +127,7 @@ class TrainingStep:
         assert self._buffers is not None
         images, draws = self._draw(*self._buffers, keep)
         dtype = DTYPES.get(self._config.precision)
-        with gradients_stay(self._module, self._net.model, not last):
+        with no_sync(self._module, self._net.model, not last):
             with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
                 losses = self._module(images, *draws)
             self.tally.add(self._offset, losses, self._net.process.log_snr(draws.t))
@@ -136,7 +136,7 @@ class TrainingStep:
             self.scaler.scale(loss).backward()
 
     def _draw(self, stored: Tensor, labels: Tensor, keep: int) -> tuple[Tensor, TrainingDraws]:
-        """Return clean images and what chance adds to them."""
+        """Return clean images and what is drawn for them."""
         config, length = self._config, self._net.model.length
         sample = torch.arange(len(labels), device=labels.device) + self._offset
         images = self._dataset.to_images(stored, config.seed, sample)

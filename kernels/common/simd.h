@@ -7,16 +7,12 @@
 
 #if defined(FASTMASK_LEVEL)
 #define FASTMASK_SIMD __attribute__((target("arch=" FASTMASK_LEVEL), noinline))
-#elif defined(__x86_64__) && defined(__linux__) && !defined(FASTMASK_SANITIZE) && !defined(__CUDACC__)
+#elif defined(__x86_64__) && defined(__linux__) && !defined(FASTMASK_SANITIZE)
 #define FASTMASK_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), noinline))
 #else
 #define FASTMASK_SIMD __attribute__((noinline))
 #endif
-#if defined(__CUDACC__)
-#define FASTMASK_INLINE __host__ __device__ __forceinline__
-#else
 #define FASTMASK_INLINE inline __attribute__((always_inline))
-#endif
 
 namespace fastmask {
 

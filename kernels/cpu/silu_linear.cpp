@@ -1,5 +1,5 @@
 // A Linear of the SiLU of a few rows, and its gradients, for `silu_linear`: the weight is read once, as fast as memory
-// gives it, where a matrix product would first lay it out for many rows.
+// gives it, where a matmul would first lay it out for many rows.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

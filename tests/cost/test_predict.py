@@ -33,7 +33,7 @@ def test_a_step_by_hand():
     work = Work(100.0, 1.0, 5.0, 0.0, 10.0, 5.0, 20.0, launches=3)
     # Four images: 8 s of products, 4 s of other bytes; two parts: 4 s of casts, 1 s to add gradients; 4 s of AdamW.
     assert step_seconds(work, gpu, "bf16", 4, 2, assumed) == pytest.approx(8 + 4 + 4 + 1 + 4)
-    slow = work._replace(product_bytes=50.0)  # then products take as long as their bytes, 40 s
+    slow = work._replace(matmul_bytes=50.0)  # then products take as long as their bytes, 40 s
     assert step_seconds(slow, gpu, "bf16", 4, 2, assumed) == pytest.approx(40 + 4 + 4 + 1 + 4)
     assert step_seconds(work, gpu, "bf16", 4, 2, assumed._replace(launch_s=10.0)) == pytest.approx(60 + 4)
     assert step_seconds(work, gpu, "bf16", 4, 2, assumed._replace(mfu=0.25)) == pytest.approx(16)

@@ -15,7 +15,7 @@ from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_dr
 from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
 from fastmask.gpus import GPUS
-from fastmask.models.counts import trainable_parameters
+from fastmask.models.counts import num_parameters
 from fastmask.presets import PRESETS
 from fastmask.training.config import preset_config
 from fastmask.training.ema import EMA
@@ -44,7 +44,7 @@ def test_work_is_that_of_the_operators(probe, name, precision):
         work, counted = work_of(model, config.mask_ratio, precision), count_step("probe", precision)
         assert work.launches == counted.launches
         found.append((work, counted))
-    for part in ("product_bytes", "other_bytes"):
+    for part in ("matmul_bytes", "other_bytes"):
         formula, operators = (getattr(found[1][i], part) - getattr(found[0][i], part) for i in (0, 1))
         assert formula == pytest.approx(operators, rel=0.01), part
         assert getattr(found[1][0], part) == pytest.approx(getattr(found[1][1], part), rel=0.08), part
@@ -102,7 +102,7 @@ def test_recomputation_is_work_too(probe, monkeypatch):
         counted = count_step("probe", "bf16")
         assert work.launches == counted.launches
         found.append((work, counted))
-    for part in ("product_bytes", "other_bytes"):
+    for part in ("matmul_bytes", "other_bytes"):
         formula, operators = (getattr(found[1][i], part) - getattr(found[0][i], part) for i in (0, 1))
         assert formula == pytest.approx(operators, rel=0.01), part
     config, model = preset_network("xl2-in256")
@@ -162,7 +162,7 @@ def test_high_water_is_what_the_gpu_says(checkpoint_blocks):
 
 def test_memory_by_part():
     _, model = preset_network("xl2-in256")
-    memory, n = memory_of(model, 0.5, "bf16"), trainable_parameters(model)
+    memory, n = memory_of(model, 0.5, "bf16"), num_parameters(model)
     assert memory[:5] == (4 * n, 4 * n, 8 * n, 4 * n, 2 * n)
     assert memory_of(model, 0.5, "tf32").copy == 0
     assert memory.activations / 1e6 == pytest.approx(147.1, abs=0.2)  # counted: `python -m bench.memory`
@@ -179,4 +179,4 @@ def test_memory_by_part():
 
 def test_the_update_reads_five_arrays_and_writes_four():
     config, model = preset_network("xl2-in256")
-    assert work_of(model, config.mask_ratio, "bf16").update_bytes == 36 * trainable_parameters(model)
+    assert work_of(model, config.mask_ratio, "bf16").update_bytes == 36 * num_parameters(model)

@@ -7,17 +7,17 @@ import torch
 from PIL import Image
 
 from fastmask.data import open_data
-from fastmask.data.images.dataset import ImageSet
+from fastmask.data.images.dataset import ImageDataset
 from fastmask.data.in_memory import Digits, ImageArray, Moments, Synthetic
 
 
-def opened(data, image_size=16, num_classes=None, mirror=False):
-    return open_data(str(data), image_size=image_size, num_classes=num_classes, mirror=mirror)
+def opened(data, image_size=16, num_classes=None, flip=False):
+    return open_data(str(data), image_size=image_size, num_classes=num_classes, flip=flip)
 
 
 @pytest.fixture
 def sources(tmp_path):
-    """One data set of each kind, by its type."""
+    """One dataset of each kind, by its type."""
     pixels = np.zeros((4, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "images.npz", images=pixels, labels=np.arange(4))
     np.savez(tmp_path / "moments.npz", moments=np.zeros((4, 8, 2, 2), np.float16), labels=np.arange(4))
@@ -27,13 +27,13 @@ def sources(tmp_path):
     return {
         Digits: "digits",
         Synthetic: "synthetic",
-        ImageSet: tmp_path / "folder",
+        ImageDataset: tmp_path / "folder",
         ImageArray: tmp_path / "images.npz",
         Moments: tmp_path / "moments.npz",
     }
 
 
-@pytest.mark.parametrize("kind", [Digits, Synthetic, ImageSet, ImageArray, Moments])
+@pytest.mark.parametrize("kind", [Digits, Synthetic, ImageDataset, ImageArray, Moments])
 def test_each_kind_by_its_name(sources, kind):
     data = opened(sources[kind], image_size=8 if kind is Digits else 16)
     assert isinstance(data, kind)
@@ -46,7 +46,7 @@ def test_each_kind_by_its_name(sources, kind):
     assert len(data.class_names) == data.num_classes
 
 
-@pytest.mark.parametrize("kind", [Digits, Synthetic, ImageSet, ImageArray, Moments])
+@pytest.mark.parametrize("kind", [Digits, Synthetic, ImageDataset, ImageArray, Moments])
 def test_no_classes_leave_the_labels_out(sources, kind):
     data = opened(sources[kind], image_size=8 if kind is Digits else 16, num_classes=0)
     assert (data.num_classes, data.class_names) == (0, [])
@@ -69,13 +69,13 @@ def test_no_classes_need_no_labels(tmp_path, capsys):
 
 
 def test_arrays_at_their_own_side(sources):
-    data = open_data(str(sources[ImageArray]), image_size=8, num_classes=None, mirror=False, keep_side=True)
+    data = open_data(str(sources[ImageArray]), image_size=8, num_classes=None, flip=False, keep_side=True)
     assert data.shape == (3, 16, 16)
-    folder = open_data(str(sources[ImageSet]), image_size=8, num_classes=None, mirror=False, keep_side=True)
+    folder = open_data(str(sources[ImageDataset]), image_size=8, num_classes=None, flip=False, keep_side=True)
     assert folder.shape == (3, 8, 8)
 
 
-@pytest.mark.parametrize("kind", [ImageSet, ImageArray, Moments])
+@pytest.mark.parametrize("kind", [ImageDataset, ImageArray, Moments])
 def test_more_classes_than_labels(sources, kind):
     data = opened(sources[kind], num_classes=9)
     assert data.num_classes == len(data.class_names) == 9
@@ -99,13 +99,13 @@ def test_another_kind_of_file(tmp_path, name, said):
 
 
 @pytest.mark.parametrize("image_size", [0, -8])
-@pytest.mark.parametrize("kind", [Synthetic, ImageSet, ImageArray, Moments])
+@pytest.mark.parametrize("kind", [Synthetic, ImageDataset, ImageArray, Moments])
 def test_no_image_size(sources, kind, image_size):
     with pytest.raises(ValueError, match=f"image_size must be at least 1, not {image_size}"):
         opened(sources[kind], image_size=image_size)
 
 
-@pytest.mark.parametrize("kind", [Digits, Synthetic, ImageSet, ImageArray, Moments])
+@pytest.mark.parametrize("kind", [Digits, Synthetic, ImageDataset, ImageArray, Moments])
 def test_fewer_classes_than_none(sources, kind):
     with pytest.raises(ValueError, match="num_classes must be at least 0, not -1"):
         opened(sources[kind], image_size=8, num_classes=-1)

@@ -95,7 +95,7 @@ KINDS = {
 
 
 def fingerprint(path, size, **options):
-    options = {"image_size": size, "num_classes": None, "mirror": False, "decoder": "pil", **options}
+    options = {"image_size": size, "num_classes": None, "flip": False, "decoder": "pil", **options}
     return open_data(str(path), **options).fingerprint()
 
 
@@ -195,17 +195,17 @@ def test_what_does_not_change_a_store(tmp_path):
         path, lambda fields: fields.update(class_names=["x", "y", "z"], source={"kind": "copy"}), signed=False
     )
     assert fingerprint(path, 32) == before
-    assert fingerprint(path, 32, mirror=True) == before
+    assert fingerprint(path, 32, flip=True) == before
     edit_manifest(path, lambda fields: fields.update(scale=[fields["scale"]] * 4))
     assert fingerprint(path, 32) != before  # as it is written: nobody asks whether it comes to the same
 
 
 def test_embedded_and_synthetic_data():
     pytest.importorskip("sklearn")
-    digits = open_data("digits", image_size=8, num_classes=10, mirror=False)
-    assert digits.fingerprint() == open_data("digits", image_size=8, num_classes=10, mirror=False).fingerprint()
+    digits = open_data("digits", image_size=8, num_classes=10, flip=False)
+    assert digits.fingerprint() == open_data("digits", image_size=8, num_classes=10, flip=False).fingerprint()
     sizes = {
-        open_data("synthetic", image_size=size, num_classes=classes, mirror=False).fingerprint()
+        open_data("synthetic", image_size=size, num_classes=classes, flip=False).fingerprint()
         for size in (32, 64)
         for classes in (0, 10)
     }

@@ -52,7 +52,7 @@ def test_without_labels():
     ("arguments", "message"),
     [
         ((16, 10, False), "image_size must be 8, not 16"),
-        ((8, 10, True), "leave mirror out"),
+        ((8, 10, True), "leave flip out"),
         ((8, 5, False), "num_classes must be 10, or 0 for none, not 5"),
     ],
 )

@@ -73,7 +73,7 @@ def test_without_labels_there_are_no_classes():
 
 
 @pytest.mark.parametrize(
-    ("moments", "image_size", "mirror", "message"),
+    ("moments", "image_size", "flip", "message"),
     [
         (
             moments_of(),
@@ -95,12 +95,12 @@ def test_without_labels_there_are_no_classes():
             False,
             "holds moments of 2 channels, whose scale is not known: write arrays `scale` and",
         ),
-        (moments_of(), 32, True, "a mirrored latent is not that of the mirrored image"),
+        (moments_of(), 32, True, "a flipped latent is not that of the flipped image"),
     ],
 )
-def test_what_cannot_be_trained_on(moments, image_size, mirror, message):
+def test_what_cannot_be_trained_on(moments, image_size, flip, message):
     with pytest.raises(ValueError, match=message):
-        Moments(PATH, {"moments": moments}, image_size, mirror)
+        Moments(PATH, {"moments": moments}, image_size, flip)
 
 
 def wide(**arrays):

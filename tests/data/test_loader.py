@@ -7,14 +7,14 @@ import torch
 from PIL import Image
 
 from fastmask.data import batches, sample_ids
-from fastmask.data.images.dataset import ImageSet
+from fastmask.data.images.dataset import ImageDataset
 from fastmask.data.sources.open import open_source
 
 CPU = torch.device("cpu")
 
 
 class Numbers:
-    """A data set whose samples are their own ids."""
+    """A dataset whose samples are their own ids."""
 
     def __init__(self, size):
         self.size = size
@@ -93,7 +93,7 @@ def test_an_unreadable_image_is_one_line(tmp_path, num_workers, damage):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     for i in range(6):
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    data = ImageSet(open_source(tmp_path), 16, None, False)
+    data = ImageDataset(open_source(tmp_path), 16, None, False)
     if damage == "gone":
         (tmp_path / "3.png").unlink()
     else:
@@ -106,7 +106,7 @@ def test_an_unreadable_image_is_one_line(tmp_path, num_workers, damage):
 
 
 class Slow(Numbers):
-    """A data set whose later samples take minutes."""
+    """A dataset whose later samples take minutes."""
 
     def read(self, ids):
         if 0 not in ids:

@@ -25,7 +25,7 @@ def pixels_of(count=3, channels=3):
 def test_moments_are_the_vaes(vae):
     encoder, pixels = Autoencoder(str(vae), CPU), pixels_of()
     assert (encoder.channels, encoder.downsampling, encoder.scale, encoder.shift) == (4, 8, 0.18215, 0.0)
-    moments = encoder.moments(pixels, mirror=True)
+    moments = encoder.moments(pixels, flip=True)
     assert (moments.dtype, moments.shape) == (np.float16, (3, 2, 8, 4, 4))
     images = torch.from_numpy(pixels).float() / 127.5 - 1
     with torch.no_grad():
@@ -33,7 +33,7 @@ def test_moments_are_the_vaes(vae):
             posterior = small_vae().eval().encode(some).latent_dist
             exact = torch.cat([posterior.mean, posterior.logvar], 1).numpy()
             np.testing.assert_allclose(moments[:, copy].astype(np.float32), exact, rtol=1e-3, atol=1e-3)
-    assert np.array_equal(encoder.moments(pixels, mirror=False), moments[:, :1])
+    assert np.array_equal(encoder.moments(pixels, flip=False), moments[:, :1])
 
 
 def test_grey_images_are_coloured(vae):

@@ -439,13 +439,13 @@ def test_weights_for_other_classes_or_another_size(tmp_path):
     net, what = small_net(), "/weights.safetensors is for"
     assert taken(tmp_path, net) == (set(), [])
     for count in (1, 7):
-        said = [f"{what} 5 classes: the label table for {count} is drawn anew"]
+        said = [f"{what} 5 classes: the label table for {count} is freshly initialized"]
         assert taken(tmp_path, net, num_classes=count) == ({LABELS}, said)
     assert taken(tmp_path, net, num_classes=0) == (set(), [f"{what} 5 classes: its label table is left out"])
-    said = [f"{what} 0 classes: the label table for 5 is drawn anew"]
+    said = [f"{what} 0 classes: the label table for 5 is freshly initialized"]
     assert taken(tmp_path, small_net(num_classes=0)) == ({LABELS}, said)
     for size in (4, 16):
-        said = [f"{what} images of 8 x 8: the position tables for {size} x {size} are computed anew"]
+        said = [f"{what} images of 8 x 8: the position tables for {size} x {size} are recomputed"]
         assert taken(tmp_path, net, input_size=size) == (POSITIONS, said)
     left, said = taken(tmp_path, small_net().to(torch.bfloat16), input_size=16, num_classes=3)
     assert left == {LABELS, *POSITIONS}

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastmask.diffusion.masking import kept_count
 from fastmask.kernels import Mask
-from fastmask.models.counts import forward_macs, trainable_parameters
+from fastmask.models.counts import forward_macs, num_parameters
 from fastmask.presets import PRESETS
 from fastmask.training.config import build_model, preset_config
 
@@ -44,7 +44,7 @@ def test_formula_equals_operator_count(preset, masked):
     counted += attention_macs(keep, config.width, config.depth)
     counted += attention_macs(model.length, config.decoder_width, config.decoder_depth)
     assert forward_macs(model, keep) == counted
-    assert trainable_parameters(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert num_parameters(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_published_sizes(preset, millions, gmac):
     config = preset_config(preset, PRESETS)
     with torch.device("meta"):
         model = build_model(config, 4, config.image_size // 8)
-    assert trainable_parameters(model) / 1e6 == pytest.approx(millions, abs=0.051)
+    assert num_parameters(model) / 1e6 == pytest.approx(millions, abs=0.051)
     macs = forward_macs(model, kept_count(model.length, config.mask_ratio))
     assert macs / 1e9 == pytest.approx(gmac, abs=0.06)
 

@@ -457,8 +457,8 @@ def test_fine_tuning_as_its_users_run_it(tmp_path, capsys):
     run(tmp_path / "b", *more, steps=1, unmask=0)
     said = capsys.readouterr().out
     model = f"{folder}/model.safetensors is for"
-    assert f"{model} 5 classes: the label table for 3 is drawn anew" in said
-    assert f"{model} images of 4 x 4: the position tables for 8 x 8 are computed anew" in said
+    assert f"{model} 5 classes: the label table for 3 is freshly initialized" in said
+    assert f"{model} images of 4 x 4: the position tables for 8 x 8 are recomputed" in said
     before, after = weights(tmp_path / "a"), weights(tmp_path / "b")
     same = {key for key in before if before[key].shape == after[key].shape and torch.equal(before[key], after[key])}
     positions = {"model.pos_embed", "model.decoder_pos_embed"}

@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_is_one_line_and_the_one_before_is_taken(tmp_path, 
     found, (line,) = newest(tmp_path)
     assert found == before
     assert line.startswith(f"{folder} is damaged (")
-    assert line.endswith(f"): going on from {before}")
+    assert line.endswith(f"): resuming from {before}")
     assert name in line.removeprefix(str(folder))
     assert "\n" not in line
     assert line.count(str(tmp_path)) == 2

@@ -177,7 +177,7 @@ def test_states_interchange_with_torch(fused):
 def test_a_state_that_it_cannot_go_on_from():
     net = Net()
     state = torch.optim.AdamW(net.parameters(), amsgrad=True).state_dict()
-    with pytest.raises(ValueError, match=r"with amsgrad or maximize cannot go on here: use torch\.optim\.AdamW"):
+    with pytest.raises(ValueError, match=r"with amsgrad or maximize cannot be continued here: use torch\.optim\.AdamW"):
         ours(net)[0].load_state_dict(state)
 
 

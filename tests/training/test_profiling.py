@@ -79,7 +79,7 @@ def test_the_parts_make_up_the_step(tmp_path, capsys):
     assert found.parts[OPTIMIZER] > 0
     assert found.parts[OTHER] > 0
     out = capsys.readouterr().out
-    assert re.search(rf"matrix products .* {found.parts[PRODUCTS] * 1e3:.2f} ", out)
+    assert re.search(rf"matmuls .* {found.parts[PRODUCTS] * 1e3:.2f} ", out)
     assert out.splitlines()[-1] == bound_of(found, CPU)
 
 
@@ -180,7 +180,7 @@ def test_every_kernel_of_this_library_is_known():
         (
             GPU,
             {PRODUCTS: 0.6, ATTENTION: 0.11, "_gelu_fwd_kernel": 0.2, GAPS: 0.09},
-            "matrix products and attention take 71%: the run is bound by them, at 400.0 of 989 TFLOP/s",
+            "matmuls and attention take 71%: the run is bound by them, at 400.0 of 989 TFLOP/s",
         ),
         (
             GPU,
@@ -191,7 +191,7 @@ def test_every_kernel_of_this_library_is_known():
         (
             CPU,
             {PRODUCTS: 0.71, GAPS: 0.2, OPTIMIZER: 0.09},
-            "matrix products and attention take 71%: the run is bound by them, at 400.0 of 989 TFLOP/s; Python and "
+            "matmuls and attention take 71%: the run is bound by them, at 400.0 of 989 TFLOP/s; Python and "
             "what starts operators take 20%: a larger --micro-batch-size, or --compile block",
         ),
         (GPU, {COMMUNICATION: 0.6, PRODUCTS: 0.4}, "waits for other processes 60%: a larger --batch-size, or --micro"),

@@ -55,6 +55,13 @@ def test_fields_of_the_process():
     assert changes_of(STORED, dataclasses.replace(GOOD, process=EDM(p_mean=-0.4)), "runs/x") == {"p_mean": (-1.2, -0.4)}
 
 
+def test_a_field_that_was_renamed():
+    earlier = {"mirror" if name == "flip" else name: value for name, value in STORED.items()}
+    assert changes_of(earlier, GOOD, "runs/x") == {}
+    with pytest.raises(ValueError, match="flip False -> True"):
+        changes_of(earlier, dataclasses.replace(GOOD, flip=True), "runs/x")
+
+
 def test_a_field_of_a_later_version_had_its_default():
     earlier = {name: value for name, value in STORED.items() if name != "loss_limit"}
     assert changes_of(earlier, GOOD, "runs/x") == {}

@@ -266,7 +266,7 @@ def test_profiling_leaves_the_run_folder_to_training(tmp_path, capsys):
     run(tmp_path, "--profile", "2")
     assert (tmp_path / "profile" / "trace.json.gz").exists()
     assert not checkpoints(tmp_path)
-    assert "matrix products" in capsys.readouterr().out
+    assert "matmuls" in capsys.readouterr().out
     run(tmp_path, steps=2, unmask=0)
     assert [line["step"] for line in stats(tmp_path)] == [2]
 

@@ -52,7 +52,7 @@ class Training:
     def __init__(self, **changed):
         self.config = config = dataclasses.replace(SMALL, **changed)
         device = torch.device(config.device)
-        dataset = open_data("synthetic", image_size=config.image_size, num_classes=config.num_classes, mirror=False)
+        dataset = open_data("synthetic", image_size=config.image_size, num_classes=config.num_classes, flip=False)
         torch.manual_seed(0)
         self.net = Denoiser(build_model(config, *dataset.shape[:2]), EDM()).to(device)
         self.emas = [EMA(self.net, config.ema_decay), PowerEMA(self.net, 0.1)]
@@ -71,7 +71,7 @@ class Training:
     def roll_back(self) -> None:
         """Load a state as a rollback does: other tensors for the moments, and weights in their places."""
         self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
-        self.step.begin_anew()
+        self.step.reset()
 
     def values(self) -> list[Tensor]:
         return [p.detach().cpu() for p in self.net.parameters()] + [t.cpu() for t in self.emas[1].weights.values()]

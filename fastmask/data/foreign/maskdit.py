@@ -25,7 +25,7 @@ class _MaskDiT:
 class Lmdb(_MaskDiT):
     """Keys `z-I` with float32 moments, `y-I` with the label in digits, and `length`, as `Latents`.
 
-    With mirror images there are as many again, in the same order: the labels repeat, and the moments look mirrored.
+    With flipped images there are as many again, in the same order: the labels repeat, and the moments look flipped.
     """
 
     kind = "maskdit-lmdb"
@@ -39,7 +39,7 @@ class Lmdb(_MaskDiT):
         self.notes = [f"{total:,} keys z-I"]
         if total > 1 and total % 2 == 0 and np.array_equal(labels[:half], labels[half:]):
             self._count, self._copies = half, 2
-            if self._second_half_is_mirrored():
+            if self._second_half_is_flipped():
                 self.notes = [f"{total:,} keys z-I, the second half of which are of the flipped images"]
             else:
                 self._count, self._copies = total, 1
@@ -74,8 +74,8 @@ class Lmdb(_MaskDiT):
             raise ValueError(f"{self.name(item)} has another shape than its flipped image")
         return np.stack(found)
 
-    def _second_half_is_mirrored(self) -> bool:
-        """Return whether records of the second half are more like their mirrored partners than like those of others."""
+    def _second_half_is_flipped(self) -> bool:
+        """Return whether records of the second half are more like their flipped partners than like those of others."""
         items = np.unique(np.linspace(0, self._count - 1, 16).astype(int)).tolist()
         records = [self._moments(item)[:, :4] for item in items]
         if len({record.shape for record in records}) > 1:
@@ -83,9 +83,9 @@ class Lmdb(_MaskDiT):
         pairs = np.stack(records)
         pairs -= pairs.mean((3, 4), keepdims=True)
         pairs /= np.maximum(np.sqrt((pairs**2).sum((2, 3, 4), keepdims=True)), 1e-30)
-        images, mirrored = pairs[:, 0, ..., ::-1], pairs[:, 1]
-        partners = float((images * mirrored).sum((1, 2, 3)).mean())
-        others = float((images * np.roll(mirrored, 1, 0)).sum((1, 2, 3)).mean()) if len(items) > 1 else 0.0
+        images, flipped = pairs[:, 0, ..., ::-1], pairs[:, 1]
+        partners = float((images * flipped).sum((1, 2, 3)).mean())
+        others = float((images * np.roll(flipped, 1, 0)).sum((1, 2, 3)).mean()) if len(items) > 1 else 0.0
         return partners > (1 + others) / 2
 
     def _total(self) -> int:

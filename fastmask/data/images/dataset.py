@@ -19,14 +19,14 @@ from fastmask.data.sources.source import Source
 from fastmask.data.vae import Autoencoder
 
 
-class ImageSet:
-    """A source's images as a `DataSet` of pixels, or of a VAE's latents, encoded at each visit.
+class ImageDataset:
+    """A source's images as a `Dataset` of pixels, or of a VAE's latents, encoded at each visit.
 
     Args:
         source: where they are.
         image_size: side in pixels.
         num_classes: labels must be below it; None takes the source's number, 0 leaves the labels out.
-        mirror: mirror each image with probability one half, before it is encoded.
+        flip: flip each image left to right with probability one half, before it is encoded.
         decoder: of JPEG files in training; Pillow decodes all others.
         vae: encodes the images.
         skip_seed: of the order in which others take the place of images that cannot be read; None: one is an error.
@@ -40,7 +40,7 @@ class ImageSet:
         source: Source,
         image_size: int,
         num_classes: int | None,
-        mirror: bool,
+        flip: bool,
         decoder: Literal["dali", "pil"] = "pil",
         vae: Autoencoder | None = None,
         skip_seed: int | None = None,
@@ -50,7 +50,7 @@ class ImageSet:
         side = vae.side(image_size) if vae else image_size
         self.shape = (vae.channels if vae else source.channels, side, side)
         self.num_classes = len(self.class_names)
-        self._count, self._size, self._mirror = len(source), image_size, mirror
+        self._count, self._size, self._flip = len(source), image_size, flip
         self._decode = ImageReader(source, image_size)
         self._keep_jpegs = ImageReader(source, image_size, keep_jpegs=True)
         self._read_all = read_or_refuse
@@ -93,8 +93,8 @@ class ImageSet:
             yield pixels, self._labels(part), part.bad
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return the images in [-1, 1], some of them mirrored, or latents of theirs, drawn anew at each visit."""
-        images = images_of(stored, seed, sample, self._mirror)
+        """Return the images in [-1, 1], some of them flipped, or latents of theirs, drawn freshly at each visit."""
+        images = images_of(stored, seed, sample, self._flip)
         if self._vae is None:
             return images
         return self._vae.scaling.apply(latents_of(self._vae.encode(images), seed, sample))

@@ -21,7 +21,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 MAX_ASPECT = 20  # of the sides of an image
 
 
-_MIRROR_STREAM = 5
+_FLIP_STREAM = 5
 
 
 # Those of SUFFIXES: Pillow would hand others, such as EPS, to programs outside. JPEG includes MPO.
@@ -165,16 +165,16 @@ def decode(content: bytes, size: int, name: str) -> Pixels:
         return np.asarray(resize_and_crop(rgb, size))
 
 
-def images_of(stored: Tensor, seed: int, sample: Tensor, mirror: bool) -> Tensor:
-    """Return pixels, uint8 (B, C, H, W), as floats in [-1, 1]; with ``mirror`` about half of them mirrored.
+def images_of(stored: Tensor, seed: int, sample: Tensor, flip: bool) -> Tensor:
+    """Return pixels, uint8 (B, C, H, W), as floats in [-1, 1]; with ``flip`` about half of them flipped.
 
     Which ones is a function of the seed and of ``sample``, the global index of each, int64 (B,).
     """
     images = stored.float() / 127.5 - 1
-    if not mirror:
+    if not flip:
         return images
-    flip = random_uniform(seed, sample, 1, _MIRROR_STREAM)[:, 0] < 0.5
-    return torch.where(flip[:, None, None, None], images.flip(3), images)
+    flipped = random_uniform(seed, sample, 1, _FLIP_STREAM)[:, 0] < 0.5
+    return torch.where(flipped[:, None, None, None], images.flip(3), images)
 
 
 def resize_all(images: Pixels, size: int) -> Pixels:

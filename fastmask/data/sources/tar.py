@@ -117,7 +117,7 @@ class _Tars(Source):
         if entry.isdir():
             return
         if path in found:
-            raise ValueError(f"it holds {printable(path)} twice: pack it anew")
+            raise ValueError(f"it holds {printable(path)} twice: pack it again")
         target = found.get(_inside(entry.linkname)) if entry.islnk() else None
         if target:
             found[path] = target._replace(name=path)
@@ -139,7 +139,7 @@ class _Tars(Source):
         elif any(file.read(min(2**20, len(rest) - len(block)))):
             raise ValueError(
                 f"something follows its end at byte {rest.start:,}, as where tars are concatenated: unpack it with "
-                f"--ignore-zeros and pack it anew"
+                f"--ignore-zeros and pack it again"
             )
 
 

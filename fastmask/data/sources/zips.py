@@ -103,7 +103,7 @@ def _entries(path: Path) -> list[Entry]:
                 if not 0 <= info.header_offset < size:
                     raise ValueError(f"its list is damaged at {printable(name)}")
                 if name in found:
-                    raise ValueError(f"it holds {printable(name)} twice: pack it anew")
+                    raise ValueError(f"it holds {printable(name)} twice: pack it again")
                 found[name] = Entry(
                     name,
                     info.header_offset,

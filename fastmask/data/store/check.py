@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmask.console import printable
 from fastmask.data.latents import shown
 from fastmask.data.store.manifest import MANIFEST, Manifest, first_few, parse_object, read_manifest
-from fastmask.data.store.reader import LatentStore, damaged_files, map_shard
+from fastmask.data.store.reader import StoreDataset, damaged_files, map_shard
 from fastmask.files import read_regular
 
 _SAMPLED = 2048  # records that statistics are taken of, evenly spread
@@ -26,7 +26,7 @@ class Found(NamedTuple):
         lines: what the store holds.
         warnings: what is odd.
         damaged: a line for everything that is not what was written.
-        images: some records as they are trained on, evenly spread and not mirrored, (n, C, H, W); none of a store that
+        images: some records as they are trained on, evenly spread and not flipped, (n, C, H, W); none of a store that
             is damaged.
     """
 
@@ -70,9 +70,9 @@ def check_store(path: Path) -> Found:
 
 
 def _sample(path: Path, manifest: Manifest) -> tuple[Tensor, Tensor]:
-    """Return records as they are trained on, evenly spread over a store, and which of them are not mirrored."""
+    """Return records as they are trained on, evenly spread over a store, and which of them are not flipped."""
     both = manifest.kind != "pixels" and manifest.shape[0] == 2
-    data = LatentStore(path, manifest.image_size, None, mirror=both)  # with the copies of mirrored images
+    data = StoreDataset(path, manifest.image_size, None, flip=both)  # with the copies of flipped images
     count = min(_SAMPLED, len(data))
     ids = np.arange(count) * len(data) // count
     images = data.to_images(data.read(ids)[0], 0, torch.arange(count))

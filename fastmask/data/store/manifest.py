@@ -50,7 +50,7 @@ class Manifest:
     Attributes:
         kind: "pixels" (uint8), "moments" of a VAE's latents (means, then log-variances), or "latents" drawn from them.
         dtype: of the values: "uint8" or "float16".
-        shape: of a record: (copies, channels, height, width); the second copy is of the mirrored image.
+        shape: of a record: (copies, channels, height, width); the second copy is of the flipped image.
         image_size: side of the images in pixels.
         crop: how they were cropped.
         decoder: what decoded the JPEG files among them: "pillow" or "dali on cpu" or "dali on cuda"; "" if unknown.
@@ -117,7 +117,7 @@ def read_manifest(store: Path) -> Manifest:
     """
     path = store / MANIFEST
     if not path.exists() and (store / UNFINISHED).exists():
-        raise ValueError(f"{store} is a store that is not finished: the command that began it goes on with it")
+        raise ValueError(f"{store} is a store that is not finished: the command that began it resumes it")
     if not path.exists():
         raise ValueError(f"{store} is not a store: it holds no {MANIFEST}")
     manifest = parse_manifest(read_regular(path, MAX_BYTES), path)
@@ -183,7 +183,7 @@ def check_length(store: Path, shard: Shard, manifest: Manifest) -> None:
         if not there == file.bytes == length:
             raise ValueError(
                 f"{path} has {there:,} bytes instead of {length:,}: it is cut off or of another store; copy it again, "
-                f"or prepare the store anew"
+                f"or prepare the store again"
             )
 
 

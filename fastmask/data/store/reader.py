@@ -22,18 +22,18 @@ from fastmask.files import open_regular
 _OPEN_SHARDS = 256  # mapped at a time; each takes two file descriptors
 
 
-class LatentStore:
-    """A store as a `DataSet`.
+class StoreDataset:
+    """A store as a `Dataset`.
 
-    Where a copy of the mirrored image is stored, mirroring counts each image twice: id i + N is the mirrored one of
-    id i, so a pass over the data takes every image and every mirror image once, and no more is read than is trained
-    on. Pixels are mirrored when they are used.
+    Where a copy of the flipped image is stored, flipping counts each image twice: id i + N is the flipped one of
+    id i, so a pass over the data takes every image and every flipped image once, and no more is read than is trained
+    on. Pixels are flipped when they are used.
 
     Args:
         path: the store's folder; `open_data` and `fastmask.data.store.remote.local_copy` fetch one from a URL.
         image_size: must be the store's.
         num_classes: labels must be below it; None takes the store's, 0 leaves the labels out.
-        mirror: mirror each image with probability one half.
+        flip: flip each image left to right with probability one half.
         manifest: of the store, where it is known before its files are there; None reads it, and looks at the files.
 
     Attributes:
@@ -45,7 +45,7 @@ class LatentStore:
     """
 
     def __init__(
-        self, path: Path, image_size: int, num_classes: int | None, mirror: bool, manifest: Manifest | None = None
+        self, path: Path, image_size: int, num_classes: int | None, flip: bool, manifest: Manifest | None = None
     ) -> None:
         self.manifest = manifest = manifest or read_manifest(path)
         if image_size != manifest.image_size:
@@ -54,13 +54,13 @@ class LatentStore:
             raise ValueError(f"{path} has {manifest.num_classes} classes, more than num_classes {num_classes}")
         if num_classes and not manifest.num_classes:
             raise ValueError(f"{path} has no labels, which num_classes {num_classes} asks for")
-        if mirror and manifest.kind != "pixels" and manifest.shape[0] == 1:
-            raise ValueError(f"{path} holds no latents of mirrored images: prepare it from images, without --no-mirror")
+        if flip and manifest.kind != "pixels" and manifest.shape[0] == 1:
+            raise ValueError(f"{path} holds no latents of flipped images: prepare it from images, without --no-flip")
         if not manifest.count:
             raise ValueError(f"{path} holds no records")
         copies, channels, height, width = manifest.shape
-        self.path, self._mirror = path, mirror
-        self._copies = copies if mirror else 1
+        self.path, self._flip = path, flip
+        self._copies = copies if flip else 1
         self._shards = [shard for shard in manifest.shards if shard.count]
         self._starts = np.cumsum([0] + [shard.count for shard in self._shards[:-1]])
         self._maps: dict[int, MappedShard] = {}
@@ -122,9 +122,9 @@ class LatentStore:
         return fingerprint_of([*about, *shards])
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return pixels in [-1, 1], some of them mirrored, or latents drawn from the moments, anew at each visit."""
+        """Return pixels in [-1, 1], some of them flipped, or latents drawn from the moments, freshly at each visit."""
         if self.manifest.kind == "pixels":
-            return images_of(stored, seed, sample, self._mirror)
+            return images_of(stored, seed, sample, self._flip)
         latents = latents_of(stored, seed, sample) if self.manifest.kind == "moments" else stored.float()
         return self._scaling.apply(latents)
 

@@ -18,7 +18,7 @@ from typing import Any
 from fastmask.console import say, without_secrets
 from fastmask.data.store.manifest import MANIFEST, MAX_BYTES, StoredFile, parse_manifest, read_manifest
 from fastmask.data.store.stalls import within
-from fastmask.files import cache_folder, open_lock, read_regular, sync, whole_file, write_durably
+from fastmask.files import atomic_write, cache_folder, open_lock, read_regular, sync, write_durably
 
 _BLOCK = 8 << 20  # bytes asked for at a time
 _IN_FLIGHT = 4  # files at once: one connection alone seldom fills the line
@@ -47,7 +47,7 @@ def local_copy(url: str) -> Path:
 
     Raises:
         ValueError: no store there, no way to reach it and no whole copy of it here, a file that is not what the
-            manifest says, or no space; what was fetched is kept, and the next call goes on.
+            manifest says, or no space; what was fetched is kept, and the next call resumes.
     """
     store = RemoteStore(url)
     store.fetch()
@@ -117,7 +117,7 @@ class RemoteStore:
             except (OSError, ValueError) as error:
                 kept = len(self._files) - len(self._lacking())
                 raise ValueError(
-                    f"{error}; {kept} of {len(self._files)} files are kept, and the same command goes on"
+                    f"{error}; {kept} of {len(self._files)} files are kept, and the same command resumes"
                 ) from error
             say(f"fetched {self.url}: {progress.line()}")
 
@@ -143,7 +143,7 @@ class RemoteStore:
                 raise ValueError(
                     f"{error}; {self.folder} is a whole copy of {day}: where several machines train, give its path"
                 ) from error
-            say(f"warning: {error}: going on with the copy of {day} in {self.folder}")
+            say(f"warning: {error}: continuing with the copy of {day} in {self.folder}")
             return read_regular(path, MAX_BYTES)
 
     def _there(self) -> dict[str, str]:
@@ -224,7 +224,7 @@ class RemoteStore:
 
     def _fetch_file(self, file: StoredFile, stop: threading.Event) -> None:
         where, digest, length = f"{self.url}/{file.name}", hashlib.sha256(), 0
-        with whole_file(self.folder / file.name) as partial, partial.open("wb") as copy:
+        with atomic_write(self.folder / file.name) as partial, partial.open("wb") as copy:
             for block in self._blocks(file.name):
                 if stop.is_set():
                     raise concurrent.futures.CancelledError

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastmask.console import say
-from fastmask.data.dataset import DataSet
+from fastmask.data.dataset import Dataset
 from fastmask.data.store.manifest import MAX_BYTES, Manifest, StoredFile, parse_object
-from fastmask.data.store.reader import LatentStore
-from fastmask.files import cache_folder, open_lock, open_regular, read_regular, whole_file
+from fastmask.data.store.reader import StoreDataset
+from fastmask.files import atomic_write, cache_folder, open_lock, open_regular, read_regular
 from fastmask.ranks import Ranks
 
 _BLOCK = 1 << 20
@@ -104,7 +104,7 @@ class Verifier:
         if digest.hexdigest() != file.sha256:
             raise ValueError(
                 f"{path} is damaged: its SHA-256 is not that of the manifest; copy or fetch it again, or prepare the "
-                f"store anew"
+                f"store again"
             )
         if before == _state(path, file):
             self._compared.add(file, before)
@@ -162,7 +162,7 @@ class Compared:
 
     def keep(self) -> None:
         """Write what is known, for the next start; an OSError if that cannot be."""
-        with whole_file(self.path) as partial:
+        with atomic_write(self.path) as partial:
             partial.write_text(json.dumps(self._known))
 
     def read_again(self) -> None:
@@ -171,12 +171,12 @@ class Compared:
             self._known = {**parse_object(read_regular(self.path, MAX_BYTES), self.path), **self._known}
 
 
-def verifier_of(dataset: DataSet, ranks: Ranks) -> Verifier | None:
-    """Return what compares a data set's files with their checksums, begun; None if it has none.
+def verifier_of(dataset: Dataset, ranks: Ranks) -> Verifier | None:
+    """Return what compares a dataset's files with their checksums, begun; None if it has none.
 
     Of the processes of a machine the first one does it.
     """
-    if not isinstance(dataset, LatentStore) or ranks.local:
+    if not isinstance(dataset, StoreDataset) or ranks.local:
         return None
     verifier = Verifier(dataset.path, dataset.manifest)
     verifier.start()

@@ -1,4 +1,4 @@
-"""Writes a store, shard by shard, so that a process that was stopped goes on where it was."""
+"""Writes a store, shard by shard, so that a process that was stopped resumes where it was."""
 
 import contextlib
 import dataclasses
@@ -31,8 +31,8 @@ from fastmask.data.store.manifest import (
     sha256_of,
 )
 from fastmask.data.store.reader import map_shard
-from fastmask.files import open_lock, read_regular, sync, whole_file, write_durably
-from fastmask.ranks import Ranks, from_first, meeting
+from fastmask.files import atomic_write, open_lock, read_regular, sync, write_durably
+from fastmask.ranks import Ranks, barrier, from_first
 
 _LOCK = ".lock"
 
@@ -93,7 +93,7 @@ class ShardWriter:
         self._records.write(npy_header(self._dtype, (self.count, *self._manifest.shape)))
         sync(self._records)
         values = np.concatenate([np.empty(0, "<i4"), *self._labels])
-        with whole_file(labels) as partial, partial.open("wb") as file:
+        with atomic_write(labels) as partial, partial.open("wb") as file:
             file.write(npy_header(values.dtype, values.shape))
             file.write(values.data)
             sync(file)
@@ -141,7 +141,7 @@ class StoreWriter:
     def __enter__(self) -> "StoreWriter":
         try:
             plan, unfinished = from_first(self._ranks, self._begin)
-            self._meet = meeting(self._ranks)
+            self._meet = barrier(self._ranks)
             if self._ranks.rank:
                 with _told(self.path):
                     self._take_lock(fcntl.LOCK_SH)
@@ -195,7 +195,7 @@ class StoreWriter:
         records = self.path / f"{number:05}.npy"
         with contextlib.ExitStack() as stack:
             with _told(records):
-                file = stack.enter_context(whole_file(records)).open("wb")
+                file = stack.enter_context(atomic_write(records)).open("wb")
                 stack.callback(_told(records)(file.close))  # which writes what is left
                 writer = ShardWriter(file, self._manifest, self._num_classes)
             yield writer
@@ -263,7 +263,7 @@ class StoreWriter:
         return self.path / f"{number:05}.json"
 
     def _begin(self) -> tuple[dict[str, Any], list[int]]:
-        """Lock and begin the store, or go on with it; return what it is made of, and the shards not finished yet."""
+        """Lock and begin the store, or resume it; return what it is made of, and the shards not finished yet."""
         with _told(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock(fcntl.LOCK_EX)
@@ -324,7 +324,7 @@ class StoreWriter:
             try:
                 before = parse_object(read_regular(path), path)
             except ValueError as error:
-                raise ValueError(f"{error}: delete {self.path} and begin anew") from error
+                raise ValueError(f"{error}: delete {self.path} and start over") from error
             if changed := self._changed(before):
                 raise ValueError(
                     f"{self.path} holds an unfinished store of something else ({changed}): give what it was begun "
@@ -345,5 +345,5 @@ def _told(path: Path | str) -> Iterator[None]:
     except OSError as error:
         raise ValueError(
             f"{error.filename or path} cannot be written: {error.strerror or error}; finished shards are kept, "
-            f"and the same command goes on"
+            f"and the same command resumes"
         ) from error

@@ -3,7 +3,7 @@
 Rows are the tokens of all samples, one after the other; each looks up its sample and position, so a tile may span
 samples. Forward, the first BLOCK_P values of the patches (in the published network all) stay in registers while the
 program walks over the columns of the weight. Tokens are too wide to stay, so for their norm a first walk gathers the
-statistics and a second computes the product again, which costs little beside writing tokens and h.
+statistics and a second recomputes the matmul, which costs little beside writing tokens and h.
 
 Backward, the weight's gradient is the product of grad and patches over all rows: each program sums one block of it over
 one share of the rows, and the shares are added in a fixed order. A pixel belongs to one patch, so the images' gradient

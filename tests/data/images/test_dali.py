@@ -13,7 +13,7 @@ from vaes import small_vae
 from fastmask.data import batches, open_data, sample_ids
 from fastmask.data.images import dali as module
 from fastmask.data.images.dali import JpegDecoder, is_jpeg, pick_decoder
-from fastmask.data.images.dataset import ImageSet
+from fastmask.data.images.dataset import ImageDataset
 from fastmask.data.images.pixels import decode
 from fastmask.data.images.reader import decoded
 from fastmask.data.order import following
@@ -240,7 +240,7 @@ def test_an_image_that_dali_alone_refuses_is_told(tmp_path, capsys):
 
 
 def opened(path, decoder, **more):
-    return open_data(str(path), image_size=32, num_classes=None, mirror=True, decoder=decoder, **more)
+    return open_data(str(path), image_size=32, num_classes=None, flip=True, decoder=decoder, **more)
 
 
 def run_of(data, start=0, num_workers=0, batch_size=4):
@@ -330,7 +330,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(dali, tmp_path, capsys):
     main = importlib.import_module("fastmask.train").main
     newest_good = importlib.import_module("fastmask.training.checkpoint").newest_good
     load_file = importlib.import_module("safetensors.torch").load_file
-    arguments = ["--preset", "digits", "--data", str(folder(tmp_path / "images")), "--image-size", "16", "--mirror"]
+    arguments = ["--preset", "digits", "--data", str(folder(tmp_path / "images")), "--image-size", "16", "--flip"]
     arguments += ["--decoder", "dali", "--batch-size", "4", "--unmask-steps", "0", "--width", "16", "--depth", "1"]
     arguments += ["--decoder-width", "16", "--decoder-depth", "1", "--sample-every", "0", "--checkpoint-every", "3"]
     arguments += ["--device", "cpu", "--optimizer", "torch"]
@@ -345,14 +345,14 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(dali, tmp_path, capsys):
 def test_images_are_encoded_as_they_come(dali, tmp_path):
     small_vae(scaling_factor=0.5, shift_factor=0.1).save_pretrained(tmp_path / "vae")
     data = opened(folder(tmp_path / "images"), "dali", vae=str(tmp_path / "vae"))
-    assert isinstance(data, ImageSet)
+    assert isinstance(data, ImageDataset)
     assert data.shape == (4, 4, 4)
     pixels, _ = run_of(data)
     sample = torch.arange(len(pixels))
     latents = data.to_images(pixels, 3, sample)
     assert latents.shape == (30, 4, 4, 4)
     assert not latents.requires_grad
-    images = opened(tmp_path / "images", "dali").to_images(pixels, 3, sample)  # some mirrored, by seed and sample
+    images = opened(tmp_path / "images", "dali").to_images(pixels, 3, sample)  # some flipped, by seed and sample
     with torch.no_grad():
         exact = small_vae().eval().encode(images).latent_dist
     # Noise of unit variance is what is left, a function of seed and sample.

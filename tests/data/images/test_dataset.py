@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmask.data.images.dataset import ImageSet
+from fastmask.data.images.dataset import ImageDataset
 from fastmask.data.sources.open import open_source
 
 
@@ -16,8 +16,8 @@ def noise(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def folder(path, image_size=16, num_classes=None, mirror=False):
-    return ImageSet(open_source(path), image_size, num_classes, mirror)
+def folder(path, image_size=16, num_classes=None, flip=False):
+    return ImageDataset(open_source(path), image_size, num_classes, flip)
 
 
 def one(path, image_size=16):
@@ -56,7 +56,7 @@ def test_images_without_classes(tmp_path, num_classes):
 
 def test_a_folder_mirrors_too(tmp_path):
     png(tmp_path / "0.png", noise(16, 16, 3))
-    data = folder(tmp_path, mirror=True)
+    data = folder(tmp_path, flip=True)
     stored = data.read(np.zeros(32, np.int64))[0]
     different = {image.numpy().tobytes() for image in data.to_images(stored, 0, torch.arange(32))}
     assert len(different) == 2

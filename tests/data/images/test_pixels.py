@@ -19,8 +19,8 @@ def noise(*shape):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def array(images, image_size=16, mirror=False, **labels):
-    return ImageArray(PATH, {"images": images, **labels}, image_size, mirror)
+def array(images, image_size=16, flip=False, **labels):
+    return ImageArray(PATH, {"images": images, **labels}, image_size, flip)
 
 
 def test_pixels_scale_to_one():
@@ -73,9 +73,9 @@ def test_an_array_of_something_else(images):
     assert f"{images.dtype} of shape {images.shape}" in str(error.value)
 
 
-def test_mirroring_is_a_function_of_seed_and_global_index():
+def test_flipping_is_a_function_of_seed_and_global_index():
     images = noise(64, 16, 16, 3)
-    data = array(images, mirror=True)
+    data = array(images, flip=True)
     stored, sample = data.read(np.arange(64))[0], torch.arange(100, 164)
     plain = stored.float() / 127.5 - 1
     drawn = data.to_images(stored, 3, sample)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmask.data.images.dataset import ImageSet
+from fastmask.data.images.dataset import ImageDataset
 from fastmask.data.images.reader import ImageReader, decoded, say_source
 from fastmask.data.sources.open import open_source
 
@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_images_are_those_of_training(folder, num_workers):
-    source, data = open_source(folder), ImageSet(open_source(folder), 16, None, False)
+    source, data = open_source(folder), ImageDataset(open_source(folder), 16, None, False)
     parts = [range(3), range(3, 4), range(4, 7)]
     found = list(decoded(source, 16, parts, num_workers))
     assert [len(part.labels) for part in found] == [3, 1, 3]

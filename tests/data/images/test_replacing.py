@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 
 def opened(folder, **more):
-    options = {"image_size": 16, "num_classes": None, "mirror": False, "decoder": "pil", "skip_seed": SEED}
+    options = {"image_size": 16, "num_classes": None, "flip": False, "decoder": "pil", "skip_seed": SEED}
     return open_data(str(folder), **{**options, **more})
 
 

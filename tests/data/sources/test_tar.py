@@ -276,7 +276,7 @@ def test_a_name_that_a_tar_holds_twice(tmp_path):
         info = tarfile.TarInfo("./cat/a.jpg")
         info.size = 3
         file.addfile(info, io.BytesIO(b"new"))
-    with pytest.raises(ValueError, match=r"0\.tar cannot be read as a tar: it holds cat/a\.jpg twice: pack it anew"):
+    with pytest.raises(ValueError, match=r"0\.tar cannot be read as a tar: it holds cat/a\.jpg twice: pack it again"):
         open_source(path)
 
 

@@ -72,7 +72,7 @@ def test_zips_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"a\.zip cannot be read as a zip: cat/\.\./\.\./a\.png leads out of it"):
         open_source(path)
     path.write_bytes(pack(path, {"a.png": b"old", "b.png": b"new"}).replace(b"b.png", b"a.png"))
-    with pytest.raises(ValueError, match=r"a\.zip cannot be read as a zip: it holds a\.png twice: pack it anew"):
+    with pytest.raises(ValueError, match=r"a\.zip cannot be read as a zip: it holds a\.png twice: pack it again"):
         open_source(path)
 
 

@@ -42,7 +42,7 @@ def test_records_are_taken_from_all_of_the_store(tmp_path, monkeypatch):
     assert torch.equal(found.images, torch.from_numpy(stored[::10, 0]).float() / 127.5 - 1)
 
 
-def test_copies_of_mirrored_images_are_looked_at_too(tmp_path, monkeypatch):
+def test_copies_of_flipped_images_are_looked_at_too(tmp_path, monkeypatch):
     def records(about, count):
         values = np.random.default_rng(0).standard_normal((count, *about.shape)).astype(np.float16)
         values[3, 1, 0, 0, 0] = np.inf

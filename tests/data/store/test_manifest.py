@@ -261,7 +261,7 @@ def test_no_store(tmp_path, store):
     with pytest.raises(ValueError, match=r"is not a store: it holds no manifest\.json"):
         read_manifest(tmp_path)
     (store / "manifest.json").rename(store / "unfinished.json")
-    with pytest.raises(ValueError, match="is a store that is not finished: the command that began it goes on with it"):
+    with pytest.raises(ValueError, match="is a store that is not finished: the command that began it resumes it"):
         read_manifest(store)
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from stores import edit_manifest, manifest, records_of, write
 
-from fastmask.data import LatentStore, batches, open_data
+from fastmask.data import StoreDataset, batches, open_data
 from fastmask.data.images.pixels import images_of
 from fastmask.data.latents import latents_of
 from fastmask.data.store import reader as store
 from fastmask.data.store.reader import damaged_files
 
 
-def opened(path, image_size=32, num_classes=None, mirror=False):
-    return LatentStore(path, image_size, num_classes, mirror)
+def opened(path, image_size=32, num_classes=None, flip=False):
+    return StoreDataset(path, image_size, num_classes, flip)
 
 
 @pytest.mark.parametrize("shard_size", [1, 3, 4, 10, 99])
@@ -34,9 +34,9 @@ def test_records_come_back(tmp_path, shard_size):
     assert np.array_equal(read_labels.numpy(), labels[ids])
 
 
-def test_mirroring_counts_the_stored_mirror_images_too(tmp_path):
+def test_flipping_counts_the_stored_mirror_images_too(tmp_path):
     about = write(tmp_path / "store")
-    data = opened(tmp_path / "store", mirror=True)
+    data = opened(tmp_path / "store", flip=True)
     records, labels = records_of(about, 10)
     assert len(data) == 20
     stored, read_labels = data.read(np.array([2, 12, 19]))
@@ -76,13 +76,13 @@ def test_latents_without_moments_are_trained_on_as_they_are(tmp_path):
 def test_pixels(tmp_path):
     about = write(tmp_path / "store", manifest("pixels"))
     records, _ = records_of(about, 10)
-    for mirror in (False, True):
-        data = opened(tmp_path / "store", image_size=8, mirror=mirror)
+    for flip in (False, True):
+        data = opened(tmp_path / "store", image_size=8, flip=flip)
         assert (len(data), data.shape) == (10, (3, 8, 8))
         stored, sample = data.read(np.arange(10))[0], torch.arange(100, 110)
         assert stored.dtype == torch.uint8
         assert np.array_equal(stored.numpy(), records[:, 0])
-        assert torch.equal(data.to_images(stored, 7, sample), images_of(stored, 7, sample, mirror))
+        assert torch.equal(data.to_images(stored, 7, sample), images_of(stored, 7, sample, flip))
 
 
 def test_skipped_items_leave_no_gap(tmp_path):
@@ -142,7 +142,7 @@ def test_labels(tmp_path):
     [
         (manifest(), {"image_size": 64}, "holds images of side 32: image_size 64 is another"),
         (manifest(), {"num_classes": 2}, "has 3 classes, more than num_classes 2"),
-        (manifest(copies=1), {"mirror": True}, "no latents of mirrored images: prepare it from images"),
+        (manifest(copies=1), {"flip": True}, "no latents of flipped images: prepare it from images"),
     ],
 )
 def test_what_a_store_is_not(tmp_path, about, arguments, message):
@@ -166,8 +166,8 @@ def test_a_store_without_labels(tmp_path):
 
 def test_a_folder_with_a_manifest_is_a_store(tmp_path):
     write(tmp_path / "store")
-    data = open_data(str(tmp_path / "store"), image_size=32, num_classes=None, mirror=True)
-    assert isinstance(data, LatentStore)
+    data = open_data(str(tmp_path / "store"), image_size=32, num_classes=None, flip=True)
+    assert isinstance(data, StoreDataset)
     assert len(data) == 20
 
 
@@ -200,16 +200,16 @@ def test_the_page_reads_a_store_in_ten_lines(tmp_path, monkeypatch):
 
 def test_what_is_recognised_is_said(tmp_path, capsys):
     write(tmp_path / "store", manifest(vae="some/vae"), skip=(4, 5), class_names=["a", "b", "c", "d"])
-    open_data(str(tmp_path / "store"), image_size=32, num_classes=None, mirror=False)
+    open_data(str(tmp_path / "store"), image_size=32, num_classes=None, flip=False)
     assert capsys.readouterr().out == (
         f"{tmp_path / 'store'}: a store of 8 moments (2, 8, 4, 4), 4 classes (a, b, c, ...), 2 images left out when it "
         f"was made, scale 0.5, shift 0.25 (its manifest; VAE some/vae)\n"
     )
     edit_manifest(tmp_path / "store", lambda fields: fields.update(class_names=["a\n\x1b[2J", "b", "c", "d"]))
-    open_data(str(tmp_path / "store"), image_size=32, num_classes=None, mirror=False)
+    open_data(str(tmp_path / "store"), image_size=32, num_classes=None, flip=False)
     assert r"4 classes (a\n\x1b[2J, b, c, ...)" in capsys.readouterr().out
     write(tmp_path / "pixels", manifest("pixels"), class_names=[], count=1)
-    open_data(str(tmp_path / "pixels"), image_size=8, num_classes=None, mirror=False)
+    open_data(str(tmp_path / "pixels"), image_size=8, num_classes=None, flip=False)
     assert capsys.readouterr().out.endswith("pixels: a store of 1 pixels (1, 3, 8, 8), no labels\n")
 
 
@@ -221,8 +221,8 @@ def test_values_that_are_not_finite_are_refused(tmp_path, value, place):
     records = np.lib.format.open_memmap(path, "r+")
     records[2].flat[place] = value
     records.flush()
-    data = opened(tmp_path / "store", mirror=True)
-    bad = 6 if place >= 0 else 16  # the last value is of the mirror image
+    data = opened(tmp_path / "store", flip=True)
+    bad = 6 if place >= 0 else 16  # the last value is of the flipped image
     assert about.count == 10
     data.read(np.array([i for i in range(20) if i != bad]))
     with pytest.raises(ValueError, match=r"store/00001\.npy: record 2 holds values that are not finite"):
@@ -285,10 +285,10 @@ CUT = """
 import sys
 from pathlib import Path
 import numpy as np
-from fastmask.data import LatentStore
+from fastmask.data import StoreDataset
 
 store = Path(sys.argv[1])
-data = LatentStore(store, 32, None, False)
+data = StoreDataset(store, 32, None, False)
 data.read(np.arange(3000))
 with open(store / "00000.npy", "r+b") as file:
     file.truncate(300)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from stores import edit_manifest, manifest, records_of, write
 
 from fastmask import prepare, train
-from fastmask.data import LatentStore, open_data
+from fastmask.data import StoreDataset, open_data
 from fastmask.data.store import remote
 from fastmask.data.store.remote import RemoteStore, is_url, local_copy
 from fastmask.training.checkpoint import checkpoints
@@ -103,8 +103,8 @@ def change(path, place=-1):
 
 
 def assert_records(path_or_url):
-    data = open_data(str(path_or_url), image_size=32, num_classes=None, mirror=True)
-    assert isinstance(data, LatentStore)
+    data = open_data(str(path_or_url), image_size=32, num_classes=None, flip=True)
+    assert isinstance(data, StoreDataset)
     records, labels = records_of(data.manifest, 10)
     stored, read_labels = data.read(np.arange(20))
     assert np.array_equal(stored.numpy(), np.concatenate([records[:, 0], records[:, 1]]))
@@ -175,7 +175,7 @@ def test_a_cut_line_keeps_the_finished_files(url, cache, monkeypatch):
     monkeypatch.setattr(remote, "_IN_FLIGHT", 1)
     Line.cut = {"00001.npy"}
     cut = rf"^{url}/00001\.npy cannot be read \(ConnectionResetError: the line was cut\)"
-    with pytest.raises(ValueError, match=cut + r"; [2-5] of 6 files are kept, and the same command goes on$"):
+    with pytest.raises(ValueError, match=cut + r"; [2-5] of 6 files are kept, and the same command resumes$"):
         local_copy(url)
     (folder,) = cache.iterdir()
     kept = set(content(folder))
@@ -190,7 +190,7 @@ def test_a_cut_line_keeps_the_finished_files(url, cache, monkeypatch):
 def fetch_in_turn(url, done):
     remote._SAY_EVERY = 0.0
     local_copy(url)
-    done.put(len(LatentStore(local_copy(url), 32, None, False)))
+    done.put(len(StoreDataset(local_copy(url), 32, None, False)))
 
 
 def test_killed_at_any_moment(url, cache):
@@ -290,7 +290,7 @@ def test_a_new_manifest_of_the_same_files(url, tmp_path):
     folder = local_copy(url)
     fetched()
     edit_manifest(tmp_path / "store", lambda fields: fields.update(class_names=["x", "y", "z"]))
-    assert open_data(url, image_size=32, num_classes=None, mirror=False).class_names == ["x", "y", "z"]
+    assert open_data(url, image_size=32, num_classes=None, flip=False).class_names == ["x", "y", "z"]
     assert fetched() == []
     assert content(folder) == content(tmp_path / "store")
 
@@ -364,7 +364,7 @@ def test_a_disk_that_fills_up_on_the_way(url, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
-    line = r"No space left on device: .*\.partial-0.*; 0 of 6 files are kept, and the same command goes on$"
+    line = r"No space left on device: .*\.partial-0.*; 0 of 6 files are kept, and the same command resumes$"
     with monkeypatch.context() as patched:
         patched.setattr(remote, "sync", full)
         with pytest.raises(ValueError, match=line):
@@ -380,7 +380,7 @@ def test_a_cache_that_cannot_be_written(url, cache):
 
 def test_what_does_not_fit_is_said_before_anything_is_fetched(url):
     with pytest.raises(ValueError, match="holds images of side 32: image_size 64 is another"):
-        open_data(url, image_size=64, num_classes=None, mirror=False)
+        open_data(url, image_size=64, num_classes=None, flip=False)
     assert fetched() == []
 
 
@@ -411,7 +411,7 @@ def test_a_check(url, tmp_path, capsys):
 
 
 def test_a_process_that_reads_for_training_needs_no_line(url):
-    data = open_data(url, image_size=32, num_classes=None, mirror=False)
+    data = open_data(url, image_size=32, num_classes=None, flip=False)
     Line.down = OSError("gone")
     stored, _ = data.read(np.arange(10))
-    assert torch.equal(stored, LatentStore(local_copy(url), 32, None, False).read(np.arange(10))[0])
+    assert torch.equal(stored, StoreDataset(local_copy(url), 32, None, False).read(np.arange(10))[0])

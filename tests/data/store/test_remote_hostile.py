@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from stores import records_of, write
 
 from fastmask.console import without_secrets
-from fastmask.data import LatentStore, open_data
+from fastmask.data import StoreDataset, open_data
 from fastmask.data.store import stalls
 from fastmask.data.store.remote import RemoteStore, local_copy
 
@@ -37,7 +37,7 @@ def url(tmp_path):
 
 
 def assert_records(url):
-    data = LatentStore(local_copy(url), 32, None, False)
+    data = StoreDataset(local_copy(url), 32, None, False)
     assert np.array_equal(data.read(np.arange(10))[0].numpy(), records_of(data.manifest, 10)[0][:, 0])
 
 
@@ -66,7 +66,7 @@ def test_passwords_are_not_printed(tmp_path, cache, capsys):
     write(tmp_path / "store")
     url = f"secret://user:hunter2@{tmp_path}/store?token=hunter2"
     local_copy(url)
-    open_data(url, image_size=32, num_classes=None, mirror=False)
+    open_data(url, image_size=32, num_classes=None, flip=False)
     with pytest.raises(ValueError, match=r"secret://user:\*\*\*@host/gone.*manifest\.json") as error:
         local_copy("secret://user:hunter2@host/gone?token=hunter2")
     said = capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from stores import edit_manifest, write
 
 from fastmask import train
-from fastmask.data import LatentStore, batches, open_data
+from fastmask.data import StoreDataset, batches, open_data
 from fastmask.data.store import verify
 from fastmask.data.store.manifest import read_manifest
 from fastmask.data.store.verify import Compared, Verifier, verifier_of
@@ -199,7 +199,7 @@ def test_a_file_that_is_missing(store):
 def test_batches_end_where_a_file_is_damaged(store):
     """After the store was opened: training began, and the file is not what was written."""
     flip(store / "00002.npy", 140)
-    data = open_data(str(store), image_size=32, num_classes=None, mirror=False)
+    data = open_data(str(store), image_size=32, num_classes=None, flip=False)
     verifier = verifier_of(data, Ranks())
     arguments = {"batch_size": 2, "seed": 0, "start": 0, "stop": 10**6, "device": torch.device("cpu")}
     for num_workers in (0, 1):
@@ -209,8 +209,8 @@ def test_batches_end_where_a_file_is_damaged(store):
 
 
 def test_only_stores_are_compared_and_by_one_process_of_a_machine(store):
-    data = LatentStore(store, 32, None, False)
-    assert verifier_of(open_data("synthetic", image_size=32, num_classes=0, mirror=False), Ranks()) is None
+    data = StoreDataset(store, 32, None, False)
+    assert verifier_of(open_data("synthetic", image_size=32, num_classes=0, flip=False), Ranks()) is None
     assert verifier_of(data, Ranks(3, 4, 1)) is None
     ended(verifier_of(data, Ranks(2, 4, 0)))
 

@@ -163,7 +163,7 @@ def test_what_cannot_be_gone_on_with(tmp_path):
         with pytest.raises(ValueError, match=message), StoreWriter(tmp_path / store, *arguments):
             pass
     (tmp_path / "store" / "unfinished.json").write_text("{")
-    with pytest.raises(ValueError, match=r"unfinished\.json is damaged .*: delete .* and begin anew"):
+    with pytest.raises(ValueError, match=r"unfinished\.json is damaged .*: delete .* and start over"):
         write(tmp_path / "store")
 
 
@@ -182,7 +182,7 @@ class Meeting:
     def __init__(self, monkeypatch):
         self.answer = None
         monkeypatch.setattr(writer, "from_first", self.from_first)
-        monkeypatch.setattr(writer, "meeting", lambda ranks: lambda: None)
+        monkeypatch.setattr(writer, "barrier", lambda ranks: lambda: None)
 
     def from_first(self, ranks, call):
         if not ranks.rank:
@@ -303,5 +303,5 @@ def test_an_unfinished_store_that_is_damaged(tmp_path, content):
     with StoreWriter(tmp_path, manifest(), 10, 4):
         pass
     (tmp_path / "unfinished.json").write_text(content)
-    with pytest.raises(ValueError, match=r"unfinished\.json is damaged .*: delete .* and begin anew"):
+    with pytest.raises(ValueError, match=r"unfinished\.json is damaged .*: delete .* and start over"):
         write(tmp_path)

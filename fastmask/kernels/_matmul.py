@@ -1,4 +1,4 @@
-"""What the ops that end in a matrix product share."""
+"""What the ops that end in a matmul share."""
 
 import torch
 from torch import Tensor
