@@ -70,7 +70,7 @@ def test_help_describes_the_flags(capsys):
         parsed("--help")
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for part in ("Does it.", "--steps INT", "How many."):
+    for part in ("Does it.", "--steps INT", "Number of samples."):
         assert part in out
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_crash import LIVES
+from forked import FORKED
 from test_train import SMALL, stats
 
 from fastmask.prepare import main as prepare
@@ -52,7 +52,7 @@ class Watched:
         self._out, self._errors = folder / "out", folder / "errors"
         arguments = ["--run-dir", str(self.run_dir), *SMALL, *FOREVER, *flags]
         if ranks == 1:
-            self.process = LIVES.Process(
+            self.process = FORKED.Process(
                 target=train, args=(arguments, str(self._out), str(self._errors), largest_file)
             )
             self.process.start()

@@ -306,7 +306,7 @@ def test_nothing_answers(url, capsys, monkeypatch):
     assert_records(url)
     said, _ = capsys.readouterr().out.splitlines()  # and what the store holds
     assert said.startswith(
-        f"warning: {url}/manifest.json cannot be read (OSError: no route to host): going on with the"
+        f"warning: {url}/manifest.json cannot be read (OSError: no route to host): continuing with the"
     )
     assert said.endswith(f" in {folder}")
     # Where several machines train, they must not go on with copies of several days.
