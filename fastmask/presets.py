@@ -1,12 +1,15 @@
 """The preset table: a row per training run, listing what differs from `TrainConfig`'s defaults.
 
-Sources: [M] MaskDiT, arXiv 2306.09305, section 4 and its released recipe; [D] DiT, arXiv 2212.09748, tables 1 and 4.
+Sources: [M] MaskDiT, arXiv 2306.09305, section 4 and its released recipe; [D] DiT, arXiv 2212.09748, tables 1 and 4;
+[F] rectified flow, arXiv 2403.03206.
 With the published 512 x 8 decoder, masking half the patches saves operations only in wide networks, so the S and B rows
 take a decoder in proportion, about half the encoder's width and a quarter of its depth. The published shape is
 `--decoder-width 512 --decoder-depth 8 --decoder-num-heads 16`.
 """
 
 from typing import Any
+
+from fastmask.diffusion import RectifiedFlow
 
 # Encoders [D, table 1; H: M].
 _S: dict[str, Any] = {"width": 384, "depth": 12, "num_heads": 6}
@@ -33,11 +36,14 @@ _FROM_256: dict[str, Any] = {"init": "runs/xl2-in256"}
 _FROM_512: dict[str, Any] = {"init": "runs/xl2-in512"}
 _LONG: dict[str, Any] = {"checkpoint_every": 10_000, "sample_every": 50_000}
 
+# The embedded digits: `TrainConfig`'s network, sized for three minutes on two CPU cores (ours).
+_DIGITS: dict[str, Any] = {"max_steps": 1550, "unmask_steps": 500, "batch_size": 64, "lr": 3e-3, "unmask_lr": 1e-3}
+_DIGITS |= {"warmup_steps": 100, "betas": (0.9, 0.99), "ema_decay": 0.995, "sample_every": 775}
+
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
-    # The embedded digits: `TrainConfig`'s network, sized for three minutes on two CPU cores (ours).
-    "digits":           {"max_steps": 1550, "unmask_steps": 500, "batch_size": 64, "lr": 3e-3, "unmask_lr": 1e-3,
-                         "warmup_steps": 100, "betas": (0.9, 0.99), "ema_decay": 0.995, "sample_every": 775},
+    "digits":           {**_DIGITS},
+    "digits-flow":      {**_DIGITS, "process": RectifiedFlow()},  # logit-normal times [F, section 3.1]
     # name               encoder  decoder    data       recipe      steps
     "s2-in256":         {**_S,  **_DEC_S, **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
     "b2-in256":         {**_B,  **_DEC_B, **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours

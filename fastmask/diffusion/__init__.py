@@ -3,6 +3,7 @@
 from fastmask.diffusion.denoiser import Denoiser, EDMPrecond
 from fastmask.diffusion.draws import TrainingDraws, training_draws
 from fastmask.diffusion.edm import EDM
+from fastmask.diffusion.flow import RectifiedFlow
 from fastmask.diffusion.objective import MaskedDenoising, Objective
 from fastmask.diffusion.process import Process
 from fastmask.diffusion.sampling import draw_samples, sample
@@ -16,6 +17,7 @@ __all__ = [
     "MaskedDenoising",
     "Objective",
     "Process",
+    "RectifiedFlow",
     "TrainingDraws",
     "draw_samples",
     "sample",

@@ -5,10 +5,11 @@ import json
 from typing import TypeAlias
 
 from fastmask.diffusion.edm import EDM
+from fastmask.diffusion.flow import RectifiedFlow
 from fastmask.diffusion.process import Process
 
-AnyProcess: TypeAlias = EDM
-PROCESSES: dict[str, type[Process]] = {kind.name: kind for kind in (EDM,)}
+AnyProcess: TypeAlias = EDM | RectifiedFlow
+PROCESSES: dict[str, type[Process]] = {kind.name: kind for kind in (EDM, RectifiedFlow)}
 
 
 def to_json(process: Process) -> str:

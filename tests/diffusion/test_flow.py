@@ -1,0 +1,88 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from scipy import stats
+from util import GaussianDenoiser, batch_of, small_net
+
+from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, RectifiedFlow, draw_samples, sample, training_draws
+from fastmask.kernels import patchify
+from fastmask.testing import assert_near, relative_error
+
+
+def flow_net(**process):
+    return Denoiser(small_net().model, RectifiedFlow(**process))
+
+
+def test_straight_paths():
+    images, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0.0, 0.25, 1.0])
+    noised = RectifiedFlow().noised(images, noise, t)
+    assert torch.equal(noised[0], images[0])
+    assert torch.equal(noised[2], noise[2])
+    assert_near(noised[1], 0.75 * images[1] + 0.25 * noise[1])
+    assert RectifiedFlow().log_snr(torch.tensor([0.25, 0.5])).tolist() == pytest.approx([2 * math.log(3), 0.0])
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_times_of_training_are_logit_normal_and_shifted(shift):
+    process = RectifiedFlow(t_mean=-0.3, t_std=0.8, shift=shift)
+    t = process.draw(torch.randn(20_000))
+    unshifted = t / (shift - (shift - 1) * t)
+    logit = (unshifted.double() / (1 - unshifted.double())).log()
+    assert stats.kstest(logit.numpy(), "norm", (-0.3, 0.8)).pvalue > 0.01
+
+
+def test_times_of_sampling_fall_to_zero():
+    assert RectifiedFlow().times(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    shifted = RectifiedFlow(shift=3.0).times(4)  # t' = 3 t / (1 + 2 t)
+    assert shifted.dtype == torch.float64
+    assert shifted.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "rule"),
+    [
+        ("t_mean", (math.inf, math.nan), "a number"),
+        ("t_std", (-0.1, math.inf, math.nan), "at least 0"),
+        ("shift", (0.0, -1.0, math.inf, math.nan), "a number above 0"),
+    ],
+)
+def test_numbers_that_no_flow_has(name, values, rule):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} must be {rule}, not {value}"):
+            RectifiedFlow(**{name: value})
+
+
+def test_the_loss_is_the_error_of_the_velocity():
+    """|F - (noise - image)|^2, averaged; the network sees x_t and t as they are."""
+    net = flow_net().double()
+    images, labels, _, noise = batch_of(net, dtype=torch.float64)
+    t = torch.tensor([0.02, 0.5, 0.98], dtype=torch.float64)
+    losses = Objective(net, [MaskedDenoising()])(images, labels, None, t, noise)
+    raw = net.model(net.process.noised(images, noise, t), t, labels)
+    exact = (raw - patchify(noise - images, 2)).square().mean((1, 2))
+    torch.testing.assert_close(losses["loss"], exact, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("heun", 2), ("euler", 1)])
+def test_solvers_converge_at_their_order(solver, order):
+    """For normal data the flow takes noise z to mean + deviation * z."""
+    noise, labels = torch.randn(2, 1, 4, 4).double(), torch.tensor([0, 1])
+    mean = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    exact = mean[:, None, None, None] + 0.5 * noise
+    net = GaussianDenoiser(mean=(0.3, -0.2), process=RectifiedFlow())
+    ends = [sample(net, noise, labels, net.process.times(n), solver=solver) for n in (40, 80, 160)]
+    for coarse, fine in pairwise(relative_error(end, exact) for end in ends):
+        assert order - 0.3 < math.log2(coarse / fine) < order + 0.3
+
+
+def test_a_network_is_trained_and_sampled_by_it():
+    net = flow_net(shift=2.0)
+    images, labels, _, _ = batch_of(net)
+    draws = training_draws(net.process, images, labels, length=16, keep=5, num_classes=5, seed=1, offset=0)
+    losses = Objective(net, [MaskedDenoising()])(images, *draws)
+    losses["loss"].mean().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    samples = draw_samples(net, labels, seed=0, num_steps=4, cfg_scale=1.5)
+    assert samples.isfinite().all()
