@@ -26,7 +26,15 @@ from fastmask.models.counts import num_parameters
 from fastmask.presets import PRESETS
 from fastmask.ranks import Ranks, from_first, is_lost_rank, own_device, process_group, signal_if_torchrun_dies
 from fastmask.training.checkpoint import Checkpointer, checkpoints
-from fastmask.training.config import TrainConfig, build_model, check_config, check_ranges, fit_stages, preset_config
+from fastmask.training.config import (
+    TrainConfig,
+    build_model,
+    check_config,
+    check_ranges,
+    fit_stages,
+    preset_config,
+    refuse_foreign_flags,
+)
 from fastmask.training.monitor import DivergedError
 from fastmask.training.numerics import set_numerics
 from fastmask.training.optim import resolve_optimizer
@@ -50,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
     ranks = Ranks.from_environment()
     console.quiet = ranks.rank > 0
     preset = preset_config(_preset_name(argv), PRESETS)
+    refuse_foreign_flags(argv, preset)
     command = parse(
         _Command,
         argv,

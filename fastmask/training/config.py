@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from fastmask.console import without_secrets
@@ -17,7 +17,7 @@ from fastmask.diffusion.masking import (
     parse_per_sample,
     ratio_stages,
 )
-from fastmask.diffusion.processes import AnyProcess
+from fastmask.diffusion.processes import PROCESSES, AnyProcess
 from fastmask.models.maskdit import MaskDiT, check_sizes
 from fastmask.training.ema import gamma_of
 
@@ -327,6 +327,19 @@ def preset_config(name: str, presets: dict[str, dict[str, Any]]) -> TrainConfig:
     if name not in presets:
         raise ValueError(_unknown("preset", name, presets))
     return TrainConfig(preset=name, **presets[name])
+
+
+def refuse_foreign_flags(arguments: Sequence[str], config: TrainConfig) -> None:
+    """Raise a ValueError that names the process of a flag which belongs to another process than the preset's."""
+    own = {field.name for field in dataclasses.fields(config.process)}
+    owners = {field.name: kind.name for kind in PROCESSES.values() for field in dataclasses.fields(kind)}
+    for argument in arguments:
+        name = argument.split("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name in owners and name not in own:
+            raise ValueError(
+                f"{argument.split('=')[0]} is a flag of process {owners[name]}, and preset {config.preset} trains "
+                f"process {config.process.name}"
+            )
 
 
 def _unknown(what: str, name: str, known: dict[str, Any]) -> str:
