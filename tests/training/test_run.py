@@ -25,7 +25,7 @@ from fastmask.training.run import gpu_of, memory_used
 
 def test_non_finite_loss_stops_the_run(tmp_path):
     flags = ["--lr", "1e30", "--checkpoint-every", "1", "--report-every", "50"]
-    with pytest.raises(ValueError, match=r"batch from sample \d+ on is not finite \(its sigma: .* to .*\); "):
+    with pytest.raises(ValueError, match=r"batch from sample \d+ on is not finite \(its log-SNR: .* to .*\); "):
         run(tmp_path, *flags, steps=40, unmask=0)
     for tensor in weights(tmp_path).values():
         assert tensor.isfinite().all()
@@ -192,8 +192,8 @@ def test_rolling_back_counts_on(tmp_path, monkeypatch):
     """Three steps that are stored, one that is reported, one that diverges, and two more."""
     damaged, real = sample_ids(0, 0, 80, 40)[[50, 66]].tolist(), training_draws  # of the fourth batch and the fifth
 
-    def draws(images, labels, *, offset, **settings):
-        drawn = real(images, labels, offset=offset, **settings)
+    def draws(*arguments, offset, **settings):
+        drawn = real(*arguments, offset=offset, **settings)
         return drawn._replace(noise=torch.where(offset == 4 * 16, torch.nan, drawn.noise))
 
     monkeypatch.setattr("fastmask.training.step.training_draws", draws)
@@ -243,7 +243,7 @@ def test_what_a_run_reports(tmp_path):
     assert 0 < line["update_ratio"] < 1
     assert 0 <= line["data_wait"] < 1
     assert line["memory_gb"] > 0.05
-    levels = [value for name, value in line.items() if name.startswith("loss_at_ln_sigma/")]
+    levels = [value for name, value in line.items() if name.startswith("loss_at_log_snr/")]
     assert len(levels) >= 3
     assert min(levels) <= line["loss"] <= max(levels)
     assert "mfu" not in line, "the peak of a CPU is not known"
