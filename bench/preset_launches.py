@@ -58,16 +58,16 @@ def preset_cases(widths: list[int]) -> Iterator[Case]:
     updated = set()
     for name in PRESETS:
         config = preset_config(name, PRESETS)
-        if not {config.width, *([config.decoder_width] if config.decoder_depth else [])} <= {*widths}:
+        sizes = config.network
+        if not {sizes.width, *([sizes.decoder_width] if sizes.decoder_depth else [])} <= {*widths}:
             continue
         # "auto" is bf16 on a GPU that has it, and fp32 on others.
         for precision in ("bf16", "fp32") if config.precision == "auto" else (config.precision,):
             for form, calls in _passes(config, precision):
                 for call in calls.launches(precision):
                     yield f"{name} {precision} {form}", call
-        network = (config.width, config.depth, config.decoder_width, config.decoder_depth, config.patch_size)
-        if network not in updated:
-            updated.add(network)
+        if sizes not in updated:
+            updated.add(sizes)
             for form, calls in _updates(config):
                 for call in calls.launches("fp32"):
                     yield f"{name} {form}", call
@@ -75,7 +75,7 @@ def preset_cases(widths: list[int]) -> Iterator[Case]:
 
 def _passes(config: TrainConfig, precision: str) -> Iterator[tuple[str, _Calls]]:
     """Yield the calls of a micro-batch that keeps all positions, as many as the preset says, and unequal numbers."""
-    length = (_side(config) // config.patch_size) ** 2
+    length = (_side(config) // config.network.patch_size) ** 2
     for keep in sorted({length, kept_count(length, config.mask_ratio)}, reverse=True):
         yield f"K={keep}", _pass(config, precision, keep, "constant")
         if keep < length:
@@ -83,7 +83,8 @@ def _passes(config: TrainConfig, precision: str) -> Iterator[tuple[str, _Calls]]
 
 
 def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> _Calls:
-    config = dataclasses.replace(config, depth=1, decoder_depth=min(1, config.decoder_depth))
+    network = dataclasses.replace(config.network, depth=1, decoder_depth=min(1, config.network.decoder_depth))
+    config = dataclasses.replace(config, network=network)
     batch, dtype = config.micro_batch, _DTYPES.get(precision)
     with FakeTensorMode(), _Calls() as calls:
         model = _network(config)
@@ -116,7 +117,7 @@ def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> _C
 
 def _updates(config: TrainConfig) -> Iterator[tuple[str, _Calls]]:
     """Yield the calls of the optimizer's steps: in masked ones the mask token has a gradient, too."""
-    for masked in (True, False) if config.decoder_depth else (False,):
+    for masked in (True, False) if config.network.decoder_depth else (False,):
         with FakeTensorMode(), _Calls() as calls:
             model = _network(config)
             for name, parameter in model.named_parameters():

@@ -183,7 +183,8 @@ class Op(NamedTuple):
 def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
     """Yield the ops of a preset's network: a fp32 residual, the rest in ``low``."""
     config = preset_config(preset, PRESETS)
-    side, patch, width, narrow = config.image_size // 8, config.patch_size, config.width, config.decoder_width
+    network, side = config.network, config.image_size // 8
+    patch, width, narrow = network.patch_size, network.width, network.decoder_width
     length = (side // patch) ** 2
     keep = kept_count(length, config.mask_ratio)
     x, branch = empty(_BATCH, keep, width), empty(_BATCH, keep, width, dtype=low)
@@ -266,7 +267,7 @@ def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
 
 def update(preset: str) -> tuple[int, int, int, int]:
     """Return the four counts of `adamw_ema` with one average, of the parameters of one of an MLP's Linears."""
-    width = preset_config(preset, PRESETS).width
+    width = preset_config(preset, PRESETS).network.width
     shapes = ((4 * width, width), (4 * width,))
     betas, eps, weight_decay = (0.9, 0.999), 1e-8, 0.01
 

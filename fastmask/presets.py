@@ -10,6 +10,7 @@ take a decoder in proportion, about half the encoder's width and a quarter of it
 from typing import Any
 
 from fastmask.diffusion import RectifiedFlow
+from fastmask.models.maskdit import MaskDiTConfig
 
 # Encoders [D, table 1; H: M].
 _S: dict[str, Any] = {"width": 384, "depth": 12, "num_heads": 6}
@@ -18,11 +19,19 @@ _L: dict[str, Any] = {"width": 1024, "depth": 24, "num_heads": 16}
 _XL: dict[str, Any] = {"width": 1152, "depth": 28, "num_heads": 16}
 _H: dict[str, Any] = {"width": 1280, "depth": 32, "num_heads": 16}
 
-# Decoders: the published one [M], two in proportion (ours), and none.
+# Decoders: the published one [M], and two in proportion (ours).
 _DEC: dict[str, Any] = {"decoder_width": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 _DEC_S: dict[str, Any] = {"decoder_width": 192, "decoder_depth": 3, "decoder_num_heads": 6}
 _DEC_B: dict[str, Any] = {"decoder_width": 384, "decoder_depth": 3, "decoder_num_heads": 12}
-_DENSE: dict[str, Any] = {"decoder_depth": 0, "mask_ratio": 0.0}
+
+
+def _masked(encoder: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
+    return {"network": MaskDiTConfig(**encoder, **decoder)}
+
+
+def _dense(encoder: dict[str, Any]) -> dict[str, Any]:
+    return {"network": MaskDiTConfig(**encoder, decoder_depth=0)}
+
 
 # Datasets: stores of ImageNet's latents at two sides, which fastmask.prepare makes.
 _IN256: dict[str, Any] = {"data": "data/in256", "image_size": 256, "num_classes": 1000, "micro_batch_size": 128}
@@ -31,7 +40,7 @@ _IN512: dict[str, Any] = {"data": "data/in512", "image_size": 512, "num_classes"
 # Recipes.
 _MASKED: dict[str, Any] = {"mask_ratio": 0.5, "batch_size": 1024, "lr": 1e-4}  # [M]
 _UNMASK: dict[str, Any] = {"mask_ratio": 0.0, "batch_size": 512, "lr": 5e-5, "precision": "tf32"}  # [M]
-_DIT: dict[str, Any] = {**_DENSE, "batch_size": 256, "lr": 1e-4}  # [D, section 4], with EDM's loss
+_DIT: dict[str, Any] = {"mask_ratio": 0.0, "batch_size": 256, "lr": 1e-4}  # [D, section 4], with EDM's loss
 _FROM_256: dict[str, Any] = {"init": "runs/xl2-in256"}
 _FROM_512: dict[str, Any] = {"init": "runs/xl2-in512"}
 _LONG: dict[str, Any] = {"checkpoint_every": 10_000, "sample_every": 50_000}
@@ -44,19 +53,19 @@ _DIGITS |= {"warmup_steps": 100, "betas": (0.9, 0.99), "ema_decay": 0.995, "samp
 PRESETS: dict[str, dict[str, Any]] = {
     "digits":           {**_DIGITS},
     "digits-flow":      {**_DIGITS, "process": RectifiedFlow()},  # logit-normal times [F, section 3.1]
-    # name               encoder  decoder    data       recipe      steps
-    "s2-in256":         {**_S,  **_DEC_S, **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
-    "b2-in256":         {**_B,  **_DEC_B, **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
-    "l2-in256":         {**_L,  **_DEC,   **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # [M]
-    "xl2-in256":        {**_XL, **_DEC,   **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # [M]
-    "h2-in256":         {**_H,  **_DEC,   **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # [M]
-    "xl2-in256-unmask": {**_XL, **_DEC,   **_IN256, **_UNMASK, "max_steps":   100_000, **_LONG, **_FROM_256},
-    "xl2-in512":        {**_XL, **_DEC,   **_IN512, **_MASKED, "max_steps": 1_000_000, **_LONG},  # [M]
-    "xl2-in512-unmask": {**_XL, **_DEC,   **_IN512, **_UNMASK, "max_steps":    50_000, **_LONG, **_FROM_512},
-    "dit-s2-in256":     {**_S,            **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
-    "dit-b2-in256":     {**_B,            **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
-    "dit-l2-in256":     {**_L,            **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
-    "dit-xl2-in256":    {**_XL,           **_IN256, **_DIT,    "max_steps": 7_000_000, **_LONG},  # [D, table 2]
-    "dit-xl2-in512":    {**_XL,           **_IN512, **_DIT,    "max_steps": 3_000_000, **_LONG},  # [D, table 3]
+    # name              network                 data       recipe      steps
+    "s2-in256":         {**_masked(_S, _DEC_S),  **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
+    "b2-in256":         {**_masked(_B, _DEC_B),  **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
+    "l2-in256":         {**_masked(_L, _DEC),    **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # [M]
+    "xl2-in256":        {**_masked(_XL, _DEC),   **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # [M]
+    "h2-in256":         {**_masked(_H, _DEC),    **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # [M]
+    "xl2-in256-unmask": {**_masked(_XL, _DEC),   **_IN256, **_UNMASK, "max_steps":   100_000, **_LONG, **_FROM_256},
+    "xl2-in512":        {**_masked(_XL, _DEC),   **_IN512, **_MASKED, "max_steps": 1_000_000, **_LONG},  # [M]
+    "xl2-in512-unmask": {**_masked(_XL, _DEC),   **_IN512, **_UNMASK, "max_steps":    50_000, **_LONG, **_FROM_512},
+    "dit-s2-in256":     {**_dense(_S),           **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
+    "dit-b2-in256":     {**_dense(_B),           **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
+    "dit-l2-in256":     {**_dense(_L),           **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
+    "dit-xl2-in256":    {**_dense(_XL),          **_IN256, **_DIT,    "max_steps": 7_000_000, **_LONG},  # [D, table 2]
+    "dit-xl2-in512":    {**_dense(_XL),          **_IN512, **_DIT,    "max_steps": 3_000_000, **_LONG},  # [D, table 3]
 }
 # fmt: on

@@ -190,9 +190,9 @@ whole = steps.config_of
 def tiny(size, image_size, form):
     config = whole(size, image_size, form)
     sizes = {"width": 16, "depth": 1, "num_heads": 2}
-    if config.decoder_depth:
+    if config.network.decoder_depth:
         sizes |= {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}
-    return dataclasses.replace(config, **sizes)
+    return dataclasses.replace(config, network=dataclasses.replace(config.network, **sizes))
 
 steps.config_of = tiny
 rows.RESULTS = Path(__file__).parent / "results"

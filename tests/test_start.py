@@ -10,10 +10,11 @@ import forked
 import pytest
 from test_train import SMALL, run, stats
 
+from fastmask.presets import PRESETS
 from fastmask.ranks import Ranks
 from fastmask.train import StopSignals, check_memory, check_tools, main, resolve_machine
 from fastmask.training.checkpoint import checkpoints
-from fastmask.training.config import TrainConfig
+from fastmask.training.config import TrainConfig, preset_config
 
 
 def start(run_dir, *flags):
@@ -65,11 +66,11 @@ def test_a_run_folder_has_the_name_of_preset_and_data(preset, data, name):
     assert resolve_machine(config).run_dir == f"runs/{name}"
 
 
-XL = {"image_size": 256, "width": 1152, "depth": 28, "num_heads": 16, "decoder_width": 512, "decoder_depth": 8}
+XL = {"image_size": 256, "network": preset_config("xl2-in256", PRESETS).network}
 
 
 def test_too_little_memory_says_what_fits(monkeypatch):
-    config = TrainConfig(**XL, decoder_num_heads=16, batch_size=128, device="cpu", precision="fp32")
+    config = TrainConfig(**XL, batch_size=128, device="cpu", precision="fp32")
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 2**30 // 4096}[name])
     with pytest.raises(ValueError, match=r"a step takes \d+.\d GiB with 128 images at a time, cpu has 24.0 GiB: give "):
         check_memory(config, 4, 32, Ranks())

@@ -21,6 +21,7 @@ from bench.kernels import OPS, shapes_of
 from bench.kernels._cases import Op, Shapes
 from fastmask.diffusion import EDM, Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.objective import TOTAL
+from fastmask.models.maskdit import MaskDiTConfig
 from fastmask.testing import network_errors_over_bound, network_steps, norm_error_over_bound, op_errors_over_bound
 from fastmask.training.config import TrainConfig, build_model
 
@@ -132,13 +133,13 @@ def network_error(device: torch.device) -> float:
     says what the products of the device cost.
     """
     # Interpreted, a block takes seconds.
-    config = TrainConfig() if device.type == "cuda" else TrainConfig(depth=1, decoder_depth=1)
+    config = TrainConfig() if device.type == "cuda" else TrainConfig(network=MaskDiTConfig(depth=1, decoder_depth=1))
     torch.manual_seed(0)
     model = build_model(config, 1, 8)
     for parameter in model.parameters():  # zeros would hide what goes wrong before them
         torch.nn.init.normal_(parameter, std=0.1)
-    decoder = config.decoder_width, config.decoder_depth, config.decoder_num_heads
-    plain = PlainDiT(8, 2, 1, config.width, config.depth, config.num_heads, 10, *decoder)
+    decoder = config.network.decoder_width, config.network.decoder_depth, config.network.decoder_num_heads
+    plain = PlainDiT(8, 2, 1, config.network.width, config.network.depth, config.network.num_heads, 10, *decoder)
     plain.load_state_dict(model.state_dict())
     images, labels = torch.randn(4, 1, 8, 8, device=device) / 2, torch.arange(4, device=device)
     draws = training_draws(EDM(), images, labels, length=16, keep=8, num_classes=10, label_drop=0.1, seed=1, offset=0)
@@ -158,7 +159,7 @@ def network_error(device: torch.device) -> float:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of its convolution
         noise = draws.noise * draws.t[:, None, None, None]
         loss = PlainLoss(plain).to(device)(images, draws.labels, draws.t, noise, *indices).detach()
-    blocks = config.depth + config.decoder_depth
+    blocks = config.network.depth + config.network.decoder_depth
     forward, both = network_steps(blocks), network_steps(blocks, backward=True)
     errors = network_errors_over_bound(by_ours, gradients, both, eager=by_eager)
     losses = (norm_error_over_bound(found, exact, forward, eager=eager) for found in (ours, loss))

@@ -132,12 +132,12 @@ def shapes_of(preset: str, device: torch.device, dtype: torch.dtype | None = Non
         dtype: of products; None is bfloat16 on a GPU and float32 on a CPU.
     """
     config = preset_config(preset, PRESETS)
-    if not config.decoder_depth:
+    if not config.network.decoder_depth:
         raise ValueError(f"preset {preset} has no masks and no decoder to take shapes from: give a masked one")
     on_gpu = device.type == "cuda"
     latents = config.data != "digits"  # of the VAE; the digits are pixels
     side = config.image_size // 8 if latents else config.image_size
-    length = (side // config.patch_size) ** 2
+    length = (side // config.network.patch_size) ** 2
     return Shapes(
         preset=preset,
         device=device,
@@ -145,11 +145,11 @@ def shapes_of(preset: str, device: torch.device, dtype: torch.dtype | None = Non
         batch=config.micro_batch if on_gpu else CPU_BATCH,
         length=length,
         keep=kept_count(length, config.mask_ratio),
-        width=config.width,
-        heads=config.num_heads,
-        decoder_width=config.decoder_width,
+        width=config.network.width,
+        heads=config.network.num_heads,
+        decoder_width=config.network.decoder_width,
         channels=4 if latents else 1,
-        patch=config.patch_size,
+        patch=config.network.patch_size,
         side=side,
         generator=torch.Generator(device).manual_seed(0),
     )

@@ -241,15 +241,15 @@ def _plain_trainer(model: MaskDiT, config: TrainConfig, bf16: bool) -> PlainTrai
     with torch.device("meta"):
         plain = PlainDiT(
             model.input_size,
-            config.patch_size,
+            config.network.patch_size,
             model.in_channels,
-            config.width,
-            config.depth,
-            config.num_heads,
+            config.network.width,
+            config.network.depth,
+            config.network.num_heads,
             config.num_classes,
-            config.decoder_width,
-            config.decoder_depth,
-            config.decoder_num_heads,
+            config.network.decoder_width,
+            config.network.decoder_depth,
+            config.network.decoder_num_heads,
         )
     plain.load_state_dict(model.state_dict(), assign=True)
     return PlainTrainer(PlainLoss(plain, config.mae_coef), autocast=bf16)

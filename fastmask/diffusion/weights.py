@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastmask.console import say
+from fastmask.described import from_json, to_json
 from fastmask.diffusion import EDM, Denoiser, Process
-from fastmask.diffusion.processes import from_json, to_json
+from fastmask.diffusion.processes import PROCESSES
 from fastmask.models.layers import sincos_position
 from fastmask.models.maskdit import MaskDiT
+from fastmask.models.networks import NETWORKS
 from fastmask.rundir import find_weights
 from fastmask.tensorfile import check_finite, choose_weights, read_weights, with_checksum
 
@@ -137,8 +139,7 @@ def save_weights(
         OSError: the file cannot be written.
     """
     stated = {
-        "num_heads": str(net.model.num_heads),
-        "decoder_num_heads": str(net.model.decoder_num_heads),
+        "network": to_json(net.model.config),
         "process": to_json(net.process),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or net.state_dict()).items()}
@@ -197,7 +198,13 @@ def _without(weights: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor
 
 
 def _heads(stated: Mapping[str, str], name: str, what: str) -> int:
-    """Return a number of heads that a file states, 0 if it states none."""
+    """Return a number of heads that a file states, 0 if it states none; files of earlier versions state these alone."""
+    if "network" in stated:
+        try:
+            heads: int = getattr(from_json(stated["network"], NETWORKS, "network"), name)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{what} states no network that is known: {error}") from error
+        return heads
     text = stated.get(name, "")
     if text and not re.fullmatch(r"[1-9]\d{0,4}", text):
         raise ValueError(f"{what} states {name} {text!r}, which is no number of heads")
@@ -208,7 +215,7 @@ def _process(stated: Mapping[str, str], what: str) -> Process | None:
     """Return the process that a file states, None if it states none; files of earlier versions have EDM's number."""
     try:
         if "process" in stated:
-            return from_json(stated["process"])
+            return from_json(stated["process"], PROCESSES, "process")
         return EDM(sigma_data=float(stated["sigma_data"])) if "sigma_data" in stated else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} states no process that is known: {error}") from error

@@ -3,7 +3,9 @@
 Published checkpoints load as they are.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,52 @@ from fastmask.models.layers import (
     sincos_position,
 )
 from fastmask.models.stack import Stack, run_stack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MaskDiTConfig:
+    """The sizes of a `MaskDiT`; without a decoder it is a plain DiT, which trains unmasked."""
+
+    name: ClassVar[str] = "maskdit"
+
+    patch_size: int = 2
+    """Side of a patch in pixels (of the latent, where latents are trained on)."""
+    width: int = 96
+    """Width of the encoder."""
+    depth: int = 4
+    """Number of blocks of the encoder."""
+    num_heads: int = 2
+    """Number of attention heads of the encoder."""
+    decoder_width: int = 64
+    """Width of the decoder."""
+    decoder_depth: int = 2
+    """Number of blocks of the decoder; 0 is a plain DiT, which trains unmasked."""
+    decoder_num_heads: int = 2
+    """Number of attention heads of the decoder."""
+    qk_norm: bool = False
+    """Normalise queries and keys of each head, which keeps attention from growing without bound."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether it can be trained on a part of the tokens."""
+        return self.decoder_depth > 0
+
+    def check(self, input_size: int) -> None:
+        """Raise a ValueError that names the first size that cannot be, for images of this side."""
+        check_sizes(
+            input_size,
+            self.patch_size,
+            self.width,
+            self.depth,
+            self.num_heads,
+            self.decoder_width,
+            self.decoder_depth,
+            self.decoder_num_heads,
+        )
+
+    def build(self, channels: int, input_size: int, num_classes: int) -> "MaskDiT":
+        """Return a freshly initialised network for images of (channels, input_size, input_size)."""
+        return MaskDiT(input_size, in_channels=channels, num_classes=num_classes, **dataclasses.asdict(self))
 
 
 class MaskDiT(nn.Module):
@@ -40,6 +88,7 @@ class MaskDiT(nn.Module):
         impl: form of the ops: "fused", "reference", or None for the default of the device that `forward` runs on.
 
     Attributes:
+        config: its sizes, but for images and classes.
         checkpoint_blocks: keep of each block its input alone for backward, and recompute the rest there.
 
     Raises:
@@ -71,6 +120,16 @@ class MaskDiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.qk_norm = num_classes, qk_norm
         self.num_heads, self.decoder_num_heads = num_heads, decoder_num_heads
+        self.config = MaskDiTConfig(
+            patch_size=patch_size,
+            width=width,
+            depth=depth,
+            num_heads=num_heads,
+            decoder_width=decoder_width,
+            decoder_depth=decoder_depth,
+            decoder_num_heads=decoder_num_heads,
+            qk_norm=qk_norm,
+        )
         side = input_size // patch_size
         self.length = side**2
         values = patch_size * patch_size * in_channels

@@ -18,7 +18,8 @@ from fastmask.diffusion.masking import (
     ratio_stages,
 )
 from fastmask.diffusion.processes import PROCESSES, AnyProcess
-from fastmask.models.maskdit import MaskDiT, check_sizes
+from fastmask.models.maskdit import MaskDiT, MaskDiTConfig
+from fastmask.models.networks import NETWORKS, AnyNetwork
 from fastmask.training.ema import gamma_of
 
 
@@ -68,22 +69,8 @@ class TrainConfig:
     num_workers: int = 0
     """Processes that read and decode images, and threads of DALI; 0 reads in the training process."""
 
-    patch_size: int = 2
-    """Side of a patch in pixels (of the latent, where latents are trained on)."""
-    width: int = 96
-    """Width of the encoder."""
-    depth: int = 4
-    """Blocks of the encoder."""
-    num_heads: int = 2
-    """Attention heads of the encoder."""
-    decoder_width: int = 64
-    """Width of the decoder."""
-    decoder_depth: int = 2
-    """Blocks of the decoder; 0 is a plain DiT, which trains unmasked."""
-    decoder_num_heads: int = 2
-    """Attention heads of the decoder."""
-    qk_norm: bool = False
-    """Normalise queries and keys of each head, which keeps attention from growing without bound."""
+    network: AnyNetwork = MaskDiTConfig()  # noqa: RUF009  (immutable)
+    """The network, which the preset picks."""
 
     mask_ratio: float = 0.5
     """Share of the patches that the encoder does not see, in [0, 1)."""
@@ -159,11 +146,13 @@ class TrainConfig:
     def recorded(self) -> dict[str, Any]:
         """Return the values by the names of their flags, as they may be printed and stored.
 
-        The process's fields stand beside the others, of which ``process`` is its name; a URL of data has no passwords,
-        tokens and query.
+        The fields of process and network stand beside the others, ``process`` and ``network`` are their names; a URL of
+        data has no passwords, tokens and query.
         """
         values = dataclasses.asdict(self)
-        return {**values, **values["process"], "process": self.process.name, "data": without_secrets(self.data)}
+        members = {**values.pop("process"), **values.pop("network")}
+        names = {"process": self.process.name, "network": self.network.name}
+        return {**values, **members, **names, "data": without_secrets(self.data)}
 
     @property
     def masked_steps(self) -> int:
@@ -206,16 +195,7 @@ def check_config(config: TrainConfig, input_size: int) -> None:
         config: the configuration.
         input_size: side of what the network sees, in pixels or latent pixels.
     """
-    check_sizes(
-        input_size,
-        config.patch_size,
-        config.width,
-        config.depth,
-        config.num_heads,
-        config.decoder_width,
-        config.decoder_depth,
-        config.decoder_num_heads,
-    )
+    config.network.check(input_size)
     check_ranges(config)
 
 
@@ -225,7 +205,7 @@ def check_ranges(config: TrainConfig) -> None:
     check_ratio("mask_ratio_end", config.mask_ratio_end)
     if config.mask_schedule not in SCHEDULES:
         raise ValueError(_unknown("mask_schedule", config.mask_schedule, SCHEDULES))
-    if config.decoder_depth == 0 and (config.mask_ratio or config.mask_ratio_end):
+    if not config.network.masked and (config.mask_ratio or config.mask_ratio_end):
         raise ValueError("a network without a decoder (decoder_depth 0) trains unmasked: set mask_ratio 0")
     for name, lowest in [
         ("mask_levels", 1),
@@ -292,19 +272,7 @@ def _check_per_sample(config: TrainConfig) -> None:
 
 def build_model(config: TrainConfig, channels: int, size: int) -> MaskDiT:
     """Return the freshly initialised network of a configuration, for images of (channels, size, size)."""
-    return MaskDiT(
-        input_size=size,
-        patch_size=config.patch_size,
-        in_channels=channels,
-        width=config.width,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        num_classes=config.num_classes,
-        decoder_width=config.decoder_width,
-        decoder_depth=config.decoder_depth,
-        decoder_num_heads=config.decoder_num_heads,
-        qk_norm=config.qk_norm,
-    )
+    return config.network.build(channels, size, config.num_classes)
 
 
 def fit_stages(config: TrainConfig, preset: TrainConfig, given: Collection[str] = ()) -> TrainConfig:
@@ -330,16 +298,17 @@ def preset_config(name: str, presets: dict[str, dict[str, Any]]) -> TrainConfig:
 
 
 def refuse_foreign_flags(arguments: Sequence[str], config: TrainConfig) -> None:
-    """Raise a ValueError that names the process of a flag which belongs to another process than the preset's."""
-    own = {field.name for field in dataclasses.fields(config.process)}
-    owners = {field.name: kind.name for kind in PROCESSES.values() for field in dataclasses.fields(kind)}
-    for argument in arguments:
-        name = argument.split("=")[0].removeprefix("--").replace("-", "_")
-        if argument.startswith("--") and name in owners and name not in own:
-            raise ValueError(
-                f"{argument.split('=')[0]} is a flag of process {owners[name]}, and preset {config.preset} trains "
-                f"process {config.process.name}"
-            )
+    """Raise a ValueError for a flag of another process or network than the preset's; it names both."""
+    for what, member, kinds in (("process", config.process, PROCESSES), ("network", config.network, NETWORKS)):
+        own = {field.name for field in dataclasses.fields(member)}
+        owners = {field.name: kind.name for kind in kinds.values() for field in dataclasses.fields(kind)}
+        for argument in arguments:
+            flag = argument.split("=")[0]
+            name = flag.removeprefix("--").replace("-", "_")
+            if flag.startswith("--") and name in owners and name not in own:
+                raise ValueError(
+                    f"{flag} is a flag of {what} {owners[name]}, and preset {config.preset} trains {what} {member.name}"
+                )
 
 
 def _unknown(what: str, name: str, known: dict[str, Any]) -> str:

@@ -46,6 +46,7 @@ FIXED = {
     **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_num_heads"), _SHAPE),
     **dict.fromkeys(("data", "data_source", "vae", "flip"), _DATA),
     "process": "the checkpoint's weights were trained with it",
+    "network": _SHAPE,
     "seed": "it decides which samples come next",
     "init": "the weights come from the checkpoint",
     "ema_widths": "these averages began with the run",
@@ -74,8 +75,10 @@ def changes_of(
     before["data"] = without_secrets(str(before["data"]))  # which earlier versions stored as given
     changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
     of_process = {field.name: field.metadata.get("fixed") for field in dataclasses.fields(config.process)}
-    if "process" in changed:  # whose fields are of another one
-        changed = {name: pair for name, pair in changed.items() if name not in of_process}
+    for member, value in (("process", config.process), ("network", config.network)):
+        if member in changed:  # whose fields are of another one
+            own = {field.name for field in dataclasses.fields(value)}
+            changed = {name: pair for name, pair in changed.items() if name not in own}
     reasons = {**FIXED, **{name: why for name, why in of_process.items() if why}}
     fixed = [
         f"{name} {before[name]} -> {changed[name][1]} ({reasons[name]})"

@@ -28,8 +28,8 @@ def probe(monkeypatch):
 
     def add(name, depth):
         row = PRESETS[name]
-        few = {"depth": depth, "decoder_depth": min(1, row.get("decoder_depth", 1))}
-        monkeypatch.setitem(PRESETS, "probe", {**row, **few})
+        few = {"depth": depth, "decoder_depth": min(1, row["network"].decoder_depth)}
+        monkeypatch.setitem(PRESETS, "probe", {**row, "network": dataclasses.replace(row["network"], **few)})
         return preset_network("probe")
 
     return add

@@ -344,12 +344,12 @@ def test_values_beyond_fp32_are_not_finite_either():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"name": "vp"}', "it names none of the processes edm"),
-        ('["edm"]', "it names none of the processes edm"),
+        ('{"name": "vp"}', "it names no process that is known: edm, flow"),
+        ('["edm"]', "it names no process that is known: edm, flow"),
         ('{"name": "edm", "beta": 1}', "beta is no number of process edm"),
         ('{"name": "edm", "sigma_data": true}', "sigma_data is no number of process edm"),
         ('{"name": "edm", "sigma_data": -1}', "sigma_data must be a number above 0, not -1"),
-        ('{"name": ["edm"]}', "it names none of the processes edm"),
+        ('{"name": ["edm"]}', "it names no process that is known: edm, flow"),
         ("edm", "Expecting value"),
         ("[" * 100_000, "recursion"),
     ],

@@ -25,7 +25,8 @@ def test_formula_equals_operator_count(preset, masked):
     """Of two blocks of each kind, all alike; of all of them in the preset that the project is judged by."""
     config = preset_config(preset, PRESETS)
     if preset != "xl2-in256":
-        config = dataclasses.replace(config, depth=min(2, config.depth), decoder_depth=min(2, config.decoder_depth))
+        depths = {name: min(2, getattr(config.network, name)) for name in ("depth", "decoder_depth")}
+        config = dataclasses.replace(config, network=dataclasses.replace(config.network, **depths))
     ratio = config.mask_ratio if masked else 0.0
     if masked and not ratio:
         pytest.skip("this preset trains unmasked")
@@ -41,8 +42,8 @@ def test_formula_equals_operator_count(preset, masked):
             mask = Mask(ids[:, :keep], ids)
         model(torch.zeros(batch, channels, size, size), torch.zeros(batch), torch.zeros(batch, dtype=torch.int64), mask)
     counted = counter.get_total_flops() / 2 / batch
-    counted += attention_macs(keep, config.width, config.depth)
-    counted += attention_macs(model.length, config.decoder_width, config.decoder_depth)
+    counted += attention_macs(keep, config.network.width, config.network.depth)
+    counted += attention_macs(model.length, config.network.decoder_width, config.network.decoder_depth)
     assert forward_macs(model, keep) == counted
     assert num_parameters(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -75,5 +76,6 @@ def test_masking_saves_operations(size, least):
     config = preset_config(f"{size}-in256", PRESETS)
     with torch.device("meta"):
         masked = build_model(config, 4, 32)
-        dense = type(masked)(width=config.width, depth=config.depth, num_heads=config.num_heads, decoder_depth=0)
+        sizes = config.network
+        dense = type(masked)(width=sizes.width, depth=sizes.depth, num_heads=sizes.num_heads, decoder_depth=0)
     assert forward_macs(dense) / forward_macs(masked, kept_count(256, config.mask_ratio)) > least

@@ -10,6 +10,13 @@ from fastmask.training.config import TrainConfig, check_config, fit_stages
 GOOD = TrainConfig()
 
 
+def changed(config, **fields):
+    """A configuration with other fields, of its network as well."""
+    own = {field.name for field in dataclasses.fields(config.network)} & fields.keys()
+    network = dataclasses.replace(config.network, **{name: fields.pop(name) for name in own})
+    return dataclasses.replace(config, network=network, **fields)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -60,7 +67,7 @@ GOOD = TrainConfig()
 def test_bad_values_are_named(change, message):
     check_config(GOOD, 8)
     with pytest.raises(ValueError, match=message):
-        check_config(dataclasses.replace(GOOD, **change), 8)
+        check_config(changed(GOOD, **change), 8)
 
 
 def test_ratio_falls_over_the_masked_steps_alone():

@@ -1,0 +1,48 @@
+"""Values that are stored as JSON by a name and their numbers: frozen dataclasses, such as processes and networks."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
+
+
+class Described(Protocol):
+    """A frozen dataclass whose fields are numbers, which its construction checks."""
+
+    name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+T = TypeVar("T", bound=Described)
+
+
+def to_json(value: Described) -> str:
+    """Return a value as JSON: its name and its fields."""
+    return json.dumps({"name": value.name, **dataclasses.asdict(value)})
+
+
+def from_json(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
+    """Return the value of a JSON text.
+
+    Args:
+        text: the JSON.
+        kinds: the dataclasses, by name.
+        what: a word for these, for messages.
+
+    Raises:
+        ValueError: the text is no JSON of one of these; says what is wrong.
+    """
+    stored = json.loads(text)
+    name = stored.pop("name", None) if isinstance(stored, dict) else None
+    kind = kinds.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"it names no {what} that is known: {', '.join(kinds)}")
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
+    for field, number in stored.items():
+        exact = type(number) is types.get(field)
+        if not exact and not (types.get(field) is float and type(number) is int):
+            raise ValueError(f"{field} is no number of {what} {kind.name}")
+    try:
+        return kind(**{field: types[field](number) for field, number in stored.items()})
+    except OverflowError as error:
+        raise ValueError(f"a number of {what} {kind.name} is too large") from error

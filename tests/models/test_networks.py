@@ -1,0 +1,25 @@
+import pytest
+from util import small_net
+
+from fastmask import MaskDiT
+from fastmask.described import from_json, to_json
+from fastmask.models.networks import NETWORKS
+
+
+@pytest.mark.parametrize("sizes", [{}, {"decoder_depth": 0}, {"qk_norm": True, "depth": 3}])
+def test_a_network_is_built_again_from_its_description(sizes):
+    model = small_net(**sizes).model
+    config = from_json(to_json(model.config), NETWORKS, "network")
+    again = config.build(model.in_channels, model.input_size, model.num_classes)
+    assert type(again) is MaskDiT
+    assert again.config == model.config
+    assert {name: t.shape for name, t in again.state_dict().items()} == {
+        name: t.shape for name, t in model.state_dict().items()
+    }
+
+
+def test_sizes_that_cannot_be_are_named():
+    config = small_net().model.config
+    config.check(8)
+    with pytest.raises(ValueError, match="an image side of 9 does not divide into patches of 2"):
+        config.check(9)
