@@ -1,4 +1,4 @@
-"""`python -m fastmask.prepare`: makes a store of any images, checked; resumes where it stopped."""
+"""`python -m fastmask.prepare`: prepares and verifies a store of images or latents; an interrupted run resumes."""
 
 import collections
 import contextlib
@@ -34,7 +34,7 @@ from fastmask.grid import save_grid
 from fastmask.ranks import Ranks, own_device, process_group
 from fastmask.training.report import console
 
-_IMAGE_SIZE = 256  # of a store of images that have no side of their own
+_IMAGE_SIZE = 256  # default for images of varying size
 _VAE = "stabilityai/sd-vae-ft-mse"
 _SHOWN = 64  # images of the contact sheet
 _UNCOUNTED: dict[str, Any] = {"num_classes": 0, "class_names": [], "class_counts": [], "shards": []}
@@ -42,50 +42,50 @@ _UNCOUNTED: dict[str, Any] = {"num_classes": 0, "class_names": [], "class_counts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What to make of what."""
+    """Flags of `python -m fastmask.prepare`."""
 
     source: tyro.conf.Positional[str] = ""
-    """A folder of images (class = sub-folder, or labels.json), WebDataset or ImageNet tars, parquet, IDX or .npz.
-    Latents of MaskDiT (LMDB or tars), fast-DiT (.npy), EDM2 and REPA (zip or folder), LightningDiT (safetensors) and
-    an .npz of `moments` are imported."""
+    """Images: a folder (class = sub-folder, or labels.json), WebDataset or ImageNet tars, parquet, IDX or .npz. Or
+    latents to import: MaskDiT (LMDB or tars), fast-DiT (.npy), EDM2 and REPA (zip or folder), LightningDiT
+    (safetensors) or an .npz of `moments`."""
     store: tyro.conf.Positional[str] = ""
-    """Folder of the store; the same command resumes from its last checkpoint."""
+    """Folder of the store; the same command resumes an interrupted run."""
     check: str = ""
-    """Instead verify the store of this name, and draw a sheet of its images, decoded; one at a URL is fetched first."""
+    """Verify this store, draw a contact sheet of its decoded images and exit; a store at a URL is fetched first."""
     image_size: int | None = None
-    """Side in pixels; larger images are shrunk and cropped, smaller ones enlarged. By default that of the images of an
-    array (IDX, .npz), and else 256."""
+    """Side in pixels; larger images are resized down and cropped, smaller ones enlarged. Default: the images' own side
+    for arrays (IDX, .npz), otherwise 256."""
     num_classes: int | None = None
-    """Classes, by default as many as the images have; 0 leaves the labels out."""
+    """Number of classes; default: as in the source. 0 omits the labels."""
     space: Literal["latent", "pixel"] = "latent"
-    """Store moments of a VAE's latents, or the pixels."""
+    """Store the moments of a VAE's latents, or pixels."""
     vae: str = ""
-    """Folder or name of an AutoencoderKL of diffusers: stabilityai/sd-vae-ft-mse if none is given, or the store's own
-    to draw its images with --check."""
+    """Folder or model name of a diffusers AutoencoderKL. Default: stabilityai/sd-vae-ft-mse; with --check, the store's
+    own VAE."""
     flip: bool = True
-    """Store latents of flipped images too."""
+    """Store latents of horizontally flipped images too."""
     latents: Literal["auto", "edm2", "repa"] = "auto"
-    """Whose imported latents they are, of the projects that share EDM2's layout; auto: told by their mean."""
+    """Origin of imported latents in EDM2's layout, which REPA shares; auto: detected from their mean."""
     latent_scale: tuple[float, ...] = ()
-    """Scale of imported latents, which are trained on as (latent - shift) * scale: one number, or one per channel."""
+    """Scale of imported latents, one number or one per channel; training uses (latent - shift) * scale."""
     latent_shift: tuple[float, ...] = ()
-    """Shift of imported latents, given together with the scale; 0 for none."""
+    """Shift of imported latents; required with --latent-scale, 0 for none."""
     batch_size: int = 32
-    """Images decoded, and encoded, at a time."""
+    """Images per batch of decoding and encoding."""
     decoder: Literal["auto", "dali", "pil"] = "auto"
     """JPEG decoder: DALI (on the GPU if --device is one), or Pillow. auto: DALI if it is installed."""
     num_workers: int = 2
-    """Processes that decode, or read for DALI, and threads of DALI; 0 does it in this one."""
+    """Worker processes that decode images (or read files for DALI), and DALI threads; 0 uses the main process."""
     on_bad: Literal["stop", "skip"] = "stop"
-    """What a damaged image does: stop, or be left out and listed in the manifest."""
+    """Damaged images: stop with an error, or skip the image and list it in the manifest."""
     shard_size: int = 16384
     """Images per shard."""
     device: str = "auto"
-    """Where to encode: cuda, cpu; auto is the GPU if there is one."""
+    """Device of the VAE and of DALI: cuda or cpu; auto: the GPU if there is one."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prepare or check a store as the arguments say."""
+    """Prepare or check a store, as the arguments request."""
     config = parse(PrepareConfig, argv, prog="python -m fastmask.prepare", description="Prepare a store of images.")
     ranks = Ranks.from_environment()
     device = own_device(pick_device(config.device), ranks)
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _one_speaks(ranks: Ranks) -> Iterator[None]:
-    """Let the first rank alone print inside the block."""
+    """Print from rank 0 only inside the block."""
     quiet = console.quiet
     console.quiet = quiet or ranks.rank > 0
     try:
@@ -142,15 +142,15 @@ def _one_speaks(ranks: Ranks) -> Iterator[None]:
 
 
 class Job(NamedTuple):
-    """What a store is filled with.
+    """The content of a store to write, and the functions that produce it.
 
     Attributes:
-        manifest: what it will hold, with no shards and counts yet.
-        items: how many the source has.
-        class_names: as far as they are known.
-        read: yields what is read of each part of the source, in order.
-        record: returns the records, (n, copies, channels, height, width), of values that were read.
-        name: returns what an item is called.
+        manifest: the store's manifest, without shards and counts.
+        items: number of items in the source.
+        class_names: names of the classes, as far as they are known.
+        read: yields each part of the source, read, in order.
+        record: converts values that were read to records, (n, copies, channels, height, width).
+        name: returns the name of an item.
     """
 
     manifest: Manifest
@@ -162,7 +162,7 @@ class Job(NamedTuple):
 
 
 def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
-    """Return the job of storing a source's images as pixels, or as moments of a VAE."""
+    """Return the job that stores a source's images as pixels, or as moments of a VAE."""
     names = source.names_of(config.num_classes)
     decoder = pick_decoder(config.decoder)
     decoded_by = "Pillow" if decoder == "pil" else f"DALI on {device.type}"
@@ -209,7 +209,7 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
 
 
 def _import(config: PrepareConfig, latents: Latents) -> Job:
-    """Return the job of storing latents that were extracted before."""
+    """Return the job that imports latents of another project."""
     if config.num_classes is not None:
         raise ValueError(f"{config.source} holds latents, whose labels are imported: leave --num-classes out")
     if not len(latents):
@@ -249,7 +249,7 @@ def _import(config: PrepareConfig, latents: Latents) -> Job:
 
 
 def _scaled_by(config: PrepareConfig, latents: Latents, channels: int) -> ScaledBy:
-    """Return what imported latents are trained on with: what the flags say, or what the layout does."""
+    """Return scale and shift of imported latents, from the flags or else from the layout."""
     given = [list(config.latent_scale), list(config.latent_shift)]
     if not any(given):
         if latents.scaled_by is None:
@@ -264,7 +264,7 @@ def _scaled_by(config: PrepareConfig, latents: Latents, channels: int) -> Scaled
 
 
 def _imported_size(config: PrepareConfig, latents: Latents, side: int) -> int:
-    """Return the side of the images that latents of a side are of."""
+    """Return the side in pixels of the images behind latents of a given side."""
     known = side * latents.downsampling if latents.downsampling else 0
     size = config.image_size or known
     if known and size != known:
@@ -279,7 +279,7 @@ def _imported_size(config: PrepareConfig, latents: Latents, side: int) -> int:
 
 
 def _say_statistics(config: PrepareConfig, latents: Latents, scaled_by: ScaledBy, records: list[NDArray[Any]]) -> None:
-    """Say mean and deviation of some latents as they are trained on: those of another scale show there."""
+    """Print mean and standard deviation of a sample of scaled latents, which reveal a wrong scale."""
     alike = torch.from_numpy(np.stack([record[0] for record in records])).float()
     means = alike.chunk(2, dim=1)[0] if latents.holds == "moments" else alike
     scaled = Scaling(scaled_by.scale, scaled_by.shift).apply(means)
@@ -306,7 +306,7 @@ def _as_records(pixels: NDArray[Any] | torch.Tensor) -> NDArray[np.uint8]:
 
 
 def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> None:
-    """Write this rank's shards; the first rank says how far all are."""
+    """Write this rank's shards; rank 0 prints the progress of all ranks."""
     with _one_speaks(ranks):
         if writer.before:
             say(f"{writer.before:,} of {job.items:,} images were done before")
@@ -337,17 +337,18 @@ def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> 
 
 
 def _name(job: Job, part: range, batch: Decoded, index: int) -> str:
-    """Return what a record of a batch is called, of those that could be read."""
+    """Return the name of a record by its index among the readable items of a batch."""
     bad = {name for name, _ in batch.bad}
     return [name for name in map(job.name, part) if name not in bad][index]
 
 
 def check(store: Path, vae: str, device: torch.device) -> None:
-    """Verify a store, print what it holds, and draw a sheet of its images; a ValueError if it is damaged.
+    """Verify a store, print its content, and draw a contact sheet; a ValueError if it is damaged.
 
     Args:
-        store: its folder.
-        vae: decodes latents for the sheet; "" is the store's own, without which latents are shown as they are.
+        store: the store's folder.
+        vae: name of the VAE that decodes latents for the sheet; "" is the store's own. If that cannot be loaded, the
+            sheet shows the latents.
         device: where to decode.
     """
     found = check_store(store)
@@ -372,7 +373,7 @@ def check(store: Path, vae: str, device: torch.device) -> None:
 
 
 def _decoded(latents: torch.Tensor, manifest: Manifest, vae: str, device: torch.device) -> torch.Tensor:
-    """Return the images of latents that were shifted and scaled for training, or those latents without their VAE."""
+    """Return the decoded images of scaled latents; without a VAE, three channels of the latents."""
     name = vae or manifest.vae
     try:
         decoder = Autoencoder(name, device)
@@ -380,7 +381,7 @@ def _decoded(latents: torch.Tensor, manifest: Manifest, vae: str, device: torch.
         if vae:
             raise
         say(f"the sheet shows latents as they are: {error} (give --vae)")
-        return latents[:, :3] / 3  # most of them are below 3
+        return latents[:, :3] / 3  # most values are below 3
     if decoder.channels != latents.shape[1]:
         raise ValueError(f"--vae {name} decodes latents of {decoder.channels} channels, not {latents.shape[1]}")
     if manifest.vae_sha256 not in ("", decoder.sha256):
@@ -391,11 +392,11 @@ def _decoded(latents: torch.Tensor, manifest: Manifest, vae: str, device: torch.
         mine = ScaledBy(manifest.scale, manifest.shift, "the manifest")
         say(f"warning: {name} has {theirs}, and the store {mine}")
     say(f"decoding {len(latents)} latents on {device.type}")
-    # Latents that others drew are stored as they scaled them, by what the VAE says.
+    # Imported latents (not moments) are stored already scaled, by the configuration of their VAE.
     said = decoder if manifest.kind == "latents" else manifest
     raw = Scaling(said.scale, said.shift).undo(latents)
     images = torch.cat([decoder.decode(some).cpu() for some in torch.split(raw, 8)])
-    return 2 * images - 1 if manifest.source.get("kind") == "edm2" else images  # which encodes images in [0, 1]
+    return 2 * images - 1 if manifest.source.get("kind") == "edm2" else images  # EDM2 encodes images in [0, 1]
 
 
 def _split(items: range, size: int) -> list[range]:
@@ -403,15 +404,15 @@ def _split(items: range, size: int) -> list[range]:
 
 
 class _Progress:
-    """How far a store is: a bar in a terminal, lines elsewhere. A context manager.
+    """Progress of writing a store: a bar in a terminal, lines elsewhere. A context manager.
 
     Args:
-        items: of the source.
-        before: done when this began.
-        ranks: of which the first one prints.
+        items: number of items in the source.
+        before: number of items finished in earlier runs.
+        ranks: the processes; rank 0 prints.
 
     Attributes:
-        done: how many are.
+        done: number of finished items.
     """
 
     def __init__(self, items: int, before: int, ranks: Ranks) -> None:
@@ -435,12 +436,12 @@ class _Progress:
         self._bar.stop()
 
     def update(self, done: int) -> None:
-        """Take down how many are done."""
+        """Record the number of finished items."""
         self.done = done
         self._bar.update(self._task, completed=done, figures=self._figures())
 
     def print_line(self) -> None:
-        """Print it where there is no bar."""
+        """Print a progress line, unless there is a bar."""
         if self._shown and not console.is_terminal:
             say(f"{self.done:>9,}/{self._items:,} images  {self._figures()}")
 

@@ -1,4 +1,4 @@
-"""Datasets, and the batches that training draws from them."""
+"""Datasets and data loading."""
 
 from fastmask.data import _system  # noqa: F401  (first)
 from fastmask.data.dataset import Dataset, open_data

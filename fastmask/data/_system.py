@@ -1,4 +1,4 @@
-"""Imported before all else of `fastmask.data`: says in one line that a system is not one that data are read on."""
+"""Platform check, imported first in `fastmask.data`: one error line on systems other than Linux."""
 
 import importlib.util
 import sys
@@ -10,9 +10,9 @@ LINE = (
 
 
 def require() -> None:
-    """Raise an ImportError where a module of Python is missing that Windows lacks.
+    """Raise an ImportError if a standard module is missing that Windows lacks.
 
-    A command of this package ends with the line and exit code 2, as with every error that is not the program's.
+    A command of this package prints the line and exits with code 2 instead, as for every user error.
     """
     missing = [name for name in ("fcntl", "resource") if not _is_there(name)]
     if not missing:

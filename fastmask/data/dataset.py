@@ -1,4 +1,4 @@
-"""What a dataset is to training, and which one a name means."""
+"""The `Dataset` protocol, and `open_data`, which opens a dataset by name, path or URL."""
 
 from pathlib import Path
 from typing import Protocol
@@ -28,8 +28,8 @@ class Dataset(Protocol):
     """Samples by id.
 
     Attributes:
-        shape: (C, H, W) of what the network sees.
-        num_classes: labels are below it; 0: there are none.
+        shape: (C, H, W) of the network's input.
+        num_classes: number of classes; 0: no labels.
         class_names: one name per class.
     """
 
@@ -40,18 +40,18 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return what is stored of the samples (B, ...), and their labels (B,) int64."""
+        """Return the stored form of the samples (B, ...), and their labels (B,) int64."""
         ...
 
     def fingerprint(self) -> str:
-        """Return what tells the content from other content, wherever it lies; see `fastmask.data.fingerprint`."""
+        """Return a hash of the content, independent of its path; see `fastmask.data.fingerprint`."""
         ...
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return what a batch is trained on, on the device of ``stored``.
+        """Convert a batch to the network's input, on the device of ``stored``.
 
         Args:
-            stored: what `read` returned.
+            stored: samples as returned by `read`.
             seed: the run's seed.
             sample: global index of each sample in the run, int64 (B,); all randomness is a function of it
                 and the seed.
@@ -75,24 +75,24 @@ def open_data(
     fetch: bool = True,
     keep_side: bool = False,
 ) -> Dataset:
-    """Return the dataset that a name means.
+    """Open a dataset by name, path or URL.
 
     Args:
         data: "digits", "synthetic" (random latents), a store (docs/store.md) or its URL, an `.npz` with `images`
-            (pixels) or `moments` (of the VAE's latents) and perhaps `labels`, or images in any form that
-            `fastmask.prepare` takes.
+            (pixels) or `moments` (of the VAE's latents) and optional `labels`, or images in any format that
+            `fastmask.prepare` reads.
         image_size: side of the images in pixels.
-        num_classes: labels must be below it; None takes it from the data, 0 leaves the labels out.
-        flip: flip each image left to right with probability one half.
-        decoder: of JPEG files; "auto" is DALI if it is installed.
-        vae: encode images into the latents of this VAE as they come.
-        skip_seed: of the order in which others take the place of images that cannot be read; None: one is an error.
-        device: where to encode them.
-        fetch: whether a store at a URL is fetched. If not, only its manifest is read, and no sample can be.
-        keep_side: leave the pixels of an `.npz` or IDX file at their own side, whatever ``image_size`` says.
+        num_classes: number of classes; labels must be below it. None takes it from the data, 0 omits the labels.
+        flip: random horizontal flip (p = 0.5).
+        decoder: JPEG decoder; "auto" is DALI if it is installed.
+        vae: name of a VAE that encodes images to latents at each visit.
+        skip_seed: seed for choosing replacements of images that cannot be read; None raises an error instead.
+        device: device of the VAE.
+        fetch: fetch a store at a URL. If False, only its manifest is read, and `read` fails.
+        keep_side: keep the resolution of an `.npz` or IDX file, regardless of ``image_size``.
 
     Raises:
-        ValueError: nothing there, or something that cannot be trained on; says what is wrong and where.
+        ValueError: ``data`` does not exist, is damaged, or does not fit the arguments; the message names the file.
     """
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, not {image_size}")
@@ -109,7 +109,7 @@ def open_data(
         )
     if is_url(data):
         remote = RemoteStore(data)
-        # Before anything is fetched: what does not fit is said at once.
+        # Checks the configuration before anything is fetched.
         store = StoreDataset(remote.folder, image_size, num_classes, flip, remote.manifest)
         if fetch:
             remote.fetch()

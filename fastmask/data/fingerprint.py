@@ -1,7 +1,7 @@
-"""Fingerprints of datasets: the same content has the same one wherever it lies, other content has another.
+"""Fingerprints of datasets: hashes of the content, independent of its path.
 
-They are cheap, so that every start can compare them: what has checksums is told by those, files by their names and
-sizes, and of contents a sample is read, evenly spread.
+They are cheap enough to compare at every start: they hash checksums where there are any, otherwise the names and sizes
+of the files and an evenly spaced sample of their contents.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _END = 1 << 16  # bytes
 
 
 def fingerprint_of(parts: Iterable[object]) -> str:
-    """Return a fingerprint of some values, by what they print as; bytes and arrays by what they hold."""
+    """Return a fingerprint of values: of bytes and arrays by content, of other values by their string form."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
@@ -30,12 +30,12 @@ def fingerprint_of(parts: Iterable[object]) -> str:
 
 
 def of_arrays(values: NDArray[Any], labels: NDArray[Any], *others: object) -> str:
-    """Return the fingerprint of values (N, ...) in memory, by a sample of them, and of all their labels (N,)."""
+    """Return the fingerprint of an array (N, ...), from a sample of its rows and all labels (N,)."""
     return fingerprint_of([values.dtype, values.shape, values[sampled(len(values))], labels, *others])
 
 
 def sampled(count: int) -> NDArray[np.int64]:
-    """Return numbers below a count, evenly spread, the first and the last one among them."""
+    """Return up to 64 evenly spaced indices below a count, including the first and the last."""
     found: NDArray[np.int64] = np.unique(np.linspace(0, count - 1, min(count, _SAMPLED)).round().astype(np.int64))
     return found
 
@@ -44,10 +44,10 @@ def of_files(names: Sequence[str], sizes: Sequence[int], labels: Sequence[int], 
     """Return the fingerprint of files in the order of their items.
 
     Args:
-        names: from the folder or archive that holds them.
-        sizes: in bytes.
-        labels: of the files, as far as they are known without reading.
-        read: returns the content of an item, perhaps with its label; an OSError or ValueError if it is damaged.
+        names: paths relative to the folder or archive.
+        sizes: sizes in bytes.
+        labels: labels of the files, as far as they are known without reading.
+        read: returns the content of an item, or content and label; an OSError or ValueError if it is damaged.
     """
     listed = "\0".join(f"{name}\0{size}" for name, size in zip(names, sizes, strict=True))
     contents = [_content(read, item) for item in sampled(len(names)).tolist()]
@@ -55,7 +55,10 @@ def of_files(names: Sequence[str], sizes: Sequence[int], labels: Sequence[int], 
 
 
 def of_tables(files: Sequence[Path], rows: Sequence[int]) -> str:
-    """Return the fingerprint of tables: their rows, lengths and ends, where parquet keeps statistics of its columns."""
+    """Return the fingerprint of tables, from row counts, file sizes, and both ends of each file.
+
+    Parquet keeps the statistics of its columns at the end.
+    """
     parts: list[object] = [list(rows)]
     for path in files:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Datasets whose samples are in memory, or are made as they are read: arrays, latents, digits, random latents."""
+"""Datasets in memory or generated on the fly: images, moments, digits, random latents."""
 
 import importlib
 import zipfile
@@ -18,10 +18,9 @@ from fastmask.kernels import random_normal, random_uniform
 
 
 class ImageArray:
-    """An `.npz` of images, uint8, shape (N, H, W, C) with C of 1 or 3 or (N, H, W), kept in memory, as a `Dataset`.
+    """An `.npz` of images in memory, uint8, shape (N, H, W, C) with C = 1 or 3, or (N, H, W), as a `Dataset`.
 
-    Images of another side than ``image_size`` are resized and cropped when the file is opened; None keeps them, where
-    they are squares.
+    Images are resized and cropped to ``image_size`` when the file is opened; None keeps the short side.
     """
 
     def __init__(self, path: Path, arrays: Arrays, image_size: int | None, flip: bool) -> None:
@@ -46,11 +45,11 @@ class ImageArray:
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return the images, uint8 (B, C, H, W), and labels (B,) of these ids."""
-        index = torch.from_numpy(ids)  # which copies whole records, where an index in brackets goes value by value
+        index = torch.from_numpy(ids)  # index_select copies whole records; advanced indexing copies value by value
         return self._images.index_select(0, index), self._labels.index_select(0, index)
 
     def describe(self) -> str:
-        """Return a line of what they are, and of what became of it."""
+        """Return one line with number, classes and resizing of the images."""
         classes = f"{self.num_classes:,} classes" if self.num_classes else "no classes"
         line, (height, width), side = f"npz, {len(self):,} images, {classes}", self._stored, self.shape[1]
         if (height, width) == (side, side):
@@ -58,11 +57,11 @@ class ImageArray:
         return f"{line}, resized and cropped from {height} x {width} to {side} x {side}"
 
     def fingerprint(self) -> str:
-        """Return what tells these images and labels from others."""
+        """Return a hash of the images and labels."""
         return of_arrays(self._images.numpy(), self._labels.numpy())
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return the images in [-1, 1], some of them flipped."""
+        """Return the images in [-1, 1], randomly flipped."""
         return images_of(stored, seed, sample, self._flip)
 
 
@@ -75,8 +74,8 @@ _SYNTHETIC_SAMPLES = 1_000_000
 class Moments:
     """An `.npz` of moments, float16 or float32, shape (N, 2C, h, w), means before log-variances, as a `Dataset`.
 
-    Where the file holds `scale` and `shift`, numbers or one per channel, latents are trained on as
-    (latent - shift) * scale; 4 channels without them are Stable Diffusion's.
+    `scale` and `shift` in the file, each a number or one per channel, scale the latents for training: (latent - shift)
+    * scale. Without them, 4 channels are taken as Stable Diffusion's.
     """
 
     def __init__(self, path: Path, arrays: Arrays, image_size: int, flip: bool) -> None:
@@ -109,15 +108,15 @@ class Moments:
         return len(self._labels)
 
     def describe(self) -> str:
-        """Return what the file was taken for, in one line."""
+        """Return one line with shape, downsampling, classes and scale of the moments."""
         return (
             f"{len(self):,} moments {tuple(self._moments.shape[1:])} of images downsampled by {self._downsampling}, "
             f"{self.num_classes:,} classes, {self.scaled_by}"
         )
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return the moments (B, 2C, h, w) and labels (B,) of these ids; a ValueError for values not finite."""
-        index = torch.from_numpy(ids)  # which copies whole records, where an index in brackets goes value by value
+        """Return the moments (B, 2C, h, w) and labels (B,) of these ids; a ValueError if they are not finite."""
+        index = torch.from_numpy(ids)  # index_select copies whole records; advanced indexing copies value by value
         moments = self._moments.index_select(0, index)
         if not all_finite(moments.numpy()):
             bad = ids[int((~moments.isfinite()).flatten(1).any(1).nonzero()[0])]
@@ -125,17 +124,17 @@ class Moments:
         return moments, self._labels.index_select(0, index)
 
     def fingerprint(self) -> str:
-        """Return what tells these moments, labels and their scale from others."""
+        """Return a hash of the moments, labels and scale."""
         moments, scaled_by = self._moments.numpy(), self.scaled_by
         return of_arrays(moments, self._labels.numpy(), scaled_by.scale, scaled_by.shift)
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return latents (B, C, h, w) drawn from the moments, freshly at each visit."""
+        """Return latents (B, C, h, w), sampled from the moments at each visit."""
         return self._scaling.apply(latents_of(stored, seed, sample))
 
 
 class NpzMoments:
-    """The same file as `fastmask.data.foreign.open.Latents`, of which a store is made."""
+    """The same file as `fastmask.data.foreign.open.Latents`, for import into a store."""
 
     kind = "npz-moments"
     holds: Literal["moments", "latents"] = "moments"
@@ -155,7 +154,7 @@ class NpzMoments:
         return len(self._moments)
 
     def name(self, item: int) -> str:
-        """Return the file, and which of its moments they are."""
+        """Return the file and the index in it."""
         return f"{self._path}, moments {item}"
 
     def read(self, item: int) -> Record:
@@ -164,7 +163,7 @@ class NpzMoments:
 
 
 def holds_moments(path: Path) -> bool:
-    """Return whether a path is of an `.npz` of moments."""
+    """Return whether a path is an `.npz` of moments."""
     if path.suffix != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as file:
@@ -172,7 +171,7 @@ def holds_moments(path: Path) -> bool:
 
 
 def _checked_moments(path: Path, arrays: Arrays) -> tuple[NDArray[Any], ScaledBy | None]:
-    """Return the moments of an `.npz`, and what they are scaled by, None if that is not known."""
+    """Return the moments of an `.npz`, and their scale and shift, None if unknown."""
     moments = arrays["moments"]
     if moments.dtype not in (np.float16, np.float32) or moments.ndim != 4 or moments.shape[1] % 2:
         raise ValueError(
@@ -200,7 +199,7 @@ def _checked_moments(path: Path, arrays: Arrays) -> tuple[NDArray[Any], ScaledBy
 
 
 class Synthetic:
-    """Random latents of unit variance and random labels, functions of the sample's id alone, as a `Dataset`."""
+    """Random latents of unit variance and random labels, functions of the sample id alone, as a `Dataset`."""
 
     def __init__(self, image_size: int, num_classes: int) -> None:
         side = _side(image_size)
@@ -219,11 +218,11 @@ class Synthetic:
         return latents, (random_uniform(0, sample, 1, 1)[:, 0] * self.num_classes).long()
 
     def fingerprint(self) -> str:
-        """Return what tells these latents from others: they are functions of little."""
+        """Return a hash of shape and number of classes, which determine the latents."""
         return fingerprint_of(["synthetic", self.shape, self.num_classes])
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return the latents as they are."""
+        """Return the latents unchanged."""
         return stored
 
 
@@ -237,7 +236,7 @@ _HELD_OUT = 0.2
 
 
 class DigitsSplit(NamedTuple):
-    """The scans, in [-1, 1], float32, shape (N, 1, 8, 8), and their labels, int64, shape (N,)."""
+    """The digits: scans in [-1, 1], float32, shape (N, 1, 8, 8), and labels, int64, shape (N,)."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -246,7 +245,7 @@ class DigitsSplit(NamedTuple):
 
 
 def load_digits() -> DigitsSplit:
-    """Return the scans, a fifth of them held out; the split is always the same."""
+    """Load the digits, with a fixed fifth held out."""
     try:
         digits: Any = importlib.import_module("sklearn.datasets").load_digits()
     except ModuleNotFoundError as error:
@@ -259,7 +258,7 @@ def load_digits() -> DigitsSplit:
 
 
 class Digits:
-    """The scans that are not held out, as a `Dataset`."""
+    """The training split of the digits, as a `Dataset`."""
 
     def __init__(self, image_size: int, num_classes: int | None, flip: bool) -> None:
         if image_size != 8:
@@ -283,9 +282,9 @@ class Digits:
         return self._images[ids], self._labels[ids]
 
     def fingerprint(self) -> str:
-        """Return what tells these scans from others."""
+        """Return a hash of the scans and labels."""
         return of_arrays(self._images.numpy(), self._labels.numpy())
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return the scans as they are: nothing is random."""
+        """Return the scans unchanged; nothing is random."""
         return stored

@@ -1,4 +1,4 @@
-"""Latents of an autoencoder: drawn from moments, scaled, of an `.npz`, or random stand-ins."""
+"""Latents of an autoencoder: sampling from moments, scaling, and checks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from fastmask.kernels import random_normal
 Record = tuple[NDArray[Any], int]  # (copies, channels, height, width), and the label
 
 
-MAX_RECORD_BYTES = 1 << 28  # of one latent; that of a 1024-pixel image in 16 channels has 1 MB
+MAX_RECORD_BYTES = 1 << 28  # limit for one latent; a 1024-pixel image in 16 channels takes 1 MB
 
 
-_SAMPLED = 64  # records that statistics are taken of
+_SAMPLED = 64  # records for statistics
 
 
 DOWNSAMPLING = 8
@@ -31,9 +31,9 @@ _POSTERIOR_STREAM = 4
 
 
 def latents_of(stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-    """Return latents (B, C, h, w) drawn from moments (B, 2C, h, w), in float32, not yet scaled.
+    """Sample latents (B, C, h, w) from moments (B, 2C, h, w), in float32, unscaled.
 
-    The noise is a function of the seed and of ``sample``, the global index of each, int64 (B,).
+    The noise is a function of the seed and of ``sample``, the global sample index, int64 (B,).
     """
     mean, log_variance = stored.float().chunk(2, dim=1)
     noise = random_normal(seed, sample, mean[0].numel(), _POSTERIOR_STREAM).view(mean.shape)
@@ -42,12 +42,12 @@ def latents_of(stored: Tensor, seed: int, sample: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class ScaledBy:
-    """What latents are trained on with, (latent - shift) * scale, and where that comes from.
+    """Scale and shift of latents for training, (latent - shift) * scale, and their origin.
 
     Attributes:
         scale: one number for all channels, or one for each.
         shift: see scale.
-        source: where both come from.
+        source: origin of scale and shift, for messages.
     """
 
     scale: float | list[float]
@@ -59,20 +59,20 @@ class ScaledBy:
 
 
 def shown(values: float | list[float]) -> str:
-    """Return a number, or one per channel, for a line."""
+    """Format a number, or one per channel, for a message."""
     return " ".join(f"{value:.5g}" for value in (values if isinstance(values, list) else [values]))
 
 
 def sample_records(read: Callable[[int], Record], count: int, what: str) -> list[Record]:
-    """Return up to 64 records that are evenly spread over some, without those that are damaged or not finite.
+    """Return up to 64 evenly spaced records, without those that are damaged or not finite.
 
     Args:
         read: returns a record; an OSError or ValueError if it is damaged.
-        count: how many there are.
-        what: where they are from, for messages.
+        count: number of records.
+        what: origin of the records, for messages.
 
     Raises:
-        ValueError: all are damaged; says how the first is.
+        ValueError: all sampled records are damaged; the message describes the first.
     """
     parts = [_try(read, item, what) for item in np.unique(np.linspace(0, count - 1, _SAMPLED).astype(int)).tolist()]
     found = [part for part in parts if isinstance(part, tuple)]
@@ -92,7 +92,7 @@ def _try(read: Callable[[int], Record], item: int, what: str) -> Record | Except
 
 
 def check_latent(values: NDArray[Any], name: str, *, even: bool = False) -> NDArray[Any]:
-    """Return values if they are those of a latent, floats (C, h, w), with ``even`` of moments; else a ValueError."""
+    """Return values that are a latent, floats (C, h, w), with ``even`` C for moments; otherwise raise a ValueError."""
     floats = np.issubdtype(values.dtype, np.floating)
     if values.ndim != 3 or not values.size or not floats or (even and len(values) % 2):
         raise ValueError(f"{name} holds no latent, but {values.dtype} of shape {values.shape}")
@@ -100,10 +100,10 @@ def check_latent(values: NDArray[Any], name: str, *, even: bool = False) -> NDAr
 
 
 def all_finite(values: NDArray[Any]) -> bool:
-    """Return whether values, float16 or float32, are neither infinite nor NaN; much faster than `numpy.isfinite`.
+    """Return whether all values, float16 or float32, are finite; much faster than `numpy.isfinite`.
 
-    Their bits are compared. As signed integers the positive values are in order, with infinity and NaN above all
-    others; as unsigned ones the negative values are, above the positive ones.
+    It compares bit patterns. As signed integers, positive infinity and NaN are above all finite values; as unsigned
+    integers, the negative values are above the positive ones, with negative infinity and NaN at the top.
     """
     if not values.size:
         return True
@@ -113,14 +113,14 @@ def all_finite(values: NDArray[Any]) -> bool:
 
 
 def check_label(label: int, name: str) -> int:
-    """Return a label if a store can hold it; else a ValueError that names whose it is."""
+    """Return a label if a store can hold it; a ValueError with ``name`` otherwise."""
     if not 0 <= label < MAX_CLASSES:
         raise ValueError(f"{name} has label {label}, which is outside 0 .. {MAX_CLASSES - 1}")
     return label
 
 
 class Scaling:
-    """How latents become what is trained on: (latent - shift) * scale.
+    """Scaling of latents for training: (latent - shift) * scale.
 
     Args:
         scale: one number for all channels, or one for each.
@@ -131,12 +131,12 @@ class Scaling:
         self._scale, self._shift = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (scale, shift))
 
     def apply(self, latents: Tensor) -> Tensor:
-        """Return latents (B, C, h, w) as they are trained on."""
+        """Return scaled latents (B, C, h, w)."""
         self._follow(latents)
         return (latents - self._shift) * self._scale
 
     def undo(self, latents: Tensor) -> Tensor:
-        """Return the latents (B, C, h, w) that `apply` made these of."""
+        """Invert `apply`."""
         self._follow(latents)
         return latents / self._scale + self._shift
 
@@ -145,5 +145,5 @@ class Scaling:
 
 
 def number_or_list(values: list[float]) -> float | list[float]:
-    """Return the only one of some numbers, or all of them."""
+    """Return a single number as a float, several as a list."""
     return values[0] if len(values) == 1 else values

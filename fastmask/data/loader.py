@@ -1,7 +1,7 @@
-"""The order of samples, and batches of them.
+"""The data loader: batches of samples in a seeded order.
 
-A run is one endless row of samples: number n belongs to epoch n // N and comes at position n % N of that epoch's order.
-The row is a function of the seed alone, so any part of it can be read at any time: that is all there is to resuming.
+A run is an infinite sequence of samples: sample n belongs to epoch n // N, at position n % N of that epoch's order. The
+sequence is a function of the seed alone, so a run resumes from the sample number, without any loader state.
 """
 
 import collections
@@ -54,27 +54,28 @@ def batches(
     verifier: Verifier | None = None,
     bad_images: BadImages | None = None,
 ) -> Generator[Batch, None, None]:
-    """Yield what is stored of samples ``start`` .. ``stop - 1`` of a run and their labels, in order, on a device.
+    """Yield samples ``start`` .. ``stop - 1`` of a run, as stored, and their labels, in order, on a device.
 
-    With several ranks each gets its part of every step: the first one the first samples of the step, and so on. The
-    workers end with the thread that asks for the first batch.
+    With several ranks, each step's samples are split among them in rank order. The workers end with the thread that
+    requests the first batch.
 
     Args:
-        dataset: where they are read.
-        batch_size: samples at a time; the last batch may be smaller.
-        seed: of the order.
+        dataset: the dataset.
+        batch_size: samples per batch; the last batch can be smaller.
+        seed: seed of the order.
         start: number of the first sample.
-        stop: number after the last one.
-        num_workers: processes that read ahead; 0 reads here. The samples are the same.
-        device: where they go: to a GPU by pinned memory and a stream of its own, while the batch before is computed on.
-        step_size: samples of a step on all ranks, a multiple of ``ranks * batch_size``; None: that product.
-        rank: whose part to read.
-        ranks: how many share the samples.
-        verifier: of the dataset's files, which is asked at each batch.
-        bad_images: takes down which images of each batch could not be read and were replaced.
+        stop: number after the last sample.
+        num_workers: worker processes that read ahead; 0 reads in this process. The samples are the same.
+        device: device of the batches. Copies to a GPU use pinned memory and a stream of their own, and overlap with
+            computation.
+        step_size: samples per step on all ranks, a multiple of ``ranks * batch_size``, which is the default.
+        rank: this process's rank.
+        ranks: world size.
+        verifier: verifies the dataset's files in the background; polled at each batch.
+        bad_images: records the images that could not be read and were replaced.
 
     Raises:
-        ValueError: a sample that cannot be read, too many that were replaced, or a file that is not what was written.
+        ValueError: a sample cannot be read, too many were replaced, or a file does not match its checksum.
     """
     bad_images = bad_images or BadImages()
     step_size = ranks * batch_size if step_size is None else step_size
@@ -92,7 +93,7 @@ def batches(
         shuffle=False,
         num_workers=num_workers,
         collate_fn=as_it_is,
-        pin_memory=device.type == "cuda" and not dali,  # whose files are no tensors
+        pin_memory=device.type == "cuda" and not dali,  # batches for DALI hold files, not tensors
         persistent_workers=False,
         worker_init_fn=_ignore_signals,
     )
@@ -100,7 +101,7 @@ def batches(
     parts: Iterator[Any] = source
     if dali:
         parts = dali.decoded(source, batch_size, device, max(1, num_workers))
-    told: collections.deque[Bad] = collections.deque()  # of batches that are copied to the GPU ahead
+    told: collections.deque[Bad] = collections.deque()  # bad images of prefetched batches
     if images:
         parts = _telling(parts, told)
     try:
@@ -111,22 +112,22 @@ def batches(
                 bad_images.add(len(batch[0]), told.popleft())
             yield batch
     except ValueError as error:
-        traceback.clear_frames(error.__traceback__)  # they hold the workers too
-        # From a worker the message arrives below the worker's traceback.
+        traceback.clear_frames(error.__traceback__)  # the frames keep the workers alive
+        # A worker's error carries its traceback; the message is the last line.
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
     finally:
         source.close()
 
 
 def _telling(parts: Iterator[tuple[Tensor, Tensor, Bad]], told: "collections.deque[Bad]") -> Iterator[Batch]:
-    """Yield batches, and put what could not be read of each aside."""
+    """Yield batches, and queue the images that could not be read for `batches`."""
     for stored, labels, bad in parts:
         told.append(bad)
         yield stored, labels
 
 
 class _Source(Iterator[Any]):
-    """The only one to hold what reads, so that it can let its processes go: the garbage collector takes ten seconds."""
+    """Sole owner of the DataLoader iterator, so that `close` stops its workers at once, not after ten seconds."""
 
     def __init__(self, parts: Iterator[Any]) -> None:
         self._parts: Iterator[Any] | None = parts
@@ -137,14 +138,14 @@ class _Source(Iterator[Any]):
         return next(self._parts)
 
     def close(self) -> None:
-        """Stop the processes, which do not listen to signals: at its exit Python would wait for them."""
+        """Kill the workers, which ignore signals: otherwise Python would wait for them at exit."""
         for worker in getattr(self._parts, "_workers", []):
             worker.kill()
         self._parts = None
 
 
 def to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield batches of pinned tensors on a GPU, where the next one is copied while one is computed on."""
+    """Copy batches of pinned tensors to a GPU, one batch ahead of the computation."""
     copies, ahead = torch.cuda.Stream(device), None  # type: ignore[no-untyped-call]
     for batch in itertools.chain(batches, [None]):
         moved = None
@@ -156,28 +157,28 @@ def to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
             computing = torch.cuda.current_stream(device)
             computing.wait_event(copied)
             for tensor in (stored, labels):
-                tensor.record_stream(computing)  # its memory may go to another copy once that stream is done with it
+                tensor.record_stream(computing)  # its memory is reused only after the computation
             yield stored, labels
         ahead = moved
 
 
 def _ignore_signals(worker: int) -> None:
-    """Leave it to the trainer to stop: a signal to the process group reaches the workers too."""
+    """Ignore signals in a worker, which a signal to the process group reaches too; the trainer handles them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 
 class _Rows(TorchDataset[Any]):
-    """A rank's batches by their number.
+    """A rank's batches by number, as a map-style dataset.
 
     Args:
-        read: returns a batch of ids.
-        size: of the dataset.
-        batch_size: samples at a time.
-        seed: of the order.
+        read: returns the batch of some ids.
+        size: size of the dataset.
+        batch_size: samples per batch.
+        seed: seed of the order.
         steps: first sample of each step.
-        parts: where in a step each of the rank's batches begins.
+        parts: offset of each of the rank's batches in a step.
         stop: number after the last sample.
     """
 
@@ -197,7 +198,7 @@ class _Rows(TorchDataset[Any]):
     def __len__(self) -> int:
         if not self._steps:
             return 0
-        left = min(self._parts.stop, self._stop - self._steps[-1]) - self._parts.start  # the rank's of the last step
+        left = min(self._parts.stop, self._stop - self._steps[-1]) - self._parts.start  # in the last step
         return (len(self._steps) - 1) * len(self._parts) + max(0, -(-left // self._batch_size))
 
     def __getitem__(self, index: int) -> Any:

@@ -1,4 +1,4 @@
-"""Encodes images with diffusers' `AutoencoderKL` into the moments of their latents, and decodes latents."""
+"""Encodes images to latent moments, and decodes latents, with diffusers' `AutoencoderKL`."""
 
 import hashlib
 import importlib
@@ -17,20 +17,20 @@ class Autoencoder:
     """A VAE.
 
     Args:
-        name: a folder in diffusers' format, of the VAE or of a pipeline that has one in `vae`, or a model's name.
-        device: where to compute; in bfloat16 on a GPU, in float32 on a CPU.
+        name: a folder in diffusers' format (a VAE, or a pipeline with one in `vae`), or a model name.
+        device: compute device; bfloat16 on a GPU, float32 on a CPU.
 
     Attributes:
-        channels: C of the latents.
-        downsampling: pixels per side of a latent pixel.
-        scale: latents are trained on as (latent - shift) * scale, one number for all channels or one for each.
+        channels: latent channels C.
+        downsampling: side of an image over the side of its latent.
+        scale: scale for training, (latent - shift) * scale; one number for all channels or one for each.
         shift: see scale.
-        scaling: does that.
+        scaling: applies scale and shift.
         precision: "bfloat16 on cuda" or "float32 on cpu".
-        sha256: of the weights: of their names in order, each followed by its values in float32.
+        sha256: SHA-256 of the weights: their names in sorted order, each followed by its values in float32.
 
     Raises:
-        ValueError: diffusers is not installed, or there is no such VAE.
+        ValueError: diffusers is not installed, or the VAE cannot be loaded.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -40,12 +40,12 @@ class Autoencoder:
             raise ValueError(
                 "latents need diffusers: pip install diffusers (--space pixel stores pixels without)"
             ) from error
-        # A model's name is NAME or OWNER/NAME; what can be none is not looked for on the net.
+        # Model names are NAME or OWNER/NAME; anything else is not looked up on the hub.
         if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or " " in name):
             raise ValueError(f"--vae {name} cannot be loaded: there is no such folder")
         folder = "vae" if (Path(name) / "vae" / "config.json").exists() else None
         try:
-            # A class that is another one's, or weights that do not fit, are a ValueError or RuntimeError.
+            # diffusers raises ValueError or RuntimeError for another class of model, or for weights that do not fit.
             self._vae: Any = diffusers.AutoencoderKL.from_pretrained(name, subfolder=folder, low_cpu_mem_usage=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"--vae {name} cannot be loaded: {_reason(error)}") from error
@@ -61,14 +61,14 @@ class Autoencoder:
         self.scale: float | list[float] = float(settings.scaling_factor)
         self.shift: float | list[float] = float(getattr(settings, "shift_factor", None) or 0.0)
         means, deviations = (getattr(settings, name, None) for name in ("latents_mean", "latents_std"))
-        if means and deviations:  # which stand for the shift, and divide, as diffusers' pipelines take them
+        if means and deviations:  # shift and divisor, as in diffusers' pipelines
             if not len(means) == len(deviations) == self.channels or 0 in deviations:
                 raise ValueError(f"--vae {name}: latents_mean and latents_std of its configuration do not fit it")
             self.scale, self.shift = [settings.scaling_factor / std for std in deviations], list(means)
         self.scaling = Scaling(self.scale, self.shift)
 
     def side(self, image_size: int) -> int:
-        """Return the side of the latents of images; a ValueError if it is not whole."""
+        """Return the latent side for an image side; a ValueError if it is not an integer."""
         side, rest = divmod(image_size, self.downsampling)
         if rest:
             raise ValueError(f"image_size must be a multiple of {self.downsampling} for this VAE, not {image_size}")
@@ -76,29 +76,29 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the moments (B, 2C, h, w), means before log-variances, of images (B, 3 or 1, H, W) in [-1, 1]."""
+        """Encode images (B, 3 or 1, H, W) in [-1, 1] to moments (B, 2C, h, w), means before log-variances."""
         images = images.expand(-1, 3, -1, -1).to(self._vae.dtype)
         moments: Tensor = self._vae.encode(images).latent_dist.parameters
         return moments
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return the images, float32 (B, 3, H, W), of latents (B, C, h, w) that are neither shifted nor scaled."""
+        """Decode unscaled latents (B, C, h, w) to images, float32 (B, 3, H, W) in [-1, 1]."""
         images: Tensor = self._vae.decode(latents.to(self._device, self._vae.dtype)).sample
         return images.float().clamp(-1, 1)
 
     def moments(self, pixels: Tensor | NDArray[np.uint8], flip: bool) -> NDArray[np.float16]:
-        """Return the moments of images and, as a second copy, of the flipped ones.
+        """Encode images and, as a second copy, horizontally flipped images.
 
         Args:
             pixels: uint8 (n, 3 or 1, H, W).
-            flip: whether to encode flipped images too.
+            flip: encode flipped images too.
 
         Returns:
             float16 (n, 1 or 2, 2C, h, w), means before log-variances.
 
         Raises:
-            ValueError: a moment that float16 cannot hold.
+            ValueError: a moment is not finite in float16.
         """
         images = torch.as_tensor(pixels).to(self._device).float().div(127.5).sub(1)
         copies = [images, images.flip(3)] if flip else [images]
@@ -110,7 +110,7 @@ class Autoencoder:
 
 
 def _reason(error: BaseException) -> str:
-    """Return what is wrong in one line: of a hub that does not answer diffusers says that it lacks a file."""
+    """Return the cause of a loading error in one line; diffusers reports a missing file if the hub is unreachable."""
     cause: BaseException | None = error
     while cause:
         kinds = [kind.__name__ for kind in type(cause).__mro__]

@@ -1,1 +1,1 @@
-"""Latents that other tools have written, as sources of a store."""
+"""Importers for latents extracted by other projects."""

@@ -1,7 +1,8 @@
-"""Latents in EDM2's layout, which REPA and its successors share: `dataset.json`, and .npy of means and deviations.
+"""Importer for EDM2's layout, also used by REPA and its successors: `dataset.json`, and .npy of means and deviations.
 
-EDM2 encodes images in [0, 1], and trains on a deviation of 0.5 per channel (arXiv 2312.02696); REPA (arXiv 2410.06940)
-encodes images in [-1, 1], and trains on them times 0.18215. Nothing in the files says which: their mean does.
+EDM2 encodes images in [0, 1] and scales the latents to a standard deviation of 0.5 per channel (arXiv 2312.02696); REPA
+(arXiv 2410.06940) encodes images in [-1, 1] and scales the latents by 0.18215. The files do not record which; it is
+detected from the mean of the latents.
 """
 
 import functools
@@ -23,11 +24,11 @@ from fastmask.files import read_regular
 
 Variant = Literal["edm2", "repa"]
 
-# EDM2's statistics of the raw latents. Those of images in [-1, 1] have means below 1 on ImageNet.
+# EDM2's statistics of the raw latents. For images in [-1, 1] the means are below 1 on ImageNet.
 _MEAN = [5.81, 3.25, 0.12, -2.15]
 _STD = [4.17, 4.62, 3.71, 3.28]
-_REPA_BELOW, _EDM2_ABOVE = 0.3, 0.7  # of EDM2's mean; between them nothing is taken for granted
-_MAX_LIST_BYTES = 1 << 32  # of dataset.json; ImageNet's has 60 MB
+_REPA_BELOW, _EDM2_ABOVE = 0.3, 0.7  # as fractions of EDM2's mean; between them the user has to decide
+_MAX_LIST_BYTES = 1 << 32  # limit for dataset.json; ImageNet's has 60 MB
 
 _SCALED = {
     "edm2": ScaledBy([0.5 / std for std in _STD], list(_MEAN), "EDM2's statistics, to a deviation of 0.5"),
@@ -43,11 +44,11 @@ class Edm2:
     """A zip or folder with `dataset.json` and .npy files of means and deviations (2C, h, w), as `Latents`.
 
     Args:
-        path: of the zip or folder.
-        variant: whose latents they are; None tells it by the mean of some records.
+        path: path of the zip or folder.
+        variant: origin of the latents; None detects it from the mean of a sample.
 
     Raises:
-        ValueError: a damaged `dataset.json`, or one that names files elsewhere.
+        ValueError: `dataset.json` is damaged, or names files outside the folder.
     """
 
     layout = "edm2-layout"
@@ -67,7 +68,7 @@ class Edm2:
         return len(self._files)
 
     def name(self, item: int) -> str:
-        """Return the path of the zip or folder, and the file's in it."""
+        """Return the path of the zip or folder, and the file's path inside it."""
         return f"{self._path}:{self._files[item][0]}"
 
     def read(self, item: int) -> Record:
@@ -98,14 +99,14 @@ class Edm2:
         return list(found["labels"])
 
     def _left_out(self) -> Iterator[str]:
-        """Yield a line on the files that `dataset.json` does not list."""
+        """Yield a line about .npy files that `dataset.json` does not list, if there are any."""
         listed = {posixpath.normpath(name) for name, _ in self._files}
         others = [name for name in _arrays(self._path) if name not in listed]
         if others:
             yield f"left out: {len(others):,} .npy files that dataset.json does not list ({others[0]}, ...)"
 
     def _recognise(self, variant: Variant | None) -> None:
-        """Tell whose latents they are."""
+        """Set variant, VAE and scale, from the flag or the mean of the latents."""
         mean = self._mean()
         said = f"mean of channels {' '.join(f'{value:.3g}' for value in mean)}"
         if len(mean) != len(_MEAN):
@@ -128,7 +129,7 @@ class Edm2:
             self.notes.append(f"warning: the {said} is that of {by_mean} ({whose})")
 
     def _mean(self) -> NDArray[np.float64]:
-        """Return the mean of each channel of some records that can be read; a ValueError if none can."""
+        """Return the per-channel mean of a sample of records; a ValueError if none can be read."""
         records = [
             record[0, : record.shape[1] // 2] for record, _ in sample_records(self.read, len(self), str(self._path))
         ]
@@ -138,7 +139,7 @@ class Edm2:
 
 
 def is_edm2(path: Path) -> bool:
-    """Return whether a path is of a zip or folder in EDM2's layout."""
+    """Return whether a path is a zip or folder in EDM2's layout."""
     if path.is_dir():
         return (path / "dataset.json").exists() and next(path.glob("*/*.npy"), None) is not None
     if path.suffix != ".zip" or not path.is_file() or not zipfile.is_zipfile(path):
@@ -149,7 +150,7 @@ def is_edm2(path: Path) -> bool:
 
 
 def _arrays(path: Path) -> Iterator[str]:
-    """Yield the .npy files of a zip or folder, by their names in it."""
+    """Yield the paths of the .npy files inside a zip or folder."""
     if not path.is_dir():
         yield from (name for name in _zip(path, os.getpid()).namelist() if name.endswith(".npy"))
         return
@@ -160,7 +161,7 @@ def _arrays(path: Path) -> Iterator[str]:
 
 
 def _content(path: Path, name: str, max_bytes: int) -> bytes:
-    """Return the content of a file of a zip or folder; a ValueError if it cannot be read, or has more bytes."""
+    """Return the content of a file in a zip or folder; a ValueError if it cannot be read or exceeds the limit."""
     if path.is_dir():
         return read_regular(path / name, max_bytes)
     try:
@@ -168,12 +169,12 @@ def _content(path: Path, name: str, max_bytes: int) -> bytes:
         if file.getinfo(name).file_size > max_bytes:
             raise ValueError(f"it has {file.getinfo(name).file_size:,} bytes, above the limit of {max_bytes:,}")
         return file.read(name)
-    # An encrypted member is a RuntimeError, an unknown compression a NotImplementedError, which is one too.
+    # zipfile raises RuntimeError for encryption, and its subclass NotImplementedError for unknown compression.
     except (KeyError, ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}:{name} cannot be read: {error}") from error
 
 
 @functools.lru_cache(maxsize=1)
 def _zip(path: Path, process: int) -> zipfile.ZipFile:
-    """Return a file whose list is read once in each process: that of a million images takes seconds."""
+    """Open a zip once per process: listing a million members takes seconds."""
     return zipfile.ZipFile(path)

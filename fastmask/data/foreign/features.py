@@ -1,4 +1,4 @@
-"""Latents of fast-DiT: a folder `*_features` of I.npy, drawn, flipped and scaled already, and one of `*_labels`."""
+"""Importer for fast-DiT: folders `*_features` (I.npy, already sampled, flipped and scaled) and `*_labels`."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from fastmask.files import read_regular
 
 
 class Features:
-    """Folders `*_features` and `*_labels` of I.npy: latents (1, C, h, w), scaled, and labels (1,), as `Latents`."""
+    """Folders `*_features` and `*_labels` of I.npy: scaled latents (1, C, h, w) and labels (1,), as `Latents`."""
 
     kind = "fast-dit"
     holds: Literal["moments", "latents"] = "latents"
@@ -61,7 +61,7 @@ class Features:
 
 
 def feature_folders(path: Path) -> list[tuple[Path, Path]]:
-    """Return the pairs of folders of features and of labels that a path names or holds."""
+    """Return the pairs of feature and label folders at a path or directly below it."""
     if not path.is_dir():
         return []
     folders = [path] if path.name.endswith("_features") else sorted(path.glob("*_features"))

@@ -1,4 +1,4 @@
-"""Latents of LightningDiT (arXiv 2501.01423): safetensors shards, and the statistics that they are normalised by."""
+"""Importer for LightningDiT (arXiv 2501.01423): safetensors shards and normalisation statistics."""
 
 import functools
 import importlib
@@ -15,19 +15,19 @@ from fastmask.data.latents import Record, ScaledBy, check_label
 from fastmask.files import open_regular
 
 STATISTICS = "latents_stats.pt"
-_MAX_STATISTICS_BYTES = 1 << 20  # inflated; of 32 channels it has 2 kB
+_MAX_STATISTICS_BYTES = 1 << 20  # uncompressed; 32 channels take 2 kB
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _INTEGERS = {"I8", "U8", "I16", "I32", "I64"}
 
 
 class LightningDiT:
-    """Safetensors of `latents` and `latents_flip` (N, C, h, w), drawn once, and `labels` (N,), as `Latents`.
+    """Safetensors of `latents` and `latents_flip` (N, C, h, w), already sampled, and `labels` (N,), as `Latents`.
 
     Args:
-        shards: their paths, in order.
+        shards: paths of the shards, in order.
 
     Raises:
-        ValueError: a shard that is damaged or unlike the others, or statistics that do not fit.
+        ValueError: a shard is damaged or differs from the others in shape, or the statistics do not fit.
     """
 
     kind = "lightningdit"
@@ -57,12 +57,12 @@ class LightningDiT:
         return len(self._labels)
 
     def name(self, item: int) -> str:
-        """Return the shard, and which of its latents it is."""
+        """Return the shard's path and the index in it."""
         shard, row = self._place(item)
         return f"{self._shards[shard]}, latent {row}"
 
     def read(self, item: int) -> Record:
-        """Return a latent (1 or 2, C, h, w), that of the flipped image last, and the label."""
+        """Return a latent (1 or 2, C, h, w), with the flipped image's last, and the label."""
         shard, row = self._place(item)
         opened = _open(self._shards[shard])
         values = torch.stack([opened.get_slice(name)[row] for name in self._names])
@@ -73,7 +73,7 @@ class LightningDiT:
         return shard, item - int(self._starts[shard])
 
     def _labels_of(self, path: Path) -> NDArray[np.int64]:
-        """Return the labels of a shard, whose latents are as many, and like those of the first shard."""
+        """Return the labels of a shard, after checking its shapes and types against the first shard."""
         found = _tensors(path)
         absent = [name for name in (*self._names, "labels") if name not in found]
         if absent:
@@ -91,7 +91,7 @@ class LightningDiT:
 
 
 def latent_shards(path: Path) -> list[Path]:
-    """Return the safetensors shards of latents that a path names or holds, none if they are of something else."""
+    """Return the safetensors shards of latents at a path or directly below it; empty if they hold anything else."""
     shards = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
     try:
         return shards if shards and "latents" in _tensors(shards[0]) else []
@@ -100,10 +100,10 @@ def latent_shards(path: Path) -> list[Path]:
 
 
 def read_statistics(path: Path, channels: int) -> ScaledBy:
-    """Return what brings latents to mean 0 and deviation 1 by a file of their `mean` and `std` per channel.
+    """Return scale and shift to mean 0 and standard deviation 1, from a file of per-channel `mean` and `std`.
 
     Raises:
-        ValueError: it holds anything but those tensors of so many finite numbers.
+        ValueError: the file holds anything but those two tensors, each with one finite number per channel.
     """
     try:
         os.close(open_regular(path))
@@ -114,7 +114,7 @@ def read_statistics(path: Path, channels: int) -> ScaledBy:
         found = torch.load(path, map_location="cpu", weights_only=True)
         mean, std = (_numbers(found[name], channels) for name in ("mean", "std"))
     except Exception as error:
-        # What torch raises of a damaged file may be of any kind; what is not one of plain tensors, it does not load.
+        # torch.load can raise any exception on a damaged file; weights_only restricts it to plain tensors.
         said = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         raise ValueError(
             f"{path} cannot be read as the `mean` and `std` of {channels} channels ({said}): give --latent-scale and "
@@ -126,7 +126,7 @@ def read_statistics(path: Path, channels: int) -> ScaledBy:
 
 
 def describe_safetensors(path: Path) -> str:
-    """Return names, types and shapes of the first tensors of a file; a ValueError if it cannot be read."""
+    """Return names, dtypes and shapes of the first tensors of a file; a ValueError if it cannot be read."""
     found = [f"{name} {kind} {shape}" for name, (kind, shape) in sorted(_tensors(path).items())]
     return ", ".join(found[:3]) + (", ..." if found[3:] else "")
 
@@ -141,14 +141,14 @@ def _numbers(tensor: Any, channels: int) -> list[float]:
 
 
 def _tensors(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return type and shape of each tensor of a file, by its name."""
+    """Return the dtype and shape of each tensor of a file, by name."""
     opened = _open(path)
     slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
     return {name: (str(found.get_dtype()), list(found.get_shape())) for name, found in slices.items()}
 
 
 def _open(path: Path) -> Any:
-    """Return an open file, which is as long as its header says."""
+    """Return an open file; safetensors checks its length against the header."""
     os.close(open_regular(path))
     found = os.stat(path)
     return _opened(path, os.getpid(), found.st_size, found.st_mtime_ns)
@@ -156,7 +156,7 @@ def _open(path: Path) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _opened(path: Path, process: int, size: int, changed: int) -> Any:
-    """Return a file that is mapped once in each process, and again when it has changed."""
+    """Map a file once per process, and again when it has changed."""
     safetensors = importlib.import_module("safetensors")
     try:
         return safetensors.safe_open(path, framework="pt")

@@ -1,4 +1,4 @@
-"""Latents of MaskDiT: its LMDB, and its WebDataset tars of pickled arrays."""
+"""Importers for MaskDiT: its LMDB, and its WebDataset tars of pickled arrays."""
 
 import importlib
 import os
@@ -23,9 +23,10 @@ class _MaskDiT:
 
 
 class Lmdb(_MaskDiT):
-    """Keys `z-I` with float32 moments, `y-I` with the label in digits, and `length`, as `Latents`.
+    """An LMDB with keys `z-I` (float32 moments), `y-I` (the label in digits) and `length`, as `Latents`.
 
-    With flipped images there are as many again, in the same order: the labels repeat, and the moments look flipped.
+    Flipped images, if present, are the second half of the keys, in the same order: this is detected from labels that
+    repeat and moments that look flipped.
     """
 
     kind = "maskdit-lmdb"
@@ -53,7 +54,7 @@ class Lmdb(_MaskDiT):
         return f"{self._path}, key z-{item}"
 
     def read(self, item: int) -> Record:
-        """Return the moments (1 or 2, 8, h, w), those of the flipped image last, and the label."""
+        """Return the moments (1 or 2, 8, h, w), with the flipped image's last, and the label."""
         return self._moments(item), int(self._labels[item])
 
     def _label(self, item: int, text: bytes) -> int:
@@ -75,7 +76,7 @@ class Lmdb(_MaskDiT):
         return np.stack(found)
 
     def _second_half_is_flipped(self) -> bool:
-        """Return whether records of the second half are more like their flipped partners than like those of others."""
+        """Return whether records of the second half correlate with their flipped partners, more than with others."""
         items = np.unique(np.linspace(0, self._count - 1, 16).astype(int)).tolist()
         records = [self._moments(item)[:, :4] for item in items]
         if len({record.shape for record in records}) > 1:
@@ -89,7 +90,7 @@ class Lmdb(_MaskDiT):
         return partners > (1 + others) / 2
 
     def _total(self) -> int:
-        """Return the number of records, if the file can hold as many."""
+        """Return the number of records; a ValueError if the file cannot hold that many."""
         lmdb = self._module()
         text = self._get(["length"])[0]
         if not text.isdigit() or len(text) > 20:
@@ -100,7 +101,7 @@ class Lmdb(_MaskDiT):
                 entries = opened.stat()["entries"]
         except lmdb.Error as error:
             raise self._damaged(error) from error
-        # The number of entries is read from the file too; each takes some bytes of it at least.
+        # The number of entries comes from the file too and is not trusted: each takes at least 16 bytes.
         entries = min(entries, (self._path / "data.mdb").stat().st_size // 16)
         if 2 * total > entries:
             raise ValueError(
@@ -115,7 +116,7 @@ class Lmdb(_MaskDiT):
     def _get(self, keys: list[str]) -> list[bytes]:
         lmdb = self._module()
         try:
-            # Opened for each read: an open one must not come along into a worker.
+            # Opened for each read: an open LMDB must not be inherited by a forked worker.
             with self._opened(lmdb) as opened, opened.begin() as transaction:
                 values = [transaction.get(key.encode()) for key in keys]
         except lmdb.Error as error:
@@ -126,7 +127,7 @@ class Lmdb(_MaskDiT):
         return values
 
     def _opened(self, lmdb: Any) -> Any:
-        """Return the open LMDB, which is as long as it says: reading what is cut off would end the process."""
+        """Open the LMDB after checking its length: reading pages beyond the end would kill the process (SIGBUS)."""
         file = self._path / "data.mdb"
         if not file.is_file():
             raise ValueError(f"{file} is not a regular file")
@@ -149,7 +150,7 @@ class Lmdb(_MaskDiT):
 
 
 class LatentTars(_MaskDiT):
-    """WebDataset tars of `.latent`, a pickled array of moments (8, h, w), and `.cls`, as `Latents`."""
+    """WebDataset tars of `.latent` (a pickled array of moments, (8, h, w)) and `.cls`, as `Latents`."""
 
     kind = "maskdit-webdataset"
 
@@ -175,6 +176,6 @@ class LatentTars(_MaskDiT):
 
 
 def latent_tars(path: Path) -> list[Path]:
-    """Return the tars of `.latent` files that a path names or holds, none if they are of something else."""
+    """Return the tars of `.latent` files at a path or directly below it; empty if they hold anything else."""
     tars = [path] if path.suffix == ".tar" else sorted(path.glob("*.tar")) if path.is_dir() else []
     return tars if tars and WebDataset.first_suffixes(tars[0]) & {".latent"} else []

@@ -1,4 +1,4 @@
-"""Reads .npy content without trusting it: a header of the plain form, and exactly as many values as it says."""
+"""A strict .npy parser for untrusted files: plain headers only, and the exact number of values."""
 
 import math
 import re
@@ -8,15 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MAGIC = b"\x93NUMPY"
-# What numpy writes of an array of numbers. Its own reader evaluates the text as Python, and allocates what that claims.
+# The header that numpy writes for numeric arrays. numpy's own reader evaluates it as Python, and allocates the size it
+# claims.
 _HEADER = re.compile(
     rb"\{'descr': '([<>|=])(f[248]|[iu][1248])', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\), \} *\n?"
 )
-_MAX_DIGITS = 15  # of a dimension
+_MAX_DIGITS = 15  # per dimension
 
 
 class Header(NamedTuple):
-    """What an .npy says of its values, and where they begin in the file."""
+    """An .npy header: dtype, memory order and shape, and the byte offset of the values."""
 
     dtype: np.dtype[Any]
     fortran: bool
@@ -25,19 +26,19 @@ class Header(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Length of the values."""
+        """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def parse_header(content: bytes, name: str) -> Header:
-    """Return the header that an .npy begins with.
+    """Parse the header of an .npy.
 
     Args:
-        content: its first bytes, all of the header among them.
-        name: of the file, for messages.
+        content: the first bytes of the file, including the whole header.
+        name: file name, for messages.
 
     Raises:
-        ValueError: it is not an .npy of numbers.
+        ValueError: the content is not an .npy of numbers.
     """
     if content[:6] != _MAGIC or len(content) < 12 or content[6] not in (1, 2, 3):
         raise ValueError(f"{name} cannot be read as an .npy: it does not begin as one")
@@ -55,7 +56,7 @@ def parse_header(content: bytes, name: str) -> Header:
 
 
 def parse_npy(content: bytes, name: str) -> NDArray[Any]:
-    """Return the array of an .npy's content; a ValueError if its values are not as many as its header says."""
+    """Return the array of an .npy; a ValueError if the number of values does not match the header."""
     header = parse_header(content, name)
     if header.bytes != len(content) - header.offset:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Latents that other projects have extracted, to be imported into a store: which layout a path has."""
+"""Detection of the layout of latents that other projects have extracted, for import into a store."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ from fastmask.files import open_regular
 
 _LATENT_SUFFIXES = {".npy", ".latent", ".pt", ".pth", ".safetensors", ".mdb", ".h5", ".hdf5"}
 _BESIDE = {".json", ".jsonl", ".txt", ".md", ".yaml", ".yml", ".log", ".csv"}
-_LOOKED_AT = 1000  # files of a folder
+_LOOKED_AT = 1000  # files of a folder that are checked
 _KNOWN = (
     "MaskDiT's LMDB or tars, fast-DiT's *_features and *_labels, EDM2's and REPA's dataset.json, LightningDiT's "
     "safetensors shards, an .npz of `moments`"
@@ -32,13 +32,13 @@ class Latents(Protocol):
     """Latents by number.
 
     Attributes:
-        kind: what they are, for the manifest.
-        holds: "moments", means before log-variances, or "latents", drawn once and for all.
-        vae: what encoded them.
-        scaled_by: the scale and shift that they are trained on with; None if nothing tells them.
-        unscaled: says why nothing does.
-        downsampling: side of an image over that of its latents; None if nothing tells it.
-        notes: lines on what was recognised, and what was left out and why.
+        kind: name of the layout, for the manifest.
+        holds: "moments" (means before log-variances) or "latents" (already sampled).
+        vae: description of the VAE that encoded them.
+        scaled_by: scale and shift for training; None if unknown.
+        unscaled: the reason why scale and shift are unknown.
+        downsampling: side of an image over the side of its latent; None if unknown.
+        notes: lines to print: what was detected, and what is skipped and why.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Latents(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, item: int) -> str:
-        """Return where a record is, for messages."""
+        """Return the location of a record, for messages."""
         ...
 
     def read(self, item: int) -> Record:
@@ -61,14 +61,14 @@ class Latents(Protocol):
 
 
 def open_latents(path: Path, variant: Variant | None = None) -> Latents | None:
-    """Return the latents that a path names, None if there are none.
+    """Open the latents at a path; None if there are none.
 
     Args:
-        path: of a file or folder.
-        variant: which of the projects that share EDM2's layout they are of; None tells it by their mean.
+        path: a file or folder.
+        variant: which of the projects with EDM2's layout wrote them; None detects it from their mean.
 
     Raises:
-        ValueError: a known layout that is damaged, latents in no layout that is known, or a variant of another layout.
+        ValueError: the latents are damaged or in an unknown layout, or ``variant`` is given for another layout.
     """
     found = _open_known(path, variant)
     if found is None and (other := _other_latents(path)):
@@ -80,7 +80,7 @@ def open_latents(path: Path, variant: Variant | None = None) -> Latents | None:
 
 
 def layout_of(path: Path) -> str:
-    """Return the layout of latents that a path has, "" if it is none of those that `open_latents` knows."""
+    """Return the layout of the latents at a path, "" if it is not one that `open_latents` supports."""
     if (path / "data.mdb").exists():
         return Lmdb.kind
     if holds_moments(path):
@@ -113,12 +113,12 @@ def _open_known(path: Path, variant: Variant | None) -> Latents | None:
 
 @dataclasses.dataclass(frozen=True)
 class HalfRecords:
-    """Reads records as a store holds them.
+    """Reads records in the format of a store.
 
     Attributes:
-        latents: where they are.
-        shape: of each record, (copies, channels, height, width).
-        copies: how many of them are kept.
+        latents: the latents to read.
+        shape: shape of each record, (copies, channels, height, width).
+        copies: number of copies to keep.
     """
 
     latents: Latents
@@ -126,7 +126,7 @@ class HalfRecords:
     copies: int
 
     def __call__(self, item: int) -> tuple[NDArray[np.float16], int]:
-        """Return a record in float16 and its label; a ValueError if it is damaged, of another shape or not finite."""
+        """Return a record in float16 and its label; a ValueError if it is damaged, misshapen or not finite."""
         values, label = self.latents.read(item)
         if values.shape != self.shape:
             raise ValueError(
@@ -141,7 +141,7 @@ class HalfRecords:
 
 
 def _other_latents(path: Path) -> str:
-    """Return what the first file of arrays is, if a path names one or holds hardly anything else; else ""."""
+    """Describe the first array file at a path that holds almost only arrays; else ""."""
     names = [""] if path.is_file() else list(itertools.islice(_names_below(path), _LOOKED_AT))
     files = [path / name for name in names]
     first = next((file for file in files if file.suffix in _LATENT_SUFFIXES), None)
@@ -157,7 +157,7 @@ def _names_below(path: Path) -> Iterator[str]:
 
 
 def _described(file: Path) -> str:
-    """Return type and shape of what a file holds, as far as its first bytes say it."""
+    """Return the dtype and shape of a file's content, as far as its first bytes tell."""
     try:
         if file.suffix == ".safetensors":
             return describe_safetensors(file)

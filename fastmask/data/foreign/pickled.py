@@ -1,8 +1,9 @@
-"""Reads the pickle of one plain numpy array, and nothing else that a pickle can say.
+"""A safe reader for the pickle of one plain numpy array.
 
-The opcodes are interpreted here, not by `pickle`: neither it nor numpy is called with anything that the pickle holds,
-since both trust it (a dtype takes a state that reads and writes the process's memory, an array a buffer and a negative
-offset, and a memo its size). What remains are the values that `numpy.ndarray.__reduce__` and `__reduce_ex__` write.
+The opcodes are interpreted here, not by `pickle`: neither it nor numpy is called with anything from the pickle, since
+both trust their input (a dtype accepts a state that reads and writes the process's memory, an array a buffer with a
+negative offset, and a memo its size). Only the values that `numpy.ndarray.__reduce__` and `__reduce_ex__` write are
+accepted.
 """
 
 import dataclasses
@@ -30,12 +31,12 @@ _MARK = object()
 
 
 class _Name(str):
-    """Stands for a function or class of that name."""
+    """Placeholder for a function or class, by name."""
 
 
 @dataclasses.dataclass
 class _Dtype:
-    """Stands for a dtype: "f4", and its byte order."""
+    """Placeholder for a dtype: "f4", and its byte order."""
 
     kind: str
     order: str = "="
@@ -43,7 +44,7 @@ class _Dtype:
 
 @dataclasses.dataclass
 class _Array:
-    """Stands for an array, which has its values once it was built."""
+    """Placeholder for an array; `_build` fills in its values."""
 
     shape: tuple[int, ...] = ()
     dtype: _Dtype | None = None
@@ -52,14 +53,14 @@ class _Array:
 
 
 def unpickle_array(content: bytes) -> NDArray[Any]:
-    """Return the array of floats that a pickle holds.
+    """Return the float array in a pickle.
 
     Raises:
-        ValueError: it is damaged, or holds anything else.
+        ValueError: the pickle is damaged, or holds anything else.
     """
     try:
         found = _interpret(content)
-    # What the parser of opcodes, the stack and the memo may raise of what is damaged.
+    # The errors of the opcode parser, the stack and the memo on damaged input.
     except (IndexError, KeyError, struct.error, OverflowError) as error:
         raise ValueError(f"it is damaged ({type(error).__name__})") from error
     if not isinstance(found, _Array) or found.dtype is None:
@@ -74,7 +75,7 @@ def unpickle_array(content: bytes) -> NDArray[Any]:
 
 
 def _interpret(content: bytes) -> Any:
-    """Return what a pickle builds, of the values above."""
+    """Run a pickle's opcodes on the placeholders above and return the result."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     parts: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(content)
@@ -128,7 +129,7 @@ def _popped(stack: list[Any], count: int) -> tuple[Any, ...]:
 
 
 def _checked_name(name: str) -> str:
-    """Return the name of a function or class without numpy's module, which differs between its versions."""
+    """Return the name of a function or class without numpy's module path, which differs between versions."""
     if name == "_codecs.encode":
         return name
     module, _, attribute = name.rpartition(".")
@@ -138,7 +139,7 @@ def _checked_name(name: str) -> str:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """Return what stands for a call that numpy writes; a ValueError for any other."""
+    """Return the placeholder for a call that numpy writes; a ValueError for any other call."""
     match (str(function) if isinstance(function, _Name) else None), arguments:
         case "_codecs.encode", (str(text), "latin1"):
             return text.encode("latin-1")
@@ -152,7 +153,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _build(built: Any, state: Any) -> None:
-    """Give what stands for an array or a dtype the state that numpy writes; a ValueError for any other."""
+    """Set the state of a placeholder as numpy writes it; a ValueError for any other state."""
     match built, state:
         case _Array(dtype=None), (1, tuple(shape), _Dtype() as dtype, bool(fortran), bytes(values)):
             built.shape, built.dtype, built.fortran, built.values = _checked_shape(shape), dtype, fortran, values

@@ -1,1 +1,1 @@
-"""From the bytes of images to pixels, and the dataset of images that are decoded as they are read."""
+"""Image decoding, and the dataset of images decoded at each visit."""

@@ -1,8 +1,8 @@
-"""Decodes JPEG files with NVIDIA DALI: by nvJPEG on a GPU, else by its CPU operators.
+"""JPEG decoding with NVIDIA DALI: nvJPEG on a GPU, or its CPU operators.
 
-Images are resized and cropped as ADM does it (arXiv 2105.05233), see `resize_and_crop`. DALI's CPU operators decode to
-the same values as Pillow; resizing differs by one level of 255 where Pillow rounds between its passes, and by some
-levels where a side that is halved is odd, since Pillow leaves out the row in the middle.
+Images are resized and cropped as in ADM (arXiv 2105.05233), see `resize_and_crop`. DALI's CPU operators decode to the
+same values as Pillow. Resizing differs by one level of 255 where Pillow rounds between its passes, and by several
+levels when an odd side is halved, since Pillow drops the middle row.
 """
 
 import collections
@@ -25,16 +25,16 @@ from fastmask.data.images.pixels import load_pillow
 Image = bytes | NDArray[np.uint8]
 DecoderName = Literal["auto", "dali", "pil"]
 
-_LONGEST_SIDE = 65535  # of a JPEG
-_AHEAD = 2  # batches
+_LONGEST_SIDE = 65535  # limit of the JPEG format
+_AHEAD = 2  # prefetched batches
 
 
 class HasImages(Protocol):
-    """Images, each a JPEG file or pixels, uint8 (C, size, size)."""
+    """A batch of images, each a JPEG file (bytes) or pixels, uint8 (C, size, size)."""
 
     @property
     def values(self) -> list[Any]:
-        """Return them."""
+        """Return the images."""
         ...
 
 
@@ -42,9 +42,9 @@ P = TypeVar("P", bound=HasImages)
 
 
 def pick_decoder(name: DecoderName) -> Literal["dali", "pil"]:
-    """Return the decoder of a name, "auto" being DALI if it is installed; a ValueError if it is asked for and is not.
+    """Resolve the decoder "auto": DALI if it is installed, otherwise Pillow; a ValueError for "dali" without DALI.
 
-    NVIDIA's package is named by CUDA's version; the one named `nvidia-dali` is another's.
+    The package name depends on the CUDA version (nvidia-dali-cuda130); plain `nvidia-dali` is not NVIDIA's.
     """
     installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if name == "dali" and not installed:
@@ -62,33 +62,33 @@ def is_jpeg(content: bytes) -> bool:
 
 
 class JpegDecoder:
-    """Decodes the JPEG files of batches, some batches ahead.
+    """Decodes the JPEG files of batches, with prefetching.
 
     Args:
-        size: side of the images.
-        batch_size: images of a batch, at most.
-        device: where to decode.
-        num_threads: of the CPU that decode.
+        size: side of the output in pixels.
+        batch_size: maximum number of images per batch.
+        device: device to decode on.
+        num_threads: number of CPU threads.
     """
 
     def __init__(self, size: int, batch_size: int, device: torch.device, num_threads: int) -> None:
         self._size, self._batch_size, self._device, self._num_threads = size, batch_size, device, num_threads
 
     def ahead(self, parts: Iterable[P]) -> Iterator[tuple[P, Tensor | None]]:
-        """Yield each part with its pixels, uint8 (n, 3, size, size), on the device.
+        """Yield each batch with its pixels, uint8 (n, 3, size, size), on the device.
 
-        Without a JPEG file among them, or if DALI refuses one of them, there are no pixels: see each for itself.
+        The pixels are None for a batch without JPEG files, or with one that DALI cannot decode.
         """
         parts = iter(parts)
-        # What reads them may start processes, which should not inherit DALI's threads.
+        # Read one batch first: the reader can fork workers, which should not inherit DALI's threads.
         feed = _Feed(itertools.chain(list(itertools.islice(parts, 1)), parts))
         while (yield from self._until_refused(feed)):
             feed = _Feed(itertools.chain(list(feed.waiting), feed.parts))
 
     def _until_refused(self, feed: "_Feed") -> Generator[tuple[Any, Tensor | None], None, bool]:
-        """Yield parts as `ahead` does, and return whether DALI refused the last of them, after which it is done for."""
+        """Yield batches as `ahead` does, until a decoding error (returns True; the pipeline is unusable) or the end."""
         pipeline = self._pipeline(feed)
-        # Outputs belong to the stream that computes: what is queued there is done before DALI takes their memory back.
+        # DALI reuses the memory of its outputs only after the work queued on this stream.
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         while True:
             decoded = None
@@ -105,10 +105,10 @@ class JpegDecoder:
                 return True
 
     def _placed(self, part: HasImages, decoded: Any) -> Tensor:
-        """Return the pixels of a part: what DALI decoded, with the others in between."""
+        """Return the pixels of a batch in order: the images that DALI decoded and the others."""
         pixels = torch.utils.dlpack.from_dlpack(decoded.as_tensor())
         if len(pixels) == len(part.values):
-            return pixels.clone()  # the memory is DALI's
+            return pixels.clone()  # DALI owns the memory
         placed = torch.empty((len(part.values), *pixels.shape[1:]), dtype=torch.uint8, device=pixels.device)
         others = [i for i, value in enumerate(part.values) if not isinstance(value, bytes)]
         jpegs = [i for i, value in enumerate(part.values) if isinstance(value, bytes)]
@@ -137,12 +137,12 @@ class JpegDecoder:
 
 
 class _Feed:
-    """What DALI calls for the JPEG files of the next part.
+    """DALI's external source: returns the JPEG files of the next batch.
 
     Attributes:
-        parts: not yet asked for.
-        waiting: those asked for that have not come back.
-        error: what went wrong when a part was read.
+        parts: batches that are not yet requested.
+        waiting: requested batches that DALI has not returned yet.
+        error: the error raised while reading a batch, if any.
     """
 
     def __init__(self, parts: Iterator[Any]) -> None:
@@ -157,7 +157,7 @@ class _Feed:
             self.error = None if isinstance(error, StopIteration) else error
             raise
         self.waiting.append(part)
-        # Without a JPEG file DALI must be given one all the same: each part is a batch, so that none is read far ahead.
+        # DALI needs at least one file per batch, so a batch without JPEG files gets a placeholder.
         return _jpegs(part) or [_any_jpeg()]
 
 
@@ -173,25 +173,25 @@ def _jpegs(part: HasImages) -> list[NDArray[np.uint8]]:
 
 
 def _decode_and_crop(dali: Any, feed: _Feed, size: int, device: str) -> Any:
-    """Return the node of a pipeline that decodes, resizes and crops; DALI turns its conditions into operators."""
+    """Define the DALI graph that decodes, resizes and crops; DALI converts its conditions to operators."""
     fn, types = dali.fn, dali.types
     files = fn.external_source(source=feed, batch=True, dtype=types.UINT8, ndim=1)
     options = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
     image = fn.decoders.image(files, device=device, **options)
     shape = fn.cast(fn.peek_image_shape(files, adjust_orientation=False), dtype=types.INT32)
     height, width = shape[0], shape[1]
-    # At most so often can a side be halved.
+    # Upper bound of the number of halvings.
     for _ in range(max(0, math.ceil(math.log2(_LONGEST_SIDE / size)))):
         if dali.math.min(height, width) >= 2 * size:
             height, width = height // 2, width // 2
             halved = fn.cast(fn.stack(height, width), dtype=types.FLOAT)
-            # Between two pixels, linear interpolation is their mean.
+            # Linear interpolation halfway between two pixels is their mean, as in a box filter.
             image = fn.resize(image, size=halved, interp_type=types.INTERP_LINEAR, antialias=False)
     short = dali.math.min(height, width)
     new_height = (2 * height * size + short) // (2 * short)
     new_width = (2 * width * size + short) // (2 * short)
     top, left = (new_height - size) // 2, (new_width - size) // 2
-    # Only what the crop shows is resized.
+    # Resize only the region inside the crop.
     vertical = height / fn.cast(new_height, dtype=types.FLOAT)
     horizontal = width / fn.cast(new_width, dtype=types.FLOAT)
     image = fn.resize(

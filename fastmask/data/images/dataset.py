@@ -1,4 +1,4 @@
-"""Images decoded at each visit, as pixels, or encoded into latents on the way."""
+"""The dataset of images decoded at each visit, as pixels or encoded to latents on the fly."""
 
 import functools
 from collections.abc import Iterator
@@ -23,16 +23,16 @@ class ImageDataset:
     """A source's images as a `Dataset` of pixels, or of a VAE's latents, encoded at each visit.
 
     Args:
-        source: where they are.
+        source: the images.
         image_size: side in pixels.
-        num_classes: labels must be below it; None takes the source's number, 0 leaves the labels out.
-        flip: flip each image left to right with probability one half, before it is encoded.
-        decoder: of JPEG files in training; Pillow decodes all others.
-        vae: encodes the images.
-        skip_seed: of the order in which others take the place of images that cannot be read; None: one is an error.
+        num_classes: labels must be below it; None takes the source's number, 0 omits the labels.
+        flip: random horizontal flip (p = 0.5), before encoding.
+        decoder: JPEG decoder in training; Pillow decodes all other formats.
+        vae: encodes the images; None for pixels.
+        skip_seed: seed for choosing replacements of images that cannot be read; None raises an error instead.
 
     Raises:
-        ValueError: labels that do not fit, a first image that cannot be read, or a side that the VAE does not divide.
+        ValueError: the labels do not fit, the first image cannot be read, or the VAE does not divide the side.
     """
 
     def __init__(
@@ -56,51 +56,51 @@ class ImageDataset:
         self._read_all = read_or_refuse
         if skip_seed is not None:
             self._read_all = functools.partial(read_or_replace, seed=skip_seed, size=len(source))
-        self.read(np.zeros(1, np.int64))  # a source of something else fails here, not in the middle of an epoch
+        self.read(np.zeros(1, np.int64))  # a bad source fails here, not in the middle of an epoch
 
     def __len__(self) -> int:
         return self._count
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_vae": None}  # another process reads, it does not encode
+        return {**self.__dict__, "_vae": None}  # workers read, they do not encode
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return the images, uint8 (B, C, H, W), decoded by Pillow, and labels (B,) of these ids."""
         return self.read_telling(ids)[:2]
 
     def read_telling(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor, Bad]:
-        """Return what `read` does, and which images could not be read and were replaced."""
+        """Return images and labels as `read` does, and the images that could not be read and were replaced."""
         part = self._read_all(self._decode, ids.tolist())
         return torch.from_numpy(np.stack(part.values)), self._labels(part), part.bad
 
     def read_for_dali(self, ids: NDArray[np.int64]) -> Part:
-        """Return the images of these ids, JPEG files as they are, for `decoded`."""
+        """Return the images of these ids for `decoded`, with JPEG files left undecoded."""
         return self._read_all(self._keep_jpegs, ids.tolist())
 
     def decoded(
         self, parts: Iterator[Part], batch_size: int, device: torch.device, num_threads: int
     ) -> Iterator[tuple[Tensor, Tensor, Bad]]:
-        """Yield what `read_telling` returns of what `read_for_dali` returned, decoded on a device.
+        """Decode batches from `read_for_dali` on a device, and yield them as `read_telling` returns them.
 
         Args:
-            parts: what it returned, of at most ``batch_size`` images each.
-            batch_size: see parts.
-            device: where to decode, and where the images stay.
-            num_threads: of the CPU that decode.
+            parts: batches from `read_for_dali`.
+            batch_size: maximum number of images per batch.
+            device: device of decoding and of the result.
+            num_threads: number of CPU threads that decode.
         """
         decoder = JpegDecoder(self._size, batch_size, device, num_threads)
         for part, pixels in by_dali(parts, self._keep_jpegs, decoder, self._read_all):
             yield pixels, self._labels(part), part.bad
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return the images in [-1, 1], some of them flipped, or latents of theirs, drawn freshly at each visit."""
+        """Return the images in [-1, 1], randomly flipped, or latents sampled from them at each visit."""
         images = images_of(stored, seed, sample, self._flip)
         if self._vae is None:
             return images
         return self._vae.scaling.apply(latents_of(self._vae.encode(images), seed, sample))
 
     def fingerprint(self) -> str:
-        """Return what tells these images, labels and the VAE's weights from others."""
+        """Return a hash of the images, labels and VAE weights."""
         return fingerprint_of([self._decode.source.fingerprint(), self._vae.sha256 if self._vae else ""])
 
     def _labels(self, part: Part) -> Tensor:
@@ -108,7 +108,7 @@ class ImageDataset:
 
 
 def read_or_refuse(read: ReadItem, items: list[int]) -> Part:
-    """Return what is read of some items; a ValueError if one of them is damaged."""
+    """Read some items; a ValueError if one of them is damaged."""
     part = read_part(read, items)
     if part.bad:
         raise ValueError(f"{part.bad[0][1]} (--on-bad skip trains on another image in its place)")

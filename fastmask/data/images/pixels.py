@@ -1,4 +1,4 @@
-"""Pixels: how an image becomes them, and an `.npz` of them."""
+"""Decoding, resizing and cropping of images with Pillow."""
 
 import contextlib
 import importlib
@@ -18,17 +18,17 @@ from fastmask.kernels import random_uniform
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
-MAX_ASPECT = 20  # of the sides of an image
+MAX_ASPECT = 20  # long side over short side
 
 
 _FLIP_STREAM = 5
 
 
-# Those of SUFFIXES: Pillow would hand others, such as EPS, to programs outside. JPEG includes MPO.
+# The formats of SUFFIXES only: Pillow runs external programs for others, such as EPS. JPEG includes MPO.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
-# What Pillow raises of damaged files, beside its DecompressionBombError.
+# The errors that Pillow raises for damaged files, in addition to DecompressionBombError.
 _DAMAGED = (
     OSError,
     ValueError,
@@ -45,10 +45,10 @@ _DAMAGED = (
 )
 
 
-_ORIENTATION = 0x0112  # Exif's tag
+_ORIENTATION = 0x0112  # Exif tag
 
 
-_TURNS = {  # by its value, as Pillow's Transpose names them
+_TURNS = {  # Exif value to the name in Pillow's Transpose
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
     4: "FLIP_TOP_BOTTOM",
@@ -63,9 +63,9 @@ Pixels = NDArray[np.uint8]
 
 
 def resize_and_crop(image: Any, size: int) -> Any:
-    """Return the centre square of a Pillow image at a side of ``size``, resized as ADM does it (arXiv 2105.05233).
+    """Resize and centre-crop a Pillow image to a square of side ``size``, as in ADM (arXiv 2105.05233).
 
-    The short side is halved by box averages while it is at least twice the size, then resized bicubically.
+    The short side is halved with a box filter while it is at least twice the size, then resized bicubically.
     """
     check_aspect(image.size)
     resampling = load_pillow().Resampling
@@ -78,17 +78,17 @@ def resize_and_crop(image: Any, size: int) -> Any:
 
 
 def check_aspect(size: tuple[int, int]) -> None:
-    """Raise a ValueError if an image of this width and height is not one to train on, but a strip."""
+    """Raise a ValueError if the aspect ratio of an image, (width, height), exceeds `MAX_ASPECT`."""
     short, long = sorted(size)
     if long > MAX_ASPECT * short:
-        # The short side would be enlarged with the long one, to gigabytes, of which the crop shows next to nothing.
+        # Enlarging the short side would also enlarge the long one, to gigabytes, only to crop nearly all of it.
         raise ValueError(f"it has {size[0]} x {size[1]} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
 def to_rgb(image: Any) -> Any:
-    """Return a Pillow image with 8 bits of red, green and blue, over white where it is transparent.
+    """Convert a Pillow image to 8-bit RGB, with transparent pixels composited over white.
 
-    Pillow's own conversion would clip 16-bit pixels at 255, and show whatever colour lies under transparent ones.
+    Pillow's own conversion would clip 16-bit pixels at 255, and show the colour stored under transparent ones.
     """
     pillow = load_pillow()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -107,22 +107,22 @@ def to_rgb(image: Any) -> Any:
 
 @contextlib.contextmanager
 def opened(content: bytes, name: str) -> Iterator[Any]:
-    """Yield an image file's content as a Pillow image whose pixels are still to be decoded.
+    """Open an image file's content as a Pillow image, without decoding its pixels.
 
     Args:
-        content: of the file, of a format that `SUFFIXES` names, told by its first bytes.
-        name: of the file, for messages.
+        content: the file's content; its format, one of `SUFFIXES`, is detected from the first bytes.
+        name: file name, for messages.
 
     Raises:
-        ValueError: it is damaged, no image, too large or a strip, or of several frames; but of an MPO, a photo with
-            more views, the first is taken. Errors inside the block become one as well.
+        ValueError: the file is damaged, not an image, too large, too elongated, or has several frames (except MPO, a
+            photo with extra views, whose first frame is used). Errors inside the block are converted too.
     """
     pillow = load_pillow()
     try:
         with pillow.open(io.BytesIO(content), formats=_FORMATS) as image:
             check_aspect(image.size)
             frames = getattr(image, "n_frames", 1)
-            if frames > 1 and image.format != "MPO":  # a photo, before views or a preview that cameras add
+            if frames > 1 and image.format != "MPO":  # in an MPO the further frames are views or a preview
                 raise ValueError(f"it has {frames} frames: keep one of them as an image of its own")
             yield image
     except (*_DAMAGED, pillow.DecompressionBombError) as error:
@@ -132,9 +132,9 @@ def opened(content: bytes, name: str) -> Iterator[Any]:
 
 
 def orientation(image: Any) -> int:
-    """Return how a Pillow image is to be turned to be seen, as Exif counts it; 1 where it lies right or nothing says.
+    """Return the Exif orientation of a Pillow image, 1 if it is upright or has none.
 
-    Formats that put it behind the pixels, or are turned by Pillow when those are decoded, must have been loaded.
+    Call `load` first for formats that store it after the pixels, or that Pillow rotates while decoding.
     """
     try:
         turned = image.getexif().get(_ORIENTATION, 1)
@@ -144,14 +144,14 @@ def orientation(image: Any) -> int:
 
 
 def decode(content: bytes, size: int, name: str) -> Pixels:
-    """Return the pixels (size, size, 3) of an image file's content, resized and cropped as `resize_and_crop` does.
+    """Decode an image file to pixels (size, size, 3), resized and cropped as in `resize_and_crop`.
 
-    The image is turned as its Exif says, and lies over white where it is transparent.
+    The Exif orientation is applied, and transparent pixels are composited over white.
 
     Args:
-        content: of the file.
-        size: side.
-        name: of the file, for messages.
+        content: the file's content.
+        size: side of the output in pixels.
+        name: file name, for messages.
 
     Raises:
         ValueError: see `opened`.
@@ -166,9 +166,9 @@ def decode(content: bytes, size: int, name: str) -> Pixels:
 
 
 def images_of(stored: Tensor, seed: int, sample: Tensor, flip: bool) -> Tensor:
-    """Return pixels, uint8 (B, C, H, W), as floats in [-1, 1]; with ``flip`` about half of them flipped.
+    """Convert pixels, uint8 (B, C, H, W), to float32 in [-1, 1]; with ``flip``, random horizontal flips (p = 0.5).
 
-    Which ones is a function of the seed and of ``sample``, the global index of each, int64 (B,).
+    The flips are a function of the seed and of ``sample``, the global sample index, int64 (B,).
     """
     images = stored.float() / 127.5 - 1
     if not flip:
@@ -178,7 +178,7 @@ def images_of(stored: Tensor, seed: int, sample: Tensor, flip: bool) -> Tensor:
 
 
 def resize_all(images: Pixels, size: int) -> Pixels:
-    """Return images (N, H, W, C), C of 1 or 3, at another side, resized and cropped as `resize_and_crop` does."""
+    """Resize and crop images (N, H, W, C) with C = 1 or 3, as in `resize_and_crop`."""
     pillow = load_pillow()
     plain = images[..., 0] if images.shape[3] == 1 else images
     resized = [np.asarray(resize_and_crop(pillow.fromarray(image), size)) for image in plain]

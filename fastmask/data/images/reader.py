@@ -1,4 +1,4 @@
-"""Decodes a source's images ahead of what stores them, or trains on them."""
+"""Reads and decodes a source's images in worker processes."""
 
 import contextlib
 import ctypes
@@ -22,17 +22,17 @@ from fastmask.data.sources.source import Source
 ReadItem = Callable[[int], tuple[Any, int]]
 
 _PR_SET_PDEATHSIG = 1
-_LOOKED_AT = 16  # images whose sides are compared with the one that is asked for
+_LOOKED_AT = 16  # images whose sides are compared with the requested one
 
 
 class Part(NamedTuple):
     """Items of a source that were read together.
 
     Attributes:
-        items: their numbers, of those that could be read.
-        values: what was read of each: pixels, uint8 (C, size, size), or records as they are, or a JPEG file.
-        labels: of each, int64 (n,).
-        bad: number of each other item, and a line that says what is wrong.
+        items: numbers of the items that could be read.
+        values: one value per item: pixels, uint8 (C, size, size), a record, or the bytes of a JPEG file.
+        labels: one label per item, int64 (n,).
+        bad: number and error line of each item that could not be read.
     """
 
     items: list[int]
@@ -42,12 +42,12 @@ class Part(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """Items that follow one another in a source.
+    """Consecutive items of a source.
 
     Attributes:
-        values: of those that could be read: pixels, uint8 (n, C, size, size), or records as they are.
-        labels: of those, int64 (n,).
-        bad: name of each other one, and a line that says what is wrong.
+        values: values of the readable items: pixels, uint8 (n, C, size, size), or records.
+        labels: labels of the readable items, int64 (n,).
+        bad: name and error line of each item that could not be read.
     """
 
     values: NDArray[Any] | torch.Tensor
@@ -58,14 +58,14 @@ class Decoded(NamedTuple):
 def decoded(
     source: Source, image_size: int, parts: list[range], num_workers: int, dali: JpegDecoder | None = None
 ) -> Generator[Decoded]:
-    """Yield the images of each part of a source, in order, centre-cropped as ADM does it.
+    """Yield the images of each part of a source, in order, resized and centre-cropped as in ADM.
 
     Args:
-        source: where they are.
+        source: the images.
         image_size: side in pixels.
-        parts: which images, a batch at a time.
-        num_workers: processes that decode, or read for DALI; 0 does it here.
-        dali: decodes JPEG files; without it Pillow does.
+        parts: item numbers of each batch.
+        num_workers: worker processes that decode, or read files for DALI; 0 uses this process.
+        dali: decoder of JPEG files; None decodes them with Pillow.
     """
     read = ImageReader(source, image_size, keep_jpegs=dali is not None)
     if dali is None:
@@ -78,13 +78,13 @@ def decoded(
 def read_ahead(
     read: Callable[[int], tuple[NDArray[Any], int]], name: Callable[[int], str], parts: list[range], num_workers: int
 ) -> Generator[Decoded]:
-    """Yield what is read of each part, in order.
+    """Read parts in worker processes and yield them in order.
 
     Args:
         read: returns an item's value and its label; an OSError or ValueError if it is damaged.
         name: returns an item's name.
-        parts: which items, a batch at a time.
-        num_workers: processes that read; 0 reads here.
+        parts: item numbers of each batch.
+        num_workers: worker processes that read; 0 uses this process.
     """
     for part in _parts_ahead(read, parts, num_workers):
         values = np.stack(part.values) if part.values else np.empty(0)
@@ -97,13 +97,13 @@ def by_dali(
     dali: JpegDecoder,
     read_all: Callable[[ReadItem, list[int]], Part] | None = None,
 ) -> Iterator[tuple[Part, torch.Tensor]]:
-    """Yield parts, without what turns out to be damaged, with their pixels, uint8 (n, C, size, size).
+    """Decode parts with DALI and yield them, without damaged items, with their pixels, uint8 (n, C, size, size).
 
     Args:
-        parts: JPEG files as they are, and pixels.
-        read: reads them.
-        dali: decodes the JPEG files.
-        read_all: what is done about damaged items, as `read_part` leaves them out.
+        parts: JPEG files and pixels.
+        read: the reader of the parts.
+        dali: decoder of the JPEG files.
+        read_all: reads items and handles damaged ones; default: `read_part`, which skips them.
     """
     for part, pixels in dali.ahead(parts):
         yield (part, pixels) if pixels is not None else _sorted_out(part, read, dali, read_all or read_part)
@@ -112,10 +112,10 @@ def by_dali(
 def _sorted_out(
     part: Part, read: "ImageReader", dali: JpegDecoder, read_all: Callable[[ReadItem, list[int]], Part]
 ) -> tuple[Part, torch.Tensor]:
-    """Return what is whole of a part without a JPEG file, or with one that DALI refuses, and its pixels.
+    """Return the intact items of a part and their pixels: a part without JPEG files, or with one that DALI rejects.
 
-    Pillow tells which are damaged. What is left of the JPEG files DALI decodes, as if it had never seen those: the
-    pixels of an image must not depend on what else is in the part.
+    Pillow finds the damaged files. DALI then decodes the remaining JPEG files again, since the pixels of an image must
+    not depend on the other images in the part.
     """
     known = dict(zip(part.items, zip(part.values, part.labels.tolist(), strict=True), strict=True))
     again = read_all(functools.partial(_decode_too, known, read), part.items)
@@ -133,13 +133,13 @@ def _sorted_out(
 def _decode_too(
     known: dict[int, tuple[Any, int]], read: "ImageReader", item: int
 ) -> tuple[tuple[Any, NDArray[np.uint8]], int]:
-    """Return a value that was read, or that of another item, beside its pixels by Pillow, and its label."""
+    """Return (value, pixels decoded by Pillow) and the label of an item, reading it if it is not known."""
     value, label = known[item] if item in known else read(item)
     return (value, read.pixels_of(value, item) if isinstance(value, bytes) else value), label
 
 
 def read_part(read: ReadItem, items: range | list[int]) -> Part:
-    """Return what is read of some items; an OSError or ValueError tells that one is damaged."""
+    """Read some items; an item whose read raises an OSError or ValueError is recorded as damaged."""
     good, values, labels, bad = [], [], [], []
     for item in items:
         try:
@@ -154,16 +154,16 @@ def read_part(read: ReadItem, items: range | list[int]) -> Part:
 
 
 class ImageReader:
-    """Reads images of a source as pixels, uint8 (C, size, size), centre-cropped as ADM does it.
+    """Reads images of a source as pixels, uint8 (C, size, size), resized and centre-cropped as in ADM.
 
     Args:
-        source: where they are.
+        source: the images.
         size: side in pixels.
-        keep_jpegs: leave JPEG files as they are, but those that Exif turns, which are few: of it decoders differ.
+        keep_jpegs: return JPEG files undecoded, except those with an Exif rotation, which decoders handle differently.
     """
 
     def __init__(self, source: Source, size: int, *, keep_jpegs: bool = False) -> None:
-        load_pillow()  # without it no image could be read, and all would seem damaged
+        load_pillow()  # fail now if it is missing, else every image would count as damaged
         self.source, self._size, self._keep_jpegs = source, size, keep_jpegs
 
     def __call__(self, item: int) -> tuple[Any, int]:
@@ -179,7 +179,7 @@ class ImageReader:
         return self.pixels_of(content, item), label
 
     def pixels_of(self, content: bytes | NDArray[np.uint8], item: int) -> NDArray[np.uint8]:
-        """Return the pixels of a file's content, or of other pixels (H, W, C)."""
+        """Return the pixels of a file's content, or of an array (H, W, C)."""
         if isinstance(content, bytes):
             pixels = decode(content, self._size, self.source.name(item))
         elif content.shape[:2] != (self._size, self._size):
@@ -190,12 +190,13 @@ class ImageReader:
 
 
 def say_source(path: str, source: Source, image_size: int) -> None:
-    """Say what a path was recognised as, what was left out, and which images are resized, or enlarged more than twice.
+    """Print the detected format, skipped files, and whether images are resized or enlarged more than twice.
 
     Args:
-        path: as it was given.
-        source: what it names.
-        image_size: side that the images get. Those of an array have one; of files a few are looked at.
+        path: the path as given by the user.
+        source: the opened source.
+        image_size: side of the output in pixels. It is compared with the side of an array, or with a sample of the
+            files.
     """
     for line in source.lines():
         say(f"{path}: {line}")
@@ -235,25 +236,25 @@ def _parts_ahead(read: ReadItem, parts: list[range], num_workers: int) -> Genera
 
 
 def as_it_is(batch: Any) -> Any:
-    """Return a batch that was read whole, as a collate function that changes nothing."""
+    """Return a batch unchanged: the collate function for datasets that return whole batches."""
     return batch
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the process that writes."""
+    """Ignore Ctrl-C in a worker; the main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
 
 
 def end_with_parent() -> None:
-    """Have Linux end this process when the thread that started it is gone, by a kill of its process or otherwise.
+    """Have Linux kill this process when the thread that started it ends, even by SIGKILL.
 
-    A worker with more to hand over than a pipe takes would wait for ever for a process that is gone.
+    Otherwise a worker that is blocked on a full pipe would outlive its parent forever.
     """
     with contextlib.suppress(OSError, AttributeError):  # other systems lack the call
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent and not parent.is_alive():  # before the call
+    if parent and not parent.is_alive():  # it died before the call
         os._exit(1)
 
 

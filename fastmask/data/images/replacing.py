@@ -1,4 +1,4 @@
-"""Images that cannot be read, and others that are trained on in their place: `--on-bad skip`."""
+"""`--on-bad skip`: replaces images that cannot be read."""
 
 import numpy as np
 
@@ -6,30 +6,30 @@ from fastmask.console import say_from_any_rank
 from fastmask.data.images.reader import Part, ReadItem, read_part
 from fastmask.data.order import following
 
-Bad = list[tuple[int, str]]  # number of each item that was damaged, and a line that says what is wrong
+Bad = list[tuple[int, str]]  # number and error line of each damaged item
 
-MOST = 0.1  # share of damaged images, once there are
-LEAST = 100  # images that were read
-_OTHERS = 16  # that are tried in the place of one
+MOST = 0.1  # maximum fraction of damaged images
+LEAST = 100  # images read before that is checked
+_OTHERS = 16  # replacements that are tried for an image
 
 
 def read_or_replace(read: ReadItem, items: list[int], *, seed: int, size: int) -> Part:
-    """Return what is read of some items, with another one in the place of each that is damaged.
+    """Read some items, and replace each damaged one by another item.
 
-    It is the next whole one in an order of the seed's own: a function of the seed and the item, whoever reads it, when,
-    and with whatever else.
+    The replacement is the next intact item in a seeded order: a function of the seed and the item alone, independent of
+    rank, time and batch.
 
     Args:
         read: returns an item's value and its label; an OSError or ValueError if it is damaged.
-        items: their numbers.
-        seed: of that order.
-        size: how many items there are.
+        items: item numbers.
+        seed: seed of the order of replacements.
+        size: number of items in the source.
 
     Returns:
-        As many items as were asked for, in their order, and what was damaged on the way.
+        The requested number of items, in order, and the damaged items that were met.
 
     Raises:
-        ValueError: none was found for an item.
+        ValueError: no replacement was found for an item.
     """
     found, bad = [], []
     for asked in items:
@@ -49,10 +49,10 @@ def read_or_replace(read: ReadItem, items: list[int], *, seed: int, size: int) -
 
 
 class BadImages:
-    """Takes down which images could not be read, names each once, and tells when they are too many.
+    """Counts images that could not be read, reports each once, and fails when there are too many.
 
     Attributes:
-        count: how often an image could not be read; one that is damaged counts at each visit.
+        count: number of failed reads; a damaged image counts at each visit.
     """
 
     def __init__(self) -> None:
@@ -61,14 +61,14 @@ class BadImages:
         self._last = ""
 
     def add(self, whole: int, bad: Bad) -> None:
-        """Take down a batch.
+        """Record a batch.
 
         Args:
-            whole: how many images of it could be read.
-            bad: those that could not.
+            whole: number of images that could be read.
+            bad: the images that could not.
 
         Raises:
-            ValueError: of all that were taken down too many are damaged.
+            ValueError: the fraction of damaged images so far is above `MOST`.
         """
         for item, line in bad:
             if item not in self._named:
