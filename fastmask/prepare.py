@@ -96,6 +96,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError("--check runs in one process, without torchrun")
         check(local_copy(config.check) if is_url(config.check) else Path(config.check), config.vae, device)
         return
+    # Validate the arguments before anything is opened.
     if not config.store:
         raise ValueError("name a source and the store to make of it, or --check STORE")
     if is_url(config.store):
@@ -107,6 +108,7 @@ def main(argv: Sequence[str]) -> None:
     for name in ("num_workers", "num_classes"):
         if (getattr(config, name) or 0) < 0:
             raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
+    # The source holds latents of a known layout, or images.
     with _one_speaks(ranks):
         latents = open_latents(Path(config.source), None if config.latents == "auto" else config.latents)
         if latents is None:
@@ -117,6 +119,7 @@ def main(argv: Sequence[str]) -> None:
             job = _encode(config, open_source(Path(config.source), labelled=config.num_classes != 0), device)
         else:
             job = _import(config, latents)
+    # Every rank writes its shards; rank 0 writes the manifest.
     with (
         process_group(ranks, device),
         StoreWriter(
@@ -169,6 +172,7 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
     say(f"JPEG files are decoded by {decoded_by}, others by Pillow")
     size = config.image_size or source.side or _IMAGE_SIZE
     say_source(config.source, source, size)
+    # The manifest identifies the source by names and labels, so that a resumed run cannot mix two sources.
     origin = _origin(config, source.kind, len(source), source.name)
     if source.labels is not None:
         labels = "\n".join(names).encode() + source.labels.tobytes()
@@ -188,6 +192,7 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
         shape = (1, source.channels, size, size)
         manifest = Manifest(kind="pixels", dtype="uint8", shape=shape, **about)
         return Job(manifest, len(source), names, read, _as_records, source.name)
+    # Otherwise store moments of the VAE.
     name = config.vae or _VAE
     encoder = Autoencoder(name, device)
     side = encoder.side(size)
@@ -216,6 +221,7 @@ def _import(config: PrepareConfig, latents: Latents) -> Job:
         raise ValueError(f"{config.source} holds no latents")
     if config.space == "pixel":
         raise ValueError(f"{config.source} holds latents ({latents.kind}), of which --space pixel cannot be made")
+    # The most common shape of a sample is the store's; records of another shape count as damaged.
     records = [record for record, _ in sample_records(latents.read, len(latents), config.source)]
     shape = collections.Counter(record.shape for record in records).most_common(1)[0][0]
     copies, channels, side, width = shape

@@ -98,6 +98,7 @@ def open_data(
         raise ValueError(f"image_size must be at least 1, not {image_size}")
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes must be at least 0, not {num_classes}")
+    # Detect the kind of dataset, and reject flags that do not apply to it.
     path = Path(data)
     is_store = is_url(data) or (path / MANIFEST).exists() or (path / UNFINISHED).exists()
     if vae and (is_store or data in ("digits", "synthetic")):
@@ -117,6 +118,7 @@ def open_data(
             say(f"{remote.url}: {remote.plan()}")
         say(f"{remote.url}: {store.describe()}")
         return store
+    # Built-in datasets and local files.
     if data == "digits":
         return Digits(image_size, num_classes, flip)
     if data == "synthetic":

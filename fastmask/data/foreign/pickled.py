@@ -87,6 +87,7 @@ def _interpret(content: bytes) -> Any:
             continue
         if name == "STOP":
             return stack.pop()
+        # Constants and names.
         if name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
         elif name in _INTEGERS or name in _TEXTS or name in _BYTES:
@@ -96,6 +97,7 @@ def _interpret(content: bytes) -> Any:
         elif name == "STACK_GLOBAL":
             module, attribute = _popped(stack, 2)
             stack.append(_Name(_checked_name(f"{module}.{attribute}")))
+        # Tuples.
         elif name == "MARK":
             stack.append(_MARK)
         elif name == "TUPLE":
@@ -103,12 +105,14 @@ def _interpret(content: bytes) -> Any:
             stack[place:] = [tuple(stack[place + 1 :])]
         elif name in _TUPLES:
             stack.append(_popped(stack, _TUPLES[name]))
+        # Calls and states.
         elif name == "REDUCE":
             function, arguments = _popped(stack, 2)
             stack.append(_call(function, arguments))
         elif name == "BUILD":
             (state,) = _popped(stack, 1)
             _build(stack[-1], state)
+        # The memo.
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):

@@ -157,7 +157,7 @@ class _Feed:
             self.error = None if isinstance(error, StopIteration) else error
             raise
         self.waiting.append(part)
-        # DALI needs at least one file per batch, so a batch without JPEG files gets a placeholder.
+        # A placeholder for a batch without JPEG files: each part stays one DALI batch, so that none is read far ahead.
         return _jpegs(part) or [_any_jpeg()]
 
 

@@ -1,1 +1,1 @@
-"""What images are read from: folders, archives, arrays and tables."""
+"""Image sources: folders, archives, arrays and tables."""

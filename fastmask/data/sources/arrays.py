@@ -1,4 +1,4 @@
-"""Images that are in memory: of an IDX file, MNIST's format, or of an `.npz`."""
+"""Image sources in memory: IDX files (MNIST's format) and `.npz`."""
 
 import gzip
 import io
@@ -18,11 +18,11 @@ from fastmask.data.sources.source import Source
 from fastmask.files import open_regular
 
 _MOST_DIMENSIONS = 4
-_DEFLATED = 1032  # times at most that deflate shrinks anything
+_DEFLATED = 1032  # maximum compression ratio of deflate
 
 
 class Array(Source):
-    """Images that are in memory, uint8 (N, H, W, C), of a file."""
+    """The images of a file in memory, uint8 (N, H, W, C)."""
 
     def __init__(
         self, kind: str, path: Path, images: NDArray[np.uint8], labels: NDArray[Any] | None, labelled: bool = True
@@ -39,7 +39,7 @@ class Array(Source):
         return len(self._images)
 
     def name(self, item: int) -> str:
-        """Return the file, and which of its images it is."""
+        """Return the file and the index of an image in it."""
         return f"{self._path}, image {item}"
 
     def content(self, item: int) -> NDArray[np.uint8]:
@@ -48,12 +48,12 @@ class Array(Source):
         return pixels
 
     def fingerprint(self) -> str:
-        """Return what tells these images and labels from others."""
+        """Return a hash of the images and labels."""
         return of_arrays(self._images, np.array(self.known_labels(), np.int64))
 
 
 def open_npz(path: Path, labelled: bool = True) -> Array:
-    """Return the images of an `.npz`."""
+    """Open the images of an `.npz`."""
     arrays = read_npz(path, None if labelled else 0)
     if "moments" in arrays:
         raise ValueError(f"{path} holds moments of latents, which are trained on as they are: --data {path}")
@@ -66,7 +66,7 @@ def open_npz(path: Path, labelled: bool = True) -> Array:
 
 
 def open_idx(path: Path, labelled: bool = True) -> Array:
-    """Return the images of an IDX file, and the labels of the file beside it."""
+    """Open the images of an IDX file, with the labels in the file beside it."""
     images = _read_idx(path)
     if images.ndim not in (3, 4) or not images.size or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise ValueError(f"{path} holds no images: its shape is {images.shape}")
@@ -92,7 +92,7 @@ def _read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def _values(path: Path, file: io.BufferedIOBase, most: int) -> NDArray[np.uint8]:
-    """Return the values of a file of ``most`` bytes or fewer."""
+    """Return the values of an IDX file of at most ``most`` bytes."""
     start = file.read(4)
     if len(start) < 4 or start[:3] != b"\0\0\x08" or start[3] > _MOST_DIMENSIONS:
         raise ValueError(f"{path} is not an IDX file of bytes")
@@ -111,7 +111,7 @@ def _values(path: Path, file: io.BufferedIOBase, most: int) -> NDArray[np.uint8]
 
 
 def check_memory(count: int, name: str) -> None:
-    """Raise a ValueError if a file's values take more than half of the machine's memory."""
+    """Raise a ValueError if a file's values need more than half of the machine's memory."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if count > there / 2:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Images among the files of a folder or archive: which are left out, and of which class each is."""
+"""Image folders: which files are images, which are skipped, and the class of each image."""
 
 import os
 import re
@@ -20,34 +20,34 @@ EMPTY = "empty folders"
 _DROPPINGS = {"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "system volume information"}
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 LISTS = ("labels.json", "dataset.json")
-_BYTES_OF_AN_ENTRY = 1024  # of a list, at most, so that one of any length is not read for a few images
-# How EDM's dataset_tools names images: by number, a thousand of them in a folder, whatever their classes are.
+_BYTES_OF_AN_ENTRY = 1024  # limit per entry of a list of labels, so that a huge file is not read for a few images
+# The names that EDM's dataset_tools gives to images: numbers, 1000 per folder, regardless of class.
 _NUMBERED = re.compile(r"(\d{5})/img\1\d{3}\.\w+")
 _LATENTS = (".npy", ".latent", ".safetensors", ".mdb")
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether nobody means a file or folder of this name: it begins with a dot, or a system left it there."""
+    """Return whether a file or folder is ignored by its name: it begins with a dot, or an operating system wrote it."""
     return name.startswith(".") or name.lower() in _DROPPINGS
 
 
 class FileTree(Source):
-    """Files whose names hold folders: of a folder, a zip or tars.
+    """A tree of files, in a folder, a zip or tars.
 
-    The class of an image is what `labels.json` or `dataset.json` says, else its folder. `labels.json` is
-    {"FILE": LABEL, ...} or {"labels": [["FILE", LABEL], ...]}, with files named from where it lies and labels that are
-    numbers or names; or {"SUBFOLDER": LABEL, ...}. `dataset.json` has the second form; `null` there means no labels.
+    The class of an image comes from `labels.json` or `dataset.json`, otherwise from its folder. `labels.json` is
+    {"FILE": LABEL, ...} or {"labels": [["FILE", LABEL], ...]}, with paths relative to it and labels that are numbers or
+    names; or {"SUBFOLDER": LABEL, ...}. `dataset.json` has the second form; `null` there means no labels.
     """
 
     _where: Path
-    _in_file = False  # nobody can name a folder in it
+    _in_file = False  # an archive, whose inner folders cannot be given as a path
 
     def _sort(self, names: Sequence[str], read: Callable[[int, int], bytes]) -> list[int]:
-        """Record labels and what is left out, and return which of the names are images.
+        """Record labels and skipped files, and return the indices of the names that are images.
 
         Args:
-            names: of files, with their folders, separated by slashes.
-            read: returns the content of a file by its number, up to some bytes; a ValueError beyond that.
+            names: paths of the files, separated by slashes.
+            read: returns the content of a file by its index; a ValueError if it exceeds the given number of bytes.
         """
         found, lists = [], {}
         for number, name in enumerate(names):
@@ -70,8 +70,8 @@ class FileTree(Source):
         """Record the labels of images.
 
         Args:
-            images: their names.
-            lists: numbers of the files named as lists of labels are, by their names.
+            images: names of the images.
+            lists: indices of the files with the name of a list of labels, by name.
             read: see `_sort`.
         """
         root = _root_of(images, lists)
@@ -189,7 +189,7 @@ class Folder(FileTree):
         return self._content(self._files[item], MAX_BYTES)
 
     def fingerprint(self) -> str:
-        """Return what tells these files and labels from others."""
+        """Return a hash of the files and labels."""
         sizes = [size_of(os.path.join(self._where, file)) for file in self._files]
         return of_files(self._files, sizes, self.known_labels(), self.content)
 
@@ -198,13 +198,13 @@ class Folder(FileTree):
 
 
 def files_below(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield the files of a folder and those below it in order, through symbolic links too.
+    """Yield the files below a folder in order, following symbolic links.
 
     Yields:
-        Their paths from the folder, and why they are left out, if they are; hidden folders too, and nothing in them.
+        The path relative to the folder, and the reason to skip it or "". A hidden folder is one entry.
 
     Raises:
-        ValueError: a link to a folder that holds it.
+        ValueError: a symbolic link to a folder that contains it.
     """
     below = len(os.path.join(folder, ""))
     opened = [(_identity(str(folder)), iter(_entries(str(folder))))]
@@ -214,7 +214,7 @@ def files_below(folder: Path) -> Iterator[tuple[str, str]]:
             opened.pop()
             continue
         name = entry.path[below:]
-        # Of a link that leads nowhere `entry.is_dir` is an error.
+        # `entry.is_dir` raises for a broken link.
         is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
         if is_hidden(entry.name):
             yield name + "/" * is_folder, HIDDEN
@@ -223,7 +223,7 @@ def files_below(folder: Path) -> Iterator[tuple[str, str]]:
             if any(identity == above for above, _ in opened):
                 raise ValueError(f"{entry.path} is a symbolic link to a folder that holds it: remove the link")
             entries = _entries(entry.path)
-            if not entries:  # a class of which nothing was unpacked shifts the numbers of those after it
+            if not entries:  # reported, since a class that was not unpacked shifts the labels of the classes after it
                 yield f"{name}/", EMPTY
             opened.append((identity, iter(entries)))
         elif entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path):
@@ -243,7 +243,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _root_of(images: list[str], lists: Container[str]) -> str:
-    """Return the folder that holds a list of labels, or the images' folders alone, with a slash; "" is the topmost."""
+    """Return the folder with the list of labels or the class folders, with a slash; "" is the top folder."""
     root = ""
     while not any(root + name in lists for name in LISTS):
         tops = {name[len(root) :].split("/")[0] for name in images}

@@ -1,4 +1,4 @@
-"""Labels as they come from others, numbers or names, made into numbers below the number of classes."""
+"""Conversion of labels, given as numbers or names, to class indices."""
 
 import collections
 import json
@@ -18,7 +18,7 @@ Label = int | str
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return the names of classes in the order of their labels: as numbers if all of them are, else as text."""
+    """Sort class names: numerically if all of them are numbers, otherwise as text."""
     unique = set(names)
     if all(name.isascii() and name.isdigit() for name in unique):
         return sorted(unique, key=lambda name: (int(name), name))
@@ -26,18 +26,18 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def to_numbers(given: Sequence[Label | None], where: str) -> tuple[NDArray[np.int32] | None, list[str]]:
-    """Return labels as int32, -1 where there is none, and the names of the classes.
+    """Convert labels to int32, with -1 for a missing label, and return them with the class names.
 
     Args:
-        given: the label of each image, a number or a name of its class, None where it has none.
-        where: they were found, for messages.
+        given: label of each image, a number or a class name; None if it has none.
+        where: origin of the labels, for messages.
 
     Returns:
-        The labels, None if no image has one; numbers below 0 are none. Names become numbers in the order of `in_order`;
-        classes whose labels were numbers are named by them.
+        The labels, None if no image has one, and the class names. A number below 0 is a missing label. Names are
+        numbered in the order of `in_order`; numbers become the names of their classes.
 
     Raises:
-        ValueError: names and numbers are mixed, or a number cannot be a label; or all of them are below 0.
+        ValueError: names and numbers are mixed, a number is too large for a label, or all are below 0.
     """
     names = {label for label in given if isinstance(label, str)}
     numbers = [label for label in given if isinstance(label, int)]
@@ -59,7 +59,7 @@ def to_numbers(given: Sequence[Label | None], where: str) -> tuple[NDArray[np.in
 
 
 def check_label(label: int, where: str) -> None:
-    """Raise a ValueError if a number cannot be a label."""
+    """Raise a ValueError if a number is not a valid label."""
     if label < 0:
         raise ValueError(
             f"{where}: label {label} is below 0, as in a test split, which comes without its labels: {WITHOUT}"
@@ -72,18 +72,18 @@ def check_label(label: int, where: str) -> None:
 
 
 def parse_label_file(content: bytes, where: str, *, bare: bool) -> dict[str, Label] | None:
-    """Return the label of each file that a `labels.json` or `dataset.json` names.
+    """Parse a `labels.json` or `dataset.json` to a label per file.
 
     Args:
         content: {"labels": [["FILE", LABEL], ...]}, or {"labels": null}, or {"FILE": LABEL, ...}.
-        where: it was found, for messages.
-        bare: take the last form; without it a file that has no `labels` is of something else and names none.
+        where: path of the file, for messages.
+        bare: accept the last form; otherwise a file without `labels` is unrelated and has no labels.
 
     Returns:
-        The labels; None if the file says that there are none.
+        The labels; None for {"labels": null}.
 
     Raises:
-        ValueError: anything else, a file that leads out of the folder, or one with two labels.
+        ValueError: the content has another form, a path leads out of the folder, or a file has two labels.
     """
     try:
         given = json.loads(content, object_pairs_hook=_without_duplicates)
@@ -109,7 +109,7 @@ def parse_label_file(content: bytes, where: str, *, bare: bool) -> dict[str, Lab
 
 
 def label_of_text(text: Any, where: str) -> Label | None:
-    """Return a label that a sample carries: a number, also in digits, or the name of its class; None if it is empty."""
+    """Parse the label of a sample: a number, also in digits, or a class name; None if it is empty."""
     if isinstance(text, str):
         text = text.strip()
         sign = text.startswith(("-", "+"))

@@ -1,4 +1,4 @@
-"""Arrays and labels from an `.npz` file, checked before they are read: a small file can inflate to any size."""
+"""Reads `.npz` files safely: headers and sizes are checked first, since a small file can inflate to any size."""
 
 import zipfile
 import zlib
@@ -17,21 +17,21 @@ Arrays = dict[str, NDArray[Any]]
 _NAMES = ("images", "moments", "labels", "scale", "shift")
 _MAX_HEADER_BYTES = 1 << 16
 _BLOCK = 1 << 24
-# An encrypted member is a RuntimeError, an unknown compression a NotImplementedError, which is one too.
+# zipfile raises RuntimeError for encryption, and its subclass NotImplementedError for unknown compression.
 _DAMAGE = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npz(path: Path, num_classes: int | None) -> Arrays:
-    """Return `images` or `moments` of a file, and `labels` as int64 with `num_classes` (both absent: no labels).
+    """Read `images` or `moments` of a file, and `labels` as int64 with `num_classes` (both absent without labels).
 
-    `scale` and `shift` of moments come along where they are there; what else the file holds is left out, and said.
+    `scale` and `shift` are included if present; other arrays are skipped and reported.
 
     Args:
-        path: the file.
-        num_classes: labels must be below it; None takes one more than the highest label, 0 leaves them out.
+        path: path of the file.
+        num_classes: labels must be below it; None takes the highest label plus one, 0 omits the labels.
 
     Raises:
-        ValueError: a file that cannot be read or held in memory, or arrays that do not fit one another.
+        ValueError: the file cannot be read, does not fit in memory, or its arrays do not match.
     """
     if not path.is_file() or not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not an .npz file, or is cut off: write it with numpy.savez")
@@ -61,7 +61,7 @@ def read_npz(path: Path, num_classes: int | None) -> Arrays:
 
 
 def images_refused(path: Path, images: NDArray[Any]) -> str:
-    """Return the line for an array `images` that holds none."""
+    """Return the error message for an array `images` of a wrong type or shape."""
     return (
         f"{path}: `images` must be uint8 of shape (N, H, W, 3), (N, H, W, 1) or (N, H, W), not {images.dtype} of shape "
         f"{tuple(images.shape)}"
@@ -69,12 +69,12 @@ def images_refused(path: Path, images: NDArray[Any]) -> str:
 
 
 def _members(file: zipfile.ZipFile) -> list[str]:
-    """Return the names of arrays, as `numpy.savez` took them."""
+    """Return the names of the arrays, as given to `numpy.savez`."""
     return [name.removesuffix(".npy") for name in file.namelist()]
 
 
 def _header(file: zipfile.ZipFile, name: str, path: Path) -> Header | None:
-    """Return the header of an array; None if a member that is not read is none, else a ValueError."""
+    """Return the header of an array; if it is invalid, None for a member that is not needed, else a ValueError."""
     try:
         with file.open(f"{name}.npy") as member:
             header = parse_header(member.read(_MAX_HEADER_BYTES), f"`{name}`")
@@ -100,7 +100,7 @@ def _check_memory(path: Path, headers: list[Header | None]) -> None:
 
 
 def free_memory() -> int | None:
-    """Return how many bytes of this machine's memory can be had, None where the system does not tell it."""
+    """Return the available memory in bytes, None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
@@ -117,7 +117,7 @@ def _values(file: zipfile.ZipFile, name: str, header: Header | None) -> NDArray[
     with file.open(f"{name}.npy") as member:
         member.read(header.offset)
         place = 0
-        while block := member.read(_BLOCK):  # which compares the checksum at the end
+        while block := member.read(_BLOCK):  # the last read verifies the checksum
             values[place : place + len(block)] = np.frombuffer(block, np.uint8)
             place += len(block)
     typed = values.view(header.dtype) if len(values) else np.empty(0, header.dtype)
@@ -125,7 +125,7 @@ def _values(file: zipfile.ZipFile, name: str, header: Header | None) -> NDArray[
 
 
 def _say_left_out(path: Path, headers: dict[str, Header | None], count: int, labelled: bool) -> None:
-    """Say which members are not used; a ValueError if one of them may be the labels that are missing."""
+    """Report unused members; a ValueError if labels are missing and one of them could be the labels."""
     others = {name: header for name, header in headers.items() if name not in _NAMES}
     for name, header in others.items():
         integers = header is not None and header.shape == (count,) and header.dtype.kind in "iu"

@@ -1,4 +1,4 @@
-"""Which source of images a path names: a folder, an archive, a table or an array."""
+"""Opens an image source by path: detects folder, archive, table or array."""
 
 import os
 import re
@@ -21,14 +21,14 @@ _KNOWN = ".tar, .zip, .parquet, .arrow, IDX or .npz file of images"
 
 
 def open_source(path: Path, labelled: bool = True) -> Source:
-    """Return the source that a path names, recognised by what is there.
+    """Open the image source at a path, with its format detected from the content.
 
     Args:
-        path: of a folder or file.
-        labelled: whether labels are wanted; without, what they are is not looked at.
+        path: a folder or file.
+        labelled: read the labels; otherwise they are not checked either.
 
     Raises:
-        ValueError: nothing there, nothing that is known, or something that could mean several things.
+        ValueError: the path does not exist, or its format is unknown or ambiguous.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist: name a folder, or a {_KNOWN}")
@@ -105,7 +105,7 @@ def _open_tars(tars: list[Path], classes: bool, labelled: bool) -> Source:
 
 
 def _first_image(entry: Path) -> Path | None:
-    """Return an image that a path is or holds."""
+    """Return the first image at or below a path, if any."""
     if entry.is_file():
         return entry if entry.suffix.lower() in SUFFIXES else None
     names = (name for name, reason in files_below(entry) if not reason) if entry.is_dir() else ()
@@ -117,5 +117,5 @@ def _train_first(name: str) -> tuple[bool, str]:
 
 
 def _name_one(paths: Iterable[Path]) -> str:
-    """Return the advice to name one of some paths, with all of them, the training set first."""
+    """Return the advice to give one of several paths, with the training set first."""
     return f"name one of them, {' or '.join(str(path) for path in sorted(paths, key=lambda p: _train_first(p.name)))}"

@@ -1,4 +1,4 @@
-"""Images in tables: parquet files, and datasets that Hugging Face's `datasets` saved to the disk (Arrow)."""
+"""Image tables: parquet files, and datasets saved to disk by Hugging Face's `datasets` (Arrow)."""
 
 import contextlib
 import functools
@@ -25,14 +25,14 @@ _LABELS = ("label", "labels", "cls", "class", "fine_label")
 
 
 class _File(NamedTuple):
-    """What a file says of itself: its columns, and the rows of each row group (parquet) or record batch (Arrow)."""
+    """Metadata of a file: its schema, and the rows per row group (parquet) or record batch (Arrow)."""
 
     schema: Any
     rows: list[int]
 
 
 class Table(Source):
-    """Rows of an image column (bytes, or a struct of `bytes` and `path`) and perhaps a label column."""
+    """Rows with an image column (bytes, or a struct of `bytes` and `path`) and an optional label column."""
 
     kind = "table"
 
@@ -40,13 +40,13 @@ class Table(Source):
         super().__init__(labelled)
         self._files = list(files)
         found = [_outline(file) for file in self._files]
-        # Groups of rows in order: which file, which of its groups, how many rows.
+        # Row groups in order: file number, group number in the file, number of rows.
         self._groups = [
             (number, group, rows) for number, file in enumerate(found) for group, rows in enumerate(file.rows)
         ]
         self._starts = np.cumsum([0] + [rows for _, _, rows in self._groups])
         starts = zip(self._groups, self._starts[:-1], strict=True)
-        self._firsts = {number: first for (number, group, _), first in starts if group == 0}  # row of a file
+        self._firsts = {number: first for (number, group, _), first in starts if group == 0}  # first row of each file
         if min(self._starts) < 0:
             raise ValueError(f"{self._files[0]} or one after it is damaged: it has a number of rows below 0")
         if not self._starts[-1]:
@@ -70,7 +70,7 @@ class Table(Source):
         return int(self._starts[-1])
 
     def name(self, item: int) -> str:
-        """Return the file, and which of its rows it is."""
+        """Return the file and the row of an image."""
         number = self._groups[self._place(item)[0]][0]
         return printable(f"{self._files[number]}, row {item - int(self._firsts[number])}")
 
@@ -93,7 +93,7 @@ class Table(Source):
         return values
 
     def fingerprint(self) -> str:
-        """Return what tells these tables from others."""
+        """Return a hash of the tables, columns and labels."""
         tables = of_tables(self._files, [rows for _, _, rows in self._groups])
         return fingerprint_of([tables, self._image, np.array(self.known_labels(), np.int64)])
 
@@ -102,7 +102,7 @@ class Table(Source):
         return group, item - int(self._starts[group])
 
     def _label(self, column: str, schema: Any) -> None:
-        """Record the labels of a column: numbers, or names."""
+        """Record the labels of a column, numbers or names."""
         where = f"{self._files[0]}, column {column}"
         types, kind = _arrow("pyarrow.types"), schema.field(column).type
         if types.is_dictionary(kind):
@@ -125,7 +125,7 @@ class Table(Source):
 
 
 def open_saved(folder: Path, labelled: bool = True) -> Table:
-    """Return the table of a dataset that Hugging Face's `datasets` saved to a folder, by its `state.json`."""
+    """Open a dataset that Hugging Face's `datasets` saved to a folder, by its `state.json`."""
     state = folder / "state.json"
     try:
         files = [file["filename"] for file in json.loads(read_regular(state, 2**24))["_data_files"]]
@@ -140,7 +140,7 @@ def open_saved(folder: Path, labelled: bool = True) -> Table:
 
 
 def _numbers(column: Any, where: str) -> NDArray[np.int64]:
-    """Return a column's integers, -1 where there is none."""
+    """Return a column's integers, -1 for null."""
     arrow = _arrow("pyarrow")
     try:
         numbers: NDArray[np.int64] = column.cast(arrow.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
@@ -150,14 +150,14 @@ def _numbers(column: Any, where: str) -> NDArray[np.int64]:
 
 
 def _texts(column: Any) -> list[str | None]:
-    """Return a column's names, None where there is none; each name is in memory once."""
+    """Return a column's strings, None for null or empty; each distinct string is in memory once."""
     column = column if hasattr(column, "indices") else column.dictionary_encode()
     names = [sys.intern(name) if name else None for name in column.dictionary.to_pylist()]
     return [None if number is None else names[number] for number in column.indices.to_pylist()]
 
 
 def _class_names(schema: Any, column: str) -> list[str]:
-    """Return the names of classes that `datasets` wrote into the schema, if it did."""
+    """Return the class names that `datasets` wrote to the schema, if any."""
     try:
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]["names"]
     except (KeyError, TypeError, ValueError, RecursionError):
@@ -174,7 +174,7 @@ def _arrow(name: str) -> Any:
 
 @contextlib.contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
-    """Turn what Arrow raises of a damaged file into one line."""
+    """Convert Arrow's errors for a damaged file to a ValueError of one line."""
     lib = _arrow("pyarrow.lib")
     try:
         yield
@@ -185,7 +185,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=2)
 def _batches(path: Path) -> list[Any]:
-    """Return the record batches of an Arrow file, mapped into memory."""
+    """Return the record batches of a memory-mapped Arrow file."""
     arrow, ipc = _arrow("pyarrow"), _arrow("pyarrow.ipc")
     os.close(open_regular(path))
     with _damage_named(path):
@@ -212,10 +212,10 @@ def _outline(path: Path) -> _File:
 
 @functools.lru_cache(maxsize=2)
 def _read_group(path: Path, group: int, column: str) -> Any:
-    """Return a column of a group of rows, with offsets that lead nowhere else: Arrow trusts them."""
+    """Return a column of a row group, with validated offsets, which Arrow trusts otherwise."""
     with _damage_named(path):
         if path.suffix == ".parquet":
-            # A thread of Arrow's pool would not survive into a worker.
+            # Arrow's thread pool does not survive a fork into a worker.
             table = _parquet(path).read_row_group(group, columns=[column], use_threads=False)
             values = table.column(column).combine_chunks()
         else:

@@ -1,4 +1,4 @@
-"""What a source of images is: images by number, their labels, and what is said of it when it is opened."""
+"""The base class of image sources: images by number, their labels, and the report on opening."""
 
 from abc import ABC, abstractmethod
 
@@ -11,24 +11,24 @@ from fastmask.data.store.manifest import MAX_CLASSES
 
 Content = bytes | NDArray[np.uint8]
 
-# Of an image's file. A sparse file or a tar's header can claim any length, which would be allocated.
+# Limit for an image file: a sparse file or a tar header can claim any length, which would be allocated.
 MAX_BYTES = 2**30
-_SHOWN = 3  # names in a line
+_SHOWN = 3  # names in a message
 
 
 class Source(ABC):
     """Images by number.
 
     Attributes:
-        kind: what it is, for the manifest.
-        channels: 3, or 1 for grey ones.
-        side: short side of the images in pixels where all have one, else 0.
-        labelled: whether its labels are wanted.
-        labels: of the images, int32, -1 where one has none; None if none has.
-        class_names: of the labels.
-        labelled_by: where the labels were found.
-        left_out: names that are no part of it, by the reason.
-        notes: lines on whatever else whoever names the source should know.
+        kind: name of the format, for the manifest.
+        channels: 3, or 1 for greyscale.
+        side: short side in pixels if it is the same for all images, else 0.
+        labelled: whether labels are requested.
+        labels: labels of the images, int32, -1 for a missing one; None if no image has one.
+        class_names: names of the classes.
+        labelled_by: origin of the labels, for messages.
+        left_out: skipped names, by reason.
+        notes: further lines to print when the source is opened.
     """
 
     kind: str
@@ -48,33 +48,33 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, item: int) -> str:
-        """Return where an image is, for messages."""
+        """Return the location of an image, for messages."""
 
     @abstractmethod
     def content(self, item: int) -> Content:
-        """Return an image file's content, or pixels (H, W, C); an OSError or ValueError if it cannot be read."""
+        """Return the content of an image file, or pixels (H, W, C); an OSError or ValueError if it cannot be read."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return what tells these images and labels from others, wherever they lie; see `fastmask.data.fingerprint`."""
+        """Return a hash of the images and labels, independent of their path; see `fastmask.data.fingerprint`."""
 
     def read(self, item: int) -> tuple[Content, int]:
-        """Return an image as `content` does, and its label as `label` does."""
+        """Return `content` and `label` of an image."""
         return self.content(item), self.label(item)
 
     def label(self, item: int) -> int:
-        """Return the label of an image, 0 if none has one; a ValueError if others have."""
+        """Return the label of an image, 0 in a source without labels; a ValueError if only this image has none."""
         label = 0 if self.labels is None else int(self.labels[item])
         if label < 0:
             raise ValueError(f"{self.name(item)} has no label, as others have ({WITHOUT})")
         return label
 
     def known_labels(self) -> list[int]:
-        """Return the labels of all images, -1 where one has none; empty if none has."""
+        """Return the labels of all images, -1 for a missing one; empty in a source without labels."""
         return [] if self.labels is None else self.labels.tolist()
 
     def names_of(self, num_classes: int | None) -> list[str]:
-        """Return the names of so many classes, those of the source for None; a ValueError if it has more, or none."""
+        """Return names for ``num_classes`` classes (None: the source's); a ValueError if it has more, or no labels."""
         there = len(self.class_names)
         if num_classes is None:
             return list(self.class_names)
@@ -89,11 +89,11 @@ class Source(ABC):
         return [*self.class_names[:num_classes], *map(str, range(there, num_classes))]
 
     def leave_out(self, reason: str, name: str) -> None:
-        """Record a name that is no part of the source."""
+        """Record a skipped name."""
         self.left_out.setdefault(reason, []).append(name)
 
     def lines(self) -> list[str]:
-        """Return what was recognised and what was left out, for whoever opened the source."""
+        """Return the report for the user: format, classes, notes and skipped files."""
         count = len(self.class_names)
         line = f"{self.kind}, {len(self):,} images, {f'{count:,}' if count else 'no'} class{'es' * (count != 1)}"
         if count:
@@ -111,12 +111,12 @@ class Source(ABC):
         return found + self.left_out_lines()
 
     def left_out_lines(self) -> list[str]:
-        """Return a line for each reason why names were left out."""
+        """Return one line per reason for skipped names."""
         return [f"left out, {reason}: {len(names):,} ({some(names)})" for reason, names in self.left_out.items()]
 
 
 def some(names: list[str], *, last: bool = False) -> str:
-    """Return the first few of some names, and perhaps the last one, for a line."""
+    """Format the first few of some names, and optionally the last, for a message."""
     shown = [printable(name) for name in names[:_SHOWN]]
     if len(names) > _SHOWN + last:
         shown.append("...")

@@ -1,4 +1,4 @@
-"""Images in tars, indexed once and read at their place: class folders, WebDataset, ImageNet as it is distributed."""
+"""Image tars, indexed once and read in place: class folders, WebDataset, and ImageNet's original tar."""
 
 import contextlib
 import itertools
@@ -20,15 +20,15 @@ from fastmask.data.sources.source import MAX_BYTES, Source
 from fastmask.files import open_regular
 
 _CLASS = re.compile(r"n\d{8}\.tar")
-_LABEL_BYTES = {"cls": 2**10, "json": 2**20}  # of a file that holds a label, at most
+_LABEL_BYTES = {"cls": 2**10, "json": 2**20}  # limits for files that hold a label
 LINKS = "links, pipes or devices"
 PARTS = "beside an image of a sample"
-# What the standard library raises of headers that are damaged, of any kind.
+# The errors that the standard library raises for damaged headers.
 _DAMAGED = (OSError, EOFError, ValueError, ArithmeticError, LookupError, MemoryError, tarfile.TarError)
 
 
 class Member(NamedTuple):
-    """A file in a tar: the tar's number, its name, where its content lies, and whether that has holes."""
+    """A file in a tar: number of the tar, name, offset and size of the content, and whether it is sparse."""
 
     tar: int
     name: str
@@ -38,13 +38,13 @@ class Member(NamedTuple):
 
     @property
     def stem(self) -> tuple[int, str]:
-        """What WebDataset's samples have in common: the tar, and the name up to the first dot."""
+        """Key of a WebDataset sample: the tar, and the name up to the first dot."""
         folder, slash, file = self.name.rpartition("/")
         return self.tar, folder + slash + file.split(".")[0]
 
     @property
     def suffix(self) -> str:
-        """What follows the last dot."""
+        """The lower-case suffix, from the last dot."""
         return posixpath.splitext(self.name)[1].lower()
 
 
@@ -70,12 +70,12 @@ class _Tars(Source):
         return self.content(item), self.label(item)
 
     def fingerprint(self) -> str:
-        """Return what tells these members and labels from others."""
+        """Return a hash of the members and labels."""
         names, sizes = [member.name for member in self._images], [member.size for member in self._images]
         return of_files(names, sizes, self.known_labels(), self.content)
 
     def _index(self) -> list[Member]:
-        """Return the files of all tars, without those that are hidden."""
+        """Return the files of all tars, without hidden ones."""
         found = []
         for number, tar in enumerate(self._tars):
             with _opened(tar) as file:
@@ -92,10 +92,10 @@ class _Tars(Source):
         """Return the files of a tar.
 
         Args:
-            number: of the tar.
-            file: it, open.
-            name: of it, for messages.
-            part: bytes of it that are a tar of their own; None: all.
+            number: number of the tar.
+            file: the open tar.
+            name: name of the tar, for messages.
+            part: byte range of a tar nested in it; None for the whole file.
         """
         part = part or range(os.fstat(file.fileno()).st_size)
         found: dict[str, Member] = {}
@@ -129,7 +129,7 @@ class _Tars(Source):
             self.leave_out(LINKS, path)
 
     def _check_end(self, file: IO[bytes], rest: range, name: str) -> None:
-        """Tell a tar that ends from one that is cut off or damaged, which tarfile passes as ended too."""
+        """Detect a truncated or damaged tar, which tarfile does not distinguish from one that ends."""
         file.seek(rest.start)
         block = file.read(min(tarfile.BLOCKSIZE, len(rest)))
         if not block:
@@ -144,16 +144,16 @@ class _Tars(Source):
 
 
 class WebDataset(FileTree, _Tars):
-    """Tars of samples: files of one name, an image and its label in `.cls` or in `label` of `.json`.
+    """WebDataset tars: samples of files that share a name, an image and its label in `.cls` or in `label` of `.json`.
 
-    The name of a sample ends at the first dot, or, where no image has it, at the last one. Tars without such labels may
-    hold what a folder does, see `FileTree`.
+    The name of a sample ends at the first dot, or at the last one if no image matches. Tars without such labels are
+    read like a folder, see `FileTree`.
 
     Args:
-        tars: their paths.
-        suffixes: of the images.
-        labelled: whether labels are wanted.
-        folders: whether labels may come from folders or a list of labels.
+        tars: paths of the tars.
+        suffixes: suffixes of the images.
+        labelled: read the labels.
+        folders: take labels from folders or a list of labels if the samples have none.
     """
 
     _in_file = True
@@ -193,7 +193,7 @@ class WebDataset(FileTree, _Tars):
 
     @staticmethod
     def first_suffixes(path: Path) -> set[str]:
-        """Return the suffixes of the first few members of a tar, none if it cannot be read."""
+        """Return the suffixes of the first members of a tar; empty if it cannot be read."""
         try:
             with _opened(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 return {Path(entry.name).suffix for entry in itertools.islice(tar, 4)}
@@ -201,9 +201,9 @@ class WebDataset(FileTree, _Tars):
             return set()
 
     def _without_parts(self, images: list[Member], samples: bool) -> list[Member]:
-        """Return images without those that belong to another one of their sample, such as x.seg.png beside x.jpg.
+        """Remove images that belong to another image of their sample, such as x.seg.png to x.jpg.
 
-        They have further dots in their names, and count as parts in tars of samples, or where every image has one.
+        They have more dots in their names. They are removed from tars of samples, or if every image has one.
         """
         plain = {member.stem for member in images if member.name.count(".", len(member.stem[1])) == 1}
         parts = [m for m in images if m.stem in plain and m.name.count(".", len(m.stem[1])) > 1]
@@ -215,7 +215,7 @@ class WebDataset(FileTree, _Tars):
         return [member for member in images if member not in left_out]
 
     def _label_by_sample(self, beside: list[Member]) -> set[Member]:
-        """Record the labels that lie beside images, and return the files that hold them."""
+        """Record the labels in files beside the images, and return these files."""
         files: dict[tuple[int, str], dict[str, Member]] = {}
         for member in beside:
             if member.suffix[1:] in _LABEL_BYTES:
@@ -236,7 +236,7 @@ class WebDataset(FileTree, _Tars):
         return set(used)
 
     def _labels_in(self, holders: list[Member | None]) -> Iterator[Label | None]:
-        """Yield the label of each file, None where there is no file or no label in it."""
+        """Yield the label in each file, None if there is no file or it has no label."""
         with contextlib.ExitStack() as opened:
             tar = -1
             for holder in holders:
@@ -261,7 +261,7 @@ class WebDataset(FileTree, _Tars):
 
 
 class ImageNetTar(_Tars):
-    """A tar of one tar per class, or those alone, named by the class: n01440764.tar and so on."""
+    """ImageNet's tar of one tar per class, or the class tars themselves, named by class: n01440764.tar and so on."""
 
     kind = "imagenet-tar"
 
@@ -291,7 +291,7 @@ class ImageNetTar(_Tars):
             self.labelled_by = "tar"
 
     def _classes(self, number: int, file: IO[bytes], name: str) -> Iterator[tuple[str, Member]]:
-        """Yield the images of the tars in a tar, with their classes."""
+        """Yield the class and member of each image in nested class tars."""
         for tar in self._members(number, file, name):
             path = posixpath.basename(tar.name)
             if not self.is_class(Path(path)):
@@ -303,12 +303,12 @@ class ImageNetTar(_Tars):
 
     @staticmethod
     def is_class(path: Path) -> bool:
-        """Return whether a path is that of a class's tar."""
+        """Return whether a path is a class tar, by its name."""
         return _CLASS.fullmatch(path.name) is not None
 
     @classmethod
     def fits(cls, path: Path) -> bool:
-        """Return whether a tar is of a class, or of such tars; a ValueError if it is none at all."""
+        """Return whether a tar is a class tar, or holds class tars; a ValueError if it is not a tar."""
         if cls.is_class(path):
             return True
         with _damage_named(str(path)), _opened(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -332,7 +332,7 @@ def _damage_named(name: str) -> Iterator[None]:
 
 
 def _inside(name: str) -> str:
-    """Return a member's name without detours; a ValueError if it leads out."""
+    """Return the normalised path of a member; a ValueError if it leads out of the tar."""
     path = posixpath.normpath(name.lstrip("/"))
     if path == ".." or path.startswith("../"):
         raise ValueError(f"{printable(name)} leads out of it")
@@ -344,7 +344,7 @@ def _place(tars: Sequence[Path], member: Member) -> str:
 
 
 def _content(tars: Sequence[Path], member: Member, most: int) -> bytes:
-    # Opened for each read, since a worker must not share the position in a file with others.
+    # Opened for each read: workers must not share a file position.
     with _opened(tars[member.tar]) as file:
         return _read(file, tars, member, most)
 

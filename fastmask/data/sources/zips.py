@@ -1,4 +1,4 @@
-"""Images in a zip: class folders, or the form in which EDM's dataset_tools packs them, with `dataset.json`."""
+"""Image zips: class folders, or the layout of EDM's dataset_tools with `dataset.json`."""
 
 import os
 import posixpath
@@ -17,12 +17,12 @@ from fastmask.files import open_regular
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # ends with the lengths of the name and of an extra field
 _ENCRYPTED = 1
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-# What the standard library raises of a list that is damaged.
+# The errors that the standard library raises for a damaged directory.
 _DAMAGED = (zipfile.BadZipFile, OSError, EOFError, ValueError, LookupError, struct.error, NotImplementedError)
 
 
 class Entry(NamedTuple):
-    """A file in a zip, as its list has it: lengths packed and unpacked, and where its own header lies."""
+    """An entry of a zip's central directory: offset of the local header, compressed and uncompressed size, ..."""
 
     name: str
     offset: int
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
 
 class Zip(FileTree):
-    """A zip of images: see `FileTree`. Its list is read once, members at their place."""
+    """A zip of images: see `FileTree`. The directory is read once, members are read in place."""
 
     kind = "zip"
     _in_file = True
@@ -58,7 +58,7 @@ class Zip(FileTree):
         return self._read(self._entries[item], MAX_BYTES)
 
     def fingerprint(self) -> str:
-        """Return what tells these files and labels from others."""
+        """Return a hash of the files and labels."""
         names, sizes = [entry.name for entry in self._entries], [entry.size for entry in self._entries]
         return of_files(names, sizes, self.known_labels(), self.content)
 
@@ -71,7 +71,7 @@ class Zip(FileTree):
             raise ValueError(f"{self._place(entry)} is {how}: pack the zip plainly, or by deflate")
         if max(entry.size, entry.packed) > most:
             raise ValueError(f"{self._place(entry)} has {entry.size:,} bytes, more than the {most:,} it may have")
-        # Opened for each read, since a worker must not share the position in a file with others.
+        # Opened for each read: workers must not share a file position.
         with os.fdopen(open_regular(self._where), "rb") as file:
             header = os.pread(file.fileno(), _LOCAL_HEADER.size, entry.offset)
             if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
@@ -80,7 +80,7 @@ class Zip(FileTree):
             content = os.pread(file.fileno(), entry.packed, start)
         if entry.method == zipfile.ZIP_DEFLATED:
             try:
-                # No more than the list says, whatever it would become.
+                # Limits the output to one byte above the size in the directory, whatever it would inflate to.
                 content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, entry.size + 1)
             except zlib.error as error:
                 raise ValueError(f"{self._place(entry)} is damaged: {error}") from error

@@ -1,1 +1,1 @@
-"""The store of latents or pixels that `fastmask.prepare` writes: its manifest, reader, writer and checks."""
+"""The store of latents or pixels that `fastmask.prepare` writes: manifest, reader, writer and checks."""

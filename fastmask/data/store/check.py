@@ -1,4 +1,4 @@
-"""Verifies a store: checksums, headers, labels, ranges, balance of classes, and statistics against the scale."""
+"""Verification of a store: checksums, headers, labels, ranges, class balance, and statistics of scaled latents."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,20 +14,20 @@ from fastmask.data.store.manifest import MANIFEST, Manifest, first_few, parse_ob
 from fastmask.data.store.reader import StoreDataset, damaged_files, map_shard
 from fastmask.files import read_regular
 
-_SAMPLED = 2048  # records that statistics are taken of, evenly spread
-FITTING = 0.4, 2.0  # standard deviations that training expects, at most
+_SAMPLED = 2048  # evenly spaced records for statistics
+FITTING = 0.4, 2.0  # accepted range of the standard deviation in training
 
 
 class Found(NamedTuple):
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        manifest: the store's.
-        lines: what the store holds.
-        warnings: what is odd.
-        damaged: a line for everything that is not what was written.
-        images: some records as they are trained on, evenly spread and not flipped, (n, C, H, W); none of a store that
-            is damaged.
+        manifest: the store's manifest.
+        lines: description of the store's content.
+        warnings: suspicious findings.
+        damaged: one line per mismatch with the manifest.
+        images: evenly spaced records, scaled as in training and not flipped, (n, C, H, W); empty if the store is
+            damaged.
     """
 
     manifest: Manifest
@@ -38,7 +38,7 @@ class Found(NamedTuple):
 
 
 def check_store(path: Path) -> Found:
-    """Return what is to say of a store; a ValueError if it cannot be opened."""
+    """Verify a store; a ValueError if it cannot be opened."""
     manifest = read_manifest(path)
     damaged = [*damaged_files(path, manifest), *_contradictions(path, manifest)]
     lines = [
@@ -70,7 +70,7 @@ def check_store(path: Path) -> Found:
 
 
 def _sample(path: Path, manifest: Manifest) -> tuple[Tensor, Tensor]:
-    """Return records as they are trained on, evenly spread over a store, and which of them are not flipped."""
+    """Return evenly spaced records, scaled as in training, and a mask of those that are not flipped."""
     both = manifest.kind != "pixels" and manifest.shape[0] == 2
     data = StoreDataset(path, manifest.image_size, None, flip=both)  # with the copies of flipped images
     count = min(_SAMPLED, len(data))
@@ -80,7 +80,7 @@ def _sample(path: Path, manifest: Manifest) -> tuple[Tensor, Tensor]:
 
 
 def _contradictions(path: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield a line for every shard, and for the counts of classes, that are not what the manifest says."""
+    """Yield a line for each shard, and for class counts, that contradict the manifest."""
     counts = np.zeros(manifest.num_classes, np.int64)
     for shard in manifest.shards:
         try:

@@ -1,4 +1,4 @@
-"""The manifest of a store: what its shards hold. docs/store.md describes the format."""
+"""The manifest of a store, see docs/store.md for the format."""
 
 import dataclasses
 import hashlib
@@ -16,9 +16,9 @@ FORMAT = "fastmask-store"
 VERSION = 1
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
-DATA_OFFSET = 128  # of the values in a shard's files, behind the header of an .npy
-MAX_CLASSES = 1_000_000  # each is a name here and a row of the network's label embedding
-MAX_BYTES = 1 << 28  # of a manifest; that of ImageNet has 50 kB
+DATA_OFFSET = 128  # byte offset of the values in a shard's files, after the .npy header
+MAX_CLASSES = 1_000_000  # each has a name in the manifest and a row in the network's label embedding
+MAX_BYTES = 1 << 28  # limit for a manifest; ImageNet's has 50 kB
 
 _CANONICAL: dict[str, Any] = {"sort_keys": True, "separators": (",", ":")}
 _DTYPES = {"pixels": "uint8", "moments": "float16", "latents": "float16"}
@@ -26,7 +26,7 @@ _DTYPES = {"pixels": "uint8", "moments": "float16", "latents": "float16"}
 
 @dataclasses.dataclass(frozen=True)
 class StoredFile:
-    """A file of a shard: name, length and SHA-256 of all of it."""
+    """A file of a shard: name, size in bytes and SHA-256."""
 
     name: str
     bytes: int
@@ -35,7 +35,7 @@ class StoredFile:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """So many records and their labels, and the names of the source's items that could not be read."""
+    """A shard: number of records, files of records and labels, and names of source items that could not be read."""
 
     count: int
     records: StoredFile
@@ -45,25 +45,26 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store holds.
+    """The content of a store.
 
     Attributes:
-        kind: "pixels" (uint8), "moments" of a VAE's latents (means, then log-variances), or "latents" drawn from them.
-        dtype: of the values: "uint8" or "float16".
-        shape: of a record: (copies, channels, height, width); the second copy is of the flipped image.
+        kind: "pixels" (uint8), "moments" of a VAE's latents (means, then log-variances), or "latents" sampled from
+            them.
+        dtype: dtype of the values, "uint8" or "float16".
+        shape: shape of a record, (copies, channels, height, width); the second copy is of the flipped image.
         image_size: side of the images in pixels.
-        crop: how they were cropped.
-        decoder: what decoded the JPEG files among them: "pillow" or "dali on cpu" or "dali on cuda"; "" if unknown.
-        num_classes: labels are below it; 0: there are none.
-        class_names: one per class.
+        crop: crop method.
+        decoder: JPEG decoder, "pillow", "dali on cpu" or "dali on cuda"; "" if unknown.
+        num_classes: number of classes; 0: no labels.
+        class_names: one name per class.
         class_counts: records per class.
         vae: name or folder of the VAE, "" for pixels.
-        vae_sha256: of its weights.
-        encoder: what it encoded in: "bfloat16 on cuda" or "float32 on cpu"; "" if unknown.
-        scale: latents are trained on as (latent - shift) * scale, one number for all channels or one for each.
+        vae_sha256: SHA-256 of the VAE's weights.
+        encoder: precision and device of encoding, "bfloat16 on cuda" or "float32 on cpu"; "" if unknown.
+        scale: scale for training, (latent - shift) * scale; one number for all channels or one for each.
         shift: see scale.
-        source: what the store was made of.
-        shards: in the order of the records' ids.
+        source: description of the source.
+        shards: the shards, in the order of the records' ids.
     """
 
     kind: Literal["pixels", "moments", "latents"]
@@ -85,35 +86,36 @@ class Manifest:
 
     @property
     def count(self) -> int:
-        """Records of all shards."""
+        """Number of records in all shards."""
         return sum(shard.count for shard in self.shards)
 
     @property
     def record_bytes(self) -> int:
-        """Length of a record."""
+        """Size of a record in bytes."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
     def to_fields(self) -> dict[str, Any]:
-        """Return what the manifest's file holds, but for the checksum."""
+        """Return the fields of the manifest file, except the checksum."""
         return {"format": FORMAT, "version": VERSION, "count": self.count, **dataclasses.asdict(self)}
 
     def to_json(self) -> str:
-        """Return the manifest as a file holds it."""
+        """Return the content of the manifest file."""
         fields = self.to_fields()
         return json.dumps({**fields, "checksum": checksum_of(fields)}, indent=1, allow_nan=False) + "\n"
 
 
 def checksum_of(fields: dict[str, Any]) -> str:
-    """Return the checksum that a manifest of these fields carries: SHA-256 of them, sorted, with no white space."""
+    """Return the checksum of a manifest: SHA-256 of its fields as JSON, sorted, without white space."""
     content = json.dumps({name: value for name, value in fields.items() if name != "checksum"}, **_CANONICAL)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def read_manifest(store: Path) -> Manifest:
-    """Return the manifest of a store whose files are all there and as long as it says.
+    """Read a store's manifest, and check that all files exist with the right size.
 
     Raises:
-        ValueError: no store, one that is not finished, of a newer version, damaged, or with files cut off.
+        ValueError: the path is not a store, or the store is unfinished, of a newer version, damaged, or has truncated
+            files.
     """
     path = store / MANIFEST
     if not path.exists() and (store / UNFINISHED).exists():
@@ -127,14 +129,14 @@ def read_manifest(store: Path) -> Manifest:
 
 
 def parse_manifest(content: bytes, where: str | Path) -> Manifest:
-    """Return the manifest that a file holds; nothing is looked at but its content.
+    """Parse and validate a manifest, without access to other files.
 
     Args:
-        content: of the file.
-        where: its path or URL, for messages.
+        content: content of the file.
+        where: path or URL of the file, for messages.
 
     Raises:
-        ValueError: no manifest, of a newer version, damaged, or naming files that a store cannot have.
+        ValueError: the content is not a manifest, of a newer version, damaged, or has invalid file names.
     """
     fields = parse_object(content, where)
     if fields.get("format") != FORMAT:
@@ -161,7 +163,7 @@ def parse_manifest(content: bytes, where: str | Path) -> Manifest:
 
 
 def parse_object(content: bytes, where: str | Path) -> dict[str, Any]:
-    """Return a JSON object; a ValueError for anything else, for nesting too deep and for numbers too long."""
+    """Parse a JSON object; a ValueError for anything else, including too deep nesting and too long numbers."""
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -172,7 +174,7 @@ def parse_object(content: bytes, where: str | Path) -> dict[str, Any]:
 
 
 def check_length(store: Path, shard: Shard, manifest: Manifest) -> None:
-    """Raise a ValueError if a file of a shard is missing, or not as long as its records."""
+    """Raise a ValueError if a file of a shard is missing, or its size does not match the manifest."""
     for file, length in _lengths(shard, manifest):
         path = store / file.name
         if not path.exists():
@@ -197,13 +199,13 @@ def sha256_of(path: Path) -> str:
 
 
 def parse_shard(content: bytes, where: str | Path) -> Shard:
-    """Return the shard that a file of an unfinished store describes; a ValueError if it is damaged."""
+    """Parse the record of a finished shard in an unfinished store; a ValueError if it is damaged."""
     schema = importlib.import_module("fastmask.data.store.schema")
     return _shard(schema.convert(parse_object(content, where), schema.ShardFields))
 
 
 def first_few(names: list[str]) -> str:
-    """Return the first three of some names, for a line."""
+    """Format the first three of some names, for a message."""
     return ", ".join(map(printable, names[:3])) + (", ..." if names[3:] else "")
 
 
@@ -220,7 +222,7 @@ def _shard(found: Any) -> Shard:
 
 
 def _lengths(shard: Shard, manifest: Manifest) -> tuple[tuple[StoredFile, int], ...]:
-    """Return the files of a shard, each with the length that so many records or labels have."""
+    """Return the files of a shard, each with its expected size in bytes."""
     sizes = (shard.records, manifest.record_bytes), (shard.labels, 4)
     return tuple((file, DATA_OFFSET + shard.count * size) for file, size in sizes)
 
@@ -228,7 +230,7 @@ def _lengths(shard: Shard, manifest: Manifest) -> tuple[tuple[StoredFile, int], 
 def _from_fields(fields: dict[str, Any]) -> Manifest:
     schema = importlib.import_module(
         "fastmask.data.store.schema"
-    )  # late: what reads no store needs torch and numpy alone
+    )  # late import: msgspec is needed only to read a store
     found = schema.convert(fields, schema.ManifestFields)
     known = {field.name: getattr(found, field.name) for field in dataclasses.fields(Manifest)}
     manifest = Manifest(**{**known, "shards": [_shard(shard) for shard in found.shards]})
@@ -248,7 +250,7 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
 
 
 def _check_shape(manifest: Manifest) -> None:
-    """Raise a ValueError for a shape that records of this kind cannot have, and for scales that do not fit it."""
+    """Raise a ValueError if shape or scale do not fit the kind of record."""
     copies, channels, height, width = manifest.shape
     size, side = manifest.image_size, height
     fits = {

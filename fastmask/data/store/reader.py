@@ -1,4 +1,4 @@
-"""A store: what is trained on, prepared once, in memory-mapped shards of records of one size (docs/store.md)."""
+"""The store reader: memory-mapped shards of fixed-size records (docs/store.md)."""
 
 import mmap
 import os
@@ -19,29 +19,29 @@ from fastmask.data.latents import ScaledBy, Scaling, all_finite, latents_of
 from fastmask.data.store.manifest import DATA_OFFSET, Manifest, Shard, StoredFile, first_few, read_manifest, sha256_of
 from fastmask.files import open_regular
 
-_OPEN_SHARDS = 256  # mapped at a time; each takes two file descriptors
+_OPEN_SHARDS = 256  # mapped at the same time; each takes two file descriptors
 
 
 class StoreDataset:
     """A store as a `Dataset`.
 
-    Where a copy of the flipped image is stored, flipping counts each image twice: id i + N is the flipped one of
-    id i, so a pass over the data takes every image and every flipped image once, and no more is read than is trained
-    on. Pixels are flipped when they are used.
+    If the store has copies of flipped images, ``flip`` doubles the dataset: id i + N is the flipped image i, so an
+    epoch visits every image and every flipped image once, and only the requested copy is read. Pixels are flipped at
+    each visit instead.
 
     Args:
         path: the store's folder; `open_data` and `fastmask.data.store.remote.local_copy` fetch one from a URL.
         image_size: must be the store's.
-        num_classes: labels must be below it; None takes the store's, 0 leaves the labels out.
-        flip: flip each image left to right with probability one half.
-        manifest: of the store, where it is known before its files are there; None reads it, and looks at the files.
+        num_classes: labels must be below it; None takes the store's number, 0 omits the labels.
+        flip: random horizontal flip (p = 0.5).
+        manifest: manifest of a store whose files are not fetched yet; None reads it and checks the files.
 
     Attributes:
         path: the store's folder.
-        manifest: the store's.
+        manifest: the store's manifest.
 
     Raises:
-        ValueError: a store that is damaged, or not one of what is asked for.
+        ValueError: the store is damaged, or does not fit the arguments.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class StoreDataset:
         return self.manifest.count * self._copies
 
     def describe(self) -> str:
-        """Return what the store holds, in one line."""
+        """Describe the store's content in one line."""
         manifest, names = self.manifest, self.class_names
         classes = f"{len(names):,} classes ({first_few(names)})" if names else "no labels"
         skipped = sum(len(shard.skipped) for shard in manifest.shards)
@@ -87,14 +87,14 @@ class StoreDataset:
         return f"{line}, {ScaledBy(manifest.scale, manifest.shift, said_by)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # another process maps the files itself
+        return {**self.__dict__, "_maps": {}}  # workers map the files themselves
 
     def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return the pixels, uint8 (B, C, H, W), or moments or latents, float16, and labels (B,) of these ids.
 
         Raises:
-            ValueError: a file that is not what the manifest says, a value that is not finite or a label that is not
-                below the number of classes; names the file.
+            ValueError: a file does not match the manifest, a value is not finite, or a label is not below the number of
+                classes; the message names the file.
         """
         copies, numbers = np.divmod(ids, self.manifest.count)
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
@@ -115,14 +115,14 @@ class StoreDataset:
         return torch.from_numpy(stored), torch.from_numpy(labels)
 
     def fingerprint(self) -> str:
-        """Return what tells these records, labels and their scale from others, by the manifest's checksums."""
+        """Return a hash of records, labels and scale, from the manifest's checksums."""
         manifest = self.manifest
         shards = [(shard.count, shard.records.sha256, shard.labels.sha256) for shard in manifest.shards if shard.count]
         about = manifest.kind, manifest.dtype, manifest.shape, _numbers(manifest.scale), _numbers(manifest.shift)
         return fingerprint_of([*about, *shards])
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
-        """Return pixels in [-1, 1], some of them flipped, or latents drawn from the moments, freshly at each visit."""
+        """Return pixels in [-1, 1], randomly flipped, or scaled latents, sampled from moments at each visit."""
         if self.manifest.kind == "pixels":
             return images_of(stored, seed, sample, self._flip)
         latents = latents_of(stored, seed, sample) if self.manifest.kind == "moments" else stored.float()
@@ -135,20 +135,20 @@ class StoreDataset:
                 self._maps.pop(next(iter(self._maps)))
             try:
                 mapped = self._maps[number] = map_shard(self.path, self.manifest, self._shards[number])
-            except OSError as error:  # it was there when the store was opened
+            except OSError as error:  # the file existed when the store was opened
                 raise ValueError(f"{self.path} cannot be read any more: {error}") from error
         return mapped
 
 
 class MappedShard(NamedTuple):
-    """A shard's records (n, copies, channels, height, width) and labels (n,), both mapped from their files."""
+    """The records (n, copies, channels, height, width) and labels (n,) of a shard, memory-mapped."""
 
     records: NDArray[Any]
     labels: NDArray[np.int32]
     files: list[tuple[Path, mmap.mmap]]
 
     def check_length(self) -> None:
-        """Raise a ValueError if a file has been cut since it was mapped: reading what is gone would end the process."""
+        """Raise a ValueError if a mapped file was truncated: reading beyond its end kills the process (SIGBUS)."""
         for path, mapped in self.files:
             if mapped.size() < len(mapped):
                 raise ValueError(
@@ -157,11 +157,11 @@ class MappedShard(NamedTuple):
 
 
 def map_shard(store: Path, manifest: Manifest, shard: Shard) -> MappedShard:
-    """Return a shard, mapped into memory.
+    """Map a shard into memory.
 
     Raises:
-        ValueError: a file that is not as long, or not of the type and shape, as the manifest says, or a label that is
-            not below the number of classes.
+        ValueError: size, dtype or shape of a file do not match the manifest, or a label is not below the number of
+            classes.
     """
     records, records_map = _map_file(store, shard.records, manifest.dtype, (shard.count, *manifest.shape))
     labels, labels_map = _map_file(store, shard.labels, "int32", (shard.count,))
@@ -192,7 +192,7 @@ def _map_file(store: Path, file: StoredFile, dtype: str, shape: tuple[int, ...])
             f"the manifest"
         )
     if not shape[0]:
-        return np.empty(shape, expected), mapped  # numpy takes no view of nothing
+        return np.empty(shape, expected), mapped  # np.frombuffer rejects an empty view
     return np.frombuffer(mapped, expected, offset=DATA_OFFSET).reshape(shape), mapped
 
 
@@ -201,7 +201,7 @@ def _numbers(values: float | list[float]) -> list[float]:
 
 
 def damaged_files(store: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield a line for every file of a store whose checksum is not the manifest's."""
+    """Yield a line for each file whose checksum does not match the manifest."""
     for shard in manifest.shards:
         for file in (shard.records, shard.labels):
             if sha256_of(store / file.name) != file.sha256:

@@ -1,4 +1,4 @@
-"""Stores at URLs: fetched whole into a folder of this machine, each file against its checksum, then read from there."""
+"""Stores at URLs: fetched completely to a local folder, with verified checksums, and read from there."""
 
 import concurrent.futures
 import contextlib
@@ -20,34 +20,34 @@ from fastmask.data.store.manifest import MANIFEST, MAX_BYTES, StoredFile, parse_
 from fastmask.data.store.stalls import within
 from fastmask.files import atomic_write, cache_folder, open_lock, read_regular, sync, write_durably
 
-_BLOCK = 8 << 20  # bytes asked for at a time
-_IN_FLIGHT = 4  # files at once: one connection alone seldom fills the line
+_BLOCK = 8 << 20  # bytes per request
+_IN_FLIGHT = 4  # concurrent files: a single connection seldom saturates the network
 _SAY_EVERY = 5.0  # seconds
 _FETCHING = ".fetching.json"
 _LOCK = ".lock"
 
 
 class _NoAnswerError(ValueError):
-    """Nothing answers at a URL, as opposed to one that answers that it has no such file, or not for us."""
+    """The server is unreachable, as opposed to one that reports a missing file or no permission."""
 
 
 def is_url(data: str) -> bool:
-    """Return whether a name of data is a URL, such as s3://bucket/store."""
+    """Return whether the name of a dataset is a URL, such as s3://bucket/store."""
     return "://" in data
 
 
 def local_copy(url: str) -> Path:
-    """Return the folder of a whole copy of a store, fetched as far as it is not there yet.
+    """Fetch a store, as far as it is not cached yet, and return its local folder.
 
     Args:
-        url: of the store's folder, of any kind that fsspec reads: s3, gs, http, https, file and so on.
+        url: URL of the store's folder, with any scheme that fsspec supports: s3, gs, http, https, file and so on.
 
     Returns:
-        A folder of its own in that of the environment's FASTMASK_CACHE, or else in ~/.cache/fastmask.
+        The store's folder below FASTMASK_CACHE from the environment, or else below ~/.cache/fastmask.
 
     Raises:
-        ValueError: no store there, no way to reach it and no whole copy of it here, a file that is not what the
-            manifest says, or no space; what was fetched is kept, and the next call resumes.
+        ValueError: there is no store at the URL, it is unreachable and not cached completely, a file does not match the
+            manifest, or the disk is full. Fetched files are kept, and the next call resumes.
     """
     store = RemoteStore(url)
     store.fetch()
@@ -55,24 +55,24 @@ def local_copy(url: str) -> Path:
 
 
 class RemoteStore:
-    """A store at a URL, and its copy on this machine.
+    """A store at a URL, and its local copy.
 
-    All of it is fetched before it is used: training reads records in a random order over the whole store, so its first
-    steps want every shard, and files that were fetched when they are first read would only make those steps wait.
+    The store is fetched completely before use: training reads records in random order over the whole store, so the
+    first steps need every shard, and fetching on demand would only stall them.
 
-    Of the files in the copy's folder those are whole that have their final name, and they are those of the manifest
-    that lies there too: `manifest.json` where all are there, `.fetching.json` before that.
+    Files with their final name in the copy's folder are complete, and belong to the manifest in that folder:
+    `manifest.json` if all files are present, `.fetching.json` before that.
 
     Args:
-        url: of the store's folder.
+        url: URL of the store's folder.
 
-    Attributes:
-        url: of the store's folder, as it may be printed.
-        folder: of the copy, which may not be there yet.
-        manifest: the one at the URL. If nothing answers there, the one of the copy if that is whole.
+        Attributes:
+            url: the URL without credentials, for messages.
+            folder: folder of the copy, which does not have to exist yet.
+            manifest: the manifest at the URL; the copy's if the server is unreachable and the copy is complete.
 
     Raises:
-        ValueError: no store there, or no way to reach it and no whole copy.
+        ValueError: there is no store at the URL, or it is unreachable and not cached completely.
     """
 
     def __init__(self, url: str) -> None:
@@ -80,14 +80,14 @@ class RemoteStore:
         self.url = without_secrets(url)
         self.folder = cache_folder() / _folder_name(url)
         with _one_line(self.url):
-            reader = importlib.import_module("fsspec.core")  # late: what trains on files of this machine does without
+            reader = importlib.import_module("fsspec.core")  # late import: optional, not needed for local files
             self._files_there, self._root = reader.url_to_fs(url, **_options(url))
         self._content = self._read_manifest()
         self.manifest = parse_manifest(self._content, f"{self.url}/{MANIFEST}")
         self._files = [file for shard in self.manifest.shards for file in (shard.records, shard.labels)]
 
     def plan(self) -> str:
-        """Return how large the store is, and how much of it is not here yet."""
+        """Describe the size of the store, and of its files that are not cached yet."""
         lacking = self._lacking()
         total, to_come = (sum(file.bytes for file in files) / 1e9 for files in (self._files, lacking))
         return (
@@ -96,10 +96,10 @@ class RemoteStore:
         )
 
     def fetch(self) -> None:
-        """Make the copy whole. Of several processes one fetches, and the others wait for it.
+        """Complete the copy. One of several processes fetches, the others wait for it.
 
         Raises:
-            ValueError: a connection that was cut, a file that is not what the manifest says, or no space.
+            ValueError: the connection was lost, a file does not match the manifest, or the disk is full.
         """
         if self._is_whole():
             return
@@ -139,7 +139,7 @@ class RemoteStore:
                 raise error from None
             day = f"{datetime.datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M}"
             if os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1"):
-                # Their copies may be of several days, which would be trained on as if they were one store.
+                # Copies of different dates would be trained on as if they were one store.
                 raise ValueError(
                     f"{error}; {self.folder} is a whole copy of {day}: where several machines train, give its path"
                 ) from error
@@ -147,7 +147,7 @@ class RemoteStore:
             return read_regular(path, MAX_BYTES)
 
     def _there(self) -> dict[str, str]:
-        """Return the checksums of the files in the copy's folder by their names; some of them may be missing."""
+        """Return the checksums, by name, of the files that belong in the copy's folder; some can be missing."""
         for path in (self.folder / MANIFEST, self.folder / _FETCHING):
             with contextlib.suppress(OSError, ValueError):
                 shards = parse_manifest(read_regular(path, MAX_BYTES), path).shards
@@ -184,10 +184,10 @@ class RemoteStore:
             yield
 
     def _begin(self) -> None:
-        """Drop what is not of this manifest, and put it where it vouches for what is left and for what comes."""
+        """Delete files that do not belong to this manifest, and write it as the manifest of the files in the folder."""
         manifest, fetching = self.folder / MANIFEST, self.folder / _FETCHING
         for partial in self.folder.glob(".partial-*"):
-            partial.unlink()  # of a process that was killed
+            partial.unlink()  # left by a killed process
         before = self._there()
         if manifest.exists():
             os.replace(manifest, fetching)
@@ -243,13 +243,13 @@ class RemoteStore:
             sync(copy)
 
     def _blocks(self, name: str) -> Iterator[bytes]:
-        """Yield the content of a file at the URL."""
+        """Yield the content of a file at the URL in blocks."""
         where = f"{self.url}/{name}"
         with _one_line(where):
             yield from within(self._read(f"{self._root}/{name}"))
 
     def _read(self, path: str) -> Iterator[bytes]:
-        # 0 is one stream: not every web server can begin in the middle of a file.
+        # 0 reads one stream: not every web server supports range requests.
         size = 0 if _is_web(self.url) else _BLOCK
         with self._files_there.open(path, "rb", block_size=size) as file:
             while block := file.read(_BLOCK):
@@ -257,7 +257,7 @@ class RemoteStore:
 
 
 class _Progress:
-    """Says how far a copy is, read off its folder, so that a process that waits for another can say it too."""
+    """Progress of a copy, measured from its folder, so that a waiting process can report it too."""
 
     def __init__(self, folder: Path, files: list[StoredFile]) -> None:
         self._folder, self._files = folder, files
@@ -270,7 +270,7 @@ class _Progress:
             say(self.line())
 
     def line(self) -> str:
-        """Return files and bytes that are there, and bytes per second since the first call."""
+        """Return fetched files and bytes, and bytes per second since construction."""
         done, there = self._there()
         speed = (there - self._first) / (time.monotonic() - self._began)
         total = sum(file.bytes for file in self._files)
@@ -284,7 +284,7 @@ class _Progress:
 
 @contextlib.contextmanager
 def _one_line(where: str) -> Iterator[None]:
-    """Make one line of what a backend raises inside the block; a `_NoAnswerError` if nothing answers."""
+    """Convert a backend's errors to a ValueError of one line; a `_NoAnswerError` if the server is unreachable."""
     try:
         yield
     except ImportError as error:
@@ -292,7 +292,7 @@ def _one_line(where: str) -> Iterator[None]:
         said = f"pip install {missing}" if missing else without_secrets(str(error))
         raise ValueError(f"{where} cannot be read: {said}") from error
     except Exception as error:
-        # Every backend raises kinds of its own. Of HTTP fsspec says that there is no file, whatever the cause.
+        # Each backend has its own exceptions. For HTTP, fsspec raises FileNotFoundError whatever the cause.
         cause = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
         if isinstance(cause, (FileNotFoundError, KeyError)) or getattr(cause, "status", None) in (404, 410):
             raise ValueError(f"{where} does not exist: is that the URL of a whole store?") from error
@@ -306,10 +306,10 @@ def _is_web(url: str) -> bool:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """Return what fsspec is to know of a URL besides."""
+    """Return additional fsspec options for a URL."""
     if not _is_web(url):
         return {}
-    # Of itself aiohttp gives a file five minutes in all, which is little for a large shard, and knows of no proxy.
+    # aiohttp's default is five minutes per file, too little for a large shard, and no proxy.
     timeout = importlib.import_module("aiohttp").ClientTimeout(total=None, sock_connect=30, sock_read=60)
     return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
 
@@ -317,7 +317,7 @@ def _options(url: str) -> dict[str, Any]:
 def _no_answer(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return not isinstance(error, (PermissionError, IsADirectoryError, NotADirectoryError))
-    # Those of botocore and aiohttp are not all an OSError.
+    # Not all connection errors of botocore and aiohttp are an OSError.
     return any(word in kind.__name__ for kind in type(error).__mro__ for word in ("Connection", "Timeout"))
 
 
@@ -338,6 +338,6 @@ def _length(path: Path) -> int:
 
 
 def _folder_name(url: str) -> str:
-    """Return a name that can be read, that no other URL has, and that holds nothing of a query."""
+    """Return a readable and unique folder name for a URL, without its query."""
     last = re.sub(r"[^\w.-]", "-", re.split(r"[?#]", url)[0].rpartition("/")[2]).lstrip(".")
     return f"{last}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"

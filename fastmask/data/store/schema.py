@@ -1,4 +1,4 @@
-"""What the fields of a store's JSON may be, by type and range. What they mean is in `fastmask.data.store.manifest`."""
+"""Types and ranges of the fields in a store's JSON files; see `fastmask.data.store.manifest` for their meaning."""
 
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,10 +14,10 @@ _Side = Annotated[int, Meta(ge=1, le=2**16)]
 _Text = Annotated[str, Meta(max_length=2**16)]
 _Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _Sha256OrNone = Annotated[str, Meta(pattern=r"\A(?:[0-9a-f]{64})?\Z")]
-# NaN and the infinities are outside any range.
+# The range also excludes NaN and infinity.
 _Scale = Annotated[float, Meta(gt=0, le=1e6)]
 _Shift = Annotated[float, Meta(ge=-1e6, le=1e6)]
-# A manifest may come from anywhere: it must not lead out of the store's folder, nor name anything but its shards.
+# Manifests are untrusted: a name must be a shard's file in the store's own folder.
 _FileName = Annotated[str, Meta(pattern=r"\A[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.npy\Z", max_length=255)]
 
 
@@ -39,7 +39,7 @@ class ShardFields(msgspec.Struct):
 
 
 class ManifestFields(msgspec.Struct, kw_only=True):
-    """A manifest. Fields of later versions of the package are left out."""
+    """A manifest. Unknown fields, of later versions of the package, are ignored."""
 
     format: Literal["fastmask-store"]
     version: Literal[1]
@@ -64,10 +64,10 @@ class ManifestFields(msgspec.Struct, kw_only=True):
 
 
 def convert(fields: Any, kind: type[T]) -> T:
-    """Return JSON that was read as one of the classes of this module.
+    """Convert parsed JSON to one of the classes of this module.
 
     Raises:
-        ValueError: a field that is missing, or of another type or range; says which, in one line.
+        ValueError: a field is missing, or has a wrong type or range; the message names it in one line.
     """
     try:
         return msgspec.convert(fields, kind)

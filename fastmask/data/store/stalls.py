@@ -1,4 +1,4 @@
-"""Reads of a line that may stall, or send so little that it never ends."""
+"""Timeouts for network reads that stall, or are too slow to finish."""
 
 import contextlib
 import queue
@@ -6,26 +6,26 @@ import threading
 import time
 from collections.abc import Iterator
 
-PATIENCE = 60.0  # seconds, in which at least so many bytes must come:
+PATIENCE = 60.0  # seconds in which at least LEAST bytes must arrive
 LEAST = 64 << 10
-_AHEAD = 2  # blocks that are read before they are asked for
+_AHEAD = 2  # prefetched blocks
 
 
 _Found = queue.Queue[bytes | BaseException | None]
 
 
 class StalledError(OSError):
-    """Too little came in too long a time."""
+    """The transfer is too slow."""
 
 
 def within(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield blocks that a thread reads, as long as `LEAST` bytes, or the end, come in every `PATIENCE` seconds.
+    """Yield blocks, read in a thread, while at least `LEAST` bytes, or the end, arrive every `PATIENCE` seconds.
 
-    A read that is waited for in vain stays behind in its thread, which does not keep the process from ending.
+    A stalled read stays in its daemon thread, which does not block the exit of the process.
 
     Raises:
-        StalledError: too little came.
-        Exception: what reading raised.
+        StalledError: fewer bytes arrived.
+        Exception: any error of the read.
     """
     found: _Found = queue.Queue(_AHEAD)
     stop = threading.Event()
@@ -38,7 +38,7 @@ def within(blocks: Iterator[bytes]) -> Iterator[bytes]:
                 block = found.get(timeout=max(0.0, PATIENCE - waited))
             except queue.Empty:
                 raise StalledError(f"only {came:,} bytes came in {PATIENCE:g} seconds") from None
-            waited += time.monotonic() - began  # and not what is done with the blocks
+            waited += time.monotonic() - began  # excludes the time spent in the consumer
             if isinstance(block, BaseException):
                 raise block
             if block is None:
@@ -52,13 +52,13 @@ def within(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _read(blocks: Iterator[bytes], found: _Found, stop: threading.Event) -> None:
-    """Put blocks into a queue, then None or what reading raised, until nobody wants them any more."""
+    """Put blocks into a queue, then None or the exception of the read, until ``stop`` is set."""
     last: BaseException | None = None
     try:
         for block in blocks:
             if not _put(found, block, stop):
                 return
-    except Exception as error:  # noqa: BLE001  (whoever reads from the queue raises it)
+    except Exception as error:  # noqa: BLE001  (the consumer raises it)
         last = error
     _put(found, last, stop)
 

@@ -1,4 +1,4 @@
-"""Compares a store's files with the checksums of its manifest while training begins, once on each machine."""
+"""Background verification of a store's files against the manifest's checksums, once per machine."""
 
 import contextlib
 import fcntl
@@ -17,22 +17,22 @@ from fastmask.files import atomic_write, cache_folder, open_lock, open_regular, 
 from fastmask.ranks import Ranks
 
 _BLOCK = 1 << 20
-_WAIT = 0.5  # seconds between looks at a lock that another process holds
+_WAIT = 0.5  # seconds between attempts to take a lock
 
 
 class StoppedError(Exception):
-    """Nobody wants to know any more."""
+    """The verification was cancelled."""
 
 
 class Verifier:
-    """Reads a store's files in a thread, and tells whether one of them is not what the manifest says.
+    """Verifies a store's files in a background thread.
 
-    A file that was compared before is not read again while its path, length and time of change are the same; which ones
-    were is kept in the cache folder. Of several processes of a machine one reads, and the others wait for it.
+    A verified file is not read again while its path, size and modification time are unchanged; the cache folder holds
+    the list. One process per machine reads, the others wait for it.
 
     Args:
         store: the store's folder.
-        manifest: the store's.
+        manifest: the store's manifest.
     """
 
     def __init__(self, store: Path, manifest: Manifest) -> None:
@@ -43,10 +43,10 @@ class Verifier:
         self._error: Exception | None = None
         self._unkept = self._last_line = ""
         self._told = False
-        self._thread = threading.Thread(target=self._run, name="verify", daemon=True)  # it does not keep a process
+        self._thread = threading.Thread(target=self._run, name="verify", daemon=True)  # a daemon does not block exit
 
     def start(self) -> None:
-        """Begin, unless all files were compared before."""
+        """Start the thread, unless all files are verified already."""
         waiting = [file for file in self._files if file not in self._compared]
         if not waiting:
             self._done.set()
@@ -57,10 +57,10 @@ class Verifier:
         self._thread.start()
 
     def poll(self) -> bool:
-        """Return whether all files have been compared.
+        """Return whether all files are verified.
 
         Raises:
-            ValueError: a file is not what the manifest says; names it.
+            ValueError: a file does not match the manifest; the message names it.
         """
         if self._unkept and not self._told:
             say(f"warning: {self._unkept}: which files were compared is not kept, and all are compared at each start")
@@ -74,10 +74,10 @@ class Verifier:
         return done
 
     def stop(self) -> None:
-        """Let the thread end, with what it has compared kept."""
+        """Stop the thread; the list of verified files is kept."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(5.0)  # a file system that hangs is not waited for
+            self._thread.join(5.0)  # do not wait forever for a hanging file system
 
     def _run(self) -> None:
         try:
@@ -116,7 +116,7 @@ class Verifier:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other processes from reading the same files at the same time."""
+        """Hold the lock that keeps other processes from reading the same files at the same time."""
         try:
             self._compared.path.parent.mkdir(parents=True, exist_ok=True)
             lock = open_lock(self._compared.path.with_suffix(".lock"))
@@ -134,13 +134,13 @@ class Verifier:
 
 
 class Compared:
-    """Which files of a store are known to be those of its manifest, by their lengths and times of change.
+    """The cached list of verified files of a store, with their sizes and modification times.
 
     Args:
         store: the store's folder.
 
     Attributes:
-        path: where that is kept.
+        path: path of the cache file.
     """
 
     def __init__(self, store: Path) -> None:
@@ -157,24 +157,24 @@ class Compared:
             return False
 
     def add(self, file: StoredFile, state: list[object] | None = None) -> None:
-        """Take down that a file was compared, at a length and time of change, or at those of now."""
+        """Record a file as verified, in the given state (size and modification time) or the current one."""
         self._known[file.name] = state or _state(self._store / file.name, file)
 
     def keep(self) -> None:
-        """Write what is known, for the next start; an OSError if that cannot be."""
+        """Write the list to the cache; an OSError if that fails."""
         with atomic_write(self.path) as partial:
             partial.write_text(json.dumps(self._known))
 
     def read_again(self) -> None:
-        """Take over what another process has written; what is damaged or absent is as if nothing were known."""
+        """Merge the list that another process has written; a damaged or missing file counts as empty."""
         with contextlib.suppress(OSError, ValueError):
             self._known = {**parse_object(read_regular(self.path, MAX_BYTES), self.path), **self._known}
 
 
 def verifier_of(dataset: Dataset, ranks: Ranks) -> Verifier | None:
-    """Return what compares a dataset's files with their checksums, begun; None if it has none.
+    """Start verifying a dataset's files and return the verifier; None if the dataset has no checksums.
 
-    Of the processes of a machine the first one does it.
+    Only local rank 0 verifies.
     """
     if not isinstance(dataset, StoreDataset) or ranks.local:
         return None

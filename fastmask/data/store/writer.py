@@ -1,4 +1,4 @@
-"""Writes a store, shard by shard, so that a process that was stopped resumes where it was."""
+"""The store writer: shard by shard, so that an interrupted process resumes."""
 
 import contextlib
 import dataclasses
@@ -38,11 +38,11 @@ _LOCK = ".lock"
 
 
 class ShardWriter:
-    """Takes the records of one shard.
+    """Writes the records of one shard.
 
     Attributes:
-        count: records so far.
-        skipped: names of the items that could not be read; add to it.
+        count: number of records so far.
+        skipped: names of the items that could not be read; the caller appends to it.
     """
 
     def __init__(self, records: BinaryIO, manifest: Manifest, num_classes: int = 0) -> None:
@@ -58,12 +58,12 @@ class ShardWriter:
         """Append records (B, copies, channels, height, width) and their labels (B,), integers.
 
         Args:
-            records: as the manifest says.
-            labels: of the records.
-            name: returns what the record of an index into these is called, for messages.
+            records: records with the manifest's dtype and shape.
+            labels: labels of the records.
+            name: returns the name of the record at an index of the batch, for messages.
 
         Raises:
-            ValueError: records or labels that the store cannot hold, or a disk that cannot be written.
+            ValueError: records or labels do not fit the store, or the disk cannot be written.
         """
         self._check_labels(labels, name or "record {} of a batch".format)
         if records.shape != (len(labels), *self._manifest.shape) or records.dtype != self._dtype:
@@ -88,7 +88,7 @@ class ShardWriter:
             )
 
     def close(self, labels: Path) -> None:
-        """Put the header in front of the records, and write the labels beside."""
+        """Write the header of the records, and the file of labels."""
         self._records.seek(0)
         self._records.write(npy_header(self._dtype, (self.count, *self._manifest.shape)))
         sync(self._records)
@@ -100,26 +100,26 @@ class ShardWriter:
 
 
 class StoreWriter:
-    """Writes a store of one record per item of a source, but for those that are skipped. A context manager.
+    """Writes a store with one record per item of a source, except skipped ones. A context manager.
 
-    Shard n holds the items n * shard_size up to (n + 1) * shard_size. A finished shard is recorded on the disk; what
-    was under way when the process was stopped is done again. Several ranks write one store together, each its shards.
+    Shard n holds the items from n * shard_size up to (n + 1) * shard_size. Finished shards are recorded on disk; an
+    interrupted shard is written again. Several ranks write one store together, each its own shards.
 
     Args:
         path: the store's folder.
-        manifest: what it will hold, with no shards or counts yet.
-        items: of the source.
+        manifest: the store's manifest, without shards and counts.
+        items: number of items in the source.
         shard_size: items per shard.
-        ranks: the processes that write it; all must enter and finish.
-        num_classes: labels must be below it; 0 if that is not known.
+        ranks: the processes that write the store; all must enter and finish.
+        num_classes: labels must be below it; 0 if unknown.
 
     Attributes:
-        before: items of the shards that were finished on entering.
-        todo: numbers of the shards that this rank is to write, of those not finished.
+        before: number of items in shards that were finished on entering.
+        todo: numbers of the unfinished shards that this rank has to write.
 
     Raises:
-        ValueError: a manifest that no reader would take; on entering: the store is finished, is made of something
-            else or is being written.
+        ValueError: the manifest is invalid; on entering: the store is finished, has another source or configuration, or
+            is being written.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class StoreWriter:
         ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
         num_classes: int = 0,
     ) -> None:
-        parse_manifest(manifest.to_json().encode(), path / MANIFEST)  # not after days of encoding
+        parse_manifest(manifest.to_json().encode(), path / MANIFEST)  # fail now, not after days of encoding
         self._num_classes = num_classes
         self.path, self._manifest, self._items, self._shard_size = path, manifest, items, shard_size
         self._ranks, self._lock = ranks, -1
@@ -160,11 +160,11 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown()  # the last shard is finished, if it can be
+        self._thread.shutdown()  # waits for the last shard
         self._unlock()
 
     def items_of(self, number: int) -> range:
-        """Return the items that a shard holds."""
+        """Return the items of a shard."""
         return range(number * self._shard_size, min(self._items, (number + 1) * self._shard_size))
 
     def numbers(self) -> range:
@@ -172,7 +172,7 @@ class StoreWriter:
         return range(-(-self._items // self._shard_size))
 
     def finished(self, number: int) -> Shard | None:
-        """Return a shard that is finished, None if it is not."""
+        """Return a finished shard, None if it is not finished."""
         path = self._record(number)
         if not path.exists():
             return None
@@ -180,15 +180,15 @@ class StoreWriter:
             shard = parse_shard(read_regular(path), path)
             check_length(self.path, shard, self._manifest)
         except ValueError:
-            return None  # it is done again
+            return None  # the shard is written again
         return shard
 
     @contextlib.contextmanager
     def shard(self, number: int) -> Iterator[ShardWriter]:
-        """Yield what takes the records of a shard.
+        """Yield the writer of a shard.
 
-        When the block ends well a thread finishes the shard, while the next one is filled; an error in that comes with
-        the next shard, or from `finish`.
+        After the block, a thread finishes the shard while the next one is filled; its errors are raised by the next
+        `shard` or by `finish`.
         """
         if self._ending and self._ending.done():
             self._ending.result()
@@ -196,7 +196,7 @@ class StoreWriter:
         with contextlib.ExitStack() as stack:
             with _told(records):
                 file = stack.enter_context(atomic_write(records)).open("wb")
-                stack.callback(_told(records)(file.close))  # which writes what is left
+                stack.callback(_told(records)(file.close))  # flushes the buffer
                 writer = ShardWriter(file, self._manifest, self._num_classes)
             yield writer
             self._wait()
@@ -204,7 +204,7 @@ class StoreWriter:
         self._ending = self._thread.submit(self._end, number, writer, opened)
 
     def _end(self, number: int, writer: ShardWriter, opened: contextlib.ExitStack) -> None:
-        """Bring a shard to the disk, with its checksums, and record it."""
+        """Flush a shard to disk, compute its checksums, and record it."""
         records, labels = (self.path / f"{number:05}{suffix}" for suffix in (".npy", ".labels.npy"))
         with _told(records):
             with opened:
@@ -214,7 +214,7 @@ class StoreWriter:
             write_durably(self._record(number), json.dumps(dataclasses.asdict(shard)).encode())
 
     def _wait(self) -> None:
-        """Wait for the shard that is being finished; its error is raised here."""
+        """Wait for the shard that is being finished, and raise its error."""
         if self._ending:
             self._ending.result()
 
@@ -222,20 +222,20 @@ class StoreWriter:
         """Write the manifest of all shards, and return it.
 
         Args:
-            class_names: of the labels; what they lack is named by its number. With none of them and no label above 0
-                there are no classes.
+            class_names: names of the classes; classes beyond them are named by their number. Without names and with no
+                label above 0, the store has no classes.
         """
         self._wait()
         self._meet()
         return from_first(self._ranks, lambda: self._finish(class_names))
 
     def items_elsewhere(self) -> int:
-        """Return how many items are in finished shards that are not this rank's to write."""
+        """Return the number of items in finished shards of other ranks or earlier runs."""
         numbers = set(self.numbers()) - set(self.todo)
         return sum(len(self.items_of(number)) for number in numbers if self._record(number).exists())
 
     def _finish(self, class_names: list[str]) -> Manifest:
-        os.listdir(self.path)  # which has a network file system look for what others wrote
+        os.listdir(self.path)  # refreshes the view of a network file system
         found = [self.finished(number) for number in self.numbers()]
         shards = [shard for shard in found if shard]
         if len(shards) < len(found):
@@ -263,7 +263,7 @@ class StoreWriter:
         return self.path / f"{number:05}.json"
 
     def _begin(self) -> tuple[dict[str, Any], list[int]]:
-        """Lock and begin the store, or resume it; return what it is made of, and the shards not finished yet."""
+        """Lock the store, create or resume it, and return its plan and the unfinished shards."""
         with _told(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock(fcntl.LOCK_EX)
@@ -272,9 +272,9 @@ class StoreWriter:
             self._begin_or_go_on()
             unfinished = [number for number in self.numbers() if not self.finished(number)]
             for number in unfinished:
-                self._record(number).unlink(missing_ok=True)  # one that does not fit its files
+                self._record(number).unlink(missing_ok=True)  # a record that does not match its files
             if self._ranks.count > 1:
-                self._take_lock(fcntl.LOCK_SH)  # with the other ranks, which wait for what this returns
+                self._take_lock(fcntl.LOCK_SH)  # shared with the other ranks, which wait for this result
         return self._plan(), unfinished
 
     def _unlock(self) -> None:
@@ -283,10 +283,10 @@ class StoreWriter:
             self._lock = -1
 
     def _take_lock(self, kind: int) -> None:
-        """Keep other processes from writing to the store, for as long as this one holds the lock's file open.
+        """Lock the store against other processes, for as long as this one keeps the lock file open.
 
-        Processes that are started to read images do not inherit a lock of this kind, so one that outlives this process
-        does not keep the store locked. A second writer in the same process is not kept out.
+        Child processes do not inherit a lock of this kind, so a worker that outlives this process does not keep the
+        store locked. It does not exclude a second writer in the same process.
         """
         if self._lock < 0:
             self._lock = open_lock(self.path / _LOCK)
@@ -299,7 +299,7 @@ class StoreWriter:
             ) from None
 
     def _plan(self) -> dict[str, Any]:
-        """Return what the store is made of, which may not change until it is finished."""
+        """Return the configuration of the store, which must not change until it is finished."""
         return {
             "items": self._items,
             "shard_size": self._shard_size,
@@ -307,7 +307,7 @@ class StoreWriter:
         }
 
     def _changed(self, before: dict[str, Any]) -> str:
-        """Return in what this store differs from another plan, "" if it does not."""
+        """Describe the differences from another plan, "" if there are none."""
         plan = self._plan().items()
         return ", ".join(
             f"{name} {before[name]} -> {value}" for name, value in plan if before.get(name, value) != value
@@ -315,7 +315,7 @@ class StoreWriter:
 
     def _begin_or_go_on(self) -> None:
         for partial in self.path.glob(".partial-*"):
-            partial.unlink()  # of a process that was killed
+            partial.unlink()  # left by a killed process
         if (self.path / MANIFEST).exists():
             self._clean()
             raise ValueError(f"{self.path} is a finished store: give another folder, or delete it first")
@@ -339,7 +339,7 @@ class StoreWriter:
 
 @contextlib.contextmanager
 def _told(path: Path | str) -> Iterator[None]:
-    """Turn an OSError of writing a file into a ValueError that says what is lost."""
+    """Convert an OSError of a write to a ValueError that tells how to resume."""
     try:
         yield
     except OSError as error:
