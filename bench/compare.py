@@ -1,8 +1,8 @@
-"""`python -m bench.compare A.jsonl B.jsonl`: two sets of measured rows, and which differences are real.
+"""`python -m bench.compare A.jsonl B.jsonl`: compares two sets of measured rows, and marks significant differences.
 
-Or two commits of one file: `python -m bench.compare FILE --commit-a X --commit-b Y`. Rows are joined by what was
-measured; of several that measured the same, the last counts. A difference is real where the intervals from the 20th to
-the 80th percentile do not overlap. Rows of different devices or threads are set apart, and no verdict is given on them.
+Or two commits of one file: `python -m bench.compare FILE --commit-a X --commit-b Y`. Rows are joined by bench, case and
+variant; the last row of each counts. A difference is significant if the intervals from the 20th to the 80th percentile
+do not overlap. Rows of different devices or thread counts are marked and get no verdict.
 """
 
 import argparse
@@ -19,26 +19,26 @@ Key = tuple[str, str, str, bool]
 
 
 class Set(NamedTuple):
-    """Rows by what they measured, and how many rows of the source hold no time."""
+    """Rows by key, and the number of rows without a time."""
 
     rows: dict[Key, Row]
     untimed: int
 
 
 def key(row: Row) -> Key:
-    """Return what a row measured."""
+    """Return the key of a row: bench, case, variant, and whether the optimizer is included."""
     case = json.dumps(row["case"], sort_keys=True)
     return row["bench"], case, row["variant"], row.get("optimizer", False)
 
 
 def machine_of(row: Row) -> str:
-    """Return what must be the same for times to be comparable."""
+    """Return device and threads, which must match for times to be comparable."""
     threads = row.get("threads")
     return row["device"] + (f", {threads} threads" if threads else "")
 
 
 def latest(rows: Iterable[Row]) -> Set:
-    """Return the last row of each thing measured."""
+    """Return the last row of each key."""
     found, untimed = {}, 0
     for row in rows:
         if "median_ms" in row:
@@ -49,7 +49,7 @@ def latest(rows: Iterable[Row]) -> Set:
 
 
 def of_commit(rows: list[Row], commit: str) -> list[Row]:
-    """Return the rows of a commit, given whole or by its beginning; a ValueError if that names none or several."""
+    """Return the rows of a commit, given in full or by a prefix; a ValueError if it is unknown or ambiguous."""
     known = sorted({row["commit"] for row in rows})
     meant = [name for name in known if name == commit] or [name for name in known if name.startswith(commit)]
     if len(meant) != 1:
@@ -58,7 +58,7 @@ def of_commit(rows: list[Row], commit: str) -> list[Row]:
 
 
 def verdict(a: Row, b: Row) -> str:
-    """Return what the difference between two rows is worth."""
+    """Return whether the difference between two rows is significant."""
     if machine_of(a) != machine_of(b):
         return "other machine"
     if min(a["rounds"], b["rounds"]) < 2:
@@ -71,7 +71,7 @@ def verdict(a: Row, b: Row) -> str:
 
 
 def table(a: Set, b: Set) -> list[str]:
-    """Return the lines of the comparison; a ValueError if nothing was measured in both."""
+    """Return the lines of the comparison; a ValueError if no key is in both."""
     both = [k for k in a.rows if k in b.rows]
     if not both:
         raise ValueError(f"nothing was measured in both: {len(a.rows)} rows in A, {len(b.rows)} in B")
@@ -102,18 +102,18 @@ def table(a: Set, b: Set) -> list[str]:
 
 
 def time_of(row: Row) -> str:
-    """Return median and spread of a row."""
+    """Format median and spread of a row."""
     median, low, high = (_digits(row[name]) for name in ("median_ms", "p20_ms", "p80_ms"))
     return f"{median} ({low} to {high})"
 
 
 def _digits(value: float) -> str:
-    """Return a number with four digits, or all before the point."""
+    """Format a number with four significant digits, or all digits before the decimal point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def checked(path: Path) -> list[Row]:
-    """Return the rows of a file; a ValueError names the first that lacks what every row has."""
+    """Read the rows of a file; a ValueError names the first row without a required field."""
     rows = list(read(path))
     for number, row in enumerate(rows, start=1):
         needed = ["bench", "case", "variant", "device", "torch", "commit", "date"]
@@ -130,10 +130,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.compare", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
     )
-    parser.add_argument("a", type=Path, help="rows")
-    parser.add_argument("b", type=Path, nargs="?", help="rows to compare with; absent: two commits of the first")
-    parser.add_argument("--commit-a", help="only rows of this commit in A")
-    parser.add_argument("--commit-b", help="only rows of this commit in B")
+    parser.add_argument("a", type=Path, help="file of rows")
+    parser.add_argument("b", type=Path, nargs="?", help="rows to compare with; default: two commits of the first file")
+    parser.add_argument("--commit-a", help="use only rows of this commit in A")
+    parser.add_argument("--commit-b", help="use only rows of this commit in B")
     options = parser.parse_args()
     if options.b is None and not (options.commit_a and options.commit_b):
         parser.error("give a second file, or --commit-a and --commit-b")

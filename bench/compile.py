@@ -1,8 +1,8 @@
-"""`python -m bench.compile`: every Triton kernel as the presets launch it, compiled ahead of time, with no GPU.
+"""`python -m bench.compile`: compiles every Triton kernel as the presets launch it ahead of time, without a GPU.
 
-The launchers run on tensors without data, and what they would launch is compiled for sm_80, sm_90 and sm_100 instead.
-From the machine code come registers, shared memory, spilled bytes and the widths of the loads from global memory. A
-spill fails, and so does a kernel that walks over rows with narrower loads than 128 bits, but for its few scalars.
+The launchers run on tensors without data, and their launches are compiled for sm_80, sm_90 and sm_100 instead. The
+machine code shows registers, shared memory, spilled bytes and the widths of global loads. A spill is an error, and so
+is a row kernel with loads narrower than 128 bits, except for its few scalars.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from bench.tables import header, line
 from fastmask.files import atomic_write
 
 ARCHITECTURES = (80, 90, 100)
-_WARP_ROW = 129  # values: a row of fewer does not fill a warp's loads of 128 bits
+_WARP_ROW = 129  # shorter rows do not fill a warp's 128-bit loads
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _TYPES = {
     torch.float32: "fp32",
@@ -39,7 +39,7 @@ _TYPES = {
 
 
 class Launch(NamedTuple):
-    """A kernel with the arguments that a launcher gave it."""
+    """A kernel launch with its arguments."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What the machine code of a launch says of itself; loads counts instructions by bits per thread."""
+    """Statistics of the machine code of a launch; ``loads`` counts instructions by bits per thread."""
 
     registers: int
     shared: int
@@ -57,7 +57,7 @@ class Compiled(NamedTuple):
 
 
 def recorded(call: Any) -> list[Launch]:
-    """Return what a call would launch."""
+    """Return the launches of a call, without executing them."""
     launches = []
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -73,7 +73,7 @@ def recorded(call: Any) -> list[Launch]:
 
 
 class Source(NamedTuple):
-    """What a launch is compiled from: types, constants and what is known of values, as `ASTSource` takes them."""
+    """The arguments of `ASTSource` for a launch: types, constants and attributes of values."""
 
     kernel: JITFunction
     signature: dict[str, str]
@@ -82,16 +82,16 @@ class Source(NamedTuple):
     options: dict[str, int]
 
     def key(self) -> tuple[str, str]:
-        """Return what two launches share that are compiled to the same machine code."""
+        """Return a key that is equal for launches with the same machine code."""
         return self.kernel.__name__, repr(self[1:])
 
     def named_constants(self) -> dict[str, Any]:
-        """Return the constants by the names of their parameters."""
+        """Return the constants by parameter name."""
         names = list(self.signature)
         return {names[place[0]]: value for place, value in self.constants.items()}
 
     def traits(self, label: str) -> Iterator[str]:
-        """Yield what a label does not say yet: the width, and the forms of the kernel that are on."""
+        """Yield additions to a label: the width, and the enabled forms of the kernel."""
         constants, words = self.named_constants(), label.split()
         if "D" in constants and not any(word.startswith("D=") for word in words):
             yield f"D={constants['D']}"
@@ -100,7 +100,7 @@ class Source(NamedTuple):
                 yield name.lower()
 
     def scalars(self) -> int | None:
-        """Return how many narrower loads than 128 bits are fine beside those; None: any number."""
+        """Return the allowed number of loads narrower than 128 bits; None: any number."""
         constants, allowed = self.named_constants(), SCALARS.get(self.kernel.__name__)
         if allowed is None or constants.get("D", _WARP_ROW) < _WARP_ROW:
             return None
@@ -108,7 +108,7 @@ class Source(NamedTuple):
 
 
 def source_of(launch: Launch) -> Source:
-    """Return what Triton would compile at a launch's first call, with aligned pointers."""
+    """Return the source that Triton would compile at the first call of a launch, with aligned pointers."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -130,7 +130,7 @@ def source_of(launch: Launch) -> Source:
 
 
 def compile_source(source: Source, architecture: int) -> Compiled:
-    """Compile for an architecture, and read the machine code."""
+    """Compile for an architecture, and parse the machine code."""
     made = triton.compile(
         ASTSource(*source[:4]),
         target=GPUTarget("cuda", architecture, 32),
@@ -150,11 +150,11 @@ def compile_source(source: Source, architecture: int) -> Compiled:
 
 
 def complaint(made: Compiled, scalars: int | None) -> str:
-    """Return what is wrong with a compiled kernel, empty if nothing is.
+    """Return the error of a compiled kernel, empty if there is none.
 
     Args:
-        made: the kernel.
-        scalars: how many narrower loads than 128 bits it may have beside these; None: any.
+        made: the compiled kernel.
+        scalars: allowed number of loads narrower than 128 bits; None: any number.
     """
     if made.spilled:
         return f"spills {made.spilled} bytes"
@@ -165,7 +165,7 @@ def complaint(made: Compiled, scalars: int | None) -> str:
 
 
 def sources() -> Iterator[tuple[str, Source]]:
-    """Yield what every launch is compiled from, each distinct source once, with the case that it is of."""
+    """Yield each distinct source once, with the label of its case."""
     seen = set()
     for cases in CASES:
         for label, call in cases(list(WIDTHS)):
@@ -177,11 +177,11 @@ def sources() -> Iterator[tuple[str, Source]]:
 
 
 def rows(cases: str, architectures: list[int]) -> Iterator[tuple[list[str], str]]:
-    """Yield a table row for each distinct source and architecture, and what is wrong with it.
+    """Yield a table row and the error for each distinct source and architecture.
 
     Args:
-        cases: how the labels of the cases to compile begin, a regular expression.
-        architectures: among `ARCHITECTURES`.
+        cases: regular expression that matches the beginning of the labels to compile.
+        architectures: a subset of `ARCHITECTURES`.
     """
     for label, source in sources():
         if not re.match(cases, label):
@@ -196,11 +196,11 @@ def rows(cases: str, architectures: list[int]) -> Iterator[tuple[list[str], str]
 
 
 def main() -> int:
-    """Compile, print the table, and return 1 if something is wrong."""
+    """Compile and print the table; return 1 if a kernel has an error."""
     parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
-    parser.add_argument("--case", default="", help="only cases whose names begin so, a regular expression")
-    parser.add_argument("--out", type=Path, help="also write the table here, as Markdown")
+    parser.add_argument("--case", default="", help="regular expression that matches the beginning of the case names")
+    parser.add_argument("--out", type=Path, help="also write the table to this file, as Markdown")
     options = parser.parse_args()
     try:
         re.compile(options.case)
@@ -228,7 +228,7 @@ def main() -> int:
 
 
 def cuobjdump(option: str, file: str) -> str:
-    """Return what NVIDIA's cuobjdump, which is in triton's package, prints of a file."""
+    """Return the output of NVIDIA's cuobjdump, which is part of the triton package, for a file."""
     return subprocess.run([_CUOBJDUMP, option, file], capture_output=True, text=True, check=True).stdout
 
 

@@ -1,8 +1,8 @@
-"""What the benches share: options, threads, the machine beside the figures, progress, and the session's tables.
+"""Shared fixtures of the benchmarks: options, threads, machine info, progress, and the tables of the session.
 
-Each kernel case is checked, then timed with all its variants in turn. The figures and what was not run, with the
-reason, stand at the end of the session, training steps last. pytest-benchmark has an entry for each variant
-(`bench.entries`), so that its table, `--benchmark-json` and `--benchmark-compare` are of the same times.
+Each kernel case is checked, then all its variants are timed in turn. The tables, and skipped variants with the reason,
+are printed at the end of the session, training steps last. Each variant has a pytest-benchmark entry (`bench.entries`),
+so its table, `--benchmark-json` and `--benchmark-compare` use the same times.
 """
 
 import importlib.metadata
@@ -32,19 +32,19 @@ _STEPS = pytest.StashKey[Table]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--rows", action="store_true", help="append what is measured to bench/results")
-    parser.addoption("--full", action="store_true", help="also what takes minutes a case on a CPU")
+    parser.addoption("--rows", action="store_true", help="append the measured rows to bench/results")
+    parser.addoption("--full", action="store_true", help="include cases that take minutes on a CPU")
 
 
 def pytest_configure(config):
     config.stash[_MEASURED], config.stash[_MISSING], config.stash[_LOADED] = [], [], []
     config.stash[_STEPS] = Table()
-    # The other columns of pytest-benchmark's table are there for who asks for them, and fill no terminal.
+    # Fewer columns of pytest-benchmark's table by default, to fit a terminal.
     config.option.benchmark_columns = config.option.benchmark_columns or ["min", "median", "rounds"]
 
 
 def pytest_collection_modifyitems(items):
-    """Let pytest-benchmark read the clock that `Entries` replays times under."""
+    """Make pytest-benchmark use the clock under which `Entries` replays times."""
     folder = pathlib.Path(__file__).parent
     for item in items:
         if folder in item.path.parents:
@@ -63,7 +63,7 @@ def _threads():
 
 
 def pytest_generate_tests(metafunc):
-    """Give each kernel bench the forms and directions of its op."""
+    """Parametrize each kernel benchmark with the forms and directions of its op."""
     if "kernel_case" in metafunc.fixturenames:
         op = metafunc.module.__name__.rpartition("bench_")[2]
         chosen = [(op, form, direction) for form, direction in forms(op)]
@@ -80,19 +80,19 @@ def kernel_case(request, missing):
 
 @pytest.fixture(scope="session")
 def missing(request):
-    """Take down that a variant of something was not run, and why, for the end of the session."""
+    """Record a skipped variant and the reason, for the end of the session."""
     return lambda variant, reason, name: request.config.stash[_MISSING].append((variant, reason, name))
 
 
 @pytest.fixture(scope="session")
 def run_id():
-    """What the rows of one session share: they were taken in one run."""
+    """The run id shared by the rows of a session."""
     return uuid.uuid4().hex[:12]
 
 
 @pytest.fixture(scope="session")
 def progress(request):
-    """What is told how far a measurement is."""
+    """The progress display."""
     return Progress(PytestScreen(request.config))
 
 
@@ -104,13 +104,13 @@ def step_table(request):
 
 @pytest.fixture
 def entries(benchmark):
-    """What a test gives its times to pytest-benchmark by."""
+    """The `Entries` that pass a test's times to pytest-benchmark."""
     return Entries(benchmark)
 
 
 @pytest.fixture
 def noted(benchmark, entries, run_id, request):
-    """Take a loader's times down for the end of the session, and store them. Not where benches are off."""
+    """Record and store a loader's times, unless benchmarks are disabled."""
 
     def note(bench, case, variant, times, device, **more):
         timing = rows.timing(times)
@@ -119,7 +119,7 @@ def noted(benchmark, entries, run_id, request):
         group = f"{bench}, {case['batches']} batches of {case['batch']}"
         entries.add(variant, times, group=group, about={**case, **found})
         if benchmark.disabled:
-            return  # a single call may take what a worker has read before it
+            return  # a single call can be served from prefetched batches
         request.config.stash[_LOADED].append((case, variant, found))
         if request.config.getoption("rows"):
             rows.append({"bench": bench, "case": case, "variant": variant, **found}, device)
@@ -135,7 +135,8 @@ def bandwidth():
 
 @pytest.fixture
 def timed(benchmark, entries, bandwidth, run_id, progress, request):
-    """Time the variants of a case in turn, and note and store the figures. One call of each where benches are off."""
+    """Time the variants of a case in turn, and record and store the figures; one call each if benchmarks are
+    disabled."""
 
     def run(case):
         off = benchmark.disabled
@@ -161,7 +162,7 @@ def timed(benchmark, entries, bandwidth, run_id, progress, request):
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
-    """Print, below pytest-benchmark's table, what was not run and why, and the tables of kernels, loaders and steps."""
+    """Print skipped variants and the tables of kernels, loaders and steps, below pytest-benchmark's table."""
     cases = {}
     for variant, reason, name in config.stash[_MISSING]:
         cases.setdefault((variant, reason), []).append(name)

@@ -1,1 +1,1 @@
-"""What fastmask is compared with: the same networks as a careful practitioner writes them from the papers."""
+"""Baselines: the same networks in plain PyTorch, carefully written from the papers."""

@@ -1,8 +1,8 @@
-"""A plain DiT and a plain masked DiT with their training step: modules, SDPA, fused AdamW, foreach EMA, autocast.
+"""Baseline DiT and masked DiT with their training step: modules, SDPA, fused AdamW, foreach EMA, autocast.
 
 Written from the papers (DiT, arXiv 2212.09748; MAE, 2111.06377; MaskDiT, 2306.09305; EDM, 2206.00364) in the usual way:
-embed all patches and gather the kept ones, a block is a module, the loss is taken on whole images. Parameters carry the
-published names, so that the same weights load here and in fastmask.
+all patches are embedded and the kept ones gathered, each block is a module, and the loss is computed on whole images.
+Parameters have the published names, so the same weights load here and in fastmask.
 """
 
 import copy
@@ -48,7 +48,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Linear(num_classes, width, bias=False)
 
     def forward(self, labels: Tensor) -> Tensor:
-        one_hot = F.one_hot(labels, self.num_classes + 1)[:, : self.num_classes]  # the last class is none: zeros
+        one_hot = F.one_hot(labels, self.num_classes + 1)[:, : self.num_classes]  # the last class is "no label": zeros
         return self.embedding_table(one_hot.to(self.embedding_table.weight.dtype))
 
 
@@ -102,7 +102,7 @@ class ModulatedLinear(nn.Module):
 
 
 class PlainDiT(nn.Module):
-    """A DiT, or with a decoder a masked DiT; sizes as in `fastmask.MaskDiT`."""
+    """A DiT, or a masked DiT if it has a decoder; sizes as in `fastmask.MaskDiT`."""
 
     def __init__(
         self,
@@ -160,13 +160,13 @@ class PlainDiT(nn.Module):
 
 
 def random_mask(batch: int, length: int, keep: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """MAE's way: sort noise, keep the first, sort again to undo."""
+    """MAE's masking: argsort noise, keep the first tokens, argsort again for the inverse."""
     shuffle = torch.rand(batch, length, device=device).argsort(dim=1)
     return shuffle[:, :keep], shuffle.argsort(dim=1)
 
 
 class PlainLoss(nn.Module):
-    """EDM's preconditioning around a network, and MaskDiT's loss on whole images; returns (total,) per sample."""
+    """EDM preconditioning and MaskDiT's loss on whole images; returns the loss per sample, (B,)."""
 
     def __init__(self, model: PlainDiT, mae_coef: float = 0.1, sigma_data: float = 0.5):
         super().__init__()
@@ -206,7 +206,7 @@ def patches(images: Tensor, p: int) -> Tensor:
 
 
 class PlainTrainer:
-    """One training step after the other: autocast, fused AdamW, an EMA by foreach operations."""
+    """A training loop body: autocast, fused AdamW, foreach EMA."""
 
     def __init__(self, loss: PlainLoss, lr: float = 1e-4, ema_decay: float = 0.9999, autocast: bool = False):
         self.loss, self.ema_decay, self.autocast = loss, ema_decay, autocast
@@ -215,7 +215,7 @@ class PlainTrainer:
         self.optimizer = torch.optim.AdamW(loss.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
     def compiled(self) -> "PlainTrainer":
-        """Return a trainer of the same weights that runs compiled."""
+        """Return a compiled trainer that shares the weights."""
         other = copy.copy(self)
         other.run = torch.compile(self.loss)
         return other

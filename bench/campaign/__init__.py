@@ -1,8 +1,8 @@
-"""Everything that only a GPU can tell, from one command, `python -m bench.campaign`; `__main__` says how it works.
+"""The GPU measurement campaign, `python -m bench.campaign`; see `__main__` for how it works.
 
-It must run where torch, triton and numpy are installed and nothing else, without a network.
+It must run with only torch, triton and numpy installed, and without a network.
 """
 
 import time
 
-STARTED = time.monotonic()  # before torch is imported: that time is the user's too
+STARTED = time.monotonic()  # before torch is imported, which counts too

@@ -1,7 +1,7 @@
-"""`python -m bench.campaign`: all that one GPU can tell in nine minutes, each part written as soon as it is done.
+"""`python -m bench.campaign`: all GPU checks and measurements in nine minutes, each part stored when it is done.
 
-Rows go to bench/results/DEVICE.jsonl and the table to DEVICE.md; the same command resumes with what is missing. Without
-a GPU a miniature of every part runs, to test the code, and its rows go to a temporary folder.
+Rows go to bench/results/DEVICE.jsonl and the table to DEVICE.md; the same command resumes with the missing parts.
+Without a GPU, a miniature of every part runs as a test of the code, with its rows in a temporary folder.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from bench.campaign.clock import TimeUp, share, time_box
 from bench.campaign.state import Campaign, DeviceLostError
 
 _NAME = "python -m bench.campaign"
-_RESERVE = 10.0  # seconds for the table, and for what a time box overruns
+_RESERVE = 10.0  # seconds for the table, and for time boxes that overrun
 
 
 class Part(NamedTuple):
     """A part of the campaign.
 
     Attributes:
-        seconds: of nine minutes; a part that needs less leaves the rest to those after it.
-        what: for the plan.
-        todo: returns what is not done yet.
-        run: does it.
+        seconds: time budget out of nine minutes; unused time goes to the parts after it.
+        what: description for the plan.
+        todo: returns the outstanding items.
+        run: runs the part.
     """
 
     seconds: float
@@ -54,6 +54,7 @@ PARTS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the campaign and return the exit code: 1 if something failed, 2 for a wrong argument, 130 if interrupted."""
+    # Options, device and the file of rows.
     options = parse(argv)
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.record_digits:
@@ -76,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
     if options.plan:
         print_plan(campaign, chosen, options.minutes)
         return 0
+    # Run the parts; if the process loses the device, continue in a new one.
     until = options.until or STARTED + 60 * options.minutes - _RESERVE
     signal.signal(signal.SIGTERM, _interrupt)
     code = 0
@@ -90,6 +92,7 @@ def main(argv: Sequence[str]) -> int:
         campaign.say(f"this process can measure no more ({error}): a new one continues with {error.part}")
         again = [*argv, "--run", campaign.run, "--until", str(until), "--from-part", error.part]
         os.execv(sys.executable, [sys.executable, "-m", "bench.campaign", *again])
+    # Write the table and summarise.
     campaign.say("\n" + table.write(campaign.rows, path.with_suffix(".md")))
     missing = {name: len(part.todo(campaign)) for name, part in chosen.items()}
     if any(missing.values()):
@@ -101,9 +104,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_parts(campaign: Campaign, chosen: dict[str, Part], until: float) -> None:
-    """Run the parts one after the other, each in its share of the time that is left.
+    """Run the parts in order, each in its share of the remaining time.
 
-    A DeviceLostError names the part that a new process is to begin with.
+    A DeviceLostError carries the part from which a new process has to continue.
     """
     names = list(chosen)
     for i, name in enumerate(names):
@@ -128,9 +131,9 @@ def run_parts(campaign: Campaign, chosen: dict[str, Part], until: float) -> None
 
 
 def run_part(campaign: Campaign, name: str, part: Part, box: float) -> bool:
-    """Run a part and return whether it was stopped as its time was up, after which memory can be given back."""
+    """Run a part, and return whether its time ran out."""
     if campaign.failed_now("part", part=name):
-        return False  # it has ended the process before this one
+        return False  # it crashed the previous process
     try:
         with time_box(box), campaign.attempt("part", part=name):
             part.run(campaign)
@@ -140,7 +143,7 @@ def run_part(campaign: Campaign, name: str, part: Part, box: float) -> bool:
 
 
 def print_plan(campaign: Campaign, chosen: dict[str, Part], minutes: float) -> None:
-    """Print what would be done, in which order and time, and what is there already."""
+    """Print the parts in order, with their time and outstanding items."""
     whole = sum(part.seconds for part in chosen.values())
     for name, part in chosen.items():
         box = (60 * minutes - _RESERVE) * part.seconds / whole
@@ -152,14 +155,14 @@ def print_plan(campaign: Campaign, chosen: dict[str, Part], minutes: float) -> N
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the arguments; a wrong one ends the program with a line and exit code 2."""
+    """Parse the arguments; an invalid one exits with one line and code 2."""
     parser = argparse.ArgumentParser(prog=_NAME, description=__doc__.splitlines()[0].partition(": ")[2])
-    parser.add_argument("--plan", action="store_true", help="print what would be done, and the time of each part")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything (default 9)")
+    parser.add_argument("--plan", action="store_true", help="print the parts with their time and exit")
+    parser.add_argument("--minutes", type=float, default=9.0, help="total time (default 9)")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     parser.add_argument("--out", type=Path, help="folder of the rows and the table")
-    parser.add_argument("--record-digits", action="store_true", help="make the curve that `digits` is compared with")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # these three: for a process that takes over
+    parser.add_argument("--record-digits", action="store_true", help="record the reference curve of `digits`")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # these three: for a process that continues another
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--from-part", help=argparse.SUPPRESS)
     parser.error = _error  # type: ignore[method-assign]

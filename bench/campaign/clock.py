@@ -5,16 +5,16 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-_AGAIN = 5.0  # seconds until an alarm that was lost in a destructor is repeated
+_AGAIN = 5.0  # seconds until the alarm repeats, in case a destructor swallowed it
 
 
 class TimeUp(BaseException):
-    """A time box is used up. Not an Exception, so that nothing on the way (a compiler, say) takes it for an error."""
+    """The time is up. Not an Exception, so that no code on the way, such as a compiler, handles it as an error."""
 
 
 @contextlib.contextmanager
 def time_box(seconds: float) -> Iterator[None]:
-    """Raise `TimeUp` inside the block when the seconds are over; what runs in C ends first. In the main thread only."""
+    """Raise `TimeUp` inside the block when the time is up, after any running C call. Main thread only."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise TimeUp
@@ -29,5 +29,5 @@ def time_box(seconds: float) -> Iterator[None]:
 
 
 def share(left: float, weights: list[float]) -> float:
-    """Return the seconds of the first of several parts: its share of what is left, so that none spared is lost."""
+    """Return the time of the first of several parts: its share of the remaining time, which includes unused time."""
     return left * weights[0] / sum(weights)

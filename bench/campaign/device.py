@@ -1,4 +1,4 @@
-"""Which device this is, and its two ceilings as measured: a copy of memory and a product of matrices."""
+"""Device identification, and its measured ceilings: copy bandwidth and matmul throughput."""
 
 import torch
 
@@ -7,19 +7,19 @@ from bench.campaign.state import Campaign, peak_tflops
 
 
 def todo(campaign: Campaign) -> list[str]:
-    """Return whether the device is still to be measured."""
+    """Return the outstanding items."""
     return [] if campaign.is_done("device") else ["identify"]
 
 
 def run(campaign: Campaign) -> None:
-    """Measure it, once."""
+    """Measure the device, once."""
     if campaign.is_done("device"):
         return
     with campaign.attempt("device", part="device"):
         small, device = campaign.miniature, campaign.device
         bandwidth = rows.copy_bandwidth(device, 2**20 if small else 2**30)
         side, dtype = (64, torch.float32) if small else (8192, torch.bfloat16)
-        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))  # zeros would run faster
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))  # zeros would be faster
         timing = rows.measure({"product": lambda: a @ b}, device, rounds=3 if small else 20)["product"]
         found = {
             "copy_gb_per_s": round(bandwidth / 1e9, 1),

@@ -1,8 +1,8 @@
-"""A short real training run: the network of the preset `digits`, masked, then unmasked, whose loss is compared.
+"""A short training run of the preset `digits`, masked, then unmasked, with its loss compared to a reference run.
 
-What it is compared with is a run on a CPU in fp32, `bench/results/digits-cpu.json`, of the same weights, order, noise
-and masks, so that only rounding differs. The scans travel in `bench/digits.npz`: the 1,797 of scikit-learn, its copy of
-the UCI dataset "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; CC BY 4.0). The file was made by
+The reference is a CPU run in fp32, `bench/results/digits-cpu.json`, with the same weights, order, noise and masks, so
+that only rounding differs. The scans are stored in `bench/digits.npz`: the 1,797 of scikit-learn, its copy of the UCI
+dataset "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; CC BY 4.0). The file was made by
 
     python -c "import numpy, sklearn.datasets as s; d = s.load_digits(); numpy.savez_compressed('bench/digits.npz',
         images=d.images.astype('uint8'), labels=d.target.astype('uint8'))"
@@ -33,19 +33,19 @@ from fastmask.training.optim import learning_rate, make_optimizer
 
 SCANS = rows.ROOT / "bench" / "digits.npz"
 RECORD = rows.RESULTS / "digits-cpu.json"
-WINDOW = 50  # steps that a mean is taken of
-# Largest share that a mean may be off. Rounding the factors and results of Linear layers, and their gradients, to
-# bfloat16 moved none by more than 0.9 % on a CPU.
+WINDOW = 50  # steps per mean
+# Largest relative deviation of a mean. On a CPU, rounding the inputs and results of Linear layers, and their gradients,
+# to bfloat16 changed no mean by more than 0.9 %.
 BAND = 0.03
 
 
 def full_config() -> TrainConfig:
-    """Return the preset, cut to what a CPU core does in a minute and a half."""
+    """Return the preset, shortened to a minute and a half on a CPU core."""
     return dataclasses.replace(preset_config("digits", PRESETS), max_steps=400, unmask_steps=100, seed=0)
 
 
 def tiny_config() -> TrainConfig:
-    """Return a configuration that takes a second."""
+    """Return a configuration that trains in a second."""
     sizes = {"width": 16, "depth": 1, "decoder_width": 16, "decoder_depth": 1, "batch_size": 16}
     return dataclasses.replace(full_config(), **sizes, max_steps=6, unmask_steps=2, warmup_steps=2)
 
@@ -57,7 +57,7 @@ def load_scans() -> tuple[Tensor, Tensor]:
 
 
 def train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
-    """Return the loss of each step; its draws depend on the seed alone, the same on every device but for rounding."""
+    """Return the loss of each step; the randomness depends on the seed alone and is the same on every device."""
     with as_trained(config):
         return _train(config, device, bf16)
 
@@ -65,7 +65,7 @@ def train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
 def _train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]:
     scans, labels = load_scans()
     torch.manual_seed(config.seed)
-    net = Denoiser(build_model(config, 1, 8), config.process).to(device)  # made on the CPU: the same weights
+    net = Denoiser(build_model(config, 1, 8), config.process).to(device)  # created on the CPU: the same weights
     objective = Objective(net, [MaskedDenoising(config.mae_coef)])
     optimizer = make_optimizer(net, config, [EMA(net, config.ema_decay)])
     length = net.model.length
@@ -92,7 +92,7 @@ def _train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())  # read at the end: reading waits for the device
+        losses.append(loss.detach())  # read at the end: reading synchronises
     return torch.stack(losses).tolist()
 
 
@@ -102,7 +102,7 @@ def means(losses: list[float], window: int) -> list[float]:
 
 
 def worst_deviation(found: list[float], expected: list[float]) -> float:
-    """Return the largest share by which a mean is off; infinity for curves of other lengths, or a NaN."""
+    """Return the largest relative deviation of a mean; infinity for different lengths or NaN."""
     if len(found) != len(expected):
         return float("inf")
     shares = [abs(a - b) / b for a, b in zip(found, expected, strict=True)]
@@ -110,7 +110,7 @@ def worst_deviation(found: list[float], expected: list[float]) -> float:
 
 
 def record(path: Path = RECORD) -> dict[str, Any]:
-    """Train on the CPU in fp32 and write the curve that later runs are compared with; returns it."""
+    """Train on the CPU in fp32, and write and return the reference curve."""
     config, device, start = full_config(), torch.device("cpu"), time.perf_counter()
     losses = train(config, device, bf16=False)
     made = {
@@ -133,18 +133,18 @@ def expected_means(config: TrainConfig) -> list[float]:
         raise ValueError(f"{RECORD} is missing: {again}")
     recorded = json.loads(RECORD.read_text())
     now, first = (json.loads(json.dumps(some.recorded())) for some in (config, TrainConfig()))
-    if {**first, **recorded["config"]} != now:  # a field that came later had its default
+    if {**first, **recorded["config"]} != now:  # a field added later had its default
         raise ValueError(f"{RECORD} is of another configuration: {again}")
     return recorded["means"]
 
 
 def todo(campaign: Campaign) -> list[str]:
-    """Return whether the run is still to do."""
+    """Return the outstanding items."""
     return [] if campaign.is_done("digits") else [f"{full_config().max_steps} steps"]
 
 
 def run(campaign: Campaign) -> None:
-    """Train, compare and store the curve, also one that is outside the band."""
+    """Train, and compare and store the curve; a deviation outside the band is a failure."""
     if campaign.is_done("digits"):
         return
     with campaign.attempt("digits", preset="digits"):

@@ -1,6 +1,6 @@
-"""Accuracy: every op forward and backward against float64, the network, and the tests that need a GPU.
+"""Accuracy checks: every op forward and backward against float64, the network, and the tests that need a GPU.
 
-No step is timed before the network is right, and no op is tuned that is wrong.
+No step is timed before the network passes, and no op is tuned that fails.
 """
 
 import importlib
@@ -26,15 +26,15 @@ from fastmask.testing import network_errors_over_bound, network_steps, norm_erro
 from fastmask.training.config import TrainConfig, build_model
 
 PRESETS_CHECKED = ("xl2-in256", "b2-in256", "s2-in256")
-_FAILURES_SAID = 20  # tests that are named at most
-_BATCH = 8  # images: all programs of a launch do the same, and float64 is slow
+_FAILURES_SAID = 20  # maximum number of printed tests
+_BATCH = 8  # a small batch: all programs of a launch do the same work, and float64 is slow
 _SMALL = {"batch": 3, "length": 16, "keep": 5, "width": 24, "heads": 3, "decoder_width": 16, "channels": 3, "side": 8}
 
 
 def judge(op: Op, function: Callable[..., Any]) -> float:
-    """Return the worst error over its bound of a form of an op, of its results and its gradients; at most 1 is right.
+    """Return the worst ratio of error to bound over an op's results and gradients; at most 1 passes.
 
-    The rule is that of the tests, `fastmask.testing`.
+    The rule is the tests' own, `fastmask.testing`.
     """
     errors = op_errors_over_bound(
         function, op.reference, op.inputs, leaves=op.leaves, in_place=op.in_place, **op.options
@@ -43,12 +43,12 @@ def judge(op: Op, function: Callable[..., Any]) -> float:
 
 
 def shapes_checked(campaign: Campaign) -> Iterator[tuple[str, Shapes]]:
-    """Yield a name and shapes: small and odd ones first, then those of the presets with a small batch.
+    """Yield names and shapes: small odd ones first, then the presets' shapes with a small batch.
 
-    Most of the time goes into compiling, so only the first preset is checked in both precisions.
+    Compilation dominates the time, so only the first preset is checked in both precisions.
     """
     device = campaign.device
-    if campaign.miniature:  # in fp32 alone: the interpreter cuts off what a GPU rounds to bfloat16
+    if campaign.miniature:  # fp32 only: the interpreter truncates to bfloat16, where a GPU rounds
         yield "small", shapes_of("digits", device)._replace(**_SMALL)
         return
     for dtype in (torch.bfloat16, torch.float32):
@@ -60,7 +60,7 @@ def shapes_checked(campaign: Campaign) -> Iterator[tuple[str, Shapes]]:
 
 
 def sets(campaign: Campaign) -> Iterator[tuple[dict[str, Any], Shapes]]:
-    """Yield the shapes that are not checked yet, with what a row's case says of them."""
+    """Yield the cases and shapes that are not checked yet."""
     for name, shapes in shapes_checked(campaign):
         case = {"of": "ops", "shapes": name, "dtype": str(shapes.dtype).removeprefix("torch.")}
         if not campaign.find("check", **case):
@@ -68,14 +68,14 @@ def sets(campaign: Campaign) -> Iterator[tuple[dict[str, Any], Shapes]]:
 
 
 def todo(campaign: Campaign) -> list[str]:
-    """Return what is not checked yet."""
+    """Return the outstanding checks."""
     missing = [f"every op, {case['shapes']} shapes, {case['dtype']}" for case, _ in sets(campaign)]
     there = importlib.util.find_spec("pytest") is not None
     return missing + ["pytest -m gpu"] * (there and not campaign.is_done("check", of="pytest"))
 
 
 def run(campaign: Campaign) -> None:
-    """Check what is not checked yet; the tests after the first half of the shapes, so that both are begun."""
+    """Run the outstanding checks, with the tests after the first half of the shapes, so that both get a start."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
     network_is_right(campaign)
@@ -88,15 +88,15 @@ def run(campaign: Campaign) -> None:
 
 
 def check_ops(campaign: Campaign, case: dict[str, Any], shapes: Shapes) -> None:
-    """Check every form of every op at these shapes; one row if all are right, one for each that is not.
+    """Check every form of every op at these shapes; store one row if all pass, else one per failure.
 
-    A form that an op refuses by design, such as packed attention in fp32 on a GPU, is left out.
+    Forms that an op does not support by design, such as packed attention in fp32 on a GPU, are skipped.
     """
     errors = {}
     for op in OPS:
         for form, make in module_of(op).FORMS.items():
             if campaign.failed_now("check", **case, op=op, form=form):
-                continue  # in the process that this one took over from
+                continue  # it failed in the previous process
             with campaign.attempt("check", **{**case, "op": op, "form": form}):
                 made = make(shapes)
                 function = made.fused if fused_runs(campaign.device) else made.reference
@@ -110,14 +110,14 @@ def check_ops(campaign: Campaign, case: dict[str, Any], shapes: Shapes) -> None:
 
 
 def judged(error: float) -> float:
-    """Return an error over allowed that is allowed; an AssertionError for others."""
+    """Return the ratio of error to bound; an AssertionError if it is above 1."""
     if not error <= 1:
         raise AssertionError(f"the error is {error:.3g} times what is allowed")
     return round(error, 4)
 
 
 def network_is_right(campaign: Campaign) -> bool:
-    """Return whether the loss of a whole network, ours and the plain one's, is right, and the gradients of ours."""
+    """Check loss and gradients of our network, and the loss of the baseline."""
     case = {"of": "network", "op": "network"}
     if not campaign.is_done("check", **case):
         with campaign.attempt("check", **case):
@@ -127,16 +127,16 @@ def network_is_right(campaign: Campaign) -> bool:
 
 
 def network_error(device: torch.device) -> float:
-    """Return the worst error over its bound of the digits' network, loss and gradients of ours, loss of the plain one.
+    """Return the worst ratio of error to bound for the digits' network: our loss and gradients, the baseline's loss.
 
-    In fp32, against the reference in float64, by the rule for networks of `fastmask.testing`; the reference in fp32
-    says what the products of the device cost.
+    Computed in fp32 against the reference in float64, by the rule for networks of `fastmask.testing`; the reference in
+    fp32 measures the error of the device's matmuls.
     """
-    # Interpreted, a block takes seconds.
+    # A block takes seconds in Triton's interpreter.
     config = TrainConfig() if device.type == "cuda" else TrainConfig(network=MaskDiTConfig(depth=1, decoder_depth=1))
     torch.manual_seed(0)
     model = build_model(config, 1, 8)
-    for parameter in model.parameters():  # zeros would hide what goes wrong before them
+    for parameter in model.parameters():  # zero-initialised layers would hide errors before them
         torch.nn.init.normal_(parameter, std=0.1)
     decoder = config.network.decoder_width, config.network.decoder_depth, config.network.decoder_num_heads
     plain = PlainDiT(8, 2, 1, config.network.width, config.network.depth, config.network.num_heads, 10, *decoder)
@@ -156,7 +156,7 @@ def network_error(device: torch.device) -> float:
     eager, by_eager = loss_and_gradients("reference", torch.float32)
     ours, by_ours = loss_and_gradients("fused" if fused_runs(device) else "reference", torch.float32)
     indices = [ids.long() for ids in draws.mask[:2]]
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of its convolution
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # for its convolution
         noise = draws.noise * draws.t[:, None, None, None]
         loss = PlainLoss(plain).to(device)(images, draws.labels, draws.t, noise, *indices).detach()
     blocks = config.network.depth + config.network.decoder_depth
@@ -167,18 +167,18 @@ def network_error(device: torch.device) -> float:
 
 
 def fused_runs(device: torch.device) -> bool:
-    """Return whether our kernels run on a device: on a GPU, or interpreted."""
+    """Return whether our kernels run on a device: on a GPU, or in the interpreter."""
     backends = importlib.import_module("fastmask.kernels").backends()
     return all(row.kernel != "none" for row in backends if row.device == device.type)
 
 
 def module_of(op: str) -> Any:
-    """Return the bench file of an op, which describes it."""
+    """Return the bench module of an op."""
     return importlib.import_module(f"bench.kernels.bench_{op}")
 
 
 def run_tests(campaign: Campaign) -> None:
-    """Run the tests that need a GPU in a process of their own, where pytest is there."""
+    """Run the tests that need a GPU in a separate process, if pytest is installed."""
     case = {"of": "pytest"}
     if campaign.is_done("check", **case):
         return
@@ -186,7 +186,7 @@ def run_tests(campaign: Campaign) -> None:
         campaign.say("  pytest is not installed: its tests were not run, the checks above were")
         return
     with campaign.attempt("check", **case):
-        release()  # the memory is theirs now
+        release()  # free the memory for the tests
         output = pytest_output(gpu_tests())
         counts = pytest_counts(output)
         for line in re.findall(r"^(?:FAILED|ERROR) .*", output, re.MULTILINE)[:_FAILURES_SAID]:
@@ -197,15 +197,15 @@ def run_tests(campaign: Campaign) -> None:
 
 
 def gpu_tests() -> list[str]:
-    """Return the test files with tests for a GPU: others might not even import on a bare machine."""
+    """Return the test files with tests for a GPU; others cannot always be imported on a bare machine."""
     files = sorted((rows.ROOT / "tests").rglob("test_*.py"))
     return [str(file) for file in files if "mark.gpu" in file.read_text()]
 
 
 def pytest_output(files: Sequence[str]) -> str:
-    """Return what pytest prints when it runs the tests of a GPU in some files.
+    """Return the output of pytest -m gpu on some files.
 
-    A file that does not import is an error that keeps the tests of no other file from running.
+    A file that fails to import is an error, but does not stop the tests of other files.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-m", "gpu", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", *files]
@@ -213,7 +213,7 @@ def pytest_output(files: Sequence[str]) -> str:
 
 
 def pytest_counts(output: str) -> dict[str, int]:
-    """Return how many tests passed, failed, and so on; empty if pytest did not get so far."""
+    """Parse the numbers of passed, failed, ... tests; empty if there is no summary."""
     last = (output.strip().splitlines() or [""])[-1]
     found = re.findall(r"(\d+) (passed|failed|skipped|deselected|errors?)", last)
     return {name.replace("error", "errors").replace("errorss", "errors"): int(count) for count, name in found}

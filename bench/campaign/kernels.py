@@ -1,6 +1,6 @@
-"""The kernels of `bench.kernels` at the shapes of the presets: quick variants of all first, then with the compiler's.
+"""The kernel benchmarks of `bench.kernels` at the presets' shapes: quick variants first, then the compiled reference.
 
-Compiling and tuning the reference takes by far the longest, so a box that is too short loses that first.
+Compiling and tuning the reference takes by far the longest, so it comes last if time is short.
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from bench.kernels import OPS, Case, figures, forms
 from bench.kernels import make as make_case
 from bench.kernels._graph import CaptureFailedError
 
-# preset, and whether the compiled reference is among the variants
+# preset, and whether to include the compiled reference
 _PASSES = (("xl2-in256", False), ("xl2-in256", True), ("b2-in256", False), ("s2-in256", False), ("xl2-in512", False))
-_SECONDS = {False: 3, True: 25}  # a case is not begun with less than this left
+_SECONDS = {False: 3, True: 25}  # minimum remaining time to start a case
 
 
 def wanted(campaign: Campaign) -> Iterator[dict[str, Any]]:
-    """Yield what is not measured yet: preset, file of the op, form, direction, compiled."""
+    """Yield the outstanding cases: preset, file of the op, form, direction, compiled."""
     for preset, compiled in (("digits", False),) if campaign.miniature else _PASSES:
         for op in OPS:
             for form, direction in forms(op):
@@ -32,7 +32,7 @@ def wanted(campaign: Campaign) -> Iterator[dict[str, Any]]:
 
 
 def todo(campaign: Campaign) -> list[str]:
-    """Return what is not measured yet."""
+    """Return the outstanding cases."""
     return [
         f"{c['file']} {c['form']} {c['direction']} {c['preset']}{' compiled' if c['compiled'] else ''}"
         for c in wanted(campaign)
@@ -40,7 +40,7 @@ def todo(campaign: Campaign) -> list[str]:
 
 
 def run(campaign: Campaign) -> None:
-    """Measure what is not measured yet."""
+    """Measure the outstanding cases."""
     bandwidth = 0.0
     for case in list(wanted(campaign)):
         compiled = case.pop("compiled")
@@ -53,7 +53,7 @@ def run(campaign: Campaign) -> None:
 
 
 def measure(campaign: Campaign, key: dict[str, Any], compiled: bool, bandwidth: float) -> None:
-    """Check a case, time the variants that are right in turn and store a row for each."""
+    """Check a case, time the variants that pass in turn, and store a row for each."""
     torch.set_float32_matmul_precision("highest")
     refused = {row["variant"]: row["reason"] for row in campaign.find("uncaptured", torch=torch.__version__, **key)}
     where = key["file"], key["form"], key["direction"], key["preset"], campaign.device, None
@@ -78,9 +78,9 @@ def measure(campaign: Campaign, key: dict[str, Any], compiled: bool, bandwidth: 
 
 
 def keep_right(campaign: Campaign, case: Case, key: dict[str, Any]) -> None:
-    """Take the variants out of a case that fail or are inaccurate: each is a failure, and the others are timed.
+    """Remove variants that fail or are inaccurate from a case; each is a failure, and the others are timed.
 
-    What has failed in this call already is not tried again: it may have ended the process before this one.
+    A variant that failed earlier in this call is not retried: it can have crashed the previous process.
     """
     right = set()
     failed = {row["variant"] for row in campaign.failed_now("kernel", **key)}

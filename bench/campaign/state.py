@@ -1,4 +1,4 @@
-"""What a campaign knows: the device, its rows so far, the time left, and what went wrong."""
+"""The state of a campaign: device, rows, remaining time, failures."""
 
 import gc
 import hashlib
@@ -30,13 +30,13 @@ class DeviceLostError(RuntimeError):
 
 
 def peak_tflops(device_name: str) -> int | None:
-    """Return the peak of dense bf16 products of a device in TFLOP/s, None where it is not known."""
+    """Return the dense bf16 matmul peak of a device in TFLOP/s, None if unknown."""
     gpu = gpu_named(device_name)
     return None if gpu is None else round(gpu.bf16 / 1e12)
 
 
 def code_hash() -> str:
-    """Return a hash of what is measured and what measures it; rows of other code do not count as done."""
+    """Return a hash of the measured and the measuring code; rows of other code do not count as done."""
     digest = hashlib.sha256()
     folders = ("fastmask", "bench/kernels", "bench/train", "bench/baselines")
     paths = [path for folder in folders for path in (rows.ROOT / folder).rglob("*.py")]
@@ -49,10 +49,10 @@ class Campaign:
     """The state of a campaign.
 
     Args:
-        device: where everything runs.
-        path: the file of rows.
+        device: device of all measurements.
+        path: file of rows.
         earlier: other files whose rows count as done.
-        run: name of this call; None makes one.
+        run: id of this call; None creates one.
     """
 
     def __init__(self, device: torch.device, path: Path, earlier: tuple[Path, ...] = (), run: str | None = None):
@@ -67,11 +67,11 @@ class Campaign:
         self.rows = [row for file in files for row in rows.read(file)]
 
     def left(self) -> float:
-        """Return the seconds left for the present part."""
+        """Return the seconds left for the current part."""
         return self.until - time.monotonic()
 
     def say(self, text: str) -> None:
-        """Print a line at once."""
+        """Print a line and flush."""
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
@@ -80,15 +80,15 @@ class Campaign:
         row = {"bench": bench, "case": case, "variant": variant, **figures}
         row |= {"triton": self.triton, "run": self.run, "code": self.code}
         if self.miniature:
-            row["miniature"] = True  # shapes of no meaning, to test this code
+            row["miniature"] = True  # meaningless shapes, to test this code
         self.rows.append(rows.append(row, self.device, self.path))
 
     def stored(self) -> int:
-        """Return how many rows this call has stored, in this process and in those that it took over from."""
+        """Return the number of rows stored by this call, in this process and the ones it continues."""
         return sum(row.get("run") == self.run for row in self.rows)
 
     def find(self, bench: str, variant: str | None = None, **said: Any) -> list[rows.Row]:
-        """Return the rows of this device and code that say this, in their case or beside it, oldest first."""
+        """Return the rows of this device and code with these fields, in their case or next to it, oldest first."""
         return [
             row
             for row in self.rows
@@ -100,19 +100,19 @@ class Campaign:
         ]
 
     def is_done(self, bench: str, variant: str | None = None, **case: Any) -> bool:
-        """Return whether there is a row, one that says why there can be none, or this call has tried in vain."""
+        """Return whether there is a row, a recorded reason why there is none, or a failure in this call."""
         if self.find(bench, variant, **case) or self.find("absent", variant, bench_of=bench, **case):
             return True
         return any(row["variant"] in (variant or "all", "all") for row in self.failed_now(bench, **case))
 
     def failed_now(self, bench: str, **case: Any) -> list[rows.Row]:
-        """Return the failures of this call, of this process and of one that it took over from."""
+        """Return the failures of this call, in this process and the ones it continues."""
         return self.find("failure", bench_of=bench, run=self.run, **case)
 
     def recover(self, what: str) -> None:
-        """Give memory back after an error; a DeviceLostError if this process can measure no more.
+        """Free memory after an error; a DeviceLostError if the device is unusable in this process.
 
-        What was compiled is kept: others that are being measured would compile again.
+        Compiled code is kept, since other variants being measured would have to compile again.
 
         Args:
             what: the error, for the message.
@@ -127,12 +127,12 @@ class Campaign:
             raise DeviceLostError(f"a capture failed: {what}")
 
     def attempt(self, bench: str, variant: str = "all", **case: Any) -> "Attempt":
-        """Return a context in which an error is reported and stored, and does not end the campaign."""
+        """Return a context that reports and stores an error instead of ending the campaign."""
         return Attempt(self, bench, variant, case)
 
 
 class Attempt:
-    """One case: an error is printed and stored as a row (rows of them decide the exit code), and the next case runs."""
+    """One case: an error is printed and stored as a row, which determines the exit code, and the next case runs."""
 
     def __init__(self, campaign: Campaign, bench: str, variant: str, case: dict[str, Any]):
         self.campaign, self.bench, self.variant, self.case = campaign, bench, variant, case
@@ -163,22 +163,22 @@ def _version(package: str) -> str | None:
 
 
 def capture_failed(device: torch.device) -> bool:
-    """Return whether an error has ended a capture, which leaves its stream the current one.
+    """Return whether a CUDA graph capture failed, in which case its stream is still the current one.
 
-    PyTorch before 2.12 does not recover from that: memory is not given back, random numbers may be refused.
+    PyTorch before 2.12 does not recover from that: memory is not freed, and random number generation can fail.
     """
     return torch.cuda.current_stream(device) != torch.cuda.default_stream(device)
 
 
 def release() -> None:
-    """Give memory back, and forget what was compiled."""
+    """Free memory and compiled code."""
     if "torch._dynamo" in sys.modules:  # its import takes seconds
         torch._dynamo.reset()
     free()
 
 
 def free() -> None:
-    """Give memory back that nobody holds."""
+    """Free unreferenced memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
-"""Whole training steps on random latents at the largest batch that fits, the most important first.
+"""Whole training steps on random latents at the largest batch that fits, in order of importance.
 
-A stack is made when it is its turn, timed alone, and its row is stored before the next one is made, which may take
-minutes: a box that ends keeps what it has paid for. Those that the memory holds together are then timed in turn, and
-their rows are stored again; a row says what it was timed in turn with.
+Each stack is built and timed alone, and its row is stored before the next one is built, which can take minutes, so a
+time box that ends keeps finished results. The stacks that fit in memory together are then timed in turn, and their rows
+are stored again; each row lists the stacks that it was timed in turn with.
 """
 
 import functools
@@ -26,22 +26,22 @@ from fastmask.presets import PRESETS
 from fastmask.training.config import build_model
 
 _SIZES = (("xl2", 256), ("xl2", 512), ("b2", 256), ("l2", 256), ("s2", 256), ("b2", 512), ("l2", 512), ("s2", 512))
-# The one that the project is judged by comes first, though it takes longest.
+# The project's headline case comes first, though it takes longest.
 _FORMS = (("masked-0.5", True), ("masked-0.5", False), ("dense", False), ("dense", True))
 _FORMS += (("masked-0.75", False), ("masked-0.75", True))
-_STACKS = {  # by whether they compile
+_STACKS = {  # by whether they are compiled
     True: ("ours graphs", "plain compiled", "ours compiled"),
     False: ("ours", "plain eager", "products", "ours packed"),
 }
 _START = {"s2": 1024, "b2": 512, "l2": 256, "xl2": 256}  # images at 256x256; a quarter at 512x512
-# Seconds until a stack's first step is done, as predicted: of each block of the network, and besides.
+# Predicted seconds until a stack's first step is done: per block of the network, and fixed.
 _READY = {"ours graphs": (0.0, 40.0), "plain compiled": (4.0, 0.0), "ours compiled": (4.0, 0.0)}
 _READY_EAGER = (0.0, 5.0)
-_TIMING = 5.0  # and until its row is stored
+_TIMING = 5.0  # and further seconds until its row is stored
 
 
 def wanted(campaign: Campaign) -> Iterator[tuple[str, int, str, bool]]:
-    """Yield what is not measured yet: size, image size, form, compiled."""
+    """Yield the outstanding cases: size, image size, form, compiled."""
     sizes, forms = (_SIZES, _FORMS) if not campaign.miniature else ([("s2", 32)], [("masked-0.5", False)])
     for size, image_size in sizes:
         for form, compiled in forms:
@@ -62,19 +62,19 @@ def stacks(campaign: Campaign, form: str, compiled: bool) -> list[str]:
 
 
 def key(size: str, image_size: int, form: str, campaign: Campaign) -> dict[str, Any]:
-    """Return what a row's case says, but for the batch."""
+    """Return the case of a row, without the batch."""
     precision = "fp32" if campaign.miniature else "bf16"
     preset = config_of(size, image_size, form).preset
     return {"preset": preset, "image_size": image_size, "form": form, "precision": precision}
 
 
 def todo(campaign: Campaign) -> list[str]:
-    """Return what is not measured yet."""
+    """Return the outstanding cases."""
     return [f"{size} {side} {form}{' compiled' if compiled else ''}" for size, side, form, compiled in wanted(campaign)]
 
 
 def run(campaign: Campaign) -> None:
-    """Measure what is not measured yet, unless the network computes something else than it should."""
+    """Measure the outstanding cases, unless the network fails its accuracy check."""
     if not network_is_right(campaign):
         campaign.say("  no step is timed: the network failed its check")
         return
@@ -82,7 +82,7 @@ def run(campaign: Campaign) -> None:
         case = key(size, image_size, form, campaign)
         soonest = min(ready_after(campaign, stack, case["preset"]) for stack in stacks(campaign, form, compiled))
         if not campaign.miniature and campaign.left() < soonest + _TIMING:
-            continue  # a smaller one may fit
+            continue  # a smaller one can still fit
         with campaign.attempt("step", "case", **case):
             measure(campaign, size, image_size, form, compiled)
 
@@ -90,8 +90,8 @@ def run(campaign: Campaign) -> None:
 def measure(campaign: Campaign, size: str, image_size: int, form: str, compiled: bool) -> None:
     """Time the stacks of a case at the largest batch that fits, and store their rows.
 
-    Stacks without a row come first. Where one does not fit alone, it and those after it get half the batch; then those
-    before it as well, to compare with, if there is time.
+    Stacks without a row come first. If a stack does not fit alone, it and the following ones are measured at half the
+    batch, and if time permits also the ones before it, for comparison.
     """
     first = missing(campaign, size, image_size, form, compiled)
     waiting = first + [stack for stack in stacks(campaign, form, compiled) if stack not in first]
@@ -105,14 +105,14 @@ def measure(campaign: Campaign, size: str, image_size: int, form: str, compiled:
 
 
 def first_batch(campaign: Campaign, size: str, image_size: int, form: str, waiting: Sequence[str]) -> int:
-    """Return the batch to begin with: that of the case's rows or what should fit, unless it has proved too large.
+    """Return the first batch to try: the batch of the case's rows or the predicted one, unless it proved too large.
 
     Args:
-        campaign: whose rows are asked.
-        size: of the network.
-        image_size: in pixels.
+        campaign: the campaign with the rows.
+        size: network size.
+        image_size: side in pixels.
         form: masked or dense.
-        waiting: the stacks that it is for.
+        waiting: the stacks to measure.
     """
     if campaign.miniature:
         return 2
@@ -132,13 +132,13 @@ def first_batch(campaign: Campaign, size: str, image_size: int, form: str, waiti
 
 @functools.cache
 def network(size: str, image_size: int, form: str) -> MaskDiT:
-    """Return the network of a case without memory."""
+    """Return the network of a case on the meta device."""
     with torch.device("meta"):
         return build_model(config_of(size, image_size, form), 4, image_size // 8)
 
 
 def ready_after(campaign: Campaign, stack: str, preset: str) -> float:
-    """Return the seconds until the first step of a stack is done: as predicted, or at the pace of the last like it."""
+    """Return the seconds until the first step of a stack is done, predicted or scaled from the last similar stack."""
     base = _predicted(stack, preset)
     alike = [row for row in campaign.find("step") if _READY.get(row["variant"]) == _READY.get(stack)]
     if not alike:
@@ -152,15 +152,15 @@ def _predicted(stack: str, preset: str) -> float:
 
 
 class Together:
-    """The stacks of a case at one batch, of which those are kept that the memory holds together.
+    """The stacks of a case at one batch; those that fit in memory together are kept.
 
     Args:
-        campaign: which the rows are of.
-        size: of the network.
-        image_size: in pixels.
+        campaign: the campaign of the rows.
+        size: network size.
+        image_size: side in pixels.
         form: masked or dense.
-        batch: images.
-        compiled: whether these stacks compile.
+        batch: number of images.
+        compiled: whether these stacks are compiled.
     """
 
     def __init__(self, campaign: Campaign, size: str, image_size: int, form: str, batch: int, compiled: bool):
@@ -174,10 +174,10 @@ class Together:
         self.rounds = {"rounds": 2, "warmup": 1} if campaign.miniature else {"rounds": 7, "warmup": 1}
         self.calls: dict[str, Callable[[], Any]] = {}
         self.figures: dict[str, dict[str, Any]] = {}
-        self.alone: dict[str, rows.Timing] = {}  # of those that were not timed in turn yet
+        self.alone: dict[str, rows.Timing] = {}  # timings of stacks that are not timed in turn yet
 
     def measure(self, names: Sequence[str]) -> list[str]:
-        """Measure stacks; return those that are left if the batch is too large for one, which is the first of them."""
+        """Measure stacks; if the batch is too large for one, return it and the remaining ones."""
         left: list[str] = []
         for i, name in enumerate(names):
             if left or not self.begins(name):
@@ -186,9 +186,9 @@ class Together:
                 if not self.add(name):
                     self.campaign.store("too large", {**self.key, "batch": self.batch}, name, {})
                     self.campaign.say(f"  {self.name} is too large for {name}")
-                    self.campaign.recover(f"too little memory for {name}")  # which may have cut a capture
+                    self.campaign.recover(f"too little memory for {name}")  # which can have interrupted a capture
                     left = [*names[i:], *names[:i]]
-                elif self.compiled:  # before the next one, which takes minutes and may not end
+                elif self.compiled:  # before the next one, which takes minutes and can run out of time
                     self.compare()
         self.compare()
         for name, timing in self.alone.items():
@@ -197,7 +197,7 @@ class Together:
         return left
 
     def begins(self, name: str) -> bool:
-        """Return whether a stack is to be measured now; says why not."""
+        """Return whether to measure a stack now; print the reason if not."""
         campaign = self.campaign
         if any(row["variant"] == name for row in campaign.failed_now("step", **self.key)):
             return False
@@ -212,7 +212,7 @@ class Together:
         return True
 
     def add(self, name: str) -> bool:
-        """Measure a stack alone, without those that are there if memory is short; return whether it fits."""
+        """Measure a stack alone, and drop the others if memory is short; return whether it fits."""
         step, began = None, time.monotonic()
         while True:
             try:
@@ -225,20 +225,20 @@ class Together:
             else:
                 self.calls[name] = step
                 return True
-            # Leave the handler first: the error holds what has filled the memory. What was compiled is kept, but for a
-            # graph whose capture may have been cut.
+            # Outside the handler, since the error keeps the memory alive. Compiled code is kept, except a graph whose
+            # capture can have been interrupted.
             self.calls.clear()
             step = None if name == "ours graphs" else step
             self.campaign.recover(f"too little memory for {name} beside others")
 
     def time_alone(self, name: str, step: Callable[[], Any], before: int, began: float) -> None:
-        """Time a stack and store its row; then count what it launches, for the next row.
+        """Time a stack and store its row, then count its launches for the next row.
 
         Args:
-            name: of the stack.
-            step: its step, which compiles when it is called first, and captures graphs when it is called again.
-            before: bytes that were held before it was made.
-            began: when it was begun with.
+            name: name of the stack.
+            step: its step, which compiles at the first call and captures graphs at the second.
+            before: bytes held before it was built.
+            began: start time.
         """
         on_gpu = self.device.type == "cuda"
         step()
@@ -257,7 +257,7 @@ class Together:
             figures["launches"] = launches(step)
 
     def compare(self) -> None:
-        """Time in turn the stacks that the memory holds together, and store their rows again."""
+        """Time the stacks in memory in turn, and store their rows again."""
         if len(self.calls) < 2 or not self.alone.keys() & self.calls.keys():
             return
         with self.campaign.attempt("step", "in turn", **self.key):
@@ -267,7 +267,7 @@ class Together:
                 self.alone.pop(name, None)
 
     def store(self, name: str, timing: rows.Timing, others: list[str]) -> None:
-        """Store the row of a stack that was timed in turn with others."""
+        """Store the row of a stack, with the stacks that it was timed in turn with."""
         per_second = self.batch / timing.median_ms * 1e3
         figures = {
             **timing._asdict(),
@@ -285,12 +285,12 @@ class Together:
 
 
 def mfu(forward_gmac: float, images_per_s: float, peak_tflops: float) -> float:
-    """Return the share of the peak that the model's operations are: two per MAC, three forward passes per step."""
+    """Return the MFU: two operations per MAC, and three times the forward pass per step."""
     return 6 * forward_gmac * 1e9 * images_per_s / (peak_tflops * 1e12)
 
 
 def taken_by(step: Callable[[], Any], device: torch.device) -> int:
-    """Return the most bytes that a step takes beside what is there; a graph's replay takes those of its pool alone."""
+    """Return the peak bytes that a step allocates; the replay of a graph uses only its pool."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -300,14 +300,14 @@ def taken_by(step: Callable[[], Any], device: torch.device) -> int:
 
 
 def held(device: torch.device) -> int:
-    """Return the bytes that the allocator cannot give back, those in the pools of graphs among them."""
+    """Return the bytes that the allocator cannot release, including the pools of graphs."""
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved(device)
 
 
 def launches(step: Callable[[], Any]) -> int | None:
-    """Return how many kernels a step launches; None where the profiler sees none."""
+    """Return the number of kernels that a step launches; None if the profiler sees none."""
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         step()
         torch.cuda.synchronize()
@@ -315,7 +315,7 @@ def launches(step: Callable[[], Any]) -> int | None:
 
 
 def count_kernels(events: Any) -> int | None:
-    """Return how many of a profile's events are kernels on the GPU: copies, fills and marked spans are not."""
+    """Return the number of GPU kernels in a profile, without copies, fills and annotated spans."""
     on_gpu = [event for event in events if event.device_type == DeviceType.CUDA]
     spans = [event for event in on_gpu if getattr(event, "is_user_annotation", False)]
     others = [event for event in on_gpu if event.name.startswith(("Memcpy", "Memset"))]

@@ -1,4 +1,4 @@
-"""The rows of a device as Markdown."""
+"""The Markdown tables of a device's rows."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from fastmask.files import atomic_write
 
 
 def render(all_rows: list[Row]) -> str:
-    """Return the tables of all rows of a device; of rows that say the same thing the last counts."""
+    """Return the tables of a device's rows; the last row of each case and variant counts."""
     by_bench: dict[str, list[Row]] = {}
     for row in latest(all_rows):
         by_bench.setdefault(row["bench"], []).append(row)
@@ -29,7 +29,7 @@ def render(all_rows: list[Row]) -> str:
 
 
 def write(all_rows: list[Row], path: Path) -> str:
-    """Write the tables to a file, whole or not at all, and return them."""
+    """Write the tables to a file atomically, and return them."""
     text = render(all_rows)
     with atomic_write(path) as partial:
         partial.write_text(text)

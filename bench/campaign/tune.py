@@ -1,7 +1,7 @@
-"""Launch settings of the kernels that walk over rows, beside those in the table of `_triton/_common.row_settings`.
+"""Tuning of the launch settings of row kernels, compared with the table in `_triton/_common.row_settings`.
 
 For each width of the presets: warps per program, and rows per program forward and backward, for `modulate_norm` and
-`add_gated_norm` together, as they share a setting. The table is not edited: the winner is printed and stored.
+`add_gated_norm` together, since they share a setting. The table is not edited; the winner is printed and stored.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from fastmask.presets import PRESETS
 OPS = ("modulate_norm", "add_gated_norm")
 DIRECTIONS = ("forward", "backward")
 _ROWS = (8, 16, 32, 64)
-_MARGIN = 0.97  # a setting that is not this much faster than the table's is the same
+_MARGIN = 0.97  # the winner must take less than this fraction of the table's time
 _SAMPLES, _TOKENS = 128, 128
 
 Settings = Any  # _triton._common.RowSettings; its module needs triton
 
 
 def widths(campaign: Campaign) -> list[int]:
-    """Return the widths of the presets' encoders and decoders, XL/2's first."""
+    """Return the encoder and decoder widths of the presets, XL/2's first."""
     if campaign.miniature:
         return [16]
     found = dict.fromkeys((1152, 512))
@@ -43,7 +43,7 @@ def todo(campaign: Campaign) -> list[str]:
 
 
 def run(campaign: Campaign) -> None:
-    """Tune the widths that are not yet."""
+    """Tune the outstanding widths."""
     if not triton_runs(campaign.device):
         campaign.say("  nothing to tune: no Triton kernel runs here (on a CPU set TRITON_INTERPRET=1)")
         return
@@ -59,18 +59,19 @@ def run(campaign: Campaign) -> None:
 
 
 def triton_runs(device: torch.device) -> bool:
-    """Return whether the Triton kernels of these ops run on a device: on a GPU, or interpreted."""
+    """Return whether the Triton kernels of these ops run on a device: on a GPU, or in the interpreter."""
     rows = importlib.import_module("fastmask.kernels").backends()
     found = {row.op.removesuffix("_fwd") for row in rows if (row.device, row.kernel) == (device.type, "triton")}
     return found.issuperset(OPS)
 
 
 def tune(campaign: Campaign, width: int) -> None:
-    """Time the candidates of a width, then the best beside the table's, in turn, and store both."""
+    """Time the candidates of a width, then the best and the table's in turn, and store both."""
     present = row_settings(width)
     sizes = (2, 4) if campaign.miniature else (_SAMPLES, _TOKENS)
     calls = launches(width, *sizes, campaign.device)
     quick = {"rounds": 1, "warmup": 1} if campaign.miniature else {"rounds": 7, "warmup": 2}
+    # Quick timing of all candidates.
     times: dict[tuple[int, int], dict[tuple[str, str], float]] = {}
     for warps, count in candidates(present, _ROWS[:2] if campaign.miniature else _ROWS):
         chosen = present._replace(num_warps=warps, rows_forward=count, rows_backward=count)
@@ -79,6 +80,7 @@ def tune(campaign: Campaign, width: int) -> None:
             timed = rows.measure(variants, campaign.device, **quick)
         times[warps, count] = {key: timing.median_ms for key, timing in timed.items()}
     best = winner(present, times)
+    # The best one against the table's, in turn.
     compared: dict[tuple[str, str, str], Callable[[], Any]] = {}
     for name, settings in (("present", present), ("winner", best)):
         with settings_for_all(settings):
@@ -110,11 +112,11 @@ def candidates(present: Settings, counts: tuple[int, ...]) -> Iterator[tuple[int
 
 
 def winner(present: Settings, times: dict[tuple[int, int], dict[tuple[str, str], float]]) -> Settings:
-    """Return the settings of least time: the warps are common to both directions, the rows are not.
+    """Return the fastest settings: both directions share the warps, but not the rows.
 
     Args:
-        present: the table's, which the result is made from.
-        times: of each op and direction, by warps and rows.
+        present: the table's settings.
+        times: milliseconds per op and direction, by warps and rows.
     """
     found = []
     for warps in sorted({warps for warps, _ in times}):
@@ -135,7 +137,7 @@ def winner(present: Settings, times: dict[tuple[int, int], dict[tuple[str, str],
 def launches(
     width: int, samples: int, tokens: int, device: torch.device
 ) -> dict[tuple[str, str], Callable[[], tuple[torch.Tensor, ...]]]:
-    """Return the launches of both ops in both directions, as in a block: an fp32 residual, the rest bf16 on a GPU."""
+    """Return the launches of both ops in both directions, as in a block: fp32 residual, other tensors bf16 on a GPU."""
     low = torch.bfloat16 if device.type == "cuda" else torch.float32
     x, branch, grad = (torch.randn(samples * tokens, width, device=device) for _ in range(3))
     branch, grad = branch.to(low), grad.to(low)
@@ -153,7 +155,7 @@ def launches(
 
 @contextlib.contextmanager
 def settings_for_all(settings: Settings) -> Iterator[None]:
-    """Let the launchers of both ops use these settings, whatever the width."""
+    """Make the launchers of both ops use these settings for every width."""
     modules = [importlib.import_module(f"fastmask.kernels._triton.{op}") for op in OPS]
     before = [module.row_settings for module in modules]
     try:
@@ -166,9 +168,9 @@ def settings_for_all(settings: Settings) -> Iterator[None]:
 
 
 def captured(call: Callable[[], Any], device: torch.device, settings: Settings | None = None) -> Callable[[], Any]:
-    """Return a CUDA graph's replay of a call: the time of the kernels, without that of launching them from Python.
+    """Return the CUDA graph replay of a call, which excludes the launch overhead of Python.
 
-    On a CPU there are no graphs: there it is the call itself, under ``settings`` where these are given.
+    On a CPU it returns the call itself, under ``settings`` if given.
     """
     if device.type != "cuda":
         if settings is None:
@@ -183,7 +185,7 @@ def captured(call: Callable[[], Any], device: torch.device, settings: Settings |
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            call()  # compiles, which a capture does not allow
+            call()  # compiles, which is not allowed during capture
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -192,5 +194,5 @@ def captured(call: Callable[[], Any], device: torch.device, settings: Settings |
 
 
 def short(settings: Settings) -> str:
-    """Return settings as a reader wants them."""
+    """Format settings for a message."""
     return f"{settings.num_warps} warps, {settings.rows_forward}/{settings.rows_backward} rows"
