@@ -135,8 +135,7 @@ def bandwidth():
 
 @pytest.fixture
 def timed(benchmark, entries, bandwidth, run_id, progress, request):
-    """Time the variants of a case in turn, and record and store the figures; one call each if benchmarks are
-    disabled."""
+    """Time the variants of a case in turn, and record the figures; one call each if benchmarks are disabled."""
 
     def run(case):
         off = benchmark.disabled

@@ -1,9 +1,8 @@
-"""Entries of pytest-benchmark for times that were taken already: one per variant, of that variant's own calls.
+"""pytest-benchmark entries for existing measurements, one per variant.
 
-Variants that are compared are timed in turn by `bench.rows.take`, which pytest-benchmark cannot do: it times one
-function per test. So a test measures, and `Entries` then replays each variant's times under a clock of its own. What is
-shown, stored by `--benchmark-json` and compared by `--benchmark-compare` are those times, and never that of a whole
-measurement.
+Variants are timed in turn by `bench.rows.take`, which pytest-benchmark cannot do, since it times one function per test.
+So a test measures, and `Entries` then replays each variant's times under its own clock. These are the times that
+pytest-benchmark prints, stores (`--benchmark-json`) and compares (`--benchmark-compare`).
 """
 
 import copy
@@ -13,7 +12,7 @@ from typing import Any
 
 
 class _Replay:
-    """A clock that stands still but for the times that it replays."""
+    """A clock that only advances by replayed times."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -29,7 +28,7 @@ _REPLAY = _Replay()
 
 
 def replayed() -> float:
-    """Return the seconds of the replay: what tests that use `Entries` have as pytest-benchmark's ``timer``."""
+    """Return the seconds of the replay clock, pytest-benchmark's ``timer`` for tests that use `Entries`."""
     return _REPLAY.seconds
 
 
@@ -37,20 +36,20 @@ class Entries:
     """The entries of one test.
 
     Args:
-        benchmark: the fixture of the test, unused, whose timer is `replayed`. It serves the first entry and copies of
-            it the others, because a fixture can be used once.
+        benchmark: the test's unused `benchmark` fixture, with the timer `replayed`. The first entry uses it and the
+            others use copies, because a fixture can be used only once.
     """
 
     def __init__(self, benchmark: Any) -> None:
         self._unused = benchmark
 
     def add(self, variant: str, times: Sequence[float], *, group: str, about: Mapping[str, Any]) -> None:
-        """Add the entry of a variant; where benches are off nothing is recorded.
+        """Add the entry of a variant; nothing is recorded if benchmarks are disabled.
 
         Args:
-            variant: becomes part of the entry's name, and the parameter "variant".
+            variant: name of the variant, added to the entry's name and as the parameter "variant".
             times: milliseconds of each call.
-            group: entries of one group stand in one table.
+            group: table of the entry.
             about: the entry's extra_info.
         """
         entry = self._unused
@@ -59,10 +58,10 @@ class Entries:
         entry.param = f"{entry.param}-{variant}" if entry.param else variant
         entry.params = {**(entry.params or {}), "variant": variant}
         entry.group, entry.extra_info = group, dict(about)
-        left = itertools.cycle(times)  # a profiler's extra calls find one too
+        left = itertools.cycle(times)  # a cycle, for a profiler's extra calls
         entry.pedantic(lambda: _REPLAY.advance(next(left)), setup=_REPLAY.reset, rounds=len(times))
 
 
 def _joined(name: str, variant: str) -> str:
-    """Return the name of a test with the variant among its parameters."""
+    """Add the variant to the parameters in a test's name."""
     return f"{name[:-1]}-{variant}]" if name.endswith("]") else f"{name}[{variant}]"

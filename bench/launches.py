@@ -1,7 +1,7 @@
-"""The launches of every Triton kernel, on tensors without data: those of the presets, and those of other networks.
+"""The launches of every Triton kernel on tensors without data, for the presets and other networks.
 
-`preset_launches` finds what the presets' steps launch. Listed here is what they do not: the ops alone, as another
-network (PixArt, Flux) or another form of the same calls them.
+`preset_launches` finds the launches of the presets' steps. This module lists further ones: the ops alone, as called by
+other networks (PixArt, Flux) or other forms of the same network.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from fastmask.kernels._triton import (
     sample_mask,
 )
 
-# Of the presets' networks (the digits' first), and of PixArt and Flux.
+# Widths of the presets' networks (the digits' first), and of PixArt and Flux.
 ENCODERS = (96, 384, 768, 1024, 1152, 1280)
 DECODERS = (64, 192, 384, 512)
 WIDTHS = tuple(sorted({*ENCODERS, *DECODERS, 1536, 2304, 3072}))
@@ -38,7 +38,7 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 
 
 def _dtypes(width: int) -> Iterator[tuple[str, torch.dtype]]:
-    """Yield those of products: float16, which no preset takes by itself, for the widths of the largest one."""
+    """Yield matmul dtypes; float16, which no preset uses by default, only for the widths of the largest preset."""
     yield "bf16", BF16
     yield "fp32", FP32
     if width in (1152, 512):
@@ -51,7 +51,7 @@ def _norm_cases(widths: list[int]) -> Iterator[Case]:
         for name, low in _dtypes(width):
             x, grad, stats = empty(rows, width), empty(rows, width, dtype=low), empty(2, rows)
             modulation = empty(BATCH, 6 * width, dtype=low)[:, :width]
-            for rms in (False, True) if width == 3072 else (False,):  # SD3- and Flux-like models take RMS norms
+            for rms in (False, True) if width == 3072 else (False,):  # SD3- and Flux-like models use RMS norms
                 label = f"D={width} {name}{' rms' if rms else ''}"
                 both = (modulation, modulation, None, rms)
                 yield label, lambda a=(x, *both, 1e-6, low): modulate_norm.launch_fwd(*a)
@@ -62,7 +62,7 @@ def _norm_cases(widths: list[int]) -> Iterator[Case]:
 
 
 def _per_token_cases(widths: list[int]) -> Iterator[Case]:
-    """One row per group, as per-token modulations and samples of a single token are launched."""
+    """One row per group, as for per-token modulation and samples of a single token."""
     width = max(widths)
     x, low = empty(4096, width), empty(4096, width, dtype=BF16)
     label, stats, both = f"D={width} per token", empty(2, 4096), (low, low, None, False)
@@ -86,7 +86,7 @@ def _sample_mask_cases(widths: list[int]) -> Iterator[Case]:
 
 
 def _layouts(width: int) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """Yield dense tokens and, at the widths of the largest preset, packed ones: a word for labels, and cu_seqlens."""
+    """Yield label suffix and cu_seqlens of dense tokens and, at the widths of the largest preset, of packed tokens."""
     yield "", None
     if width in (1152, 512):
         yield " packed", empty(BATCH + 1, dtype=torch.int32)
@@ -168,8 +168,7 @@ CASES: list[Callable[[list[int]], Iterator[Case]]] = [
     _loss_cases,
     _adamw_cases,
 ]
-# The kernels that walk over rows must load 128 bits at a time. By kernel: how many narrower loads, of scalars, it may
-# have beside them.
+# Row kernels must use 128-bit loads. By kernel: the allowed number of narrower loads, for scalars.
 SCALARS = {
     "_modulate_norm_fwd_kernel": 0,
     "_modulate_norm_bwd_kernel": 2,  # the statistics of a row
@@ -179,6 +178,6 @@ SCALARS = {
     "_gelu_bwd_kernel": 0,
     "_restore_tokens_fwd_kernel": 1,
     "_restore_tokens_bwd_kernel": 1,
-    "_gather_tokens_kernel": 8,  # the compiler unrolls its loop, an index per turn
-    "_adamw_ema_kernel": 16,  # the table's, the corrections', the rates', and three of the step
+    "_gather_tokens_kernel": 8,  # the compiler unrolls its loop, with an index per iteration
+    "_adamw_ema_kernel": 16,  # table entries, bias corrections, EMA rates, and three for the step
 }

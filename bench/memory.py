@@ -1,8 +1,8 @@
-"""`python -m bench.memory`: bytes that a network keeps for backward, per image, by part; exact, with no data or GPU.
+"""`python -m bench.memory`: exact bytes saved for backward, per image and by kind, without data or a GPU.
 
-The passes run on fake tensors, whose ops give shapes alone. What autograd saves is counted once per storage, without
-the parameters and what is made of them, as the difference between a batch of eight images and one of four. The most
-bytes that forward and backward hold at once are counted from when each storage is made and freed.
+The passes run on fake tensors, whose ops only compute shapes. Tensors saved by autograd are counted once per storage,
+without parameters and tensors derived from them, as the difference between batches of eight and four images. Peak
+memory of forward and backward is tracked from the allocation and release of each storage.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from fastmask.kernels import Impl, Mask
 from fastmask.presets import PRESETS
 from fastmask.training.config import build_model, preset_config
 
-# The published implementation's, measured the same way at XL/2, 256x256, half the patches masked, in MB per image.
+# The published implementation, measured the same way at XL/2, 256x256, mask ratio 0.5, in MB per image.
 PUBLISHED = {"bf16": 256.4, "fp32": 423.3}
 
 
@@ -35,14 +35,14 @@ PUBLISHED = {"bf16": 256.4, "fp32": 423.3}
 def fake_forward(
     preset: str, impl: Impl, precision: str, batch: int, checkpoint_blocks: bool
 ) -> Iterator[tuple[Objective, Callable[[], Tensor]]]:
-    """Yield, on fake tensors, a network with its loss and a call that does its forward pass.
+    """Yield a network with its loss on fake tensors, and a call that runs its forward pass.
 
     Args:
-        preset: a row of the preset table.
-        impl: form of the ops.
+        preset: name of a preset.
+        impl: implementation of the ops.
         precision: "fp32", or "bf16" for autocast.
-        batch: images.
-        checkpoint_blocks: whether backward recomputes the blocks.
+        batch: number of images.
+        checkpoint_blocks: recompute the blocks in backward.
     """
     config = preset_config(preset, PRESETS)
     size = config.image_size // 8
@@ -67,7 +67,7 @@ def fake_forward(
 
 
 def saved_tensors(preset: str, impl: Impl, precision: str, batch: int, checkpoint_blocks: bool = False) -> list[Tensor]:
-    """Return what one training forward pass saves, one (fake) tensor per storage, in the order of saving."""
+    """Return the tensors that one training forward pass saves, one (fake) tensor per storage, in order."""
     kept: dict[int, Tensor] = {}
 
     def keep_one(t: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def saved_tensors(preset: str, impl: Impl, precision: str, batch: int, checkpoin
         return t
 
     with fake_forward(preset, impl, precision, batch, checkpoint_blocks) as (objective, forward):
-        if checkpoint_blocks:  # which holds the arguments of each block where no hook of autograd's sees them
+        if checkpoint_blocks:  # checkpointing holds the arguments of each block, which autograd's hooks do not see
             for block in (block for stack in objective.net.model.stacks for block in stack.blocks):
                 block.register_forward_pre_hook(
                     lambda _, args: [keep_one(t) for t in tree_leaves(args) if isinstance(t, Tensor)] and None
@@ -87,7 +87,7 @@ def saved_tensors(preset: str, impl: Impl, precision: str, batch: int, checkpoin
 
 
 def per_image(preset: str, impl: Impl, precision: str, checkpoint_blocks: bool = False) -> dict[str, int]:
-    """Return the bytes saved per image, by kind: what grows from a batch of four images to one of eight."""
+    """Return the bytes saved per image by kind, from the growth between batches of four and eight images."""
     four, eight = (saved_tensors(preset, impl, precision, batch, checkpoint_blocks) for batch in (4, 8))
     kinds: collections.Counter[str] = collections.Counter()
     for small, large in zip(four, eight, strict=True):
@@ -97,14 +97,14 @@ def per_image(preset: str, impl: Impl, precision: str, checkpoint_blocks: bool =
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that ops have made and nobody has freed.
+    """Counts the bytes of live storages allocated by ops.
 
     Args:
         known: tensors whose storages are not counted.
 
     Attributes:
-        now: bytes at present.
-        most: bytes at most.
+        now: current bytes.
+        most: peak bytes.
     """
 
     def __init__(self, known: Iterator[Tensor]) -> None:
@@ -128,13 +128,15 @@ class Live(TorchDispatchMode):
 
 
 def high_water(preset: str, precision: str, batch: int, checkpoint_blocks: bool = False) -> tuple[int, int]:
-    """Return what two micro-batches hold at most, and the second between its passes; beside weights and their state.
+    """Return the peak bytes of two micro-batches, and the bytes between the passes of the second.
+
+    Weights, gradients and optimizer state are not included.
 
     Args:
-        preset: a row of the preset table; the ops are fused.
+        preset: name of a preset; the ops are fused.
         precision: "fp32", or "bf16" for autocast.
-        batch: images of a micro-batch.
-        checkpoint_blocks: whether backward recomputes the blocks.
+        batch: images per micro-batch.
+        checkpoint_blocks: recompute the blocks in backward.
     """
     with (
         fake_forward(preset, "fused", precision, batch, checkpoint_blocks) as (objective, forward),
@@ -149,7 +151,7 @@ def high_water(preset: str, precision: str, batch: int, checkpoint_blocks: bool 
 
 
 def table(preset: str, checkpoint_blocks: bool) -> Iterator[str]:
-    """Yield the lines of a report on a preset."""
+    """Yield the lines of a preset's report."""
     yield f"{preset}: bytes kept for backward, MB (10^6) per image"
     for precision in ("bf16", "fp32"):
         forms: tuple[Impl, ...] = ("fused",) if checkpoint_blocks else ("reference", "fused")
@@ -168,7 +170,7 @@ def main() -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="xl2-in256", choices=PRESETS)
-    parser.add_argument("--checkpoint-blocks", action="store_true", help="with blocks that backward computes again")
+    parser.add_argument("--checkpoint-blocks", action="store_true", help="recompute the blocks in backward")
     options = parser.parse_args()
     sys.stdout.write("\n".join(table(options.preset, options.checkpoint_blocks)) + "\n")
 

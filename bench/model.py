@@ -1,7 +1,7 @@
-"""`python -m bench.model`: what a preset costs, counted, and how fast and how dear it would be on a GPU, predicted.
+"""`python -m bench.model`: operations, bytes and memory of a preset, and predicted throughput and cost on GPUs.
 
-The formulas are those of `fastmask/cost/work.py`. `--count` sets them beside what the operators of a step do on tensors
-without data. Nothing here is measured.
+The formulas are in `fastmask/cost/work.py`. `--count` compares them with the operators of a step on tensors without
+data. Nothing here is measured.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
 class Count(NamedTuple):
-    """What the operators of a forward and backward pass do; bytes as in `fastmask.cost.work.Work`."""
+    """Launches and traffic of a forward and backward pass; bytes as in `fastmask.cost.work.Work`."""
 
     launches: int
     matmul_bytes: float
@@ -41,12 +41,12 @@ class Count(NamedTuple):
 
 
 class _Operators(TorchDispatchMode):
-    """Counts operators that are not views, and the bytes of what they read and write, each tensor once."""
+    """Counts operators that are not views, and the bytes that they read and write, each tensor once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launches = 0
-        self.moved: collections.Counter[bool] = collections.Counter()  # by whether it is a product
+        self.moved: collections.Counter[bool] = collections.Counter()  # by whether the operator is a matmul
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -61,10 +61,10 @@ class _Operators(TorchDispatchMode):
 
 
 def count_step(preset: str, precision: str) -> Count:
-    """Return what a training step with the fused kernels does, from batches of four and of eight images.
+    """Count the operators of a training step with fused kernels, from batches of four and eight images.
 
     Args:
-        preset: a row of the preset table, of latents.
+        preset: name of a preset of latents.
         precision: "fp32", or "bf16" for autocast.
     """
     four, eight = (_operators(preset, precision, batch) for batch in (4, 8))
@@ -80,7 +80,7 @@ def network(config: TrainConfig) -> MaskDiT:
 
 
 def counts(config: TrainConfig, model: MaskDiT, precision: str, size: float) -> Iterator[tuple[str, str]]:
-    """Yield name and value of what is counted."""
+    """Yield name and value of each counted quantity."""
     keep = kept_count(model.length, config.mask_ratio)
     work, memory = (f(model, config.mask_ratio, precision) for f in (work_of, memory_of))
     yield "parameters", f"{num_parameters(model) / 1e6:.1f}M"
@@ -88,23 +88,23 @@ def counts(config: TrainConfig, model: MaskDiT, precision: str, size: float) -> 
     yield "training, per image", f"{work.flops / 1e9:.1f} GFLOP"
     if keep < model.length:
         yield "training, per image, unmasked", f"{6 * forward_macs(model) / 1e9:.1f} GFLOP"
-    yield "bytes of products, per image", f"{work.matmul_bytes / 1e6:.1f} MB"
-    yield "bytes of all else, per image", f"{work.other_bytes / 1e6:.1f} MB"
+    yield "matmul traffic, per image", f"{work.matmul_bytes / 1e6:.1f} MB"
+    yield "other traffic, per image", f"{work.other_bytes / 1e6:.1f} MB"
     weights = work.matmul_weight_bytes + work.cast_bytes
-    yield "bytes of weights, per micro-batch", f"{weights / 1e9:.2f} GB"
-    yield "to add gradients up, per micro-batch after the first", f"{work.accumulate_bytes / 1e9:.2f} GB"
-    yield "bytes of AdamW and EMA, per step", f"{work.update_bytes / 1e9:.2f} GB"
+    yield "weight traffic, per micro-batch", f"{weights / 1e9:.2f} GB"
+    yield "gradient accumulation traffic, per micro-batch after the first", f"{work.accumulate_bytes / 1e9:.2f} GB"
+    yield "traffic of AdamW and EMA, per step", f"{work.update_bytes / 1e9:.2f} GB"
     yield "launches per micro-batch (an estimate: one per operation)", f"{work.launches:,}"
     for part in ("weights", "gradients", "moments", "ema", "copy"):
         yield f"memory: {part}", f"{getattr(memory, part) / 1e9:.2f} GB"
-    yield "memory: kept for backward, per image", f"{memory.activations / 1e6:.1f} MB"
-    yield "memory: held for a moment in backward, per image (an estimate)", f"{memory.working / 1e6:.1f} MB"
+    yield "memory: saved for backward, per image", f"{memory.activations / 1e6:.1f} MB"
+    yield "memory: peak workspace in backward, per image (an estimate)", f"{memory.working / 1e6:.1f} MB"
     largest = memory.largest_batch(size)
-    yield f"most images at a time in {size / 1e9:g} GB, {RESERVE:.0%} in reserve", f"{largest}" if largest else "none"
+    yield f"largest micro-batch in {size / 1e9:g} GB, {RESERVE:.0%} in reserve", f"{largest}" if largest else "none"
 
 
 def recipe(preset: str) -> list[TrainConfig]:
-    """Return the runs that a preset's recipe is made of: its own, and its unmasked stage where that is another row."""
+    """Return the runs of a preset's recipe: its own, and the unmasked stage if that is another preset."""
     names = [preset, *(name for name in (f"{preset}-unmask",) if name in PRESETS)]
     return [preset_config(name, PRESETS) for name in names]
 
@@ -112,7 +112,7 @@ def recipe(preset: str) -> list[TrainConfig]:
 def predictions(
     preset: str, precision: str | None, gpus: Sequence[Gpu], count: int, assumed: Assumptions, price: float | None
 ) -> Iterator[list[str]]:
-    """Yield the rows of a table: run, GPUs, micro-batch, images/s, MFU, hours, GPU-hours and the price."""
+    """Yield the rows of the table: run, GPUs, precision, micro-batch, images/s, MFU, hours, GPU-hours and price."""
     for gpu in gpus:
         hours = 0.0
         runs = recipe(preset)
@@ -139,7 +139,7 @@ def predictions(
 
 
 def precision_of(config: TrainConfig, asked: str | None) -> str:
-    """Return the precision of a run: what was asked for, or the preset's; "auto" is bf16 on these GPUs."""
+    """Return the precision of a run: the requested one, or the preset's; "auto" is bf16 on these GPUs."""
     return asked or ("bf16" if config.precision == "auto" else config.precision)
 
 
@@ -156,17 +156,17 @@ def main() -> None:
         sys.stderr.write(f"bench.model: error: {options.preset}: {error}\n")
         sys.exit(2)
     lines = [f"{options.preset}, {precision}, with the fused kernels, counted by formula (GB = 10^9 bytes):", ""]
-    lines += header(["what", "how much"])
+    lines += header(["quantity", "value"])
     lines += [line([name, value]) for name, value in counts(config, model, precision, size)]
     lines += [
         "",
-        f"PREDICTION, not measured, {assumed}; the exchange of gradients is taken to hide behind backward:",
+        f"PREDICTION, not measured, {assumed}; gradient communication is assumed to overlap with backward:",
         "",
     ]
     columns = ["run", "GPUs", "precision", "micro-batch", "images/s", "MFU", "hours", "GPU-hours", "price"]
     lines += [*header(columns), *map(line, table)]
     if options.price is not None:
-        lines += ["", f"Price at {options.price:g} per GPU-hour, in the currency of that."]
+        lines += ["", f"Price at {options.price:g} per GPU-hour, in the same currency."]
     lines += ["", "Peaks, without sparsity:"]
     for gpu in gpus:
         peaks = ", ".join(f"{name} {gpu.peak(name) / 1e12:g}" for name in ("bf16", "tf32", "fp32"))
@@ -174,9 +174,9 @@ def main() -> None:
     sys.stdout.write("\n".join(lines) + "\n")
     if options.count:
         work, counted = work_of(model, config.mask_ratio, precision), count_step(options.preset, precision)
-        sys.stdout.write("\nformula beside the operators of a step:\n")
+        sys.stdout.write("\nformula, and the operators of a step:\n")
         for name, value in counted._asdict().items():
-            sys.stdout.write(f"{name}: {getattr(work, name):,.0f} beside {value:,.0f}\n")
+            sys.stdout.write(f"{name}: {getattr(work, name):,.0f} by formula, {value:,.0f} counted\n")
 
 
 def _arguments() -> tuple[argparse.Namespace, Assumptions]:
@@ -184,17 +184,19 @@ def _arguments() -> tuple[argparse.Namespace, Assumptions]:
         prog="python -m bench.model", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
     )
     parser.add_argument("--preset", default="xl2-in256", choices=PRESETS)
-    parser.add_argument("--precision", choices=("bf16", "fp16", "tf32", "fp32"), help="the preset's if absent")
-    parser.add_argument("--gpu", choices=GPUS, help="all of them if absent")
-    parser.add_argument("--gpus", type=int, default=1, help="how many")
-    parser.add_argument("--price", type=float, help="of a GPU for an hour, in any currency")
-    parser.add_argument("--memory", type=float, help="GB to find the largest batch for; the GPU's if absent")
-    parser.add_argument("--products", type=float, default=ASSUMED.products, help="assumed share of the peak")
     parser.add_argument(
-        "--bandwidth", type=float, default=ASSUMED.bandwidth, help="assumed share of the peak bandwidth"
+        "--precision", choices=("bf16", "fp16", "tf32", "fp32"), help="compute precision; default: the preset's"
     )
-    parser.add_argument("--mfu", type=float, help="assume this share of the peak for whole steps instead")
-    parser.add_argument("--count", action="store_true", help="count the operators of a step as well")
+    parser.add_argument("--gpu", choices=GPUS, help="GPU to predict; default: all")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    parser.add_argument("--price", type=float, help="price per GPU-hour, in any currency")
+    parser.add_argument("--memory", type=float, help="GPU memory in GB for the largest batch; default: the GPU's")
+    parser.add_argument(
+        "--products", type=float, default=ASSUMED.products, help="assumed fraction of peak FLOP/s in matmuls"
+    )
+    parser.add_argument("--bandwidth", type=float, default=ASSUMED.bandwidth, help="assumed fraction of peak bandwidth")
+    parser.add_argument("--mfu", type=float, help="assume this MFU for whole steps instead")
+    parser.add_argument("--count", action="store_true", help="also count the operators of a step")
     options = parser.parse_args()
     for name in ("products", "bandwidth", "mfu"):
         if (value := getattr(options, name)) is not None and not 0 < value <= 1:
@@ -231,7 +233,7 @@ def _operators(preset: str, precision: str, batch: int) -> _Operators:
 def _bytes(t: Tensor) -> int:
     values = 1
     for length, stride in zip(t.shape, t.stride(), strict=True):
-        values *= length if stride else 1  # what an expanded dimension repeats is read once
+        values *= length if stride else 1  # an expanded dimension is read once
     return values * t.element_size()
 
 

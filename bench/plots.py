@@ -1,6 +1,6 @@
-"""The plots of `bench.report`: throughput by resolution and ratio, the FLOP model beside measured speed-up, kernels.
+"""The plots of `bench.report`: throughput by resolution and mask ratio, measured speed-up and its FLOP bound, kernels.
 
-Each is drawn from rows alone; where there are none nothing is drawn, and a line says so.
+Plots are drawn from rows only; a plot without rows is skipped with a note.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ COLOURS = dict(zip(STACKS, ("#bbbbbb", "#777777", "#8ecae6", "#1f6f9f"), strict=
 
 
 def draw(rows: Rows, folder: Path) -> list[str]:
-    """Draw what there are rows for, and return a line for each plot."""
+    """Draw the plots that have rows, and return a line for each plot."""
     steps = [r for r in rows.of("step") if r["variant"] in STACKS and r["case"]["form"] in FORMS]
     steps = [row for row in steps if not is_beside_packed_alone(rows, row)]
     steps = [row for row in steps if row.get("optimizer", True)]
@@ -55,7 +55,7 @@ def draw(rows: Rows, folder: Path) -> list[str]:
 
 
 def throughput(rows: list[Row]) -> Any:
-    """Return a figure of images/s, a panel for each network and side, a group for each form."""
+    """Return a figure of images/s, with a panel per network and side, and a group per form."""
     panels = sorted({(size_of(row), row["case"]["image_size"], row["case"]["batch"]) for row in rows}, key=_by_size)
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 2.8 * len(panels), 3.4), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
@@ -74,7 +74,7 @@ def throughput(rows: list[Row]) -> Any:
 
 
 def speedup(all_rows: Rows, rows: list[Row]) -> Any:
-    """Return a figure of the speed against the dense DiT of the same stack, beside the bound by FLOPs."""
+    """Return a figure of the speed-up over the dense DiT on the same stack, with its FLOP bound."""
     groups = sorted(
         {(size_of(r), r["case"]["image_size"], r["case"]["form"], r["case"]["batch"]) for r in rows}, key=_by_size
     )
@@ -95,7 +95,7 @@ def speedup(all_rows: Rows, rows: list[Row]) -> Any:
 
 
 def copies(rows: list[Row]) -> Any:
-    """Return a figure of the share of the copy bandwidth that memory-bound kernels reach with their minimum traffic."""
+    """Return a figure of memory-bound kernels' effective bandwidth (minimum traffic), relative to a copy."""
     short = {"forward": "fwd", "forward_backward": "fwd+bwd", "float32": "fp32", "bfloat16": "bf16"}
     cases = [[short.get(row["case"][k], row["case"][k]) for k in ("op", "direction", "dtype", "shape")] for row in rows]
     names = [" ".join(case) for case in cases]
@@ -115,7 +115,7 @@ def copies(rows: list[Row]) -> Any:
 
 
 def _by_memory(row: Row) -> bool:
-    """Return whether a kernel's bytes bound it: it has no matmuls, and its copy was measured."""
+    """Return whether a kernel is memory-bound: it has no matmuls, and the copy bandwidth was measured."""
     return not row.get("flops") and ("copy_bandwidth" in row or "copy_percent" in row)
 
 
@@ -128,7 +128,7 @@ def _above(row: Row) -> float:
 
 
 def _legend(figure: Any, colours: dict[str, Any], below: float = 0.24) -> None:
-    """Put a legend below the axes, which end so many inches above the edge."""
+    """Put a legend below the axes, which end ``below`` inches above the edge."""
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
     figure.legend(handles, list(colours), loc="lower center", ncol=len(colours), fontsize=7, frameon=False)
     figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 0.97))

@@ -1,7 +1,7 @@
 """The Triton launches of the presets' training steps, found by running the steps on fake tensors.
 
-A step runs at the size of the preset's micro-batch, with one block in each stack, as more of them launch the same; the
-update runs over all parameters. Each op of this library that it calls is then launched on tensors without data.
+A step runs with the preset's micro-batch and one block per stack, since further blocks have the same launches; the
+update runs over all parameters. Each op of this library that the step calls is then launched on tensors without data.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from fastmask.training.optim import AdamWEMA
 Case = tuple[str, Callable[[], Any]]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Samples that keep unequal numbers of tokens: the same launches for any such range, with packed tokens.
+# Samples with unequal numbers of kept tokens, packed: the launches are the same for any such range.
 _PER_SAMPLE = "uniform(0.25,0.75)"
 
 
 class _Calls(TorchDispatchMode):
-    """Keeps the calls of this library's ops that have a Triton kernel, each once."""
+    """Records the distinct calls of this library's ops that have a Triton kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class _Calls(TorchDispatchMode):
 
 
 def preset_cases(widths: list[int]) -> Iterator[Case]:
-    """Yield a label and a call of a launcher for all that the presets of these widths launch."""
+    """Yield a label and a launcher call for each launch of the presets with these widths."""
     updated = set()
     for name in PRESETS:
         config = preset_config(name, PRESETS)
         sizes = config.network
         if not {sizes.width, *([sizes.decoder_width] if sizes.decoder_depth else [])} <= {*widths}:
             continue
-        # "auto" is bf16 on a GPU that has it, and fp32 on others.
+        # "auto" is bf16 on GPUs that support it, and fp32 on others.
         for precision in ("bf16", "fp32") if config.precision == "auto" else (config.precision,):
             for form, calls in _passes(config, precision):
                 for call in calls.launches(precision):
@@ -74,7 +74,7 @@ def preset_cases(widths: list[int]) -> Iterator[Case]:
 
 
 def _passes(config: TrainConfig, precision: str) -> Iterator[tuple[str, _Calls]]:
-    """Yield the calls of a micro-batch that keeps all positions, as many as the preset says, and unequal numbers."""
+    """Yield the calls of a micro-batch that keeps all positions, the preset's number, and unequal numbers."""
     length = (_side(config) // config.network.patch_size) ** 2
     for keep in sorted({length, kept_count(length, config.mask_ratio)}, reverse=True):
         yield f"K={keep}", _pass(config, precision, keep, "constant")
@@ -105,7 +105,7 @@ def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> _C
             keep=keep,
             per_sample=ratios,
         )
-        if keep < model.length:  # drawn in the form that a GPU takes, too
+        if keep < model.length:  # also sample the mask as on a GPU
             counts = ratios.keep(seed, torch.arange(batch), draws.t, model.length) if ratios else keep
             total = ratios.total(batch, model.length) if ratios else None
             options: dict[str, Any] = {"seed": seed, "offset": offset, "device": "cpu", "impl": "fused"}
@@ -116,7 +116,7 @@ def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> _C
 
 
 def _updates(config: TrainConfig) -> Iterator[tuple[str, _Calls]]:
-    """Yield the calls of the optimizer's steps: in masked ones the mask token has a gradient, too."""
+    """Yield the calls of the optimizer steps, with a gradient of the mask token in masked ones."""
     for masked in (True, False) if config.network.decoder_depth else (False,):
         with FakeTensorMode(), _Calls() as calls:
             model = _network(config)
@@ -136,7 +136,7 @@ def _network(config: TrainConfig) -> MaskDiT:
 
 
 def _of_latents(config: TrainConfig) -> bool:
-    return config.data != "digits"  # of the VAE; the digits are pixels
+    return config.data != "digits"  # the digits are pixels
 
 
 def _without_data(t: Tensor) -> Tensor:

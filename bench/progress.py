@@ -1,7 +1,7 @@
-"""How far a measurement is, said on the terminal while it runs, past pytest's capture.
+"""Progress of a measurement, printed while it runs, bypassing pytest's capture.
 
-A terminal shows one line that is updated; a file or a pipe gets a line now and then. A measurement that is over in a
-moment, as those of most kernels are, leaves no line at all.
+A terminal shows one line that is updated; a file or pipe gets a line occasionally. Short measurements, such as most
+kernels', print no line.
 """
 
 import contextlib
@@ -12,34 +12,34 @@ from typing import Any, Protocol
 
 
 class Screen(Protocol):
-    """Where progress is shown.
+    """An output for progress.
 
     Attributes:
-        seconds: the least time between two lines, and before the first, but for those that have to be seen.
+        seconds: minimum time between two lines, and before the first, except for lines that must be shown.
     """
 
     seconds: float
 
     def show(self, text: str) -> None:
-        """Show a line; on a terminal in the place of the one before."""
+        """Show a line; on a terminal, replace the previous one."""
 
     def end(self, text: str) -> None:
         """Show the last line of a measurement, which stays."""
 
 
 class PytestScreen:
-    """The terminal of a pytest session, whose own lines continue below each measurement."""
+    """The terminal of a pytest session; pytest's own output continues below each measurement."""
 
     def __init__(self, config: Any) -> None:
         self._reporter = config.pluginmanager.get_plugin("terminalreporter")
         self._capture = config.pluginmanager.get_plugin("capturemanager")
         self._silent = self._reporter is None or config.getoption("verbose") < 0
         self._updates = not self._silent and bool(self._reporter.isatty)
-        self._shown = False  # whether the present line is this measurement's
+        self._shown = False  # whether the current line belongs to this measurement
         self.seconds = 0.5 if self._updates else 10.0
 
     def show(self, text: str) -> None:
-        """Show a line; on a terminal in the place of the one before."""
+        """Show a line; on a terminal, replace the previous one."""
         if self._silent:
             return
         if self._updates:
@@ -49,7 +49,7 @@ class PytestScreen:
                 self._reporter.rewrite("", erase=True)
                 self._reporter.rewrite(text)
             else:
-                # The line stays open, for pytest begins what it writes next with a newline.
+                # The line stays open: pytest begins its next output with a newline.
                 self._reporter.currentfspath = None
                 self._reporter.write(f"\n{text}")
             self._reporter.flush()
@@ -62,11 +62,11 @@ class PytestScreen:
 
 
 class Progress:
-    """The progress of one measurement after the other.
+    """The progress of consecutive measurements.
 
     Args:
-        screen: where it is shown.
-        now: the clock, in seconds.
+        screen: output for the lines.
+        now: clock, in seconds.
     """
 
     def __init__(self, screen: Screen, now: Callable[[], float] = time.monotonic) -> None:
@@ -75,16 +75,16 @@ class Progress:
 
     @contextlib.contextmanager
     def of(self, what: str, warmups: int, *, long: bool = False) -> Iterator["Measurement"]:
-        """Return what is told how far a measurement is, inside the block that measures.
+        """Yield the progress callback of a measurement, for the block that measures.
 
         Args:
-            what: the name of the measurement.
-            warmups: the number of its warm-up calls.
-            long: what comes before its rounds may take minutes, so each part of that is shown.
+            what: name of the measurement.
+            warmups: number of warm-up calls.
+            long: the setup can take minutes, so each part of it is shown.
         """
         measurement = Measurement(self._show, what, warmups, long, self._now)
         begun, ended = self._now(), "stopped after"
-        self._last = begun  # what is over soon is not shown
+        self._last = begun  # short measurements are not shown
         try:
             yield measurement
             ended = "measured in"
@@ -94,7 +94,7 @@ class Progress:
                 self._last = self._now()
 
     def _show(self, text: str, must: bool) -> bool:
-        """Show a line unless another was shown just before, and return whether it was."""
+        """Show a line, unless one was shown just before; return whether it was shown."""
         if not must and self._now() - self._last < self._screen.seconds:
             return False
         self._screen.show(text)
@@ -103,7 +103,7 @@ class Progress:
 
 
 class Measurement:
-    """The progress of one measurement; see `Progress.of`. Called before each call, as `bench.rows.take` does."""
+    """The progress of one measurement, see `Progress.of`; a callback of `bench.rows.take`, called before each call."""
 
     def __init__(
         self, show: Callable[[str, bool], bool], what: str, warmups: int, long: bool, now: Callable[[], float]
@@ -114,7 +114,7 @@ class Measurement:
         self.shown = False
 
     def __call__(self, variant: Any, number: int, rounds: int) -> None:
-        """Say which variant is called next, and in which round; 0 is the warm-up."""
+        """Show the next variant and its round; round 0 is the warm-up."""
         if number:
             self._say(f"{variant}: round {number} of {rounds}{self._estimate.left(number, rounds)}", must=False)
             return
@@ -123,7 +123,7 @@ class Measurement:
         self._say(f"{variant}: warm-up{compiles}, {self._warmed} of {self._warmups}", must=self._long)
 
     def prepare(self, text: str) -> None:
-        """Say what is done before the warm-up."""
+        """Show a step of the setup before the warm-up."""
         self._say(text, must=self._long)
 
     def _say(self, text: str, *, must: bool) -> None:
@@ -131,14 +131,14 @@ class Measurement:
 
 
 class _Estimate:
-    """The time that is left, by the mean of the rounds that are over."""
+    """The remaining time, estimated from the mean of the finished rounds."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._round, self._first, self._latest = 0, 0.0, 0.0  # the round, and when the first and this one began
+        self._round, self._first, self._latest = 0, 0.0, 0.0  # current round, start of the first and of this one
 
     def left(self, number: int, rounds: int) -> str:
-        """Return it in words, at some time in a round; nothing in the first."""
+        """Return the remaining time in words; empty in the first round."""
         now = self._now()
         if number > self._round:
             self._round, self._latest = number, now
@@ -150,7 +150,7 @@ class _Estimate:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in words: "45 s", "3 min 05 s", "1 h 02 min"."""
+    """Format seconds: "45 s", "3 min 05 s", "1 h 02 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,8 +1,8 @@
-"""`python -m bench.report`: tables and plots of the committed rows of `bench/results/*.jsonl`, and of nothing else.
+"""`python -m bench.report`: tables and plots of the committed rows of `bench/results/*.jsonl`.
 
-A measured figure reaches a table or a plot by `Rows` and `cell` alone, which answer "not measured" where there is no
-row. Two times are compared only if one run took both, or failing that the same code on the same machine. A loader and a
-step, which are no two forms of one thing, have to share the machine alone.
+All measured figures go through `Rows` and `cell`, which return "not measured" without a row. Two times are compared
+only if they are from one run, or else from the same code on the same machine. A loader and a training step only have to
+share the machine.
 """
 
 import argparse
@@ -26,13 +26,13 @@ STACKS = (*PLAIN, "ours", "ours compiled")
 MORE_STACKS = ("ours packed", "ours graphs")  # shown where they were measured
 README_MARKS = ("<!-- measured: python -m bench.report --readme README.md -->", "<!-- end of measured -->")
 
-# Others' figures, for context. Never in one table with measured ones.
+# Published figures, for context; never in a table with measured ones.
 PUBLISHED = [
     ("MaskDiT-XL/2, 256x256, masked 0.5", "8 A100, batch 1024", "2.16 it/s", "bars of MaskDiT's figure, read off"),
     ("DiT-XL/2, 256x256", "8 A100, batch 1024", "0.62 it/s", "bars of MaskDiT's figure, read off"),
     ("MaskDiT-XL/2, 256x256, masked 0.5", "per A100", "276 images/s, 35 % MFU", "2.16 x 1024 / 8; 6 x MAC x images/s"),
 ]
-# What a GPU is meant to reach: form, side, images/s on one H100 in bf16, and GMAC per image and forward pass.
+# Performance goals: form, side, images/s on one H100 in bf16, and GMAC per image and forward pass.
 GOALS = [
     ("masked-0.5", 256, 1219, 65.45),
     ("dense", 256, 673, 118.62),
@@ -42,17 +42,17 @@ GOALS = [
 
 
 class Rows:
-    """The measured rows, oldest first. Miniatures, which only test code, and rows without a time are left out."""
+    """The measured rows, oldest first, without miniatures (which only test code) and rows without a time."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = [row for row in rows if "median_ms" in row and not row.get("miniature")]
 
     def of(self, bench: str) -> list[Row]:
-        """Return the last row of each thing measured on each machine."""
+        """Return the last row of each key and machine."""
         return list({(machine_of(row), key(row)): row for row in self.rows if row["bench"] == bench}.values())
 
     def beside(self, row: Row, variant: str, **case: Any) -> Row | None:
-        """Return the row of a variant, or of a case that differs in some fields, that ``row`` may be compared with."""
+        """Return the row of another variant, or of a case with other fields, that is comparable with ``row``."""
         wanted = (machine_of(row), key({**row, "variant": variant, "case": {**row["case"], **case}}))
         same = [other for other in self.rows if (machine_of(other), key(other)) == wanted]
         one_run = [other for other in same if "run" in row and other.get("run") == row["run"]]
@@ -61,12 +61,12 @@ class Rows:
 
 
 def cell(form: str, value: Callable[..., float], *rows: Row | None) -> str:
-    """Return a figure computed from rows, the only way of a measured one into a table."""
+    """Format a figure computed from rows, or "not measured" if a row is missing."""
     return NOT_MEASURED if any(row is None for row in rows) else form.format(value(*rows))
 
 
 def committed(folder: Path) -> tuple[list[Row], list[str]]:
-    """Return the committed rows of a folder, or all where git is not, and a line for each file that holds more."""
+    """Return the committed rows of a folder (all rows outside git), and a note for each file with uncommitted rows."""
     rows, notes = [], []
     if not folder.is_dir() and folder != RESULTS:
         raise ValueError(f"{folder} is no folder")
@@ -92,7 +92,7 @@ def per_machine(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def heading(title: str, machine: str, rows: list[Row]) -> tuple[str, ...]:
-    """Return what stands above a machine's table."""
+    """Return the heading of a machine's table."""
     return ("", f"### {title}: {machine}", "", _sources(rows), "")
 
 
@@ -130,7 +130,7 @@ def dense_of(rows: Rows, row: Row) -> Row | None:
 
 
 def against_dense(rows: Rows, row: Row) -> list[str]:
-    """Return the cells of a masked step's speed against the dense one, its bound by FLOPs, and the share of that."""
+    """Return the cells of a masked step's speed-up over dense, its FLOP bound, and the fraction reached."""
     if row["case"]["form"] == "dense":
         return ["", "", ""]
     dense = dense_of(rows, row)
@@ -139,12 +139,12 @@ def against_dense(rows: Rows, row: Row) -> list[str]:
 
 
 def products_alone(rows: Rows, row: Row, form: str) -> str:
-    """Return the cell of the share of a step's time that its products take alone."""
+    """Return the cell of the GEMM-bound share: time of a step's matmuls and attention alone over its own."""
     return cell(form, against, row, rows.beside(row, "products"))
 
 
 def size_of(row: Row) -> str:
-    """Return the encoder of a step: "s2", "xl2"."""
+    """Return the encoder size of a step: "s2", "xl2"."""
     return row["case"]["preset"].removeprefix("dit-").split("-")[0]
 
 
@@ -173,7 +173,7 @@ def steps(rows: Rows) -> Iterator[str]:
 
 
 def summary(rows: Rows) -> Iterator[str]:
-    """Yield the README's tables: images/s of whole steps, one table per machine, a line per network and form."""
+    """Yield the README's tables: images/s of whole steps, one table per machine, one line per network and form."""
     found = [row for row in rows.of("step") if row["variant"] == "ours" and row.get("optimizer", True)]
     found.sort(key=_order)
     for machine, taken in per_machine(found):
@@ -195,13 +195,13 @@ def summary(rows: Rows) -> Iterator[str]:
 
 
 def is_beside_packed_alone(rows: Rows, row: Row) -> bool:
-    """Return whether a step was measured only to compare packed samples with it."""
+    """Return whether a step was measured only for comparison with packed samples."""
     others = (*PLAIN, "ours compiled")
     return rows.beside(row, "ours packed") is not None and not any(rows.beside(row, other) for other in others)
 
 
 def write_readme(path: Path, rows: Rows) -> None:
-    """Replace what stands between the marks in a README; a ValueError if it has none."""
+    """Replace the text between the marks in a README; a ValueError if it has none."""
     text = path.read_text()
     start, end = (text.find(mark) for mark in README_MARKS)
     if start < 0 or end < start:
@@ -237,7 +237,7 @@ def of_copy(row: Row) -> float:
 
 
 def loaders(rows: Rows) -> Iterator[str]:
-    """Yield the tables of loaders, one per machine, each beside the fastest training step on images of its side."""
+    """Yield the tables of loaders, one per machine, compared with the fastest training step at the same image size."""
     found = rows.of("loader")
     training = [row for row in rows.of("step") if row["variant"] in STACKS and row.get("optimizer", True)]
     for machine, mine in per_machine(found):
@@ -256,12 +256,12 @@ def loaders(rows: Rows) -> Iterator[str]:
 
 
 def loaded(row: Row) -> float:
-    """Return the images/s of a loader, a time of which is that of several batches."""
+    """Return the images/s of a loader, whose times cover several batches."""
     return row["case"]["batches"] * rate(row)
 
 
 def stores(rows: Rows) -> Iterator[str]:
-    """Yield the tables of what reads stored moments, one per machine."""
+    """Yield the tables of readers of stored moments, one per machine."""
     found = rows.of("store")
     for machine, mine in per_machine(found):
         yield from heading("Reading stored moments", machine, mine)
@@ -283,7 +283,7 @@ def stores(rows: Rows) -> Iterator[str]:
 
 
 def decoding(rows: Rows) -> Iterator[str]:
-    """Yield the tables of decoders and of `prepare` with them, one per machine."""
+    """Yield the tables of decoders, alone and within `prepare`, one per machine."""
     found = [row for row in rows.of("decoding") if not row["variant"].startswith("prepare")]
     for machine, mine in per_machine(found):
         yield from heading("Decoding", machine, mine)
@@ -297,7 +297,7 @@ def decoding(rows: Rows) -> Iterator[str]:
 
 
 def goals(rows: Rows) -> Iterator[str]:
-    """Yield the goals for one H100 beside what was measured there."""
+    """Yield the goals for one H100, with measured figures."""
     peak = GPUS["h100"].bf16
     yield from ("", f"### Goals: one H100, bf16, XL/2 (MFU of {peak / 1e12:g} TFLOP/s, dense)", "")
     yield from header(["form", "side", "goal, images/s", "goal, MFU", "measured, images/s", "of the goal", "row"])
@@ -314,7 +314,7 @@ def goals(rows: Rows) -> Iterator[str]:
 
 
 def published() -> Iterator[str]:
-    """Yield others' figures."""
+    """Yield the table of published figures."""
     yield from ("", "### Published by others, not measured here", "")
     yield from header(["what", "where", "figure", "source"])
     yield from map(line, PUBLISHED)
@@ -331,13 +331,13 @@ def report(rows: Rows) -> list[str]:
 
 
 def main() -> int:
-    """Print or write the report, and draw the plots that there are rows for."""
+    """Print or write the report, and draw the plots that have rows."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.report", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    parser.add_argument("--out", type=Path, help="write the Markdown here instead of printing it")
-    parser.add_argument("--readme", type=Path, help="write the summary between the marks in this file")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the rows")
+    parser.add_argument("--out", type=Path, help="write the Markdown to this file instead of printing it")
+    parser.add_argument("--readme", type=Path, help="insert the summary between the marks of this file")
     parser.add_argument("--plots", type=Path, default=ROOT / "docs", help="folder of the plots")
     parser.add_argument("--no-plots", action="store_true")
     options = parser.parse_args()
@@ -367,7 +367,7 @@ def main() -> int:
 
 
 def _code(row: Row) -> str:
-    """Return what names the code that was measured: a hash of it where the row has one, else its commit."""
+    """Return the version of the measured code: its hash if the row has one, else its commit."""
     return str(row.get("code") or row["commit"])
 
 

@@ -1,7 +1,7 @@
-"""Measured rows: how a time is taken, what is stored beside it, and where.
+"""Timing, and the storage of measured rows.
 
-A row is a JSON object on a line of `bench/results/<device>.jsonl`: what was measured (`bench`, `case`, `variant`), the
-figures, and the machine, versions and commit. Times of variants that are compared come from one run, taken in turn.
+A row is a line of JSON in `bench/results/<device>.jsonl`: the key (`bench`, `case`, `variant`), the figures, and
+machine, versions and commit. Variants that are compared are timed in turn in one run.
 """
 
 import datetime
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one call: median, 20th and 80th percentile, and how many were taken."""
+    """Milliseconds per call: median, 20th and 80th percentile, and the number of rounds."""
 
     median_ms: float
     p20_ms: float
@@ -34,7 +34,7 @@ class Timing(NamedTuple):
 
 
 def measure(variants: dict[str, Callable[[], Any]], device: torch.device, **options: Any) -> dict[str, Timing]:
-    """Return a timing of each variant; see `take`, whose arguments these are."""
+    """Return the timing of each variant; arguments as in `take`."""
     return {name: timing(times) for name, times in take(variants, device, **options).items()}
 
 
@@ -47,18 +47,18 @@ def take(
     before: Callable[[], None] = lambda: None,
     progress: Callable[[Any, int, int], None] = lambda name, number, rounds: None,
 ) -> dict[Any, list[float]]:
-    """Time variants in turn, A B C A B C ..., so that a drift of the machine meets all of them.
+    """Time variants in turn, A B C A B C ..., so that a drift of the machine affects all of them.
 
-    On a GPU a time is that between two events on the stream, after a write that empties the L2 cache; on a CPU it is
-    that of the clock.
+    GPU times are measured between two events on the stream, after a write that flushes the L2 cache; CPU times are
+    wall-clock times.
 
     Args:
-        variants: what is compared; each call is timed as a whole.
-        device: where they run.
-        rounds: timed calls of each.
-        warmup: calls of each before, not timed, in turn as well.
-        before: called before every call, not timed.
-        progress: told of every call before it, not timed: the variant, the round (0 is the warm-up), and ``rounds``.
+        variants: the calls to compare.
+        device: device of the calls.
+        rounds: timed calls per variant.
+        warmup: untimed calls per variant, also in turn.
+        before: called before every call, untimed.
+        progress: called before every call, untimed, with the variant, the round (0 is the warm-up), and ``rounds``.
 
     Returns:
         The milliseconds of each variant's calls.
@@ -87,7 +87,7 @@ def timing(times: list[float]) -> Timing:
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
-    """Return the bytes per second that a plain copy of ``size`` bytes reads and writes on a device."""
+    """Return the copy bandwidth of a device, bytes read and written per second, for ``size`` bytes."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     timing = measure({"copy": lambda: target.copy_(source)}, device, rounds=7)["copy"]
@@ -95,9 +95,10 @@ def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what a figure depends on beside the code: device, versions, threads and, on a GPU, driver and clocks.
+    """Describe the machine: device, versions, threads and, on a GPU, driver and clocks.
 
-    The driver is asked once per process, as that takes as long as measuring a kernel: clocks are those of then.
+    The driver is queried once per process, since a query takes as long as measuring a kernel; the clocks are from that
+    time.
     """
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
@@ -111,9 +112,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str:
-    """Return the commit that is measured, "unknown" outside a checkout; marked where more than the rows differs.
+    """Return the measured commit, "unknown" outside a checkout, and with "-dirty" if more than the results differ.
 
-    Git is asked once per process, which has imported the code of then.
+    Git is queried once per process, at the state of the imported code.
     """
     git = ["git", "-C", str(ROOT)]
     changed = [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results"]
@@ -126,13 +127,13 @@ def commit() -> str:
 
 
 def results_file(device: torch.device) -> Path:
-    """Return the file that the rows of a device go into."""
+    """Return the file of a device's rows."""
     name = re.sub(r"[^a-z0-9]+", "-", machine(device)["device"].lower()).strip("-")
     return RESULTS / f"{name}.jsonl"
 
 
 def append(row: Row, device: torch.device, path: Path | None = None) -> Row:
-    """Store a row, with date, commit and machine added, and return it. The line is written at once or not at all."""
+    """Append a row with date, commit and machine in a single write, and return it."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     row = {**row, "date": now, "commit": commit(), **machine(device)}
     path = path or results_file(device)
@@ -147,7 +148,7 @@ def append(row: Row, device: torch.device, path: Path | None = None) -> Row:
 
 
 def read(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file; a ValueError names the line that is none."""
+    """Yield the rows of a file; a ValueError names an invalid line."""
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             row = json.loads(line)
@@ -183,7 +184,7 @@ def _driver(index: int) -> dict[str, str]:
     query = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a container may lack it
+    except (OSError, subprocess.CalledProcessError):  # containers can lack it
         return dict.fromkeys(fields, "unknown")
     return dict(zip(fields, (value.strip() for value in answer.split(",")), strict=True))
 

@@ -1,26 +1,26 @@
-"""Tables, as every report here prints them: in Markdown, and in aligned columns for a terminal."""
+"""Formatting of tables, as Markdown and as aligned columns for a terminal."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Measured = Sequence[tuple[dict[str, Any], str, dict[str, Any]]]  # case, variant and figures, as rows have them
+Measured = Sequence[tuple[dict[str, Any], str, dict[str, Any]]]  # case, variant and figures, as in rows
 
 
 def line(cells: Iterable[str]) -> str:
-    """Return a row."""
+    """Format a row."""
     return "| " + " | ".join(cells) + " |"
 
 
 def header(columns: list[str]) -> list[str]:
-    """Return the two lines above the rows."""
+    """Return the two header lines of a table."""
     return [line(columns), "|" + " --- |" * len(columns)]
 
 
 def aligned(rows: Sequence[Sequence[str] | str], gap: int = 2) -> list[str]:
-    """Return the lines of a table for a terminal, its first column flush left and the others flush right.
+    """Return the lines of a table for a terminal, with the first column left-aligned and the others right-aligned.
 
     Args:
-        rows: cells, as many in each row; or the text of a line of its own, by which no column is widened.
+        rows: cells, the same number in each row; or the text of a full line, which does not affect column widths.
         gap: spaces between columns.
     """
     cells = [row for row in rows if not isinstance(row, str)]
@@ -34,18 +34,18 @@ def aligned(rows: Sequence[Sequence[str] | str], gap: int = 2) -> list[str]:
 
 
 def digits(value: float) -> str:
-    """Return a number with three digits, or all before the point."""
+    """Format a number with three significant digits, or all digits before the decimal point."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def times(figures: dict[str, Any], calls: int = 1) -> str:
-    """Return the median and the 20th and 80th percentile, in ms, of one of so many calls that were timed together."""
+    """Format median, 20th and 80th percentile in ms per call, of ``calls`` calls that were timed together."""
     median, low, high = (digits(figures[name] / calls) for name in ("median_ms", "p20_ms", "p80_ms"))
     return f"{median} [{low}, {high}]"
 
 
 def kernels(measured: Measured) -> list[str]:
-    """Return the lines of a bench session's kernels: one for each case, and below it one for each variant."""
+    """Return the kernel table of a session: a line per case, followed by a line per variant."""
     table: list[Sequence[str] | str] = [
         ("", "", "against", "", "of a", ""),
         ("", "ms [p20, p80]", "reference", "GB/s", "copy", "TFLOP/s"),
@@ -64,7 +64,7 @@ def kernels(measured: Measured) -> list[str]:
 
 
 def loaders(measured: Measured) -> list[str]:
-    """Return the lines of a bench session's loaders: one for each case, and below it one for each reader."""
+    """Return the loader table of a session: a line per case, followed by a line per reader."""
     table: list[Sequence[str] | str] = [("", "images/s", "ms [p20, p80]", "MiB", "growth")]
     for case, variant, found in measured:
         name = f"{case['data']}, batch {case['batch']}, num_workers {case['num_workers']}"

@@ -1,12 +1,12 @@
-"""`python -m bench.traffic`: bytes that an op moves between memory and a GPU, counted exactly, in each direction.
+"""`python -m bench.traffic`: exact memory traffic of each op on a GPU, forward and backward.
 
 Four counts at the shapes of a preset, in MB (10^6 bytes):
 
-    least      every input read once, every output written once
-    ours       what our launches read and write, partial sums included. What many programs read again, modulations and
-               position tables below 1 MB, comes from the L2 cache of any GPU here and counts once
-    compiled   the buffers of the kernels that torch.compile makes of the reference (Inductor's own count, on the CPU)
-    eager      the inputs and outputs of every operation of the reference that is not a view
+    least      minimum traffic: every input read once, every output written once
+    ours       reads and writes of our launches, including partial sums. Tensors that many programs read, modulations
+               and position tables below 1 MB, stay in the L2 cache of any GPU here and count once
+    compiled   buffers of the kernels that torch.compile generates for the reference (Inductor's own count, on the CPU)
+    eager      inputs and outputs of every operation of the reference that is not a view
 """
 
 import argparse
@@ -54,7 +54,7 @@ _BATCH = 128
 
 
 class _BytesOfOperations(TorchDispatchMode):
-    """Adds up what operations read and write, each tensor once per operation; views move nothing."""
+    """Adds up the bytes that operations read and write, each tensor once per operation; views are free."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _BytesOfOperations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        copies = func is torch.ops.aten.copy_.default  # which does not read what it overwrites
+        copies = func is torch.ops.aten.copy_.default  # copy_ does not read its target
         read = {id(t): t for t in tree_leaves((args[copies:], kwargs)) if isinstance(t, Tensor)}
         written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         storages = {t.untyped_storage()._cdata for t in read.values()}
@@ -73,7 +73,7 @@ class _BytesOfOperations(TorchDispatchMode):
 
 
 def size(t: Tensor) -> int:
-    """Return the bytes of a tensor's values, those that an expanded dimension repeats once."""
+    """Return the bytes of a tensor's values; expanded dimensions count once."""
     values = 1
     for length, stride in zip(t.shape, t.stride(), strict=True):
         values *= length if stride else 1
@@ -81,11 +81,11 @@ def size(t: Tensor) -> int:
 
 
 def ours(call: Callable[[], Any], reached: Sequence[Tensor] = ()) -> int:
-    """Return the bytes that a launcher moves: its kernels' arguments, and the sums that finish what they left.
+    """Return the traffic of a launcher: its kernels' arguments, and the final sums in PyTorch.
 
     Args:
-        call: the launcher's.
-        reached: what a kernel reads or writes by the addresses in a table, rather than as an argument.
+        call: the launcher call.
+        reached: tensors that a kernel reads or writes by addresses in a table, rather than as arguments.
     """
     with _BytesOfOperations() as operations:
         launches = recorded(call)
@@ -95,7 +95,7 @@ def ours(call: Callable[[], Any], reached: Sequence[Tensor] = ()) -> int:
 
 
 def eager(op: Callable[..., Any], inputs: list[Tensor], others: list[Tensor]) -> tuple[int, int]:
-    """Return the bytes of the operations of a reference, forward and backward."""
+    """Return the traffic of a reference's operations, forward and backward."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     with _BytesOfOperations() as forward:
         out = op(*leaves, *others)
@@ -107,7 +107,7 @@ def eager(op: Callable[..., Any], inputs: list[Tensor], others: list[Tensor]) ->
 
 
 def compiled(op: Callable[..., Any], inputs: list[Tensor], others: list[Tensor]) -> tuple[int, int]:
-    """Return the bytes of Inductor's kernels, forward and backward, counted on as many zeros."""
+    """Return the traffic of Inductor's kernels, forward and backward, counted on tensors of zeros."""
     real = [torch.zeros(t.shape, dtype=t.dtype, requires_grad=True) for t in inputs]
     real += [torch.zeros(t.shape, dtype=t.dtype) for t in others]
     with _inductor():
@@ -120,10 +120,10 @@ def compiled(op: Callable[..., Any], inputs: list[Tensor], others: list[Tensor])
 
 @contextlib.contextmanager
 def _inductor() -> Iterator[None]:
-    """Let Inductor count from zero, and generate what it has generated before too.
+    """Reset Inductor's counters, and disable its caches.
 
-    It counts the buffers of the kernels that it generates, so a C++ compiler need not see them: what stands for one
-    fills its buffers with zeros, which are indices that fit.
+    Inductor counts the buffers of the kernels that it generates, so they do not have to be compiled: a stand-in for the
+    C++ compiler fills the buffers with zeros, which are valid indices.
     """
 
     def stand_in(*source: Any, **options: Any) -> Callable[..., None]:
@@ -134,7 +134,7 @@ def _inductor() -> Iterator[None]:
 
         return fill
 
-    # It counts for this log alone.
+    # Inductor only counts if this logger is enabled.
     logging.getLogger("torch._inductor.compile_fx.__inductor_metrics").setLevel(logging.INFO)
     torch._dynamo.reset()
     metrics.reset()
@@ -151,16 +151,16 @@ class Op(NamedTuple):
     """An op at a preset's shapes.
 
     Attributes:
-        name: of the op.
-        reference: a call on ``inputs``, then ``read``.
+        name: name of the op.
+        reference: the reference, called with ``inputs``, then ``read``.
         inputs: the tensors that get gradients, without data.
-        forward: the launcher's call.
-        backward: the same.
-        read: what forward reads beside ``inputs``.
-        written: its results.
-        again: what of ``inputs``, ``read`` and ``written`` backward reads; it also reads the gradients of the results
-            that have one, and writes those of ``inputs``.
-        kept: statistics, which forward writes and backward reads.
+        forward: the launcher call of forward.
+        backward: the launcher call of backward.
+        read: further tensors that forward reads.
+        written: the results.
+        again: the tensors of ``inputs``, ``read`` and ``written`` that backward reads; it also reads the gradients of
+            the results, where they have one, and writes the gradients of ``inputs``.
+        kept: statistics, written by forward and read by backward.
     """
 
     name: str
@@ -181,12 +181,13 @@ class Op(NamedTuple):
 
 
 def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
-    """Yield the ops of a preset's network: a fp32 residual, the rest in ``low``."""
+    """Yield the ops of a preset's network: fp32 residual, other tensors in ``low``."""
     config = preset_config(preset, PRESETS)
     network, side = config.network, config.image_size // 8
     patch, width, narrow = network.patch_size, network.width, network.decoder_width
     length = (side // patch) ** 2
     keep = kept_count(length, config.mask_ratio)
+    # Norms of the encoder's blocks.
     x, branch = empty(_BATCH, keep, width), empty(_BATCH, keep, width, dtype=low)
     flat, low_flat, stats = x.view(-1, width), branch.view(-1, width), empty(2, _BATCH * keep)
     m = empty(_BATCH, width, dtype=low)
@@ -213,6 +214,7 @@ def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
         [x, branch, m, m, m],
         [stats],
     )
+    # Patch embedding.
     images, ids_keep = empty(_BATCH, 4, side, side), empty(_BATCH, keep, dtype=torch.int32)
     weight, bias = empty(width, 4, patch, patch, dtype=low), empty(width, dtype=low)
     position, scale = empty(length, width), empty(_BATCH)
@@ -231,6 +233,7 @@ def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
         [images, ids_keep, scale],
         [],
     )
+    # The decoder's input.
     kept, token, ids = empty(_BATCH, keep, narrow, dtype=low), empty(narrow, dtype=low), empty(_BATCH, length).int()
     table, whole = empty(length, narrow), empty(_BATCH, length, narrow)
     yield Op(
@@ -244,6 +247,7 @@ def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
         [ids],
         [],
     )
+    # The loss.
     raw, factor, loss = empty(_BATCH, length, 4 * patch**2, dtype=low), empty(_BATCH), empty(_BATCH)
     factors = [factor] * 3
     inputs = (raw, images, images, *factors, ids, None, keep, patch)
@@ -266,7 +270,7 @@ def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
 
 
 def update(preset: str) -> tuple[int, int, int, int]:
-    """Return the four counts of `adamw_ema` with one average, of the parameters of one of an MLP's Linears."""
+    """Return the four counts of `adamw_ema` with one EMA, for the parameters of one Linear of an MLP."""
     width = preset_config(preset, PRESETS).network.width
     shapes = ((4 * width, width), (4 * width,))
     betas, eps, weight_decay = (0.9, 0.999), 1e-8, 0.01
@@ -295,7 +299,7 @@ def update(preset: str) -> tuple[int, int, int, int]:
 
 
 def table(preset: str) -> Iterator[list[str]]:
-    """Yield the rows of the table: op, dtypes, direction and the four counts."""
+    """Yield the rows of the table: op, dtype, direction and the four counts."""
     for name, low in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for op in ops(preset, low):
             counts = (
@@ -317,7 +321,7 @@ def main() -> None:
     """Print the table as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="xl2-in256", choices=PRESETS)
-    parser.add_argument("--out", type=Path, help="also write the table here, as Markdown")
+    parser.add_argument("--out", type=Path, help="also write the table to this file, as Markdown")
     options = parser.parse_args()
     columns = ["op", "dtypes", "direction", "least MB", "ours MB", "compiled MB", "eager MB", "ours / least"]
     lines = [*header(columns), *map(line, table(options.preset))]

@@ -53,15 +53,13 @@ class PrepareConfig:
     check: str = ""
     """Verify this store, draw a contact sheet of its decoded images and exit; a store at a URL is fetched first."""
     image_size: int | None = None
-    """Side in pixels; larger images are resized down and cropped, smaller ones enlarged. Default: the images' own side
-    for arrays (IDX, .npz), otherwise 256."""
+    """Side in pixels; images are resized and cropped. Default: their own side for arrays (IDX, .npz), else 256."""
     num_classes: int | None = None
     """Number of classes; default: as in the source. 0 omits the labels."""
     space: Literal["latent", "pixel"] = "latent"
     """Store the moments of a VAE's latents, or pixels."""
     vae: str = ""
-    """Folder or model name of a diffusers AutoencoderKL. Default: stabilityai/sd-vae-ft-mse; with --check, the store's
-    own VAE."""
+    """Folder or name of a diffusers AutoencoderKL. Default: stabilityai/sd-vae-ft-mse, or the store's with --check."""
     flip: bool = True
     """Store latents of horizontally flipped images too."""
     latents: Literal["auto", "edm2", "repa"] = "auto"

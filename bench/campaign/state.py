@@ -20,10 +20,10 @@ from fastmask.gpus import gpu_named
 
 
 class DeviceLostError(RuntimeError):
-    """This process can use the GPU no more, as after an illegal access or a failed capture; a new one may continue.
+    """The GPU is unusable in this process, after an illegal access or a failed capture; a new process can continue.
 
     Attributes:
-        part: the part of the campaign that the new one begins with.
+        part: the part of the campaign from which the new process continues.
     """
 
     part = ""

@@ -1,9 +1,9 @@
-"""Decoding photos, and preparing a store of them: by Pillow, and by DALI where it is installed, in one run.
+"""Decoding throughput of Pillow and, if installed, DALI, alone and within `prepare`, measured in one run.
 
-The files are JPEGs of 500x375, the commonest size of ImageNet, resized and cropped to 256, and in the page cache.
-A call reads all of them, processes started and ended within it. `prepare` stores pixels, so that nothing but decoding
-and storing takes time: what it reaches of the bare decoder's rate is what the rest of it costs. With `--full` there are
-four times as many files, of which start and end take less: in both there are four shards.
+The files are 500x375 JPEGs, ImageNet's most common size, resized and cropped to 256, in the page cache. A call reads
+all of them, including start and exit of the worker processes. `prepare` stores pixels, so it only decodes and writes;
+its throughput relative to the bare decoder shows its overhead. `--full` uses four times as many files, which reduces
+the share of start and exit; both write four shards.
 """
 
 import functools
@@ -29,7 +29,7 @@ from fastmask.training.report import console
 PHOTOS, BATCH, SHARDS = 512, 32, 4
 HEIGHT, WIDTH, SIZE = 375, 500, 256
 TIMES = {"rounds": 3, "warmup": 1}
-TOLERANCE = 1, 3  # levels of 255: at most on a CPU, these sides are not halved; in the mean by nvJPEG
+TOLERANCE = 1, 3  # levels of 255: maximum on a CPU (these sides are not halved), mean for nvJPEG
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -46,7 +46,7 @@ def photos(request, tmp_path_factory):
 
 
 def bare(source: Source, num_workers: int, decoder: str) -> None:
-    """Decode all images, and look that they are there."""
+    """Decode all images, and check their number."""
     parts = [range(first, first + BATCH) for first in range(0, len(source), BATCH)]
     dali = JpegDecoder(SIZE, BATCH, DEVICE, max(1, num_workers)) if decoder == "dali" else None
     assert sum(len(part.values) for part in decoded(source, SIZE, parts, num_workers, dali)) == len(source)
@@ -55,14 +55,14 @@ def bare(source: Source, num_workers: int, decoder: str) -> None:
 
 
 def prepared(folder: Path, store: Path, count: int, num_workers: int, decoder: str) -> None:
-    """Make a store of all images."""
+    """Prepare a store of all images."""
     options = ["--space", "pixel", "--image-size", str(SIZE), "--batch-size", str(BATCH)]
     options += ["--shard-size", str(count // SHARDS), "--decoder", decoder, "--num-workers", str(num_workers)]
     prepare.main([str(folder), str(store), *options])
 
 
 def check(source: Source, decoder: str) -> None:
-    """Hold the first images to Pillow's; an AssertionError says how far they are."""
+    """Compare the first images with Pillow's; an AssertionError reports the difference."""
     dali = JpegDecoder(SIZE, BATCH, DEVICE, 1) if decoder == "dali" else None
     (part,) = decoded(source, SIZE, [range(BATCH)], 0, dali)
     for item, pixels in enumerate(torch.as_tensor(part.values).cpu().numpy()):

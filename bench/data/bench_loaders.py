@@ -1,9 +1,8 @@
-"""The loaders of `fastmask.data` on the path of training: `open_data`, `batches`, and `to_images` on each batch.
+"""Loader throughput along the training path: `open_data`, `batches`, and `to_images` on each batch.
 
-Every kind of data at 256x256, the digits at their 8x8; read by the process that trains, or ahead of it by a worker.
-The first batch is held to what is stored before any is timed. The files are in the page cache: a figure is the loader's
-own, and a disk comes on top. Reading alone, against other ways to keep records, is in bench_stores. `--rows` stores the
-rows.
+Every kind of data at 256x256, and the digits at 8x8, read by the training process or by one worker. The first batch is
+checked against the stored data before timing. The files are in the page cache, so the figures exclude disk reads. For
+reading alone, compared with other formats, see bench_stores. `--rows` stores the rows.
 """
 
 import collections
@@ -30,21 +29,22 @@ from fastmask.data.store.writer import StoreWriter
 SEED = 0
 BATCH = 32
 BATCHES = 2  # per timed call
-TIMES = {"rounds": 5, "warmup": 2}  # calls; a worker is ahead by two batches, which the first ones find ready
-RECORDS = 2048  # of moments
-SCALE = 0.18215  # of the latents of Stable Diffusion
+TIMES = {"rounds": 5, "warmup": 2}  # calls; the warm-up consumes the two batches that a worker prefetches
+RECORDS = 2048  # records of moments
+SCALE = 0.18215  # Stable Diffusion's scale of latents
 
 
 class Source(NamedTuple):
-    """What is stored, known without the loader.
+    """Stored data with expected values, computed without the loader.
 
     Attributes:
-        data: the name that `open_data` takes.
-        what: what is stored, for a row.
-        image_size: in pixels.
-        num_classes: of the labels.
+        data: the name for `open_data`.
+        what: description for a row.
+        image_size: side in pixels.
+        num_classes: number of classes.
         read: returns the stored values and the labels of ids.
-        images: returns mean and standard deviation of what is trained on, from the stored values; None: nothing random.
+        images: returns mean and standard deviation of the network's input from the stored values; deviation None:
+            deterministic.
     """
 
     data: str
@@ -63,7 +63,7 @@ def moments(folder: Path) -> Source:
 
 
 def store(folder: Path) -> Source:
-    """The same moments, a flipped image's beside each, in eight shards."""
+    """The same moments with a second copy for flipped images, in a store of eight shards."""
     stored, labels = _moments()
     write_store(folder / "store", np.stack([stored, stored[..., ::-1]], 1), labels, 256)
     read = functools.partial(_rows_of, stored, labels)
@@ -103,17 +103,17 @@ def image_array(folder: Path) -> Source:
 
 
 def image_folder(folder: Path, suffix: str) -> Source:
-    """Images of twice the side, so that they are decoded and halved, as photos are."""
+    """Images of twice the side, which are decoded and halved like photos."""
     pillow, random = importlib.import_module("PIL.Image"), np.random.default_rng(3)
     files = [folder / name / f"{number:03}.{suffix}" for name in ("cats", "dogs") for number in range(32)]
     for file in files:
         file.parent.mkdir(exist_ok=True)
-        # A fast encoder: the decoder's time hardly depends on it.
+        # Fast compression, which hardly affects the decoding time.
         pillow.fromarray(picture(random, 512)).save(file, compress_level=1)
 
     def read(ids: NDArray[np.int64]) -> tuple[Any, Any]:
         whole = np.stack([np.asarray(pillow.open(files[i])) for i in ids]).astype(np.int64)
-        wide = (whole[:, :, ::2] + whole[:, :, 1::2] + 1) // 2  # the box of two pixels, rounded per axis
+        wide = (whole[:, :, ::2] + whole[:, :, 1::2] + 1) // 2  # box filter of two pixels, rounded per axis
         halved = (wide[:, ::2] + wide[:, 1::2] + 1) // 2
         return halved.astype(np.uint8).transpose(0, 3, 1, 2), ids // 32
 
@@ -129,7 +129,7 @@ def digits(folder: Path) -> Source:
 
 
 def synthetic(folder: Path) -> Source:
-    """Nothing is stored: a sample is to be what it is when read alone."""
+    """Nothing is stored: a sample must be the same as when it is read alone."""
     alone = open_data("synthetic", image_size=256, num_classes=1000, flip=False)
 
     def read(ids: NDArray[np.int64]) -> tuple[Tensor, ...]:
@@ -153,7 +153,7 @@ SOURCES = {
 
 
 def opened(source: Source) -> Dataset:
-    """Open a source's dataset; Pillow decodes, whose pixels are known (bench_decoding has DALI's)."""
+    """Open a source's dataset, with Pillow, whose pixels are known; for DALI see bench_decoding."""
     size, classes = source.image_size, source.num_classes
     return open_data(source.data, image_size=size, num_classes=classes, flip=False, decoder="pil")
 
@@ -161,7 +161,7 @@ def opened(source: Source) -> Dataset:
 def training_batches(
     dataset: Dataset, num_workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the stored values, labels and images of each batch of a run without end, on the device."""
+    """Yield the stored values, labels and images of each batch of an endless run, on the device."""
     parts = batches(dataset, batch_size=BATCH, seed=SEED, start=0, stop=2**40, num_workers=num_workers, device=device)
     for number, part in enumerate(parts):
         stored, labels = (tensor.to(device, non_blocking=True) for tensor in part)
@@ -170,7 +170,7 @@ def training_batches(
 
 
 def check(source: Source, size: int, stored: Tensor, labels: Tensor, images: Tensor) -> None:
-    """Hold the first batch of a run over ``size`` samples to its source; an AssertionError says what differs."""
+    """Compare the first batch of a run over ``size`` samples with its source, and assert that they are equal."""
     ids = shuffled(SEED, 0, np.arange(BATCH), size)
     for name, actual, expected in zip(("stored values", "labels"), (stored, labels), source.read(ids), strict=True):
         expected = torch.as_tensor(expected)
@@ -233,7 +233,7 @@ def _rows_of(stored: NDArray[Any], labels: NDArray[Any], ids: NDArray[np.int64])
 
 
 def picture(random: np.random.Generator, side: int) -> NDArray[np.uint8]:
-    """Return an image (side, side, 3) of soft shapes and a little grain: like photos it compresses."""
+    """Return an image (side, side, 3) of soft shapes and a little grain, which compresses like a photo."""
     shapes = torch.from_numpy(random.normal(128, 60, (1, 3, 16, 16))).float()
     soft = torch.nn.functional.interpolate(shapes, (side, side), mode="bicubic")[0].permute(1, 2, 0).numpy()
     return (soft + random.normal(0, 4, soft.shape)).clip(0, 255).astype(np.uint8)

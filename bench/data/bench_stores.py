@@ -1,11 +1,9 @@
-"""Reading moments of 256x256 images: the store, and what else they are kept in, in one run.
+"""Read throughput for moments of 256x256 images: the store and other formats, measured in one run.
 
-A DataLoader reads a file of numpy's per image, or LMDB as MaskDiT keeps it, by the ids of the same random order;
-WebDataset reads its tars one after the other and shuffles some records. Each is used as its documentation does it, all
-hold the same bytes, and all files are in the page cache: a figure is the reader's own, and a disk comes on top. The
-copy is that of a batch from one place of the memory to another. The first batch is held to what is stored before any is
-timed.
-`--full` also reads epochs of 131,072 records, and looks at the memory that is taken meanwhile.
+A DataLoader reads one .npy per image, or LMDB in MaskDiT's layout, by the ids of the same random order; WebDataset
+reads its tars sequentially and shuffles within a buffer. Each is used as documented, with the same records, and all
+files are in the page cache, so the figures exclude disk reads. The copy is a memory copy of a batch. The first batch is
+checked against the stored records before timing. `--full` also reads epochs of 131,072 records and measures memory.
 """
 
 import contextlib
@@ -33,7 +31,7 @@ SEED = 0
 RECORDS, BATCH = 8192, 256
 TIMED = 32  # batches: once through
 ROUNDS, WARMUP = 5, 1
-SHUFFLED = 1000  # records that WebDataset draws from
+SHUFFLED = 1000  # records in WebDataset's shuffle buffer
 SHARDS = 8
 LONG, EPOCHS = 131_072, 4  # of the long run
 OPTIONAL = {"DataLoader over LMDB": "lmdb", "WebDataset": "webdataset"}
@@ -44,7 +42,7 @@ Records = NDArray[np.float16]
 
 
 class Files(Dataset[Pair]):
-    """An .npy of moments per image, as extraction scripts leave them."""
+    """One .npy of moments per image, as written by extraction scripts."""
 
     def __init__(self, folder: Path, stored: Records, labels: NDArray[np.int64]) -> None:
         self._folder, self._labels = folder, labels
@@ -75,14 +73,14 @@ class Lmdb(Dataset[Pair]):
         return self._count
 
     def __getitem__(self, i: int) -> Pair:
-        if self._open is None:  # each worker for itself
+        if self._open is None:  # opened per worker
             self._open = self._environment(readonly=True, lock=False, readahead=False)
             self._read = self._open.begin(buffers=True)
         moments = np.frombuffer(self._read.get(b"z-%d" % i), np.float16).reshape(self._shape)
         return moments, int(bytes(self._read.get(b"y-%d" % i)))
 
     def close(self) -> None:
-        """Let go of it where it was read without workers: it must not be open when they are forked."""
+        """Close the LMDB after reading without workers: it must not be open when workers are forked."""
         if self._open is not None:
             self._read.abort()
             self._open.close()
@@ -147,12 +145,12 @@ def read_copies(stored: Records, labels: NDArray[np.int64]) -> Generator[Pair]:
 def moments(count: int) -> tuple[Records, NDArray[np.int64]]:
     """Any finite numbers, and labels."""
     random = np.random.default_rng(1)
-    bits = random.integers(0, 0x7C00, (count, 8, 32, 32), np.uint16)  # from there on infinities and NaN
+    bits = random.integers(0, 0x7C00, (count, 8, 32, 32), np.uint16)  # infinity and NaN begin there
     return bits.view(np.float16), random.integers(1000, size=count)
 
 
 def check(stored: Records, labels: NDArray[np.int64], batch: Pair, name: str) -> None:
-    """Hold the first batch to the records it should be of; an AssertionError says what differs."""
+    """Compare the first batch with the stored records; an AssertionError reports a difference."""
     number = {record[0, 0, :16].tobytes(): i for i, record in enumerate(stored)}
     values, given = (np.asarray(part) for part in batch)
     ids = [number[record[0, 0, :16].tobytes()] for record in values]
@@ -164,7 +162,7 @@ def check(stored: Records, labels: NDArray[np.int64], batch: Pair, name: str) ->
 
 
 def prepared(folder: Path, stored: Records, labels: NDArray[np.int64]) -> dict[str, Callable[[int], Generator[Pair]]]:
-    """Store the records in every way that is installed, and return what reads them with so many workers."""
+    """Store the records in every installed format, and return the readers, functions of the number of workers."""
     write_store(folder / "store", stored[:, None], labels, len(stored) // SHARDS)
     files = Files(folder / "files", stored, labels)
     readers: dict[str, Callable[[int], Generator[Pair]]] = {
@@ -196,13 +194,13 @@ def take(
     rounds: int,
     progress: Callable[[Any, int, int], None] = lambda name, number, rounds: None,
 ) -> dict[str, list[float]]:
-    """Return the milliseconds of ``TIMED`` batches, in turn; workers are restarted, and run only while timed."""
+    """Return the milliseconds of ``TIMED`` batches, readers in turn; workers are restarted and run only while timed."""
     taken: dict[str, list[float]] = {name: [] for name in readers}
     for number in range(1, rounds + 1):
         for name, read in readers.items():
             progress(name, number, rounds)
             with contextlib.closing(read(workers)) as parts:
-                # What the workers have read ahead is not timed.
+                # Skip the prefetched batches.
                 for _ in itertools.islice(parts, 1 + 2 * workers):
                     pass
                 start = time.perf_counter()
@@ -231,7 +229,7 @@ def bench_reading(benchmark, kept, num_workers, noted, missing, progress):
 
 
 def own_mib() -> float:
-    """Return the memory of this process and its workers that is their own, or shared among them; not the page cache."""
+    """Return the anonymous and shared memory of this process and its workers in MiB, without the page cache."""
     kib = 0
     for status in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):  # a process that has ended
@@ -243,7 +241,7 @@ def own_mib() -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def bench_long_run(request, tmp_path, noted, progress):
-    """Memory over epochs of more ids than are ever listed."""
+    """Memory over epochs with more ids than are listed in memory."""
     if not request.config.getoption("full"):
         pytest.skip("writes a store of 2 GB: give --full")
     stored, labels = moments(LONG)

@@ -1,7 +1,7 @@
-"""The kernels beside their reference, the compiler and other libraries, at the shapes of a preset.
+"""Kernel benchmarks against the reference, torch.compile and other libraries, at a preset's shapes.
 
-A file per op, `bench_<op>.py`, run by `pytest bench/kernels --benchmark-only`; `cases` and `all_cases` give the same to
-other programs:
+There is a file per op, `bench_<op>.py`, run by `pytest bench/kernels --benchmark-only`; `cases` and `all_cases` provide
+the same cases to other programs:
 
     for case in all_cases(device, "xl2-in256"):
         case.check()
@@ -50,20 +50,20 @@ def make(
     compiler: bool = True,
     refused: Mapping[str, str] | None = None,
 ) -> Case:
-    """Return one case; arguments as in `cases` and `case_of`."""
+    """Build one case; arguments as in `cases` and `case_of`."""
     shapes = shapes_of(preset, device, dtype)
     made = importlib.import_module(f"bench.kernels.bench_{op}").FORMS[form](shapes)
     return case_of(made, direction, shapes, compiler=compiler, refused=refused)
 
 
 def cases(op: str, preset: str, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[Case]:
-    """Yield the cases of an op, forms of it and directions; the tensors of each are made when it is reached.
+    """Yield the cases of an op, its forms and directions; the tensors of each are allocated when it is reached.
 
     Args:
         op: one of `OPS`.
-        preset: a masked one, whose shapes it has.
-        device: where it runs.
-        dtype: of products; None is bfloat16 on a GPU and float32 on a CPU.
+        preset: a masked preset, for the shapes.
+        device: device of the tensors.
+        dtype: matmul dtype; None is bfloat16 on a GPU and float32 on a CPU.
     """
     if op not in OPS:
         raise ValueError(f"no kernel bench of {op!r}: choose from {', '.join(OPS)}")

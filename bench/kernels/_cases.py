@@ -1,6 +1,7 @@
-"""What the kernel benches share: the shapes of a preset, the variants of an op, their accuracy gate and figures.
+"""Shared code of the kernel benchmarks: shapes of a preset, variants of an op, accuracy checks and figures.
 
-A bench file describes its op once, as an `Op`; here it becomes a `Case` per direction, ready to check and to time.
+A benchmark file describes its op once, as an `Op`; this module converts it to a `Case` per direction, ready to check
+and time.
 """
 
 import functools
@@ -26,7 +27,7 @@ Call = Callable[..., Any]
 
 
 class Shapes(NamedTuple):
-    """The sizes of a preset's network and batch, in the letters of `fastmask.kernels`, and where tensors are made."""
+    """The sizes of a preset's network and batch, and the device and generator of tensors."""
 
     preset: str
     device: torch.device
@@ -43,7 +44,7 @@ class Shapes(NamedTuple):
     generator: torch.Generator
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return random numbers, in the dtype of the products unless another is named."""
+        """Return normal random numbers, in the matmul dtype by default."""
         made = torch.randn(shape, device=self.device, generator=self.generator)
         return made.to(dtype or self.dtype)
 
@@ -53,26 +54,26 @@ class Shapes(NamedTuple):
 
 
 class Op(NamedTuple):
-    """An op at one shape, as its bench file describes it.
+    """An op at one shape, as described by its benchmark file.
 
     Attributes:
-        name: of the public function.
-        shape: for tables, such as "B=128 K=128 D=1152".
-        inputs: tensors by the name of their argument.
-        leaves: the inputs that get a gradient.
-        again: the inputs that the gradients depend on, which backward has to read at least.
-        reference: plain PyTorch, which takes the inputs and the options.
-        fused: ours, likewise, or why the op refuses these tensors.
-        kernel: how the names of its kernels begin; empty if it has none of its own.
+        name: name of the public function.
+        shape: shape for tables, such as "B=128 K=128 D=1152".
+        inputs: input tensors by argument name.
+        leaves: names of the inputs that get a gradient.
+        again: names of the inputs that the gradients depend on, which backward has to read.
+        reference: the plain PyTorch implementation; takes the inputs and the options.
+        fused: our implementation, or the reason why the op does not support these tensors.
+        kernel: prefix of its kernels' names; empty if it has no kernels of its own.
         options: other arguments.
-        others: the ecosystem's own: a call like `reference`, or why there is none.
-        backward_only: variants whose forward is another's, and is not timed alone.
-        part: share of an input that is needed at all, where that is not the whole.
-        flops: of the products, forward.
-        backward_flops: and backward.
+        others: implementations of other libraries, or the reason why one is missing.
+        backward_only: variants whose forward equals another's and is not timed alone.
+        part: fraction of an input that is read, if not all of it.
+        flops: matmul FLOPs of forward.
+        backward_flops: matmul FLOPs of backward.
         compile_on_cpu: compile forward+backward on a CPU too, which takes half a minute.
-        host: variants that wait for the device, and so cannot be replayed from a CUDA graph.
-        in_place: its calls change their inputs, so that they are checked on copies.
+        host: variants that synchronise with the device and cannot be captured in a CUDA graph.
+        in_place: the calls modify their inputs, so they are checked on copies.
     """
 
     name: str
@@ -95,20 +96,20 @@ class Op(NamedTuple):
 
 
 class Case(NamedTuple):
-    """An op in one direction: what a row says of it, the calls to time, and the check to pass before.
+    """An op in one direction: its description for a row, the calls to time, and the check to pass first.
 
     Attributes:
         op: name of the public function.
-        direction: "forward" (without a graph for backward) or "forward_backward".
-        dtype: of the products, such as "bfloat16".
-        shape: for tables.
-        preset: where the shape is from.
-        variants: a call without arguments by name: "reference", "compiled", "ours" and the ecosystem's.
-        missing: why a variant is not there, and how to get it.
-        least_bytes: forward every input and result once; backward the gradients of the results, the inputs that the
-            derivative depends on, and the gradients of inputs.
-        flops: of matmuls and attention; 0 if there are none.
-        check: raises an AssertionError when a variant is inaccurate, of those that are named, or without names of all.
+        direction: "forward" (without autograd) or "forward_backward".
+        dtype: matmul dtype, such as "bfloat16".
+        shape: shape for tables.
+        preset: origin of the shape.
+        variants: calls without arguments, by name: "reference", "compiled", "ours" and other libraries'.
+        missing: the reason for each missing variant, and how to install it.
+        least_bytes: minimum traffic. Forward: every input and result once; backward: the gradients of the results, the
+            inputs that the derivative depends on, and the gradients of inputs.
+        flops: FLOPs of matmuls and attention; 0 if there are none.
+        check: raises an AssertionError if one of the named variants, by default any, is inaccurate.
     """
 
     op: str
@@ -127,15 +128,15 @@ def shapes_of(preset: str, device: torch.device, dtype: torch.dtype | None = Non
     """Return the shapes of a preset: its micro-batch on a GPU, four images on a CPU.
 
     Args:
-        preset: a masked one; a ValueError says so otherwise.
-        device: where tensors are made.
-        dtype: of products; None is bfloat16 on a GPU and float32 on a CPU.
+        preset: a masked preset; a ValueError otherwise.
+        device: device of the tensors.
+        dtype: matmul dtype; None is bfloat16 on a GPU and float32 on a CPU.
     """
     config = preset_config(preset, PRESETS)
     if not config.network.decoder_depth:
         raise ValueError(f"preset {preset} has no masks and no decoder to take shapes from: give a masked one")
     on_gpu = device.type == "cuda"
-    latents = config.data != "digits"  # of the VAE; the digits are pixels
+    latents = config.data != "digits"  # the digits are pixels
     side = config.image_size // 8 if latents else config.image_size
     length = (side // config.network.patch_size) ** 2
     return Shapes(
@@ -156,15 +157,15 @@ def shapes_of(preset: str, device: torch.device, dtype: torch.dtype | None = Non
 
 
 def absent(module: str, how: str, device: torch.device) -> str:
-    """Return why a library for GPUs cannot be used, and how to get it; empty if it can."""
+    """Return why a GPU library is unavailable, and how to install it; empty if it is available."""
     if importlib.util.find_spec(module.split(".")[0]) is None:
         return f"not installed: {how}"
     return "" if device.type == "cuda" else f"runs on a GPU, not on {device.type}"
 
 
 def compiled(function: Call, device: torch.device) -> Call:
-    """Return a function as torch.compile makes it for one shape, in one graph; a graph break is an error."""
-    torch._dynamo.reset()  # which stops compiling a function after a few shapes and dtypes
+    """Compile a function for one shape; a graph break is an error."""
+    torch._dynamo.reset()  # otherwise dynamo stops compiling a function after a few shapes and dtypes
     mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else "default"
     return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 
@@ -172,14 +173,14 @@ def compiled(function: Call, device: torch.device) -> Call:
 def case_of(
     op: Op, direction: str, shapes: Shapes, *, compiler: bool = True, refused: Mapping[str, str] | None = None
 ) -> Case:
-    """Return an op in one direction with its variants.
+    """Build the case of an op in one direction.
 
     Args:
-        op: at its shape.
+        op: the op at its shape.
         direction: one of `DIRECTIONS`.
-        shapes: what the op was made from.
-        compiler: whether the compiled reference is one of them, which takes by far the longest.
-        refused: by variant, why it cannot be captured, where that is known.
+        shapes: the shapes of the op.
+        compiler: include the compiled reference, which takes by far the longest.
+        refused: known reasons why a variant cannot be captured, by variant.
     """
     both = direction == "forward_backward"
     on_gpu = shapes.device.type == "cuda"
@@ -187,6 +188,7 @@ def case_of(
         results = _tuple(op.reference(**_fresh(op), **op.options))
     grads = [shapes.normal(*result.shape, dtype=result.dtype) for result in results if result.is_floating_point()]
 
+    # A function per variant, or the reason why it is missing.
     functions: dict[str, Call | str] = {"reference": op.reference}
     if compiler and (on_gpu or (both and op.compile_on_cpu)):
         functions["compiled"] = compiled(op.reference, shapes.device)
@@ -197,7 +199,7 @@ def case_of(
     functions["ours"] = gaps[0] if gaps else op.fused
     functions |= {name: other for name, other in op.others.items() if both or name not in op.backward_only}
     if not compiler:
-        functions.pop("compiled", None)  # for which an op may have a reason of its own
+        functions.pop("compiled", None)  # an op can have its own reason why it is missing
 
     variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     checked: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
@@ -207,6 +209,7 @@ def case_of(
             variants[name] = Graphed(call, (refused or {}).get(name, "")) if on_gpu and name not in op.host else call
             once = functools.partial(_run_fresh, function, op)
             checked[name] = once if op.in_place else variants[name]
+    # Minimum traffic.
     needed = {name: t.nbytes * op.part.get(name, 1) for name, t in op.inputs.items()}
     written = sum(result.nbytes for result in results)
     least = sum(needed.values()) + written
@@ -227,12 +230,12 @@ def case_of(
 
 
 def figures(case: Case, timings: dict[str, rows.Timing], bandwidth: float) -> dict[str, dict[str, Any]]:
-    """Return what a row says of each variant.
+    """Return the figures of each variant for a row.
 
     Args:
-        case: what was timed.
-        timings: by variant.
-        bandwidth: bytes per second that a plain copy reads and writes.
+        case: the timed case.
+        timings: timings by variant.
+        bandwidth: bytes per second read and written by a plain copy.
     """
     found = {}
     for name, timing in timings.items():
@@ -260,7 +263,7 @@ def _run(
     leaves: tuple[str, ...],
     grads: list[Tensor] | None,
 ) -> tuple[Tensor, ...]:
-    """Return the results, and with ``grads``, those of the results, the gradients of the leaves."""
+    """Return the results and, given ``grads`` of the results, the gradients of the leaves."""
     if grads is None:
         with torch.no_grad():
             return _tuple(function(**inputs, **options))
@@ -279,14 +282,14 @@ def _run_fresh(function: Call, op: Op) -> tuple[Tensor, ...]:
 
 
 class _Gate:
-    """Holds variants to the reference in float64.
+    """Checks variants against the reference in float64.
 
     Args:
-        op: what is checked.
-        direction: of the case.
-        variants: those of the case; what is taken out of them is not checked.
-        calls: by variant, a call that leaves the inputs as they are.
-        grads: of the results; None without backward.
+        op: the op.
+        direction: direction of the case.
+        variants: the case's variants; removed ones are not checked.
+        calls: calls by variant that do not modify the inputs.
+        grads: gradients of the results; None without backward.
     """
 
     def __init__(
@@ -300,7 +303,7 @@ class _Gate:
         self._op, self._direction, self._variants, self._calls, self._grads = op, direction, variants, calls, grads
 
     def __call__(self, *names: str) -> None:
-        """Raise an AssertionError for the first inaccurate variant, of some or of all."""
+        """Raise an AssertionError for the first inaccurate variant, of the given names or of all."""
         op = self._op
         for name in names or tuple(self._variants):
             for label, actual, exact, eager in zip(self._labels, self._calls[name](), *self._right, strict=True):

@@ -1,21 +1,21 @@
-"""How accurate a variant has to be before it is timed."""
+"""The accuracy that a variant needs before it is timed."""
 
 from torch import Tensor
 
 from fastmask.testing import fault
 
-# What is asked of other libraries and of the compiler is the same function, not our precision: they get this many times
-# the error that is allowed to ours.
+# Other libraries and the compiler have to compute the same function, but not with our precision: their error bound is
+# this many times ours.
 OTHERS = 4
 
 
 def complaint(variant: str, actual: Tensor, exact: Tensor, eager: Tensor) -> str:
-    """Return what is wrong with a result of a variant, empty if nothing is.
+    """Return the error in a variant's result, empty if there is none.
 
     Args:
-        variant: "ours" is held to the tests' own rule, others to `OTHERS` times it.
-        actual: the result; integers have to be those of the reference.
-        exact: the reference's in float64.
-        eager: the reference's in the dtypes that ``actual`` was computed in.
+        variant: "ours" has to meet the tests' bound, others `OTHERS` times that.
+        actual: the result; integers must be equal to the reference.
+        exact: the reference's result in float64.
+        eager: the reference's result in the dtypes of ``actual``.
     """
     return fault(actual, exact, eager, 1 if variant == "ours" else OTHERS)

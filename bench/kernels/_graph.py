@@ -1,4 +1,4 @@
-"""Calls of a GPU without the time that Python takes to launch them."""
+"""CUDA graph replay of calls, which excludes Python's launch overhead."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,24 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Before, a capture that ended in an error left the allocator and the generator in it (pytorch/pytorch 180395).
+# Earlier versions leave the allocator and the generator in capture mode after a failed capture (pytorch/pytorch
+# 180395).
 RECOVERS = torch.__version__ >= "2.12"
 
 
 class CaptureFailedError(RuntimeError):
-    """A call could not be captured, after which nothing that this process measures is to be trusted."""
+    """A call could not be captured, so further measurements in this process cannot be trusted."""
 
 
 class Graphed:
-    """A call that a CUDA graph replays: then its time is that of the GPU, and not of Python that launches kernels.
+    """A call that is replayed from a CUDA graph, so that its time is GPU time, without launches from Python.
 
-    Captured at the first call. What cannot be captured is launched each time, and `timed` says so. Where PyTorch does
-    not recover from a failed capture, a CaptureFailedError is raised instead: in a new process the call can be
-    launched, as one that is known to be `refused`.
+    It is captured at the first call. A call that cannot be captured is launched each time, and `timed` reports it. If
+    PyTorch cannot recover from the failed capture, a CaptureFailedError is raised instead; a new process can then
+    launch the call directly, by passing `refused`.
 
     Args:
-        call: what to capture.
-        refused: why it cannot be captured, if that is known; it is launched then.
+        call: the call to capture.
+        refused: the reason why it cannot be captured, if known; it is launched directly then.
     """
 
     def __init__(self, call: Callable[[], tuple[Tensor, ...]], refused: str = ""):
@@ -33,13 +34,13 @@ class Graphed:
 
     @property
     def timed(self) -> str:
-        """How the call is done; empty before the first one."""
+        """The kind of execution; empty before the first call."""
         if self.refused:
             return f"launches, as no graph could be captured: {self.refused}"
         return "graph replay" if self._graph else ""
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """Return what the call returns; a replay returns the same tensors each time."""
+        """Return the results of the call; a replay returns the same tensors each time."""
         if not self.timed:
             self._capture()
         if self.refused:
@@ -52,7 +53,7 @@ class Graphed:
         side = torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            for _ in range(3):  # compiles and tunes, which a capture does not allow
+            for _ in range(3):  # compiles and tunes, which is not allowed during capture
                 self.call()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -68,6 +69,6 @@ class Graphed:
                     f"torch {torch.__version__} measures nothing right after that: name the variant in the op's `host`"
                 )
                 raise CaptureFailedError(f"no graph could be captured: {self.refused}; {after}") from error
-            torch.cuda.set_stream(current)  # the failed capture's is still the current one
+            torch.cuda.set_stream(current)  # the stream of the failed capture is still current
         else:
             self._graph = graph

@@ -1,6 +1,6 @@
-"""adamw_ema of the parameters of one block of the encoder, with one average, as training has them: fp32.
+"""adamw_ema on the fp32 parameters of one encoder block with one EMA, as in training.
 
-Beside it torch's fused AdamW and then its foreach average, which is two passes.
+Compared with torch's fused AdamW followed by a foreach EMA, which are two passes.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.9999
 
 def op(shapes: Shapes) -> Op:
     width = shapes.width
-    # qkv, proj, the MLP's two and the modulation's Linear, each with its bias.
+    # qkv, proj, the two Linears of the MLP and the modulation's Linear, each with bias.
     sizes = [size for out, into in ((3, 1), (1, 1), (4, 1), (1, 4), (6, 1)) for size in (out * into * width, out)]
     sizes = [size * width for size in sizes]
     count = sum(sizes)
@@ -36,7 +36,7 @@ def op(shapes: Shapes) -> Op:
         return call
 
     def by_torch(steps: list[Tensor], betas: tuple[float, float], averages: Any, rates: Any, **rest: Any) -> None:
-        before = [step - 1 for step in steps]  # it counts them up
+        before = [step - 1 for step in steps]  # it increments them
         lists = (rest.pop(name) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"))
         params, *others = lists
         options = {"beta1": betas[0], "beta2": betas[1], "weight_decay": 0.0, "amsgrad": False, "maximize": False}

@@ -1,4 +1,4 @@
-"""add_gated_norm as in a block: an fp32 residual, branch and modulations in the dtype of the matmuls."""
+"""add_gated_norm as in a block: fp32 residual, branch and modulations in the matmul dtype."""
 
 import functools
 
@@ -23,7 +23,7 @@ def op(shapes: Shapes) -> Op:
             "scale": scale,
         },
         leaves=("x", "branch", "gate", "shift", "scale"),
-        again=("x", "branch", "gate", "scale"),  # the new residual, in fact, which is of the size of x
+        again=("x", "branch", "gate", "scale"),  # in fact the new residual, which has the size of x
         reference=add_gated_norm_reference,
         fused=functools.partial(add_gated_norm, impl="fused"),
         kernel="add_gated_norm",

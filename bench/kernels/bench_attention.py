@@ -1,7 +1,7 @@
-"""attention of the encoder, q, k and v being views of one product, as in the network.
+"""attention of the encoder, with q, k and v as views of one matmul result, as in the network.
 
-"dense" is SDPA, ours too. "packed" has samples of unequal numbers of tokens, half to one and a half times K: the
-reference takes one after the other, ours is `torch.nn.attention.varlen` on a GPU.
+"dense" is SDPA, also for ours. "packed" has samples with unequal numbers of tokens, 0.5 K to 1.5 K: the reference loops
+over the samples, ours is `torch.nn.attention.varlen` on a GPU.
 """
 
 import itertools
@@ -29,7 +29,7 @@ def _op(shapes: Shapes, counts: list[int], tokens: tuple[int, ...], options: dic
     qkv = shapes.normal(*tokens, 3, shapes.heads, shapes.width // shapes.heads)
     q = qkv.select(-3, 0)
     reasons = {name: refusal(name, q, packed=bool(options)) for name in ("torch", "flash-attn", "xformers")}
-    # Of those that it takes without being told; the network's own packed tokens are in 16 bits.
+    # Only the backends that are chosen automatically; the network's own packed tokens are in 16 bits.
     refused = reasons["torch"] if reasons["torch"] and reasons["flash-attn"] else ""
 
     def taken(function, **chosen):

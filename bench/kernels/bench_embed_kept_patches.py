@@ -1,4 +1,4 @@
-"""embed_kept_patches as the network calls it, and with the first block's norm. Images get no gradient in training."""
+"""embed_kept_patches as in the network, and with the first block's norm; images get no gradient, as in training."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""gelu_linear, the second half of a block's MLP, with its weight in the products' dtype already."""
+"""gelu_linear, the second half of a block's MLP, with the weight already in the matmul dtype."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""masked_loss from the raw tokens of every position; the images and the noise are fp32."""
+"""masked_loss from the raw output tokens of all positions; images and noise are fp32."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""modulate_norm between two blocks: "layer" as this network has it, fp32 tokens to products' dtype.
+"""modulate_norm between two blocks: "layer" as in this network, from fp32 tokens to the matmul dtype.
 
-"rms" as in networks that keep their tokens in 16 bit, all in one dtype, which is what Liger's kernel takes.
+"rms" as in networks with 16-bit tokens, with all tensors in one dtype, as Liger's kernel requires.
 """
 
 import functools
@@ -42,7 +42,7 @@ def op(shapes: Shapes, norm: str) -> Op:
 
 
 def apex(device: torch.device) -> Any:
-    """Return apex's norm, modulated by PyTorch, or why it is not there."""
+    """Return apex's norm with modulation in PyTorch, or the reason why it is missing."""
     missing = absent("fused_layer_norm_cuda", APEX, device) or absent("apex", APEX, device)
     if missing:
         return missing
@@ -56,7 +56,10 @@ def apex(device: torch.device) -> Any:
 
 
 def liger(device: torch.device) -> Any:
-    """Return Liger's kernel, or why it is not there. "gemma" computes in fp32; in place it would spoil the gradient."""
+    """Return Liger's kernel, or the reason why it is missing.
+
+    "gemma" computes in fp32; in-place mode would overwrite the gradient.
+    """
     missing = absent("liger_kernel", LIGER, device)
     if missing:
         return missing

@@ -1,6 +1,6 @@
-"""modulated_linear at the qkv of the first block, add_gated_linear at the fc1 of any block.
+"""modulated_linear for the first block's qkv, add_gated_linear for a block's fc1.
 
-The weights are in the products' dtype already: autocast's conversion of them is not part of the time.
+The weights are already in the matmul dtype, so autocast's casts are not timed.
 """
 
 import functools

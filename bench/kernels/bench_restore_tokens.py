@@ -1,4 +1,4 @@
-"""restore_tokens at the decoder's entry, as the network calls it and with the norm; gather_tokens of all positions."""
+"""restore_tokens at the decoder's input, as in the network and with the norm; gather_tokens of all positions."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""sample_mask of a batch. Nothing is read but the seed, and nothing is differentiable."""
+"""sample_mask of a batch; it reads only the seed, and is not differentiable."""
 
 import torch
 
@@ -13,7 +13,7 @@ def op(shapes: Shapes) -> Op:
     counts = shapes.batch, shapes.length, shapes.keep
 
     def drawn(function, **options):
-        # A seed on the device, as a captured training step has it.
+        # A seed on the device, as in a captured training step.
         return lambda seed: function(*counts, seed=seed, device=shapes.device, **options)[:2]
 
     return Op(

@@ -1,4 +1,4 @@
-"""silu_linear, the Linear of a block's shifts, scales and gates: a row per image, and the largest weight of a block."""
+"""silu_linear, a block's adaLN modulation: one row per image, and the largest weight of the block."""
 
 import functools
 
@@ -22,7 +22,7 @@ def op(shapes: Shapes) -> Op:
         again=("x", "weight"),
         reference=silu_linear_reference,
         fused=functools.partial(silu_linear, impl="fused"),
-        kernel="",  # on a GPU none but PyTorch's
+        kernel="",  # uses PyTorch's on a GPU
         flops=flops,
         backward_flops=2 * flops,
         compile_on_cpu=True,

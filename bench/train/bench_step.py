@@ -1,10 +1,10 @@
-"""Whole training steps: dense DiT and masked, plain and ours, eager and compiled, beside their matmuls alone.
+"""Whole training steps: dense and masked DiT, plain and ours, eager and compiled, and their matmuls alone.
 
-On a CPU S/2 at 256x256, batch 4, fp32; `--full` adds B/2 and XL/2, which take minutes a case. Compiled stacks are left
-to the form masked-0.5 there, since each compile takes minutes too. All stacks of all forms of a size that a session
-runs are timed in turn, so that a drift of the machine meets them all. Of XL/2 only the stacks of one form are: all its
-networks are too large to be held together. `--rows` stores the rows: each stack with the optimizer and without, from
-the same calls.
+On a CPU: S/2 at 256x256, batch 4, fp32; `--full` adds B/2 and XL/2, which take minutes per case. Only the form
+masked-0.5 is compiled there, since each compile takes minutes too. All stacks of all forms of a size in a session are
+timed in turn, so that a drift of the machine affects all of them; for XL/2 only the stacks of one form, since all its
+networks do not fit in memory together. `--rows` stores the rows: each stack with and without the optimizer, from the
+same calls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,20 +21,20 @@ from bench.train.table import PRODUCTS, name_of, shown
 from fastmask.diffusion.masking import GROUP
 
 ROUNDS = {"s2": 7, "b2": 5, "xl2": 3}
-IN_TURN = ("s2", "b2")  # the networks of all forms fit into memory together, 7 GB for b2
+IN_TURN = ("s2", "b2")  # the networks of all forms fit in memory together, 7 GB for b2
 IMAGE_SIZE, BATCH = 256, 4
 NOT_COMPILED = "on a CPU masked-0.5 alone is compiled, as each compile takes minutes"
 PACKED_ALONE = f"batch {GROUP} compares packed samples with ours alone"
 
 
 class Form(NamedTuple):
-    """What was measured of a form.
+    """The measurements of a form.
 
     Attributes:
-        case: what its rows say of it.
-        forward_gmac: of one image.
-        phases: by stack, the milliseconds of the gradients and of the update in each round.
-        turn: names what was timed in turn.
+        case: the case of its rows.
+        forward_gmac: GMAC of the forward pass of one image.
+        phases: milliseconds of gradients and update in each round, by stack.
+        turn: name of the group that was timed in turn.
     """
 
     case: dict[str, Any]
@@ -44,13 +44,13 @@ class Form(NamedTuple):
 
 
 class Shared:
-    """Measurements that several tests share: the first of them measures, and where that fails all of them do."""
+    """Measurements shared by several tests: the first test measures, and if that fails, all of them fail."""
 
     def __init__(self) -> None:
-        self._found: dict[str, dict[str, Form] | str] = {}  # or what is wrong: an error would hold the networks
+        self._found: dict[str, dict[str, Form] | str] = {}  # or the error message: an exception would hold the networks
 
     def get(self, turn: str, measure: Callable[[], dict[str, Form]]) -> dict[str, Form]:
-        """Return what ``measure`` returns, called once for each ``turn``."""
+        """Return the result of ``measure``, called once per ``turn``."""
         if turn not in self._found:
             try:
                 self._found[turn] = measure()
@@ -65,7 +65,7 @@ class Shared:
 
 @pytest.fixture(scope="module", autouse=True)
 def gate():
-    """No time is taken of baselines that do not compute the published numbers."""
+    """Check the baselines against the published numbers before timing."""
     check_golden()
 
 
@@ -76,7 +76,7 @@ def shared():
 
 @pytest.fixture
 def recorded(benchmark, entries, step_table, run_id, request):
-    """Note and store what was measured of a form, where benches are on."""
+    """Record and store the measurements of a form, if benchmarks are enabled."""
 
     def record(form: Form, device: torch.device, *, without_optimizer: bool = True) -> None:
         for stack in form.phases:
@@ -114,7 +114,7 @@ def bench_step(benchmark, recorded, shared, step_table, progress, request, size,
 
 
 def bench_packed(benchmark, recorded, step_table, progress):
-    """Samples that keep unequal numbers of patches against the same number each: the same sum, packed."""
+    """Samples with unequal numbers of kept patches, packed, compared with equal numbers of the same sum."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rounds = 0 if benchmark.disabled else ROUNDS["s2"]
     stacks = {"masked-0.5": ["ours", "ours packed"]}
@@ -128,7 +128,7 @@ def bench_packed(benchmark, recorded, step_table, progress):
 
 
 def chosen(device: torch.device, form: str) -> list[str]:
-    """Return the stacks to time of a form."""
+    """Return the stacks to time in a form."""
     there = stacks_of(device, form, BATCH)
     compiles = device.type != "cpu" or form == "masked-0.5"
     return [stack for stack in there if compiles or not stack.endswith("compiled")]
@@ -143,18 +143,18 @@ def measure(
     rounds: int,
     progress: Progress,
 ) -> dict[str, Form]:
-    """Time the stacks of some forms in turn and return what was measured of each form.
+    """Time the stacks of some forms in turn, and return the measurements of each form.
 
     Args:
-        turn: its name.
-        size: of the network.
-        batch: images.
-        stacks: of each form.
-        device: where they run.
-        rounds: 0 calls each once, without a warm-up.
-        progress: what is told how far it is.
+        turn: name of the group.
+        size: network size.
+        batch: number of images.
+        stacks: stacks of each form.
+        device: device of the steps.
+        rounds: number of rounds; 0 calls each once, without a warm-up.
+        progress: the progress display.
     """
-    # A warm-up compiles, for the shapes of each form as if it were alone.
+    # The warm-up compiles for the static shapes of each form.
     static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
     warmups = sum(len(names) + ("ours" in names) for names in stacks.values())
     with freed(), static, progress.of(f"{size}, batch {batch}", warmups, long=True) as told:
@@ -195,7 +195,7 @@ def _measured(
 
 
 def rows_of(form: Form, stack: str, run_id: str) -> list[rows.Row]:
-    """Return the rows of a stack: with the optimizer, and without."""
+    """Return the rows of a stack, with and without the optimizer."""
     made = []
     for optimizer, times in ((True, whole_steps(form, stack)), (False, form.phases[stack][0])):
         timing = rows.timing(times)
@@ -211,5 +211,5 @@ def rows_of(form: Form, stack: str, run_id: str) -> list[rows.Row]:
 
 
 def whole_steps(form: Form, stack: str) -> list[float]:
-    """Return the milliseconds of a stack's steps, the sum of their phases."""
+    """Return the milliseconds of a stack's steps, the sums of their phases."""
     return [sum(parts) for parts in zip(*form.phases[stack], strict=True)]

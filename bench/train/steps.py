@@ -1,4 +1,4 @@
-"""Whole training steps to compare: ours and the plain baseline's, on the same network, batch and precision."""
+"""Whole training steps of ours and the plain baseline, with the same network, batch and precision."""
 
 import contextlib
 import dataclasses
@@ -35,29 +35,29 @@ PACKED = "uniform(0.25,0.75)"  # the mask ratio of each sample of "ours packed"
 
 
 class Step(NamedTuple):
-    """A training step in its two parts; a call does both.
+    """A training step in two parts; a call runs both.
 
     Attributes:
-        gradients: draws noise, labels to drop and masks, and does the forward and backward pass.
-        update: moves the weights and their average, and frees the gradients.
+        gradients: samples noise, label dropout and masks, and runs the forward and backward pass.
+        update: updates the weights and their EMA, and frees the gradients.
     """
 
     gradients: Callable[[], Any]
     update: Callable[[], None]
 
     def __call__(self) -> None:
-        """Do the whole step."""
+        """Run the whole step."""
         self.gradients()
         self.update()
 
 
 class Steps(NamedTuple):
-    """What a row says of a case, and the calls to time.
+    """A case, and the calls to time.
 
     Attributes:
         case: preset, image size, form, batch, precision.
-        variants: by name, a `Step` of each stack, and "products", the bound of ours.
-        forward_gmac: of one image.
+        variants: by name, a `Step` of each stack, and "products", the lower bound of ours.
+        forward_gmac: GMAC of the forward pass of one image.
     """
 
     case: dict[str, Any]
@@ -66,12 +66,12 @@ class Steps(NamedTuple):
 
 
 class Makers(NamedTuple):
-    """A case whose stacks are still to be made.
+    """A case whose stacks are not built yet.
 
     Attributes:
         case: preset, image size, form, batch, precision.
-        makers: by name, what makes the call to time; each holds memory from then on, and compiles at its first call.
-        forward_gmac: of one image.
+        makers: by name, functions that build the call to time, which allocates memory, and compiles at its first call.
+        forward_gmac: GMAC of the forward pass of one image.
     """
 
     case: dict[str, Any]
@@ -80,7 +80,7 @@ class Makers(NamedTuple):
 
 
 def config_of(size: str, image_size: int, form: str) -> TrainConfig:
-    """Return the configuration of a size ("s2", "b2", "l2", "xl2") in a form; the dense one is a DiT."""
+    """Return the configuration of a size ("s2", "b2", "l2", "xl2", "h2") in a form; the dense form is a DiT."""
     if size not in ("s2", "b2", "l2", "xl2", "h2") or form not in FORMS:
         raise ValueError(f"no such step: size {size!r}, form {form!r}; sizes s2, b2, l2, xl2, forms {', '.join(FORMS)}")
     prefix = "dit-" if form == "dense" else ""
@@ -99,7 +99,7 @@ def steps(
     stacks: Sequence[str] = STACKS,
     bf16: bool = False,
 ) -> Steps:
-    """Return the training steps of a case, all of them made; arguments as in `makers`."""
+    """Build the training steps of a case; arguments as in `makers`."""
     found = makers(size, image_size, form, batch, device, stacks=stacks, bf16=bf16)
     return Steps(found.case, {name: make() for name, make in found.makers.items()}, found.forward_gmac)
 
@@ -114,21 +114,21 @@ def makers(
     stacks: Sequence[str] = STACKS,
     bf16: bool = False,
 ) -> Makers:
-    """Return what makes the training steps of a case.
+    """Return functions that build the training steps of a case.
 
-    Ours run under the numerics of the trainer, the plain baseline under those of the process: PyTorch's own. Trained
-    deterministically it would be slower, as its gathers sort their indices then.
+    Ours run under the trainer's numerics, the plain baseline under PyTorch's defaults; deterministic algorithms would
+    slow it down, since its gathers would sort their indices.
 
-    Ours and the plain baseline share weights, moments and average, so that both fit where one does; but for graphs,
-    which hold addresses of gradients that the others free. Each stack draws its own noise and masks.
+    Ours and the plain baseline share weights, moments and EMA, so that both fit where one does; except graphs, which
+    hold addresses of gradients that the others free. Each stack samples its own noise and masks.
 
     Args:
         size: "s2", "b2", "l2", "xl2".
-        image_size: in pixels; the latents have an eighth of it.
+        image_size: side in pixels; the latents have an eighth of it.
         form: a key of `FORMS`.
-        batch: images.
-        device: where they run.
-        stacks: some of `STACKS`; "products" comes with "ours".
+        batch: number of images.
+        device: device of the steps.
+        stacks: a subset of `STACKS`; "products" comes with "ours".
         bf16: autocast to bfloat16; fp32 otherwise.
     """
     config = config_of(size, image_size, form)
@@ -140,6 +140,7 @@ def makers(
     length = model.length
     keep = kept_count(length, config.mask_ratio)
 
+    # Shared by the stacks, and built when the first of them is.
     @functools.cache
     def batch_of() -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
@@ -153,6 +154,7 @@ def makers(
         _share_state(trained, trainer)
         return trained, trainer
 
+    # One builder for each of our stacks, and one for the baseline's.
     def ours(trained: _Trained, **how: Any) -> Step:
         changed = dataclasses.replace(config, **{"compile": "none", "cuda_graphs": "off", **how})
         step = TrainingStep(trained.net, _Held(), changed, trained.optimizer, [trained.ema], Ranks())
@@ -192,7 +194,7 @@ def makers(
 
 @contextlib.contextmanager
 def as_trained(config: TrainConfig) -> Iterator[None]:
-    """Run what is inside, or a function that this decorates, under the numerics that the trainer sets."""
+    """Context manager or decorator that applies the trainer's numerics."""
     precision = torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -207,19 +209,19 @@ def as_trained(config: TrainConfig) -> Iterator[None]:
 
 
 def stacks_of(device: torch.device, form: str, batch: int) -> list[str]:
-    """Return the stacks that there are on a device, in a form and for a batch.
+    """Return the stacks available on a device, in a form and for a batch.
 
-    Packed samples keep half of their patches in the mean, in groups; graphs need a GPU.
+    Packed samples keep half of the patches on average, and need whole groups; graphs need a GPU.
     """
     there = {"ours packed": form == "masked-0.5" and batch % GROUP == 0, "ours graphs": device.type == "cuda"}
     return [stack for stack in STACKS if there.get(stack, True)]
 
 
 class _Trained:
-    """A network of a configuration, and what moves it."""
+    """A network of a configuration, with its EMA and optimizer."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        torch.manual_seed(0)  # the same weights whichever stack is made first
+        torch.manual_seed(0)  # the same weights whichever stack is built first
         with device:
             model = build_model(config, 4, config.image_size // 8)
         for parameter in model.parameters():  # zero-initialised layers would make part of the step trivial
@@ -230,14 +232,14 @@ class _Trained:
 
 
 class _Held:
-    """A dataset whose batches are images already; `TrainingStep` asks no more of it."""
+    """A dataset whose batches are already images, as far as `TrainingStep` needs one."""
 
     def to_images(self, stored: Tensor, seed: int, sample: Tensor) -> Tensor:
         return stored
 
 
 def _plain_trainer(model: MaskDiT, config: TrainConfig, bf16: bool) -> PlainTrainer:
-    """Return the plain baseline of a network, with the network's own weights."""
+    """Return the plain baseline of a network, sharing its weights."""
     with torch.device("meta"):
         plain = PlainDiT(
             model.input_size,
@@ -256,7 +258,7 @@ def _plain_trainer(model: MaskDiT, config: TrainConfig, bf16: bool) -> PlainTrai
 
 
 def _share_state(trained: _Trained, trainer: PlainTrainer) -> None:
-    """Let the plain baseline move the moments and the average of ours."""
+    """Share our moments and EMA with the plain baseline."""
     optimizer, ema = trained.optimizer, trained.ema
     mine, averages = dict(trained.net.model.named_parameters()), dict(trainer.ema.named_parameters())
     for name, parameter in trainer.loss.model.named_parameters():
@@ -267,9 +269,9 @@ def _share_state(trained: _Trained, trainer: PlainTrainer) -> None:
 
 
 def products(step: Callable[[], Any], device: torch.device) -> Callable[[], None]:
-    """Return a call that does the matmuls and the attention of a step again, and nothing else.
+    """Return a call that repeats only the matmuls and attention of a step.
 
-    Its time bounds that of the step. The products run on other numbers of the same shapes, strides and dtypes.
+    Its time is a lower bound of the step's. It uses other values with the same shapes, strides and dtypes.
     """
     seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     buffers: dict[Any, Tensor] = {}
@@ -303,7 +305,7 @@ def products(step: Callable[[], Any], device: torch.device) -> Callable[[], None
 
 @contextlib.contextmanager
 def freed() -> Iterator[None]:
-    """Give a case's memory back when it is done."""
+    """Free a case's memory after the block."""
     yield
     torch._dynamo.reset()
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""The training steps of a bench session, as a table for the terminal.
+"""The terminal table of a session's training steps.
 
-Its figures are those of the session's rows, compared by the functions of `bench.report`. What was not measured is "-",
-and the reason stands below once.
+The figures come from the session's rows, and comparisons from the functions of `bench.report`. Missing figures are "-",
+with the reason below the table.
 """
 
 import textwrap
@@ -12,7 +12,7 @@ from bench.report import FORMS, MORE_STACKS, PLAIN, STACKS, Rows, bound, dense_o
 from bench.rows import Row
 from bench.tables import aligned, digits, times
 
-PRODUCTS = "products"  # how rows name the matmuls and the attention of a step, timed alone
+PRODUCTS = "products"  # name in rows for the matmuls and attention of a step, timed alone
 _WIDTH = 79
 _ORDER = (*STACKS, *MORE_STACKS, PRODUCTS)
 _HEADS = (
@@ -30,7 +30,7 @@ _LEGEND = (
 
 
 class Name(NamedTuple):
-    """What is timed, but for the stack."""
+    """A case without the stack."""
 
     size: str
     side: int
@@ -45,7 +45,7 @@ def name_of(case: dict[str, Any]) -> Name:
 
 
 def shown(stack: str) -> str:
-    """Return what a user sees of a stack's name."""
+    """Return the display name of a stack."""
     return "matmuls alone" if stack == PRODUCTS else stack
 
 
@@ -53,18 +53,18 @@ class Table:
     """The table of a session.
 
     Attributes:
-        left_out: why a stack of a case was not timed.
+        left_out: reasons why a stack of a case was not timed.
     """
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
         self.left_out: dict[tuple[Name, str], str] = {}
         self._compared = Rows([])
-        self._absent: dict[str, dict[Name, list[str]]] = {}  # stacks by the reason, and the case
-        self._is_apart = False  # whether a figure compares what was not timed in turn
+        self._absent: dict[str, dict[Name, list[str]]] = {}  # missing stacks, by reason and case
+        self._is_apart = False  # whether a figure compares times that were not taken in turn
 
     def add(self, row: Row, turn: str) -> None:
-        """Add the row of a whole step, of the session's machine and code; ``turn`` names what was timed in turn."""
+        """Add the row of a whole step, from this machine and code; ``turn`` names the group that was timed in turn."""
         here = {"device": "here", "code": "this"}
         self._rows.append({**row, **here, "turn": turn})
 
@@ -104,11 +104,11 @@ class Table:
         yield from aligned(table, gap=1)
 
     def _cells(self, row: Row) -> list[str]:
-        """Return the cells of a row; empty where there is nothing to compare with."""
+        """Return the cells of a row; empty without a row to compare with."""
         name, stack = name_of(row["case"]), row["variant"]
         cells = [times(row), digits(rate(row))]
         gain = share = ""
-        if name.form != "dense" and stack != "ours packed":  # nothing is packed of whole images
+        if name.form != "dense" and stack != "ours packed":  # whole images have no packed form
             dense, missing = dense_of(self._compared, row), (name._replace(form="dense"), stack)
             gain = self._cell("{:.2f}x", faster, row, dense, missing)
             share = self._cell("{:.0%}", lambda a, b: faster(a, b) / bound(a, b), row, dense, missing)
@@ -126,7 +126,7 @@ class Table:
     def _cell(
         self, form: str, value: Callable[[Row, Row], float], row: Row, other: Row | None, missing: tuple[Name, str]
     ) -> str:
-        """Return a figure of two rows, marked where they were not timed in turn; "-" if the other one is missing."""
+        """Format a figure of two rows, marked if they were not timed in turn; "-" if the other row is missing."""
         if other is None:
             self._miss(*missing)
             return "-"
@@ -141,7 +141,7 @@ class Table:
             stacks.append(stack)
 
     def _notes(self) -> Iterator[str]:
-        """Yield why figures are missing, and what is to be known of others."""
+        """Yield the reasons for missing figures, and notes on others."""
         if self._is_apart:
             yield "* not timed in turn, so that a drift of the machine is part of the ratio."
         for reason, cases in self._absent.items():

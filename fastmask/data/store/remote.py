@@ -66,10 +66,10 @@ class RemoteStore:
     Args:
         url: URL of the store's folder.
 
-        Attributes:
-            url: the URL without credentials, for messages.
-            folder: folder of the copy, which does not have to exist yet.
-            manifest: the manifest at the URL; the copy's if the server is unreachable and the copy is complete.
+    Attributes:
+        url: the URL without credentials, for messages.
+        folder: folder of the copy, which does not have to exist yet.
+        manifest: the manifest at the URL; the copy's if the server is unreachable and the copy is complete.
 
     Raises:
         ValueError: there is no store at the URL, or it is unreachable and not cached completely.
