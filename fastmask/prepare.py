@@ -227,7 +227,7 @@ def _import(config: PrepareConfig, latents: Latents) -> Job:
     flips = "with" if copies == 2 else "without"
     lines = [f"{latents.kind}, {len(latents):,} {latents.holds} {shape[1:]} {flips} flipped images", *latents.notes]
     if kept < copies:
-        lines.append("left out: the latents of flipped images, as --no-flip asks")
+        lines.append("left out: the latents of flipped images (--no-flip)")
     for line in lines:
         say(f"{config.source}: {line}")
     if side != width or (latents.holds == "moments" and channels % 2):
@@ -313,7 +313,7 @@ def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> 
     """Write this rank's shards; rank 0 prints the progress of all ranks."""
     with _one_speaks(ranks):
         if writer.before:
-            say(f"{writer.before:,} of {job.items:,} images were done before")
+            say(f"{writer.before:,} of {job.items:,} images are done already")
         if ranks.count > len(writer.numbers()):
             say(f"{len(writer.numbers())} shards for {ranks.count} processes: a smaller --shard-size gives each one")
     parts = {number: _split(writer.items_of(number), config.batch_size) for number in writer.todo}
@@ -337,7 +337,7 @@ def fill(writer: StoreWriter, config: PrepareConfig, job: Job, ranks: Ranks) -> 
             progress.print_line()
     with _one_speaks(ranks):
         if ranks.count > 1 and progress.done < job.items:
-            say("this process's shards are filled, the others' are waited for")
+            say("this process's shards are done; waiting for the others")
 
 
 def _name(job: Job, part: range, batch: Decoded, index: int) -> str:
@@ -363,7 +363,7 @@ def check(store: Path, vae: str, device: torch.device) -> None:
             f"{store} is damaged: {len(found.damaged)} of its files; delete them and copy or fetch them again, or "
             f"prepare it again"
         )
-    say(f"{store} is whole")
+    say(f"{store} is intact")
     images = found.images[:: -(-len(found.images) // _SHOWN)]
     if found.manifest.kind != "pixels":
         images = _decoded(images, found.manifest, vae, device)

@@ -102,10 +102,10 @@ def test_labels_are_left_out_where_they_are_not_wanted(folder, tmp_path, capsys)
     for number, source in enumerate((hidden, captions, folder)):
         manifest = prepare(source, tmp_path / str(number), "--num-classes", "0")
         assert (manifest.num_classes, manifest.class_names) == (0, [])
-        assert "images, no classes, as --num-classes 0 asks" in capsys.readouterr().out
+        assert "images, no classes (--num-classes 0)" in capsys.readouterr().out
     assert prepare(captions, tmp_path / "3").num_classes == 0
     assert "left out, beside an image of a sample: 2 (0.json, 1.json)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="have no labels, which num_classes 2 asks for"):
+    with pytest.raises(ValueError, match="have no labels, but num_classes is 2"):
         prepare(captions, tmp_path / "4", "--num-classes", "2")
 
 
@@ -329,7 +329,7 @@ def test_check(folder, tmp_path, capsys):
     main(["--check", str(tmp_path / "store")])
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "12 records of pixels, uint8 (1, 3, 16, 16), image_size 16, 3 shards"
-    assert said[-2:] == [f"{tmp_path / 'store'} is whole", f"12 images: {tmp_path / 'store' / 'sheet.png'}"]
+    assert said[-2:] == [f"{tmp_path / 'store'} is intact", f"12 images: {tmp_path / 'store' / 'sheet.png'}"]
     with Image.open(tmp_path / "store" / "sheet.png") as sheet:
         assert sheet.size == (8 * 32, 2 * 32)
     path = tmp_path / "store" / "00001.npy"
@@ -344,7 +344,7 @@ def test_check(folder, tmp_path, capsys):
     (tmp_path / "store" / "sheet.png").unlink()
     (tmp_path / "store" / ".partial-sheet.png").mkdir()  # nothing can be written there, as on a shared disk
     main(["--check", str(tmp_path / "store")])
-    assert "is whole" in (said := capsys.readouterr().out)
+    assert "is intact" in (said := capsys.readouterr().out)
     assert "warning: " in said.splitlines()[-1]
     assert "sheet.png cannot be drawn: " in said.splitlines()[-1]
 

@@ -86,7 +86,7 @@ def test_latents_of_lightningdit(tmp_path, capsys):
     np.testing.assert_allclose(images[10:], (latents[..., ::-1] + 1 - mean) / std, rtol=1e-2, atol=1e-2)
     one = imported(source, tmp_path / "one", "--image-size", "64", "--no-flip")
     assert one.shape == (1, 32, 4, 4)
-    assert "left out: the latents of flipped images, as --no-flip asks" in capsys.readouterr().out
+    assert "left out: the latents of flipped images (--no-flip)" in capsys.readouterr().out
     (source / "latents_stats.pt").unlink()
     with pytest.raises(ValueError, match=r"latents_stats\.pt is not there: give --latent-scale and --latent-shift"):
         imported(source, tmp_path / "other", "--image-size", "64")

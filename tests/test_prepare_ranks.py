@@ -42,12 +42,12 @@ def test_two_ranks_go_on_with_what_one_began(folder, tmp_path):  # noqa: F811
         prepare(folder, tmp_path / "two", "--shard-size", "1")
     out, code = finished(torchrun(folder, tmp_path / "two", "--on-bad", "skip", "--num-workers", "1"))
     assert code == 0, out
-    assert "6 of 18 images were done before" in out
+    assert "6 of 18 images are done already" in out
     assert content(tmp_path / "two") == content(tmp_path / "alone")
     assert read_manifest(tmp_path / "two") == alone
     assert out.count("folder, 18 images, 2 classes") == 1, "one rank speaks"
     assert out.count("12 records, 2 classes, 6 images left out") == 1
-    assert ("18/18 images" in out) != ("the others' are waited for" in out)
+    assert ("18/18 images" in out) != ("waiting for the others" in out)
     for name in faults:
         assert out.count(f"left out: {folder / name}") == 1, "a damaged image is told by the rank that meets it"
 

@@ -65,7 +65,7 @@ def test_no_classes_need_no_labels(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"label -1 is below 0, .*--num-classes 0 takes the images without labels"):
         opened(tmp_path / "0.tar")
     assert opened(tmp_path / "0.tar", num_classes=0).read(np.arange(1))[1].tolist() == [0]
-    assert f"{tmp_path}/0.tar: webdataset, 1 images, no classes, as --num-classes 0 asks" in capsys.readouterr().out
+    assert f"{tmp_path}/0.tar: webdataset, 1 images, no classes (--num-classes 0)" in capsys.readouterr().out
 
 
 def test_arrays_at_their_own_side(sources):

@@ -55,7 +55,7 @@ def read_npz(path: Path, num_classes: int | None) -> Arrays:
         arrays["labels"] = _checked_labels(path, arrays["labels"], len(values[0]), num_classes)
         arrays["num_classes"] = np.array(arrays["labels"].max() + 1 if num_classes is None else num_classes)
     elif num_classes:
-        raise ValueError(f"{path} holds no `labels`, which num_classes {num_classes} asks for")
+        raise ValueError(f"{path} holds no `labels`, but num_classes is {num_classes}")
     _say_left_out(path, headers, len(values[0]), labelled=num_classes == 0 or "labels" in arrays)
     return arrays
 

@@ -80,7 +80,7 @@ class Source(ABC):
             return list(self.class_names)
         if num_classes and not there:
             raise ValueError(
-                f"{self.name(0)} and the others have no labels, which num_classes {num_classes} asks for ({WITHOUT})"
+                f"{self.name(0)} and the others have no labels, but num_classes is {num_classes} ({WITHOUT})"
             )
         if num_classes and there > num_classes:
             raise ValueError(f"the images have {there} classes, more than num_classes {num_classes}")
@@ -99,7 +99,7 @@ class Source(ABC):
         if count:
             line += f" by {self.labelled_by}: {some(self.class_names, last=True)}"
         elif not self.labelled:
-            line += ", as --num-classes 0 asks"
+            line += " (--num-classes 0)"
         found = [line, *self.notes]
         if self.labels is not None:
             without = int((self.labels < 0).sum())

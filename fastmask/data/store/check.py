@@ -122,6 +122,6 @@ def _classes(manifest: Manifest) -> list[str]:
     counts, names = np.array(manifest.class_counts), manifest.class_names
     most, fewest = int(counts.argmax()), int(counts.argmin())
     return [
-        f"{len(counts)} classes of {int(np.median(counts)):,} records in the middle, from {counts[fewest]:,} "
+        f"{len(counts)} classes, median {int(np.median(counts)):,} records, from {counts[fewest]:,} "
         f"({printable(names[fewest])}) to {counts[most]:,} ({printable(names[most])})"
     ]

@@ -53,7 +53,7 @@ class StoreDataset:
         if num_classes and num_classes < manifest.num_classes:
             raise ValueError(f"{path} has {manifest.num_classes} classes, more than num_classes {num_classes}")
         if num_classes and not manifest.num_classes:
-            raise ValueError(f"{path} has no labels, which num_classes {num_classes} asks for")
+            raise ValueError(f"{path} has no labels, but num_classes is {num_classes}")
         if flip and manifest.kind != "pixels" and manifest.shape[0] == 1:
             raise ValueError(f"{path} holds no latents of flipped images: prepare it from images, without --no-flip")
         if not manifest.count:

@@ -77,7 +77,7 @@ def test_idx_says_which_labels_it_wants(tmp_path):
     idx(tmp_path / "train-labels-idx1-ubyte.gz", np.array([1, 0, 1], np.uint8), pack=True)
     assert open_source(path).lines() == ["idx, 3 images, 2 classes by labels: 0, 1"]
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"damaged")
-    assert open_source(path, labelled=False).lines() == ["idx, 3 images, no classes, as --num-classes 0 asks"]
+    assert open_source(path, labelled=False).lines() == ["idx, 3 images, no classes (--num-classes 0)"]
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -89,7 +89,7 @@ def test_no_classes_leaves_the_labels_out(tmp_path):
         ({"images": IMAGES, "moments": IMAGES}, None, "must hold either `images` or `moments`"),
         ({"images": IMAGES[:0]}, None, "holds no samples"),
         ({"images": np.uint8(3)}, None, "holds no samples"),
-        ({"images": IMAGES}, 3, "holds no `labels`, which num_classes 3 asks for"),
+        ({"images": IMAGES}, 3, "holds no `labels`, but num_classes is 3"),
         ({"images": IMAGES, "labels": np.arange(3)}, None, r"must be 4 integers, not int64 of shape \(3,\)"),
         ({"images": IMAGES, "labels": np.zeros((4, 1), int)}, None, r"must be 4 integers, not int64 of shape \(4, 1\)"),
         ({"images": IMAGES, "labels": np.zeros(4)}, None, r"must be 4 integers, not float64 of shape \(4,\)"),

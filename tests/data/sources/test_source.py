@@ -48,7 +48,7 @@ def test_what_is_said():
         r"left out, no images: 4 (x\x1b.txt, b, c, ...)",
     ]
     assert Three().lines() == ["three, 3 images, no classes"]
-    assert Three(labelled=False).lines() == ["three, 3 images, no classes, as --num-classes 0 asks"]
+    assert Three(labelled=False).lines() == ["three, 3 images, no classes (--num-classes 0)"]
     assert Three([0, 0, 0], ["cat"]).lines() == ["three, 3 images, 1 class by guess: cat"]
 
 
@@ -66,7 +66,7 @@ def test_names_of_classes():
     assert source.names_of(0) == []
     with pytest.raises(ValueError, match="the images have 2 classes, more than num_classes 1"):
         source.names_of(1)
-    with pytest.raises(ValueError, match="image 0 and the others have no labels, which num_classes 4 asks for"):
+    with pytest.raises(ValueError, match="image 0 and the others have no labels, but num_classes is 4"):
         Three().names_of(4)
     with pytest.raises(ValueError, match=f"num_classes must be at most {MAX_CLASSES}, not {2**40}"):
         source.names_of(2**40)

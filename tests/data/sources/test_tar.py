@@ -107,9 +107,7 @@ def test_a_caption_of_any_kind_needs_no_label(tmp_path):
     tar(tmp_path / "0.tar", {"a.jpg": b"A", "a.json": b'{"caption": "a cat"}', "b.jpg": b"B", "b.json": b"\xff"})
     assert [label for _, _, label in everything(open_source(tmp_path))] == [0, 0]
     tar(tmp_path / "0.tar", {"a.jpg": b"A", "a.json": b"["})
-    assert (
-        open_source(tmp_path, labelled=False).lines()[0] == "webdataset, 1 images, no classes, as --num-classes 0 asks"
-    )
+    assert open_source(tmp_path, labelled=False).lines()[0] == "webdataset, 1 images, no classes (--num-classes 0)"
 
 
 def test_names_with_dots(tmp_path):

@@ -17,7 +17,7 @@ def test_a_whole_store(tmp_path):
     assert found.images.shape == (9, 3, 8, 8)
     records, classes, skipped, figures = found.lines
     assert records == "9 records of pixels, uint8 (1, 3, 8, 8), image_size 8, 3 shards"
-    assert classes == "3 classes of 3 records in the middle, from 2 (b) to 4 (a)"
+    assert classes == "3 classes, median 3 records, from 2 (b) to 4 (a)"
     assert figures.startswith("as trained on, of 9 images: mean ")
     means = [float(word) for word in figures.split("mean ")[1].split(",")[0].split()]
     assert means == pytest.approx(found.images.mean((0, 2, 3)).tolist(), abs=1e-3)

@@ -160,7 +160,7 @@ def test_a_store_of_nothing(tmp_path):
 def test_a_store_without_labels(tmp_path):
     write(tmp_path / "store", count=1, class_names=[])
     assert opened(tmp_path / "store").num_classes == 0
-    with pytest.raises(ValueError, match="has no labels, which num_classes 3 asks for"):
+    with pytest.raises(ValueError, match="has no labels, but num_classes is 3"):
         opened(tmp_path / "store", num_classes=3)
 
 

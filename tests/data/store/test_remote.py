@@ -404,7 +404,7 @@ def test_training(url, tmp_path, capsys):
 def test_a_check(url, tmp_path, capsys):
     prepare.main(["--check", url])
     whole, *_, sheet = capsys.readouterr().out.splitlines()[-3:]  # the store is of latents without their VAE
-    assert whole == f"{local_copy(url)} is whole"
+    assert whole == f"{local_copy(url)} is intact"
     assert sheet == f"10 images: {local_copy(url) / 'sheet.png'}"
     with pytest.raises(ValueError, match="file:///x: a store is written to a folder; copy it to the URL when it is"):
         prepare.main(["source", "file:///x"])
