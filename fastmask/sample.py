@@ -1,4 +1,4 @@
-"""`python -m fastmask.sample`: draws samples with the weights of a run, or with published ones."""
+"""`python -m fastmask.sample`: draws samples with the weights of a run or a published checkpoint."""
 
 import dataclasses
 import importlib.util
@@ -22,37 +22,37 @@ from fastmask.ranks import Ranks, own_device, require_one_process
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """What to draw."""
+    """Arguments of sampling."""
 
     source: tyro.conf.Positional[str]
-    """A run folder, whose newest whole checkpoint is taken, one of its checkpoints/step-N, or a .pt or .safetensors
-    file of weights in the published names."""
+    """Weights: a run folder (its newest intact checkpoint), one of its checkpoints/step-N, or a .pt or .safetensors
+    file with the published parameter names."""
     out: str = "samples.png"
-    """A .png grid, or an .npz of `samples` (N, C, H, W) float32 and `labels`."""
+    """Output file: a .png grid, or an .npz with `samples` (N, C, H, W) float32 and `labels`."""
     weights: Kind = "ema"
-    """Averaged weights, or the raw ones that are trained."""
+    """Weights to sample with: the averaged weights (ema) or the trained ones (raw)."""
     num_samples: int = 64
     """Number of samples."""
     classes: tuple[int, ...] = ()
-    """Labels to draw, in turn; all of them when none are named."""
+    """Class labels, used cyclically. Default: all classes."""
     unconditional: bool = False
-    """Draw without labels and without guidance."""
+    """Sample without labels and without guidance."""
     cfg_scale: float = 1.5
-    """Guidance; 1 is none."""
+    """Classifier-free guidance scale; 1 disables guidance."""
     num_steps: int = 40
-    """Noise levels of the sampler."""
+    """Number of steps of the solver."""
     batch_size: int = 256
-    """Samples drawn at a time."""
+    """Number of samples per batch."""
     seed: int = 0
-    """Seed of the noise: sample i is a function of it and i."""
+    """Seed of the noise; sample i depends on the seed and i only."""
     device: str = "auto"
-    """Where to draw: cuda, cpu; auto is the GPU if there is one."""
+    """Device: cuda or cpu. auto: the GPU if there is one."""
     num_heads: int = 0
-    """Encoder heads of a file that does not state them; 0 takes those of the published size."""
+    """Number of encoder heads, for a file that does not record it. 0: as in the published model of that width."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw samples as the arguments say."""
+    """Parse the arguments, draw the samples and write them."""
     config = parse(SampleConfig, argv, prog="python -m fastmask.sample", description="Draw samples.")
     require_one_process("fastmask.sample")
     check(config)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     net = load_maskdit(config.source, config.num_heads or None, weights=config.weights).eval().to(device)
     labels, columns = labels_of(config, net.model.num_classes)
     guided = net.model.num_classes > 0 and not config.unconditional
-    out.parent.mkdir(parents=True, exist_ok=True)  # where that fails it does before the work
+    out.parent.mkdir(parents=True, exist_ok=True)  # fail before sampling, not after
     samples = draw_samples(
         net,
         labels,
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check(config: SampleConfig) -> None:
-    """Raise a ValueError that names the first argument that cannot be, whatever the source is."""
+    """Raise a ValueError for the first invalid argument, before the weights are read."""
     suffix = Path(config.out).suffix
     if suffix not in (".png", ".npz"):
         raise ValueError(f"--out {config.out}: samples are written as .png or .npz")
@@ -94,10 +94,10 @@ def check(config: SampleConfig) -> None:
 
 
 def labels_of(config: SampleConfig, num_classes: int) -> tuple[Tensor, int]:
-    """Return the label of each sample, and how many samples to draw in a row.
+    """Return the label of each sample, and the number of columns of the grid.
 
     Raises:
-        ValueError: classes that the network does not know.
+        ValueError: labels outside the classes of the network.
     """
     if config.classes and not num_classes:
         raise ValueError(f"{config.source} was trained without labels: leave --classes out")
@@ -114,7 +114,7 @@ def labels_of(config: SampleConfig, num_classes: int) -> tuple[Tensor, int]:
 
 
 def write(out: Path, samples: Tensor, labels: Tensor, columns: int) -> None:
-    """Write samples as a grid or as arrays, as the name of the file says."""
+    """Write the samples as a .png grid or as .npz arrays, by the suffix of ``out``."""
     if out.suffix == ".png":
         save_grid(out, samples, columns)
         return

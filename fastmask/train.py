@@ -1,4 +1,4 @@
-"""`python -m fastmask.train`: trains a masked diffusion transformer, and resumes from its last checkpoint."""
+"""`python -m fastmask.train`: trains a masked diffusion transformer, or resumes from the last checkpoint."""
 
 import contextlib
 import dataclasses
@@ -48,13 +48,13 @@ _NAME = "python -m fastmask.train"
 class _Command:
     config: TrainConfig
     dry_run: bool = False
-    """Print the resolved configuration and the counts of the network, and stop."""
+    """Print the resolved configuration, the cost of a step and its memory, and exit."""
     profile: int = 0
-    """Do so many steps under the profiler, say where the time went, and stop; nothing else is stored."""
+    """Profile this many steps, print a breakdown and exit; only the trace is stored. 0: off."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train as the arguments say."""
+    """Parse the arguments, resolve the configuration and train."""
     ranks = Ranks.from_environment()
     console.quiet = ranks.rank > 0
     preset = preset_config(_preset_name(argv), PRESETS)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def resolve_machine(config: TrainConfig, ranks: Ranks = Ranks()) -> TrainConfig:  # noqa: B008  (immutable)
-    """Return a configuration in which run folder, device, precision, batch and so on are values, never "auto"."""
+    """Return the configuration with "auto" and empty fields resolved: run folder, device, precision, micro-batch, .."""
     device = own_device(pick_device(config.device), ranks)
     precision = _resolve_precision(config, device)
     optimizer = resolve_optimizer(config.optimizer, device)
@@ -113,7 +113,7 @@ def resolve_machine(config: TrainConfig, ranks: Ranks = Ranks()) -> TrainConfig:
 
 
 def _run_name(config: TrainConfig) -> str:
-    """Return a name for a run folder: the preset's, and that of the data where they are not the preset's."""
+    """Return a name for the run folder: the preset, followed by the name of the data unless it is the preset's."""
     if config.data == preset_config(config.preset, PRESETS).data:
         return config.preset
     path = re.split(r"[?#]", config.data)[0] if "://" in config.data else config.data  # no signature in a name
@@ -122,7 +122,7 @@ def _run_name(config: TrainConfig) -> str:
 
 
 def _resolve_precision(config: TrainConfig, device: torch.device) -> Literal["fp32", "tf32", "bf16", "fp16"]:
-    """Return the precision of matmuls; bf16 and tf32 only of GPUs that have them, since some emulate bf16 slowly."""
+    """Return the precision of matmuls; bf16 and tf32 need hardware support, since some GPUs emulate bf16 slowly."""
     if device.type != "cuda":
         return "fp32" if config.precision == "auto" else config.precision
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -158,14 +158,14 @@ def _resolve_graphs(config: TrainConfig, device: torch.device, ranks: Ranks) -> 
 def resolve_data(
     config: TrainConfig, preset: TrainConfig, given: Collection[str] = (), *, fetch: bool = True
 ) -> tuple[TrainConfig, Dataset]:
-    """Open the data, and return the configuration with the number of classes that they have.
+    """Open the dataset, and return the configuration with its number of classes.
 
     Args:
-        config: what to train, and on what.
-        preset: what it began from. Data that it does not name bring their number of classes, and pixels of an array
-            their side.
-        given: fields that were asked for, and are not taken from the data even where the preset has the same.
-        fetch: whether data at a URL are fetched, and not only described.
+        config: the configuration.
+        preset: the preset's configuration. A dataset other than the preset's sets the number of classes, and pixels of
+            an array set the image size.
+        given: fields set on the command line, which the dataset does not override.
+        fetch: whether to download a dataset at a URL, instead of reading its description only.
     """
     own = config.data != preset.data and config.data not in ("digits", "synthetic")
     from_data = own and config.num_classes == preset.num_classes and "num_classes" not in given
@@ -193,12 +193,12 @@ def resolve_data(
 
 
 def dry_run(config: TrainConfig, preset: TrainConfig, given: Collection[str] = ()) -> None:
-    """Print what a run would be, without allocating its weights; data that are missing are assumed to be latents.
+    """Print the plan of a run without allocating weights; a missing dataset is assumed to hold latents.
 
     Args:
-        config: what it would be.
-        preset: see `resolve_data`.
-        given: see there.
+        config: the resolved configuration.
+        preset: as in `resolve_data`.
+        given: as in `resolve_data`.
     """
     channels, size = 4, config.image_size // 8
     if config.data != preset.data or config.data == "digits" or Path(config.data).exists():
@@ -221,19 +221,19 @@ def train(
     profile: int = 0,
     signals: "StopSignals | None" = None,
 ) -> None:
-    """Train to the last step, from the newest checkpoint of the run folder if it has one.
+    """Train to the last step, resuming from the newest checkpoint of the run folder if there is one.
 
     Args:
         config: the resolved configuration.
-        dataset: what to train on.
-        ranks: the processes that train together.
-        profile: do so many steps under the profiler instead.
-        signals: those that end the run after a step, with a checkpoint; None listens to none.
+        dataset: the training data.
+        ranks: rank and world size.
+        profile: profile this many steps instead of training; 0 trains.
+        signals: signal handlers that end the run after a step, with a checkpoint; None handles no signals.
 
     Raises:
-        ValueError: the run folder holds another run or is in use, the machine is too small, or the loss diverged.
+        ValueError: the run folder holds another run or is in use, the memory is too small, or the loss diverged.
         OSError: the run folder cannot be written.
-        SystemExit: the process was told to stop; a checkpoint has been written.
+        SystemExit: a signal stopped the run; a checkpoint has been written.
     """
     set_numerics(config)
     torch.manual_seed(config.seed)
@@ -244,6 +244,7 @@ def train(
     if profile:
         Run(config, dataset, ranks, fresh=True).profile(profile)
         return
+    # The lock is held until the last checkpoint is on disk.
     with contextlib.ExitStack() as held:
         from_first(ranks, lambda: held.enter_context(locked(run_dir / LOCK)))
         run = Run(config, dataset, ranks)
@@ -253,6 +254,7 @@ def train(
         introduce(run, dataset)
         signals.at_once = False
         checkpointer = held.enter_context(Checkpointer(run_dir, config.keep_checkpoints))
+        # Each iteration but the last ends in a rollback after a loss spike.
         while run.step < config.max_steps:
             try:
                 run.train(checkpointer, lambda: signals.received)
@@ -266,12 +268,12 @@ def train(
                     f"process {ranks.rank} of {ranks.count} lost another one: see what that one printed last; the same "
                     f"command resumes from the last checkpoint"
                 ) from error
-    if not ranks.rank:  # which has written the last checkpoint when it comes here; the others may come before
+    if not ranks.rank:  # only rank 0 has waited for the last checkpoint to be written
         say(f"trained {config.max_steps} steps: {checkpoints(run_dir)[-1]}")
 
 
 def introduce(run: Run, dataset: Dataset) -> None:
-    """Say what is about to be trained, on what, and where it can be watched."""
+    """Print the dataset, the network, the device and the TensorBoard command."""
     config = run.config
     shape = " x ".join(map(str, dataset.shape))
     if config.data in ("digits", "synthetic"):
@@ -279,7 +281,7 @@ def introduce(run: Run, dataset: Dataset) -> None:
         shown = f" ({', '.join(names)}{', ...' if dataset.num_classes > len(names) else ''})" if names else ""
         classes = f"{dataset.num_classes} classes{shown}" if dataset.num_classes else "no classes"
         say(f"data {config.data}: {len(dataset):,} images of {shape}, {classes}")
-    else:  # how many there are of which classes was said when they were opened
+    else:  # opening the dataset has printed its number of images and classes
         say(f"data {config.data}: trained on as {shape}")
     count = num_parameters(run.net.model)
     parameters = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
@@ -292,7 +294,7 @@ def introduce(run: Run, dataset: Dataset) -> None:
 
 
 def check_tools(config: TrainConfig) -> None:
-    """Raise a ValueError if what the run needs later is missing: Pillow for grids of samples, a compiler."""
+    """Raise a ValueError if Pillow (for sample grids) or a compiler is needed and missing."""
     if config.sample_every and not importlib.util.find_spec("PIL"):
         raise ValueError("drawing samples needs pillow: pip install pillow, or train with --sample-every 0")
     if config.compile == "none":
@@ -307,7 +309,7 @@ def check_tools(config: TrainConfig) -> None:
 
 
 def check_memory(config: TrainConfig, channels: int, size: int, ranks: Ranks) -> None:
-    """Raise a ValueError if a step needs more memory than the device has, and say what would fit."""
+    """Raise a ValueError that suggests a smaller micro-batch if a step needs more memory than the device has."""
     with torch.device("meta"):
         model = build_model(config, channels, size)
     ratio = min(config.ratio_at(step) for step in (0, config.max_steps - 1))
@@ -338,13 +340,13 @@ def check_memory(config: TrainConfig, channels: int, size: int, ranks: Ranks) ->
 
 
 class StopSignals:
-    """Which signal to stop has arrived: SIGINT, SIGTERM, SIGHUP of a closed terminal, Slurm's SIGUSR1, or SIGUSR2.
+    """Records a stop signal: SIGINT, SIGTERM, SIGHUP (closed terminal), SIGUSR1 (Slurm) or SIGUSR2 (torchrun died).
 
-    SIGUSR2 means that torchrun is gone: without it nobody would end the processes that it started.
+    SIGUSR2 ends the workers when torchrun dies; otherwise they would keep running.
 
     Attributes:
-        received: its number, 0 before.
-        at_once: whether it ends the process at once, as before the first step, or is left to the end of a step.
+        received: number of the signal received, 0 if none.
+        at_once: whether a signal exits immediately (before the first step) or after the current step.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -355,7 +357,7 @@ class StopSignals:
     def note(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
         if self.received and number == signal.SIGUSR2:
-            return  # Linux sends it for each thread of torchrun that ends, and torchrun may have passed on another
+            return  # Linux sends it once per exiting thread of torchrun, maybe after a forwarded signal
         if self.received:
             raise KeyboardInterrupt  # a second signal does not wait for the step
         self.received = number
@@ -368,7 +370,7 @@ class StopSignals:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Listen to the signals that stop a run inside the block."""
+    """Install the handlers of stop signals inside the block, and restore the previous ones after it."""
     signals = StopSignals()
     before = {number: signal.signal(number, signals.note) for number in signals.NUMBERS}
     try:
@@ -380,7 +382,7 @@ def stop_signals() -> Iterator[StopSignals]:
 
 
 def _preset_name(argv: Sequence[str]) -> str:
-    """Return the preset that the arguments name; the others are read with its values as defaults."""
+    """Return the value of --preset, whose row supplies the defaults of all other flags."""
     for i, argument in enumerate(argv):
         if argument.startswith("--preset="):
             return argument.removeprefix("--preset=")

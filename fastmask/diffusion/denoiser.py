@@ -1,4 +1,4 @@
-"""The denoiser: a network under the preconditioning of a process."""
+"""Denoiser: a network with the preconditioning of a process."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ class Denoiser(nn.Module):
 
     Args:
         model: the network F.
-        process: where the coefficients come from.
+        process: the process, which gives the coefficients.
     """
 
     def __init__(self, model: MaskDiT, process: Process) -> None:
@@ -25,7 +25,7 @@ class Denoiser(nn.Module):
         self.process = process
 
     def raw_tokens(self, x: Tensor, coefficients: Coefficients, labels: Tensor, mask: Mask | None = None) -> Tensor:
-        """Return F's raw tokens, shape (B, L, P), at the coefficients of the samples' times."""
+        """Return the raw tokens of F, shape (B, L, P), for the coefficients of each sample."""
         self._check_labels(labels)
         image_scale = coefficients.c_in.to(x.dtype)
         tokens: Tensor = self.model(x, coefficients.c_noise, labels, mask, image_scale=image_scale)
@@ -34,7 +34,7 @@ class Denoiser(nn.Module):
     def mixed_raw_tokens(
         self, images: Sequence[Tensor], coefficients: Coefficients, labels: Tensor, masks: Sequence[Mask | None]
     ) -> list[Tensor]:
-        """Return F's raw tokens for noised images of several sizes; arguments as in `Objective.mixed`."""
+        """Return the raw tokens of F for noised images of several sizes; arguments as in `Objective.mixed`."""
         self._check_labels(labels)
         image_scale = coefficients.c_in.to(images[0].dtype)
         return self.model.forward_mixed(images, coefficients.c_noise, labels, masks, image_scale)
@@ -46,7 +46,7 @@ class Denoiser(nn.Module):
             x: noised images, shape (B, C, H, W).
             t: time of each sample, shape (B,): EDM's noise level sigma.
             labels: int64, shape (B,); a label equal to ``num_classes`` means no label.
-            mask: the positions that the encoder sees; None is all.
+            mask: positions that the encoder sees; None is all.
 
         Returns:
             Shape (B, C, H, W), dtype of ``x``.
@@ -61,15 +61,14 @@ class Denoiser(nn.Module):
         return (c_skip * x + c_out * raw).to(x.dtype)
 
     def _check_labels(self, labels: Tensor) -> None:
-        # Values are read on the CPU alone: elsewhere it would make every step wait for the device, and fake tensors (a
-        # subclass) have none.
+        # Only on the CPU: elsewhere reading values is a host sync, and fake tensors (a subclass) have no values.
         real = type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling()
         if real and self.model.num_classes:
             check_labels(labels, self.model.num_classes)
 
 
 class EDMPrecond(Denoiser):
-    """`Denoiser` of EDM's process, under the name and with the arguments that EDM's users know.
+    """`Denoiser` with EDM's process, with the name and arguments used by EDM.
 
     Args:
         model: the network F.

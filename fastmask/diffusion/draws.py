@@ -1,4 +1,4 @@
-"""The random draws of training. Sample b's draws are a function of the seed and of its global index alone."""
+"""Random draws of training, each a function of the seed and the global index of the sample only."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ _TIME_STREAM, _NOISE_STREAM, _LABEL_STREAM = 1, 2, 3
 
 
 class TrainingDraws(NamedTuple):
-    """What is drawn for a batch: the arguments of `Objective` beside the images, in their order."""
+    """Random draws of a batch: the arguments of `Objective` after the images, in order."""
 
     labels: Tensor
     mask: Mask | None
@@ -35,33 +35,32 @@ def training_draws(
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
 ) -> TrainingDraws:
-    """Draw times, noise, mask and labels to drop for a batch, without waiting for the device.
+    """Draw times, noise, masks and label dropout for a batch, without a host sync.
 
-    With ``seed`` and ``offset`` the draws are the same on every device, in a batch of any size and in any order of
-    batches. Without them every call takes a new seed from the device's torch generator: no two calls share noise, and
-    the same calls after the same ``torch.manual_seed`` repeat it, in every process that sets it. A CUDA graph that was
-    captured with tensors for both draws afresh at each replay once these are changed in place.
+    With ``seed`` and ``offset`` the draws are the same on every device, for any batch size and order of batches.
+    Without them every call takes a new seed from the device's torch generator, reproducible with ``torch.manual_seed``.
+    If both are tensors, a captured CUDA graph makes new draws at each replay after they are changed in place.
 
     Args:
-        process: draws the times.
+        process: the process, which maps normal draws to times.
         images: shape (B, C, H, W).
         labels: int64, shape (B,).
         length: L.
         keep: K; equal to L means no mask.
-        num_classes: the label that means none.
-        label_drop: probability of replacing a label by none.
-        per_sample: how each sample draws its own K, unless ``keep`` is L. The batch must then be made of whole groups,
-            so the offset, too, is a multiple of `fastmask.diffusion.masking.GROUP` (a tensor's value is not checked).
+        num_classes: the label that means no label.
+        label_drop: probability of dropping a label.
+        per_sample: distribution of K per sample; ignored if ``keep`` is L. The batch size and the offset must then be
+            multiples of `fastmask.diffusion.masking.GROUP` (not checked for a tensor offset).
         seed: the run's seed, an int, or int64 of shape () on the device of the images.
-        offset: global index of the batch's first sample in the run, like ``seed`` and given with it. Calls of the same
-            seed whose samples' indices overlap share draws: a training loop adds B from one call to the next.
+        offset: global index of the batch's first sample in the run, of a type like ``seed``; requires ``seed``. Calls
+            with overlapping sample indices share draws, so a training loop increases the offset by B per call.
 
     Returns:
         Labels (B,) with some dropped, the mask (None when nothing is dropped), times (B,) and unit noise of the shape
         of the images, both float32.
 
     Raises:
-        ValueError: a seed without an offset, or the other way round; a ratio per sample for a batch that is not made of
+        ValueError: a seed without an offset or vice versa; a ratio per sample for a batch that does not consist of
             whole groups.
     """
     if (seed is None) != (offset is None):
@@ -69,7 +68,7 @@ def training_draws(
         raise ValueError(f"{given} is given and {missing} is missing: samples are drawn by both, or give neither")
     batch, device = images.shape[0], images.device
     if seed is None or offset is None:
-        # A tensor: the host would have to wait for a number.
+        # A tensor, since reading a number would be a host sync.
         seed, offset = torch.randint(2**63 - 1, (), device=device), 0
     sample = torch.arange(batch, dtype=torch.int64, device=device) + offset
     t = process.draw(random_normal(seed, sample, 1, _TIME_STREAM)[:, 0])

@@ -1,4 +1,4 @@
-"""EDM's process: preconditioning, training noise and times of the sampler (arXiv 2206.00364, table 1)."""
+"""EDM: preconditioning, training noise levels and sampler times (arXiv 2206.00364, table 1)."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from fastmask.diffusion.process import Coefficients, Process, check_steps
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EDM(Process):
-    """The variance-exploding process whose time is the noise level sigma."""
+    """Variance-exploding process whose time is the noise level sigma."""
 
     name: ClassVar[str] = "edm"
 
@@ -34,7 +34,7 @@ class EDM(Process):
             raise ValueError(f"p_std must be at least 0, not {self.p_std}")
 
     def draw(self, normal: Tensor) -> Tensor:
-        """Return noise levels whose logarithms are normal."""
+        """Return log-normal noise levels."""
         return (normal * self.p_std + self.p_mean).exp()
 
     def mix(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,11 +42,11 @@ class EDM(Process):
         return torch.ones_like(t), t
 
     def noised(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """Return images + sigma * noise, which spares a pass over the images."""
+        """Return images + sigma * noise, without a pass over the images to scale them by 1."""
         return (images + noise * t[:, None, None, None]).to(images.dtype)
 
     def coefficients(self, t: Tensor) -> Coefficients:
-        """Return table 1's preconditioning."""
+        """Return the preconditioning of table 1."""
         variance, data = t.square(), self.sigma_data**2
         total = variance + data
         return Coefficients(
@@ -65,13 +65,13 @@ class EDM(Process):
         """Return the sampler's noise levels (equation 5) and 0, float64, shape (num_steps + 1,).
 
         Args:
-            num_steps: levels above 0, at least 2.
-            sigma_min: the lowest of them.
-            sigma_max: the highest.
-            rho: how much they crowd toward the lowest.
+            num_steps: number of levels above 0, at least 2.
+            sigma_min: lowest level above 0.
+            sigma_max: highest level.
+            rho: exponent of the spacing; larger values concentrate steps near ``sigma_min``.
 
         Raises:
-            ValueError: fewer than two steps, or levels that do not fall.
+            ValueError: fewer than two steps, or levels that do not decrease.
         """
         check_steps(num_steps)
         if not (0 < sigma_min < sigma_max < math.inf and 0 < rho < math.inf):

@@ -15,14 +15,14 @@ def guided(
     num_classes: int,
     dtype: torch.dtype,
 ) -> Denoise:
-    """Return a denoiser of states in float64, D_none + scale * (D_label - D_none).
+    """Return the guided denoiser D_none + scale * (D_label - D_none), for float64 states.
 
     Args:
-        net: a `Denoiser`, or a callable like it.
+        net: a `Denoiser` or a callable with its arguments.
         labels: int64, shape (B,).
-        cfg_scale: the scale; 1 evaluates D_label alone.
-        num_classes: the label that means none.
-        dtype: that the network takes.
+        cfg_scale: guidance scale; 1 evaluates only D_label.
+        num_classes: the label that means no label.
+        dtype: input dtype of the network.
 
     Raises:
         ValueError: guidance for a network without classes.

@@ -1,7 +1,7 @@
-"""How many patches are kept, in each sample and over a run (arXiv 2306.09305, section 3.2 and appendix).
+"""Mask ratios: schedules over a run, and ratios per sample (arXiv 2306.09305, section 3.2 and appendix).
 
-Where each sample draws its own ratio, the numbers that `GROUP` consecutive samples keep are always the same, shuffled:
-a batch then has a constant number of kept tokens, so one compiled graph serves every batch.
+With a ratio per sample, every `GROUP` consecutive samples share the same set of kept counts in random order, so a batch
+has a constant number of kept tokens and one compiled graph serves every batch.
 """
 
 import bisect
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmask.kernels import random_uniform
 
-# Each schedule maps u, the share of training done, to the weight of the starting ratio; the rest is the final ratio.
+# Each schedule maps u, the fraction of training done, to the weight of the initial ratio relative to the final one.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda u: 1.0,
     "linear": lambda u: 1.0 - u,
@@ -29,10 +29,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine6": lambda u: math.cos(math.pi * u / 2) ** 6,
 }
 
-# Samples GROUP * n .. GROUP * n + GROUP - 1 of a run share out one multiset of kept counts.
+# Samples GROUP * n .. GROUP * n + GROUP - 1 of a run share one multiset of kept counts.
 GROUP = 8
-_RATIO_STREAM = 7  # of the counter-based generator; the list is in fastmask/diffusion/draws.py
-_POINTS = 1024  # steps at which the mean of a longer part of a schedule is taken
+_RATIO_STREAM = 7  # stream of the counter-based generator; all streams are listed in fastmask/diffusion/draws.py
+_POINTS = 1024  # points of the midpoint rule for long parts of a schedule
 
 
 def check_ratio(name: str, ratio: float) -> None:
@@ -42,7 +42,7 @@ def check_ratio(name: str, ratio: float) -> None:
 
 
 def kept_count(length: int, ratio: float) -> int:
-    """Return K, how many of ``length`` positions are kept at a mask ratio: int(length * (1 - ratio)), at least 1."""
+    """Return K, the number of kept positions at a mask ratio: int(length * (1 - ratio)), at least 1."""
     check_ratio("mask_ratio", ratio)
     return max(1, int(length * (1.0 - ratio)))
 
@@ -52,9 +52,9 @@ def mask_ratio_at(schedule: str, share_done: float, start: float, end: float) ->
 
     Args:
         schedule: a key of `SCHEDULES`.
-        share_done: u, the share of training done, in [0, 1].
+        share_done: u, the fraction of training done, in [0, 1].
         start: r, the ratio at u = 0.
-        end: m, the ratio that the schedule falls to; "exp" only comes within 0.1 % of it.
+        end: m, the final ratio; "exp" reaches it to within 0.1 %.
 
     Returns:
         (r - m) * weight(u) + m.
@@ -82,27 +82,28 @@ class Stage(NamedTuple):
 def ratio_stages(
     schedule: str, masked_steps: int, start: float, end: float, length: int, levels: int
 ) -> tuple[Stage, ...]:
-    """Return a schedule as a staircase of few kept counts, so that few graphs are compiled or captured.
+    """Approximate a schedule by a staircase of few kept counts, so that few graphs are compiled or captured.
 
-    The range between the first ratio and the last is cut into even parts, and the count of a stage is the integer next
-    to the mean of length * (1 - ratio) over the steps of its part. Each boundary is put where the tokens kept so far
-    agree with the schedule's, which undoes the rounding to integers: over the run the two differ by half a stair in one
-    step, unless the mean lies outside of the rounded counts, as it can where a stage is most of a run with few patches.
+    The range from the first to the last ratio is split evenly, and the count of a stage is the mean of
+    length * (1 - ratio) over its steps, rounded to an integer. Each boundary is placed where the cumulative number of
+    kept tokens matches the schedule, which corrects the rounding: over the run the totals differ by at most half a
+    stair in one step, unless the mean lies outside of the rounded counts (a stage that spans most of a run with few
+    patches).
 
     Args:
         schedule: a key of `SCHEDULES`.
-        masked_steps: how many steps the schedule extends over.
-        start: the ratio at the first step.
-        end: the ratio that it falls (or rises) to.
+        masked_steps: number of steps of the schedule.
+        start: ratio at the first step.
+        end: final ratio, lower or higher than ``start``.
         length: L.
-        levels: most counts that may occur.
+        levels: maximum number of distinct counts.
 
     Returns:
-        The stages, the first at step 0, with different counts; none for 0 steps, one of `kept_count` for a constant
-        ratio.
+        The stages, the first at step 0, with distinct counts; empty for 0 steps, a single stage with `kept_count` for a
+        constant ratio.
 
     Raises:
-        ValueError: an unknown schedule, a ratio outside [0, 1), no level.
+        ValueError: an unknown schedule, a ratio outside [0, 1), or fewer than 1 level.
     """
     mask_ratio_at(schedule, 0.0, start, end)
     check_ratio("mask_ratio", start)
@@ -118,7 +119,7 @@ def ratio_stages(
         return length * (1.0 - mask_ratio_at(schedule, min(max(step / masked_steps, 0.0), 1.0), start, end))
 
     def total(first: int, last: int) -> float:
-        """Sum up ``kept`` over steps; over many of them by the midpoint rule, which errs by less than 1e-6."""
+        """Sum ``kept`` over steps; long ranges use the midpoint rule, with an error below 1e-6."""
         if last - first <= _POINTS:
             return math.fsum(map(kept, range(first, last)))
         width = (last - first) / _POINTS
@@ -129,16 +130,18 @@ def ratio_stages(
     def first_step_at(count: float) -> int:
         return bisect.bisect_left(range(masked_steps), sign * count, key=lambda step: sign * kept(step))
 
+    # Split the range of the ratio evenly; the rounded mean of each part is its count.
     edges = [length * (1.0 - start - (end - start) * i / levels) for i in range(1, levels)]
     bounds = [0, *map(first_step_at, edges), masked_steps]
     parts = [(first, last) for first, last in itertools.pairwise(bounds) if first < last]
     means = [total(first, last) / (last - first) for first, last in parts]
     counts = list(dict.fromkeys(min(max(round(mean), 1), length) for mean in means))
 
-    stages, so_far = [Stage(0, counts[0])], 0.0  # tokens kept in the stages before the newest
+    # Place each boundary where the cumulative number of kept tokens matches the schedule.
+    stages, so_far = [Stage(0, counts[0])], 0.0  # so_far: tokens kept before the newest stage
     for count in counts[1:]:
         first, keep = stages[-1]
-        # Until where the schedule itself keeps `count` (for the last count, to the end), both keep as many in all.
+        # Up to the step where the schedule itself keeps `count` (for the last one, the end), totals are equal.
         until = masked_steps if count == counts[-1] else first_step_at(count)
         boundary = round((total(0, until) - so_far + keep * first - count * until) / (keep - count))
         boundary = min(max(boundary, first), until)
@@ -151,10 +154,10 @@ def ratio_stages(
 
 
 class RatioPerSample(NamedTuple):
-    """A mask ratio for each sample, from ``low`` to ``high``; from `parse_per_sample`.
+    """Distribution of the per-sample mask ratio in [``low``, ``high``]; created by `parse_per_sample`.
 
     Attributes:
-        by: "uniform" gives a sample any of the ratios, "noise" a group's higher ratios to its noisier samples.
+        by: "uniform" assigns the ratios of a group at random, "noise" assigns higher ratios to noisier samples.
         low: lowest ratio.
         high: highest ratio.
     """
@@ -169,11 +172,11 @@ class RatioPerSample(NamedTuple):
         return (self.low + self.high) / 2
 
     def counts(self, length: int) -> list[int]:
-        """Return what the samples of a group keep, in rising order.
+        """Return the kept counts of a group, in ascending order.
 
         These are length * (1 - ratio) for the ratios at (i + 1/2) / GROUP of the way from ``low`` to ``high``, rounded
-        to integers in [1, length] by largest remainder: their sum is round(GROUP * length * (1 - mean)), at least one
-        for each.
+        to integers in [1, length] by largest remainder: their sum is round(GROUP * length * (1 - mean)), at least
+        GROUP.
         """
         quantiles = ((i + 0.5) / GROUP for i in reversed(range(GROUP)))
         exact = [length * (1.0 - self.low - (self.high - self.low) * q) for q in quantiles]
@@ -188,46 +191,46 @@ class RatioPerSample(NamedTuple):
         return sorted(counts)
 
     def total(self, batch: int, length: int) -> int:
-        """Return N, the tokens that a batch keeps; a ValueError unless it is made of whole groups."""
+        """Return N, the number of kept tokens of a batch; a ValueError unless it consists of whole groups."""
         _check_groups(batch)
         return batch // GROUP * sum(self.counts(length))
 
     def keep(self, seed: int | Tensor, sample: Tensor, log_snr: Tensor, length: int) -> Tensor:
-        """Return how many positions each sample keeps, without waiting for the device.
+        """Return the number of kept positions of each sample, without a host sync.
 
         Args:
             seed: the run's seed, an int or int64 of shape ().
             sample: int64, shape (B,), global indices, of whole groups: GROUP * n .. GROUP * n + GROUP - 1, and so on.
-            log_snr: of the samples' times, shape (B,).
+            log_snr: log-SNR of each sample, shape (B,).
             length: L.
 
         Returns:
-            int32, shape (B,), of sum `total`. A function of the seed and the noise levels of a sample's group alone.
+            int32, shape (B,), with sum `total`; a function of the seed and the noise levels of a sample's group only.
 
         Raises:
-            ValueError: a batch that is not made of whole groups.
+            ValueError: a batch that does not consist of whole groups.
         """
         _check_groups(len(sample))
         key = log_snr if self.by == "noise" else random_uniform(seed, sample, 1, _RATIO_STREAM)
         rank = key.view(-1, GROUP).argsort(dim=1, stable=True).argsort(dim=1)
-        # Filling does not wait for the device, as copying a list from the host would.
+        # torch.full avoids the host sync of copying a list to the device.
         counts = [torch.full((), count, dtype=torch.int32, device=sample.device) for count in self.counts(length)]
         return torch.stack(counts)[rank].flatten()
 
 
 def parse_per_sample(text: str, mask_ratio: float) -> RatioPerSample | None:
-    """Return the ratios per sample that a text stands for.
+    """Parse a per-sample mask ratio.
 
     Args:
-        text: "constant", "uniform(a,b)", "noise(a,b)", or "noise", whose ratios lie around ``mask_ratio`` and reach
-            half of the way to 0 or to 1, whichever is nearer: 0.25 to 0.75 for 0.5.
-        mask_ratio: the ratio of a constant.
+        text: "constant", "uniform(a,b)", "noise(a,b)", or "noise", a range around ``mask_ratio`` that extends halfway
+            to 0 or 1, whichever is nearer: 0.25 to 0.75 for 0.5.
+        mask_ratio: the constant ratio.
 
     Returns:
         None for "constant".
 
     Raises:
-        ValueError: anything else, ratios outside [0, 1) or not rising, "noise" for a ratio of 0.
+        ValueError: other text, ratios outside [0, 1) or not ascending, "noise" with a ratio of 0.
     """
     check_ratio("mask_ratio", mask_ratio)
     if text == "constant":

@@ -1,4 +1,4 @@
-"""The training objective: a weighted sum of named terms, each of which gives losses of shape (B,)."""
+"""Training objective: a weighted sum of terms, each of which returns named losses of shape (B,)."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,18 +10,18 @@ from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.process import Coefficients
 from fastmask.kernels import Mask, masked_loss
 
-TOTAL = "loss"  # name of the sum among the parts
+TOTAL = "loss"  # name of the weighted sum
 
 
 class Pass(NamedTuple):
-    """A forward pass of the network, from which the terms are computed.
+    """Inputs and outputs of a forward pass, from which the terms are computed.
 
     Attributes:
         images: clean images, shape (B, C, H, W).
         noised: noised images, the same shape.
-        raw: the network's raw tokens, shape (B, L, P).
-        coefficients: of the samples' times, each (B,).
-        mask: the positions that the encoder saw; None is all.
+        raw: raw tokens of the network, shape (B, L, P).
+        coefficients: coefficients of the process, each (B,).
+        mask: positions that the encoder saw; None is all.
     """
 
     images: Tensor
@@ -32,10 +32,10 @@ class Pass(NamedTuple):
 
 
 class Term(nn.Module):
-    """A term of the objective: a module whose forward takes the denoiser and a `Pass`, and returns losses by name.
+    """A term of the objective: forward takes the denoiser and a `Pass`, and returns losses by name.
 
     Args:
-        weights: the weight in the sum of each loss that the term gives, by its name.
+        weights: weight of each returned loss in the sum, by name.
     """
 
     def __init__(self, weights: Mapping[str, float]) -> None:
@@ -47,14 +47,14 @@ class MaskedDenoising(Term):
     """MaskDiT's loss (arXiv 2306.09305, equation 5): denoising of kept patches, reconstruction of dropped ones.
 
     Args:
-        mae_coef: weight of the reconstruction.
+        mae_coef: weight of the reconstruction loss.
     """
 
     def __init__(self, mae_coef: float = 0.1) -> None:
         super().__init__({"denoising": 1.0, "reconstruction": mae_coef})
 
     def forward(self, net: Denoiser, seen: Pass) -> dict[str, Tensor]:
-        """Return both losses of each sample."""
+        """Return both losses, each of shape (B,)."""
         denoising, reconstruction = masked_loss(
             seen.raw,
             seen.images,
@@ -70,14 +70,14 @@ class MaskedDenoising(Term):
 
 
 class Objective(nn.Module):
-    """The one module that training compiles, wraps and calls: a denoiser whose forward returns its losses.
+    """The module that training compiles, wraps and calls: a denoiser whose forward returns the losses.
 
     Args:
         net: the denoiser.
-        terms: what is summed up, at least one; none may name a loss of another.
+        terms: at least one term; the names of their losses must differ.
 
     Attributes:
-        names: of the losses that a call returns, their weighted sum first.
+        names: names of the returned losses, the weighted sum first.
     """
 
     def __init__(self, net: Denoiser, terms: Sequence[Term]) -> None:
@@ -97,12 +97,12 @@ class Objective(nn.Module):
         Args:
             images: clean images, shape (B, C, H, W).
             labels: int64, shape (B,); ``num_classes`` means no label.
-            mask: which patches the encoder sees; None is all.
+            mask: positions that the encoder sees; None is all.
             t: time of each sample, shape (B,).
             noise: unit noise, shape (B, C, H, W).
 
         Raises:
-            ValueError: shapes that do not fit the network, or a term that does not return the losses it has weights of.
+            ValueError: shapes that do not fit the network, or a term whose losses differ from its weights.
         """
         process = self.net.process
         _check_times(t, len(images))
@@ -118,20 +118,20 @@ class Objective(nn.Module):
         t: Tensor,
         noise: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """Return the losses of images of several sizes, which go through the network together.
+        """Return the losses of images of several sizes, processed in one packed forward pass.
 
         Args:
             images: clean images, each tensor of one size: (B1, C, H1, W1), (B2, C, H2, W2), ..
-            labels: int64, of all images, one tensor after the other, shape (B1 + B2 + ..,).
+            labels: int64, concatenated over the tensors of ``images``, shape (B1 + B2 + ..,).
             masks: a mask, or None, for each tensor of ``images``.
-            t: times, of the shape of ``labels``.
-            noise: unit noise, of the shapes of ``images``.
+            t: times, same shape as ``labels``.
+            noise: unit noise, same shapes as ``images``.
 
         Returns:
-            The losses by name, each of the shape of ``labels``.
+            The losses by name, each with the shape of ``labels``.
 
         Raises:
-            ValueError: lists that are empty or of different lengths, or shapes that do not fit the network.
+            ValueError: empty lists, lists of different lengths, or shapes that do not fit the network.
         """
         if not images or not len(images) == len(noise) == len(masks):
             raise ValueError(

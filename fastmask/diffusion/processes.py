@@ -1,4 +1,4 @@
-"""The processes that a configuration may name. To add one, write its file and its name here."""
+"""Registry of processes. To add one, write its module and list its class here."""
 
 from typing import TypeAlias
 

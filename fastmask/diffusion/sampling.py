@@ -1,4 +1,4 @@
-"""Sampling: from unit noise to images, with a network's denoiser."""
+"""Sampling from a denoiser."""
 
 import math
 
@@ -10,7 +10,7 @@ from fastmask.diffusion.guidance import guided
 from fastmask.diffusion.solvers import SOLVERS
 from fastmask.kernels import random_normal
 
-_LATENT_STREAM = 6  # of the counter-based generator; the others are listed in draws.py
+_LATENT_STREAM = 6  # stream of the counter-based generator; all streams are listed in draws.py
 
 
 @torch.no_grad()
@@ -23,21 +23,21 @@ def sample(
     cfg_scale: float | None = None,
     solver: str = "heun",
 ) -> Tensor:
-    """Return the samples that a solver makes of unit noise.
+    """Integrate the probability flow ODE from unit noise, with classifier-free guidance.
 
     Args:
         net: the denoiser.
         noise: unit noise, shape (B, C, H, W).
         labels: int64, shape (B,).
-        times: of the solver, as the process's ``times`` gives them, float64, shape (N + 1,).
-        cfg_scale: classifier-free guidance; None or 1 is none.
+        times: solver times, from `Process.times`, float64, shape (N + 1,).
+        cfg_scale: guidance scale; None or 1 disables guidance.
         solver: a key of `SOLVERS`.
 
     Returns:
-        Shape (B, C, H, W), float64: the state is kept in float64, the network runs in its own precision.
+        Shape (B, C, H, W), float64: the state is in float64, the network runs in its own precision.
 
     Raises:
-        ValueError: an unknown solver, labels that do not fit, or guidance for a network without
+        ValueError: an unknown solver, labels of another shape or out of range, or guidance for a network without
             classes.
     """
     if solver not in SOLVERS:
@@ -63,15 +63,15 @@ def draw_samples(
     batch: int = 256,
     solver: str = "heun",
 ) -> Tensor:
-    """Return a sample for each label, drawn by `sample` in batches.
+    """Return one sample per label, drawn by `sample` in batches.
 
     Args:
         net: the denoiser.
         labels: int64, shape (N,).
-        seed: the starting noise of sample i is a function of it and i, whatever the batches.
-        num_steps: steps of the solver.
-        cfg_scale: guidance; None or 1 is none.
-        batch: samples drawn at a time.
+        seed: seed of the noise; sample i depends on the seed and i only, not on the batch size.
+        num_steps: number of solver steps.
+        cfg_scale: guidance scale; None or 1 disables guidance.
+        batch: batch size.
         solver: a key of `SOLVERS`.
 
     Returns:

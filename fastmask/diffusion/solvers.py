@@ -1,7 +1,7 @@
-"""Solvers of the probability flow ODE, from the noisiest time of a process down to 0.
+"""Solvers of the probability flow ODE, from the highest time of a process down to 0.
 
-A solver is a function of a denoiser, a process, a state and the times; `SOLVERS` lists them by name. To add one, write
-the function and its row.
+A solver is a function of a denoiser, a process, a state and times. To add one, write the function and list it in
+`SOLVERS`.
 """
 
 import itertools
@@ -16,13 +16,13 @@ Solver = Callable[[Denoise, Process, Tensor, Tensor], Tensor]
 
 
 def euler(denoise: Denoise, process: Process, x: Tensor, times: Tensor) -> Tensor:
-    """Return the state at the last time by steps of first order.
+    """Integrate to the last time with first-order steps.
 
     Args:
         denoise: returns D(x; t) for a state of shape (B, C, H, W) and a time of shape ().
         process: gives dx/dt.
         x: the state at the first time.
-        times: falling, shape (N + 1,), the last one 0.
+        times: decreasing to 0, shape (N + 1,).
     """
     for t, t_next in itertools.pairwise(times):
         x = x + (t_next - t) * process.slope(x, denoise(x, t), t)
@@ -30,9 +30,9 @@ def euler(denoise: Denoise, process: Process, x: Tensor, times: Tensor) -> Tenso
 
 
 def heun(denoise: Denoise, process: Process, x: Tensor, times: Tensor) -> Tensor:
-    """Return the state at the last time by steps of second order (arXiv 2206.00364, algorithm 1); args as `euler`.
+    """Integrate to the last time with second-order steps (arXiv 2206.00364, algorithm 1); arguments as in `euler`.
 
-    The last step, to time 0 where the slope is not defined, is of first order: 2 N - 1 evaluations in all.
+    The last step is first-order, since the slope is undefined at time 0: 2 N - 1 evaluations in total.
     """
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         slope = process.slope(x, denoise(x, t), t)

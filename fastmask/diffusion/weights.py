@@ -1,4 +1,4 @@
-"""Weights in the published names: the network that they describe, and files of them."""
+"""Weights with the published parameter names: loading, saving, building the network that they describe."""
 
 import math
 import os
@@ -29,7 +29,7 @@ _PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}
 _MAX_NAMES_SHOWN = 6
 _LABELS = "model.y_embedder.embedding_table.weight"
 _POSITIONS = ("model.pos_embed", "model.decoder_pos_embed")
-_SAME_POSITION = 1e-2  # more than rounding to 16 bits changes a sine
+_SAME_POSITION = 1e-2  # above the error of rounding a sine to 16 bits
 
 
 def load_maskdit(
@@ -40,25 +40,25 @@ def load_maskdit(
     sigma_data: float = 0.5,
     weights: Kind = "ema",
 ) -> Denoiser:
-    """Return the network that a set of weights in the published names describes, on the CPU in fp32.
+    """Build the network that weights with the published parameter names describe, on the CPU in fp32.
 
-    Sizes are read from the shapes. Heads and process leave no trace there: a file written by fastmask states its
-    own, which then hold; for others they are arguments.
+    Sizes are inferred from the shapes. Number of heads and process cannot be: they are read from files written by
+    fastmask, which record them, and are arguments otherwise.
 
     Args:
-        source: a mapping of names to tensors; a run folder, whose newest checkpoint that is whole is read; a checkpoint
-            folder; or a `.safetensors` or `.pt` file. Names may carry prefixes of wrappers and of the preconditioner.
-        num_heads: encoder heads; None takes those of the published size of the same width.
-        decoder_num_heads: decoder heads.
-        sigma_data: standard deviation of the data, for EDM's process.
-        weights: the averaged weights of a run or of a training file that has both, or the raw ones.
+        source: a mapping of names to tensors; a run folder (its newest intact checkpoint); a checkpoint folder; or a
+            `.safetensors` or `.pt` file. Names can have prefixes of wrappers and of the preconditioner.
+        num_heads: number of encoder heads; None is the number of the published model of the same width.
+        decoder_num_heads: number of decoder heads.
+        sigma_data: standard deviation of the data, for EDM.
+        weights: "ema" or "raw", for a run or a training file that has both.
 
     Returns:
         The denoiser in training mode, with gradients enabled.
 
     Raises:
-        ValueError: a missing, unreadable or damaged file, weights that are not a MaskDiT's or not finite, or heads that
-            cannot be told.
+        ValueError: a missing, unreadable or damaged file, weights that are not a MaskDiT's or not finite, or an unknown
+            number of heads.
     """
     stated: dict[str, str] = {}
     average = weights == "ema"
@@ -90,17 +90,17 @@ def load_maskdit(
 
 
 def weights_for(net: Denoiser, path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Return what a network takes of a file of weights, by its own names, on the CPU, and a line for all that differs.
+    """Read the weights of a file that fit a network, by its parameter names, on the CPU, and notes on what differs.
 
-    What depends on the number of classes or on the size of the images, and differs there, is left out: the label table
-    and the position tables, which the network then has of its own.
+    The label table is omitted for another number of classes, and the position tables for another image size; the
+    network keeps its own.
 
     Args:
         net: the denoiser.
         path: the file.
 
     Raises:
-        ValueError: an unreadable or damaged file, weights that are not finite, or of another network (lists the
+        ValueError: an unreadable or damaged file, weights that are not finite, or weights of another network (lists the
             differing names).
     """
     what = str(path)
@@ -127,13 +127,13 @@ def weights_for(net: Denoiser, path: Path) -> tuple[dict[str, Tensor], list[str]
 def save_weights(
     path: Path, net: Denoiser, weights: Mapping[str, Tensor] | None = None, *, checksum: bool = True
 ) -> None:
-    """Write weights (the network's own, or others of the same names) so that `load_maskdit` reads them alone.
+    """Write weights to a file that `load_maskdit` can read without further arguments.
 
     Args:
         path: a `.safetensors` file.
         net: the denoiser.
-        weights: the weights, if they are not its own.
-        checksum: whether the file states a checksum of itself; those of a checkpoint have theirs beside them.
+        weights: weights with the same names; None is the network's own.
+        checksum: whether to store a checksum in the file; checkpoints have a separate checksum file.
 
     Raises:
         OSError: the file cannot be written.
@@ -150,7 +150,7 @@ def save_weights(
 
 
 def check_same_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], what: str) -> None:
-    """Raise a ValueError that lists the names in which two sets of tensors differ, if any do."""
+    """Raise a ValueError that lists the differing names and shapes of two sets of tensors, if any."""
     differing = [f"{name} is missing" for name in expected.keys() - got.keys()]
     differing += [f"{name} is not part of the network" for name in got.keys() - expected.keys()]
     differing += [
@@ -164,7 +164,7 @@ def check_same_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor],
 
 
 def _other_labels(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> tuple[set[str], list[str]]:
-    """Return the name of the label table if it is for another number of classes, and a line that says so."""
+    """Return the name of the label table and a note, if it is for another number of classes."""
     there, here = (weights[_LABELS].shape if _LABELS in weights else None for weights in (found, own))
     if there == here or (there and here and there[:1] != here[:1]):
         return set(), []
@@ -175,7 +175,7 @@ def _other_labels(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: 
 
 
 def _other_positions(net: Denoiser, found: Mapping[str, Tensor], what: str) -> tuple[set[str], list[str]]:
-    """Return the names of position tables that are for another size of images, and a line that says so."""
+    """Return the names of the position tables and a note, if they are for another image size."""
     own, left, side = net.state_dict(), set(), 0
     for name in own.keys() & found.keys() & set(_POSITIONS):
         if found[name].shape == own[name].shape or found[name].ndim != 3:
@@ -183,7 +183,7 @@ def _other_positions(net: Denoiser, found: Mapping[str, Tensor], what: str) -> t
         side = math.isqrt(found[name].shape[1])
         table = sincos_position(side, side, own[name].shape[2])
         if found[name].shape != table.shape:
-            continue  # of another network, which its other tensors tell too
+            continue  # another network: reported by the comparison of all shapes
         if not (found[name].float() - table).abs().max() <= _SAME_POSITION:
             raise ValueError(f"{what}: {name} is not the fixed table of sines, so it serves no other size of images")
         left.add(name)
@@ -212,7 +212,7 @@ def _heads(stated: Mapping[str, str], name: str, what: str) -> int:
 
 
 def _process(stated: Mapping[str, str], what: str) -> Process | None:
-    """Return the process that a file states, None if it states none; files of earlier versions have EDM's number."""
+    """Return the process recorded in a file, None if there is none; earlier versions recorded ``sigma_data`` only."""
     try:
         if "process" in stated:
             return from_json(stated["process"], PROCESSES, "process")
@@ -249,12 +249,12 @@ def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:
 
 
 def _refuse_dit(weights: Mapping[str, Tensor], values: int, what: str) -> None:
-    """Raise a ValueError for a DiT as published: it predicts noise, often a variance too, and counts classes otherwise.
+    """Raise a ValueError for published DiT weights: they predict noise (and variance), with another label table.
 
     Args:
-        weights: by bare names.
-        values: numbers in a patch.
-        what: where they are from.
+        weights: weights by name, without prefixes.
+        values: P, values of a patch.
+        what: the source, for the error message.
     """
     table, head = (weights.get(f"{name}.weight") for name in ("y_embedder.embedding_table", "final_layer.linear"))
     width = weights["x_embedder.proj.weight"].shape[0]

@@ -1,1 +1,1 @@
-"""Networks: their layers, stacks of blocks, and exact counts of what they compute."""
+"""Networks: layers, stacks of blocks, exact counts of parameters and operations."""

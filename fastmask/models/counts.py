@@ -1,7 +1,7 @@
-"""Exact counts of a network: parameters, multiply-accumulates (MAC) and bytes, from its sizes alone.
+"""Number of parameters and exact multiply-accumulates (MAC) of a network, from its sizes.
 
-One MAC is two floating-point operations. Matmuls, attention's two included, are counted; elementwise work is
-not, and the label embedding is a look-up. Training is three forward passes.
+One MAC is two floating-point operations. The counts include all matmuls and the two of attention, but not elementwise
+operations; the label embedding is a look-up. A training step costs three forward passes.
 """
 
 from fastmask.models.layers import TimeEmbedding
@@ -9,11 +9,11 @@ from fastmask.models.maskdit import MaskDiT
 
 
 def forward_macs(model: MaskDiT, keep: int | None = None) -> int:
-    """Return the MACs of one image's forward pass.
+    """Return the MACs of the forward pass of one image.
 
     Args:
-        model: the network; its tensors may be on the meta device.
-        keep: K, the positions that the encoder sees; None is all.
+        model: the network; its tensors can be on the meta device.
+        keep: K, the number of kept positions; None is all.
     """
     length = model.length
     keep = length if keep is None else keep
@@ -29,7 +29,7 @@ def forward_macs(model: MaskDiT, keep: int | None = None) -> int:
 
 
 def num_parameters(model: MaskDiT) -> int:
-    """Return the number of trained values."""
+    """Return the number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Layers of adaLN diffusion transformers (DiT, arXiv 2212.09748), under the published names of their parameters."""
+"""Layers of adaLN diffusion transformers (DiT, arXiv 2212.09748), with the published parameter names."""
 
 import math
 from typing import NamedTuple, cast
@@ -13,11 +13,11 @@ from fastmask.kernels import Impl, add_gated_linear, attention, gelu_linear, mod
 def sincos_position(rows: int, columns: int, width: int) -> Tensor:
     """Return the fixed 2-D position table of a grid of patches (MAE, arXiv 2111.06377).
 
-    The first half of an entry encodes the column of the patch, the second half its row; each half is sines, then
+    The first half of the channels encodes the column, the second half the row; each half is the sines, then the
     cosines, of the coordinate times 10000^(-i / (width / 4)).
 
     Returns:
-        Shape (1, rows * columns, width), fp32, positions row by row.
+        Shape (1, rows * columns, width), fp32, positions in row-major order.
     """
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequency  # (side, width / 4)
@@ -27,7 +27,7 @@ def sincos_position(rows: int, columns: int, width: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Holds the weights of the patch embedding in the layout of a convolution."""
+    """Weights of the patch embedding, in the layout of a convolution."""
 
     def __init__(self, in_channels: int, width: int, patch_size: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class PatchEmbedding(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """c_noise (B,) -> (B, D): a sinusoid of 256 features, then an MLP."""
+    """Timestep embedding, c_noise (B,) -> (B, D): 256 sinusoidal features, then an MLP."""
 
     FEATURES = 256
 
@@ -50,7 +50,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(into, nn.SiLU(), out_of)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        """Return the embedding of (B,) noise conditions."""
+        """Return the embedding (B, D) of c_noise (B,)."""
         half = self.FEATURES // 2
         frequency = torch.exp(torch.arange(half, device=c_noise.device) * (-math.log(10000.0) / half))
         angle = c_noise[:, None].to(torch.promote_types(c_noise.dtype, torch.float32)) * frequency
@@ -60,7 +60,7 @@ class TimeEmbedding(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """Labels (B,) -> (B, D): one column of the table; label ``num_classes`` means no label and is the zero vector."""
+    """Label embedding, (B,) -> (B, D): a column of the table, or zeros for label ``num_classes`` (no label)."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -69,18 +69,18 @@ class LabelEmbedding(nn.Module):
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Return the embedding of (B,) int64 labels."""
+        """Return the embedding (B, D) of int64 labels (B,)."""
         known = (labels < self.num_classes)[:, None]
         rows = F.embedding(labels.clamp(max=self.num_classes - 1), self.embedding_table.weight.t())
         return torch.where(known, rows, 0.0)
 
 
 class Packing(NamedTuple):
-    """Where the samples of packed tokens (N, D) lie, for those that are not dense (B, K, D).
+    """Sample boundaries of packed tokens (N, D); both fields are None for dense tokens (B, K, D).
 
     Attributes:
         cu_seqlens: int32, shape (B + 1,): sample b is in rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1.
-        max_seqlen: no sample has more tokens.
+        max_seqlen: upper bound of the number of tokens of a sample.
     """
 
     cu_seqlens: Tensor | None = None
@@ -88,7 +88,7 @@ class Packing(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. Its first Linear, `qkv`, is computed together with the norm before it."""
+    """Multi-head self-attention. Its first Linear, `qkv`, is fused with the preceding norm."""
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (nn.RMSNorm(width // num_heads, eps=1e-6) for _ in range(2))
 
     def forward(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """Return attention among the tokens of each sample, (B, K, D) or (N, D), from their three projections."""
+        """Return the output, (B, K, D) or (N, D), from the packed projections, (..., 3 D)."""
         q, k, v = qkv.view(*qkv.shape[:-1], 3, self.num_heads, -1).unbind(-3)  # (B, K, H, D/H) or (N, H, D/H)
         if self.qk_norm:
             q, k = _rms_norm(q, self.q_norm), _rms_norm(k, self.k_norm)
@@ -110,12 +110,12 @@ class Attention(nn.Module):
 
 
 def _rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """Return a norm in the dtype of ``x``, to which the scale is rounded: PyTorch fuses it for one dtype alone."""
+    """Return the RMSNorm with the scale cast to the dtype of ``x``: PyTorch fuses it only for equal dtypes."""
     return F.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.eps)
 
 
 class MLP(nn.Module):
-    """Linear D -> 4 D, tanh-GELU, Linear 4 D -> D. The first, `fc1`, is computed together with the norm before it."""
+    """Linear D -> 4 D, tanh-GELU, Linear 4 D -> D. The first Linear, `fc1`, is fused with the preceding norm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -123,16 +123,16 @@ class MLP(nn.Module):
         self.fc2 = _linear(4 * width, width)
 
     def forward(self, hidden: Tensor, impl: Impl | None) -> Tensor:
-        """Return the rest of the MLP, (..., D), from the hidden values before GELU, (..., 4 D)."""
+        """Return the output, (..., D), from the output of `fc1`, (..., 4 D)."""
         return gelu_linear(hidden, self.fc2.weight, self.fc2.bias, impl=impl)
 
 
 class Stream(NamedTuple):
-    """The residual stream between blocks: x + gate * branch, which the next norm adds up as it reads them.
+    """Residual stream between blocks, x + gate * branch, with the addition deferred to the next norm kernel.
 
     Attributes:
         x: tokens, shape (B, K, D) or (N, D).
-        branch: of the shape of ``x``; None before the first block.
+        branch: same shape as ``x``; None before the first block.
         gate: shape (B, D).
     """
 
@@ -143,7 +143,7 @@ class Stream(NamedTuple):
     def enter(
         self, shift: Tensor, scale: Tensor, linear: nn.Linear, packing: Packing, impl: Impl | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the residual added up, and a Linear of its modulated norm."""
+        """Return the updated residual, and a Linear of its modulated norm."""
         weights = shift, scale, linear.weight, linear.bias
         if self.branch is None or self.gate is None:
             return self.x, modulated_linear(self.x, *weights, cu_seqlens=packing.cu_seqlens, impl=impl)
@@ -151,7 +151,7 @@ class Stream(NamedTuple):
 
 
 class Block(nn.Module):
-    """An adaLN-Zero block, but for its last residual addition, which is done with the norm that follows."""
+    """An adaLN-Zero block; its last residual addition is fused with the norm that follows."""
 
     def __init__(self, width: int, num_heads: int, condition_width: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class Block(nn.Module):
         self.adaLN_modulation = _modulation(condition_width, 6 * width)
 
     def forward(self, stream: Stream, condition: Tensor, packing: Packing, impl: Impl | None) -> Stream:
-        """Return the stream after this block; ``condition`` is c, of shape (B, condition width)."""
+        """Return the stream after this block; ``condition`` has shape (B, condition width)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulated(self.adaLN_modulation, condition, impl).chunk(
             6, dim=1
         )
@@ -170,7 +170,7 @@ class Block(nn.Module):
 
 
 class ModulatedLinear(nn.Module):
-    """A modulated norm followed by a Linear: the bridge to the decoder, and the head."""
+    """Modulated norm and Linear: the projection to the decoder, and the head."""
 
     def __init__(self, width: int, out_width: int, condition_width: int) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class ModulatedLinear(nn.Module):
         self.adaLN_modulation = _modulation(condition_width, 2 * width)
 
     def forward(self, stream: Stream, condition: Tensor, packing: Packing, impl: Impl | None) -> Tensor:
-        """Return the Linear of the norm of a stream, shape (..., out width)."""
+        """Return the output, shape (..., out width)."""
         shift, scale = _modulated(self.adaLN_modulation, condition, impl).chunk(2, dim=1)
         return stream.enter(shift, scale, self.linear, packing, impl)[1]
 
@@ -194,13 +194,13 @@ def _linear(in_width: int, out_width: int) -> nn.Linear:
 
 def _modulation(condition_width: int, out_width: int) -> nn.Sequential:
     linear = nn.Linear(condition_width, out_width)
-    # Zero, so that every block starts as the identity (adaLN-Zero).
+    # Zero initialisation: every block starts as the identity (adaLN-Zero).
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.SiLU(), linear)
 
 
 def _modulated(modulation: nn.Sequential, condition: Tensor, impl: Impl | None) -> Tensor:
-    """Return SiLU and the Linear of a condition, the shifts, scales and gates: (B, out width)."""
+    """Return shifts, scales and gates, (B, out width), from a condition."""
     linear = cast(nn.Linear, modulation[1])
     return silu_linear(condition, linear.weight, linear.bias, impl=impl)

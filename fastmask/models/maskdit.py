@@ -1,6 +1,6 @@
-"""The masked diffusion transformer (MaskDiT, arXiv 2306.09305), with the published names of its parameters.
+"""The masked diffusion transformer (MaskDiT, arXiv 2306.09305), with the published parameter names.
 
-Published checkpoints load as they are.
+Published checkpoints load unchanged.
 """
 
 import dataclasses
@@ -69,30 +69,30 @@ class MaskDiTConfig:
 
 
 class MaskDiT(nn.Module):
-    """The network F: noised images and conditions to raw patch tokens.
+    """The network F, from noised images and conditions to raw patch tokens.
 
-    With ``decoder_depth=0`` it is a plain DiT, which knows no masks: the blocks, then the head.
+    With ``decoder_depth=0`` it is a plain DiT without masking: the blocks, then the head.
 
     Args:
         input_size: side of the (latent) image.
         patch_size: p.
         in_channels: C.
-        width: D, of the encoder.
-        depth: blocks of the encoder.
-        num_heads: attention heads of the encoder.
-        num_classes: labels are 0 .. num_classes - 1, and num_classes means none; 0 is an unconditional network.
-        decoder_width: E.
-        decoder_depth: blocks of the decoder.
-        decoder_num_heads: attention heads of the decoder.
-        qk_norm: normalise queries and keys of each head (arXiv 2302.05442), with trained scales.
+        width: D, hidden width of the encoder.
+        depth: number of encoder blocks.
+        num_heads: number of attention heads of the encoder.
+        num_classes: labels are 0 .. num_classes - 1, and num_classes means no label; 0 is an unconditional network.
+        decoder_width: E, hidden width of the decoder.
+        decoder_depth: number of decoder blocks.
+        decoder_num_heads: number of attention heads of the decoder.
+        qk_norm: normalise the queries and keys of each head (arXiv 2302.05442), with learned scales.
         impl: form of the ops: "fused", "reference", or None for the default of the device that `forward` runs on.
 
     Attributes:
         config: its sizes, but for images and classes.
-        checkpoint_blocks: keep of each block its input alone for backward, and recompute the rest there.
+        checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that are not divisible as needed.
     """
 
     pos_embed: Tensor
@@ -151,7 +151,7 @@ class MaskDiT(nn.Module):
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
-        """The encoder, of kept tokens, and the decoder, of all; of a plain DiT one stack of all tokens."""
+        """The encoder (kept tokens) and the decoder (all tokens); a plain DiT is one stack over all tokens."""
         if not self.decoder_blocks:
             return (Stack(self.blocks, self.final_layer, "all"),)
         return Stack(self.blocks, self.decoder_layer, "kept"), Stack(self.decoder_blocks, self.final_layer, "all")
@@ -159,14 +159,14 @@ class MaskDiT(nn.Module):
     def forward(
         self, x: Tensor, c_noise: Tensor, labels: Tensor, mask: Mask | None = None, image_scale: Tensor | None = None
     ) -> Tensor:
-        """Return F(image_scale * x) as raw tokens of every position.
+        """Return F(image_scale * x), raw tokens of all positions.
 
         Args:
             x: noised images, shape (B, C, input_size, input_size).
-            c_noise: the noise condition, shape (B,), of a process's coefficients.
+            c_noise: time conditioning, shape (B,), from the coefficients of a process.
             labels: int64, shape (B,).
-            mask: the positions that the encoder sees; None is all. Samples may keep unequal numbers of them.
-            image_scale: shape (B,), multiplies ``x``; None is 1.
+            mask: positions that the encoder sees; None is all. Samples can keep unequal numbers of positions.
+            image_scale: scale of each image, shape (B,); None is 1.
 
         Returns:
             Shape (B, L, P), laid out (p, p, C) with channels fastest.
@@ -184,18 +184,18 @@ class MaskDiT(nn.Module):
         masks: Sequence[Mask | None],
         image_scale: Tensor | None = None,
     ) -> list[Tensor]:
-        """Return what `forward` does for images of several sizes, which go through the blocks together, packed.
+        """`forward` for images of several sizes, packed into one sequence of blocks.
 
         Args:
-            images: noised images, each tensor of one size: (B1, C, H1, W1), (B2, C, H2, W2), .., with sides that divide
-                into patches. The position table of each is that of its own grid.
-            c_noise: the noise condition of all images, one tensor after the other, shape (B1 + B2 + ..,).
-            labels: int64, of the shape of ``c_noise``.
+            images: noised images, each tensor of one size: (B1, C, H1, W1), (B2, C, H2, W2), .., with sides divisible
+                by the patch size. Each has the position table of its own grid.
+            c_noise: time conditioning, concatenated over the tensors of ``images``, shape (B1 + B2 + ..,).
+            labels: int64, same shape as ``c_noise``.
             masks: a mask, or None, for each tensor of ``images``.
-            image_scale: of the shape of ``c_noise``.
+            image_scale: same shape as ``c_noise``.
 
         Returns:
-            For each tensor of ``images`` the raw tokens, as in `forward`.
+            The raw tokens of each tensor of ``images``, as in `forward`.
         """
         self._check(images, c_noise, labels, masks)
         condition = self.t_embedder(c_noise)
@@ -213,7 +213,7 @@ class MaskDiT(nn.Module):
         return run_stack(decoder, restored, [None] * len(counts), *options)
 
     def _embed(self, x: Tensor, mask: Mask | None, image_scale: Tensor | None) -> Tensor:
-        """Return the embedded kept patches of images of one size, (B, K, D), or (N, D) for unequal numbers of them."""
+        """Embed the kept patches of images of one size: (B, K, D), or packed (N, D)."""
         proj = self.x_embedder.proj
         tokens: Tensor = embed_kept_patches(
             x,
@@ -229,7 +229,7 @@ class MaskDiT(nn.Module):
         return tokens
 
     def _restore(self, kept: Tensor, x: Tensor, mask: Mask | None) -> Tensor:
-        """Return tokens of every position, (B, L, E), with the decoder's position table."""
+        """Return tokens of all positions, (B, L, E), with the decoder's position table added."""
         position = self._positions(x, self.decoder_pos_embed)
         if mask is None:
             return kept + position
@@ -238,7 +238,7 @@ class MaskDiT(nn.Module):
         return restore_tokens(kept, token, position, mask.ids_restore, cu_seqlens=cu_seqlens, impl=self.impl)  # type: ignore[no-any-return]
 
     def _positions(self, x: Tensor, table: Tensor) -> Tensor:
-        """Return the position table of the grid of images, shape (L, width)."""
+        """Return the position table for the patch grid of ``x``, shape (L, width)."""
         rows, columns = (side // self.patch_size for side in x.shape[2:])
         if rows * columns == self.length and rows == columns:
             return table[0]
@@ -277,7 +277,7 @@ def check_sizes(
     decoder_depth: int,
     decoder_num_heads: int,
 ) -> None:
-    """Raise a ValueError that names the first size of a network that cannot be built."""
+    """Raise a ValueError for the first invalid size of a network."""
     if patch_size < 1 or input_size < patch_size or input_size % patch_size:
         raise ValueError(f"an image side of {input_size} does not divide into patches of {patch_size}")
     if depth < 1 or decoder_depth < 0:

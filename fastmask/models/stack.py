@@ -1,7 +1,7 @@
-"""Stacks: blocks of one width through which the kept tokens or all of them pass.
+"""Stacks: sequences of blocks of one width, over the kept tokens or over all tokens.
 
-A network of the family is a list of stacks and how they meet. Counts, cost, parallel training, compilation and
-checkpointing loop over `stacks` of a network, and know no more of it.
+A network is a sequence of stacks and the connections between them. Counts, cost, parallel training, compilation and
+activation checkpointing only use the `stacks` of a network.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from fastmask.models.layers import ModulatedLinear, Packing, Stream
 
 
 class Stack(NamedTuple):
-    """Blocks of one width, and the modulated Linear that follows them.
+    """A sequence of blocks of one width, followed by a modulated Linear.
 
     Attributes:
-        blocks: of one width and number of heads.
-        exit: the Linear to the next stack or to the patches' values.
-        tokens: whether the kept tokens or all of them pass through.
+        blocks: blocks with the same width and number of heads.
+        exit: the Linear to the next stack or to the patch values.
+        tokens: whether the stack processes the kept tokens or all tokens.
     """
 
     blocks: nn.ModuleList
@@ -36,12 +36,12 @@ class Stack(NamedTuple):
 
     @property
     def num_heads(self) -> int:
-        """Attention heads of a block."""
+        """Number of attention heads of a block."""
         heads: int = self.blocks[0].attn.num_heads  # type: ignore[assignment, union-attr]
         return heads
 
     def tokens_of(self, length: int, keep: int) -> int:
-        """Return how many tokens of a sample pass through, when ``keep`` of ``length`` are kept."""
+        """Return the number of tokens per sample in this stack, when ``keep`` of ``length`` are kept."""
         return keep if self.tokens == "kept" else length
 
 
@@ -56,15 +56,15 @@ def run_stack(
     """Return the output of a stack for tokens of several sizes.
 
     Args:
-        stack: the blocks and what follows them.
+        stack: the stack.
         parts: tokens of each size, (B1, K1, D), .., or packed (N1, D), ..
-        masks: which positions each of them are; None is all.
-        condition: of all samples, (B1 + B2 + .., condition width).
+        masks: the mask of each tensor of ``parts``; None is all positions.
+        condition: condition of all samples, (B1 + B2 + .., condition width).
         impl: form of the ops.
-        checkpoint_blocks: keep of each block its input alone for backward, and recompute the rest there.
+        checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
 
     Returns:
-        Tensors like ``parts``, of the width of the stack's exit.
+        Tensors shaped like ``parts``, with the output width of the stack's exit.
     """
     x, packing = _pack(parts, masks)
     stream = Stream(x)
@@ -81,7 +81,7 @@ def run_stack(
 
 
 def _pack(parts: Sequence[Tensor], masks: Sequence[Mask | None]) -> tuple[Tensor, Packing]:
-    """Return tokens as the blocks take them: dense if all samples have as many, else packed."""
+    """Return the tokens as input of the blocks: dense for a single dense part, otherwise packed."""
     if len(parts) == 1 and parts[0].ndim == 3:
         return parts[0], Packing()
     longest, counts = 0, []

@@ -1,8 +1,8 @@
-"""Writing and reading the checkpoints and snapshots of a run.
+"""Checkpoints and EMA snapshots: asynchronous atomic writes, verified loading.
 
 A checkpoint is a folder `step-00001000` with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors`,
-`profiles.safetensors` where the run has such averages, `state.json`, and `SHA256SUMS` as `sha256sum -c` reads it. It is
-written under a temporary name and renamed when it is on the disk, so every folder of that name is whole.
+`profiles.safetensors` if the run has power-function EMAs, `state.json`, and `SHA256SUMS` for `sha256sum -c`. It is
+written under a temporary name and renamed once it is on disk, so a folder with the final name is complete.
 """
 
 import json
@@ -53,21 +53,21 @@ __all__ = [
 
 
 class Checkpointer:
-    """Writes the checkpoints and snapshots of a run while training continues. A context manager.
+    """Writes the checkpoints and snapshots of a run asynchronously. A context manager.
 
-    A call copies the tensors to the host and returns; a thread writes them. What the thread runs into is raised by the
+    A call copies the tensors to the host and returns; a thread writes them. An error of the thread is raised by the
     next call, or at the end of the block, on the rank that writes.
 
-    Under torch.distributed every rank makes the same calls, and rank 0 writes. It gathers sharded tensors (DTensor) one
-    by one, so the files are the same for any number of ranks: nothing is left to consolidate, and a run may resume with
-    another number of them.
+    Under torch.distributed every rank makes the same calls, and rank 0 writes. Sharded tensors (DTensor) are gathered
+    one by one, so the files are the same for any world size: no consolidation is needed, and a run can resume with
+    another world size.
 
     Args:
-        run_dir: the run's folder.
-        keep: how many checkpoints stay.
+        run_dir: the run folder.
+        keep: number of checkpoints to keep.
 
     Attributes:
-        writes: whether this process is the one that writes; another one may, if the first is gone.
+        writes: whether this rank writes: rank 0, or another one after rank 0 died.
     """
 
     def __init__(self, run_dir: Path, keep: int) -> None:
@@ -86,7 +86,7 @@ class Checkpointer:
         except OSError as failed:
             if not isinstance(error, Exception):
                 raise
-            raise OSError(f"{failed}; before that: {error}") from error  # a user sees one line, and both matter
+            raise OSError(f"{failed}; before that: {error}") from error  # report both errors in one line
         finally:
             self._thread.shutdown()
 
@@ -101,22 +101,22 @@ class Checkpointer:
         *,
         snapshot: bool = False,
     ) -> None:
-        """Begin to write the checkpoint of a step, of values as they are now.
+        """Start writing the checkpoint of a step, with the current values.
 
-        Once it is on the disk all but the newest ``keep`` are deleted, and what there is of later steps: the run went
-        on from before them because they are damaged.
+        Once it is on disk, all but the newest ``keep`` checkpoints are deleted, and so are checkpoints of later steps:
+        they are damaged, since the run resumed from an earlier one.
 
         Args:
             step: optimizer steps done.
             net: the denoiser.
-            ema: averaged weights, by the names of ``net``'s parameters.
-            optimizer: its state tensors are stored by parameter name.
-            state: JSON values, stored beside ``step``.
-            profiles: averages that snapshots are taken of.
-            snapshot: write snapshots of ``profiles`` too, before the checkpoint.
+            ema: EMA weights, by the names of ``net``'s parameters.
+            optimizer: the optimizer; its state is stored by parameter name.
+            state: JSON values to store with ``step``.
+            profiles: power-function EMAs.
+            snapshot: also write snapshots of ``profiles``, before the checkpoint.
 
         Raises:
-            OSError: what was begun before could not be written; checkpoints on the disk are untouched.
+            OSError: the previous write failed; checkpoints on disk are untouched.
         """
         self.wait()
         weights = net.state_dict()
@@ -135,10 +135,10 @@ class Checkpointer:
         self._begin(net, write)
 
     def save_snapshots(self, step: int, net: Denoiser, profiles: Sequence[PowerEMA]) -> None:
-        """Begin to write `snapshots/step-00001000-0.05.safetensors`, in fp16, the position tables in fp32.
+        """Start writing `snapshots/step-00001000-0.05.safetensors`, in fp16, with the position tables in fp32.
 
         Raises:
-            OSError: what was begun before could not be written.
+            OSError: the previous write failed.
         """
         self.wait()
         parameters = dict(net.named_parameters())
@@ -147,10 +147,10 @@ class Checkpointer:
         self._begin(net, lambda: self._write_snapshots(step, net, tables, averages, widths))
 
     def wait(self) -> None:
-        """Return when what was begun is on the disk; ranks that do not write return at once.
+        """Wait until the pending write is on disk; ranks that do not write return at once.
 
         Raises:
-            OSError: it could not be written; checkpoints on the disk are untouched.
+            OSError: the write failed; checkpoints on disk are untouched.
         """
         if self._writing is not None:
             wait([self._writing])
@@ -170,9 +170,10 @@ class Checkpointer:
         root = self.run_dir / "checkpoints"
         root.mkdir(parents=True, exist_ok=True)
         final, partial = root / f"step-{step:08d}", root / f".partial-{step:08d}"
-        for left in root.glob(".partial-*"):  # by a run that was killed
+        for left in root.glob(".partial-*"):  # from a killed run
             shutil.rmtree(left)
         partial.mkdir()
+        # Write and fsync everything under the temporary name, then rename.
         try:
             for part, tensors in parts.items():
                 file = partial / f"{part}.safetensors"
@@ -192,6 +193,7 @@ class Checkpointer:
             _flush(root)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+        # Delete old checkpoints, and damaged ones of later steps.
         kept = [folder for folder in checkpoints(self.run_dir) if step_of(folder) <= step][-self.keep :]
         for folder in checkpoints(self.run_dir):
             if folder not in kept:
@@ -214,16 +216,16 @@ class Checkpointer:
 
 
 def newest_good(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint of a run whose files are as they were written, or None if there is no checkpoint.
+    """Return the newest checkpoint of a run that matches its checksums, or None if there is no checkpoint.
 
-    Under torch.distributed rank 0 reads and warns, and every rank returns what it found.
+    Under torch.distributed rank 0 reads and warns, and broadcasts the result.
 
     Args:
-        run_dir: the run's folder.
-        warn: is given a line for each damaged checkpoint that is newer.
+        run_dir: the run folder.
+        warn: called with a line for each newer checkpoint that is damaged.
 
     Raises:
-        ValueError: all are damaged.
+        ValueError: all checkpoints are damaged.
     """
     found: list[Any] = [None, None]
     if _rank() == 0:
@@ -247,16 +249,16 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     profiles: Sequence[PowerEMA] = (),
 ) -> dict[str, Any]:
-    """Copy a checkpoint into a network, its averages and its optimizer, and return what ``state.json`` holds.
+    """Load a checkpoint into a network, its EMAs and its optimizer, and return the content of ``state.json``.
 
-    Sharded targets (DTensor) take their part; every rank reads.
+    Every rank reads the files; sharded targets (DTensor) receive their shard.
 
     Args:
-        folder: a checkpoint that `newest_good` has found.
+        folder: a checkpoint returned by `newest_good`.
         net: the denoiser.
-        ema: averaged weights, by the names of ``net``'s parameters.
-        optimizer: of ``net``'s parameters.
-        profiles: averages that snapshots are taken of.
+        ema: EMA weights, by the names of ``net``'s parameters.
+        optimizer: optimizer of ``net``'s parameters.
+        profiles: power-function EMAs.
 
     Raises:
         ValueError: an unreadable file, or a checkpoint of another network (lists the differing names); nothing was
@@ -275,7 +277,7 @@ def load_checkpoint(
         prefix = f"{name}/"
         mine = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
         if mine:
-            # torch's AdamW keeps the step count of its fused form beside the parameter.
+            # torch's fused AdamW keeps the step count on the device of the parameter.
             optimizer.state[parameter] = {
                 key: _part_for(parameter, value) if value.shape == parameter.shape else value.to(parameter.device)
                 for key, value in mine.items()
@@ -284,21 +286,20 @@ def load_checkpoint(
 
 
 def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> bool:
-    """Copy weights from elsewhere into a network and its EMA, of which sharded tensors (DTensor) take their part.
+    """Load initial weights into a network and its EMA; sharded tensors (DTensor) receive their shard.
 
-    Where they are for other classes or another size of images, the network keeps its own table of these, and a line
-    says so.
+    For another number of classes or image size the network keeps its own label or position table, with a printed note.
 
     Args:
-        init: a run folder or a checkpoint, whose weights and EMA are both continued, or a file of weights for both.
+        init: a run folder or a checkpoint, which initialises weights and EMA, or a file of weights for both.
         net: the denoiser.
-        ema: averaged weights, by the names of ``net``'s parameters.
+        ema: EMA weights, by the names of ``net``'s parameters.
 
     Returns:
-        Whether all parameters were loaded, and none was left as it was drawn.
+        Whether all parameters were loaded, and none kept its random initialisation.
 
     Raises:
-        ValueError: nothing to read there, damaged files, or the weights of another network (lists the differing names).
+        ValueError: nothing to read, damaged files, or weights of another network (lists the differing names).
     """
     try:
         place, names = locate(init), ("model.safetensors", "ema.safetensors")
@@ -347,9 +348,9 @@ def _averages(profiles: Sequence[PowerEMA]) -> dict[str, Tensor]:
 
 
 def _to_host(tensors: Mapping[str, Tensor], writes: bool) -> dict[str, Tensor]:
-    """Return copies on the host, whole; nothing on ranks that do not write, which help to gather what is sharded.
+    """Return full copies on the host; ranks that do not write only take part in the gather and return nothing.
 
-    Copies from a device may still be under way.
+    Copies from a device are asynchronous and may not be finished.
     """
     host = {}
     for name, tensor in tensors.items():
@@ -367,18 +368,18 @@ def _copy(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def _part_for(target: Tensor, value: Tensor) -> Tensor:
-    """Return a copy of a whole tensor on a target's device, sharded as the target is."""
+    """Return a copy of a full tensor on the device of a target, sharded like the target."""
     if not hasattr(target, "device_mesh"):
         return value.to(target.device, copy=True)
     from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415  (slow to import)
 
     assert isinstance(target, DTensor)
-    # Every rank has read the whole and takes its part without asking another.
+    # Every rank has read the full tensor, so no communication is needed.
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
 def _flush(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk."""
+    """Fsync a file or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -387,7 +388,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that half of one never bears it. A link alone is unlinked."""
+    """Delete a checkpoint; it is renamed first, so that a partial one never has the final name. A link is unlinked."""
     if folder.is_symlink():
         folder.unlink()
         return

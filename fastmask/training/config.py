@@ -1,4 +1,4 @@
-"""The configuration of a training run: one flat dataclass, from which the command line is made."""
+"""Training configuration: one flat dataclass, from which the command line is generated."""
 
 import dataclasses
 import difflib
@@ -25,129 +25,131 @@ from fastmask.training.ema import gamma_of
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """All there is to say about a training run. Steps are optimizer steps, sides are in pixels."""
+    """Configuration of a training run. Steps are optimizer steps, sizes are in pixels."""
 
     preset: str = "digits"
-    """Row of the preset table that every other field starts from."""
+    """Preset that supplies the defaults of all other fields."""
     run_dir: str = ""
-    """Folder of the run; the same command resumes from its last checkpoint. Empty: runs/PRESET, with the name of --data
-    where that is not the preset's."""
+    """Run folder; the same command resumes from its last checkpoint. Default: runs/PRESET, or runs/PRESET-DATA for
+    other --data than the preset's."""
     seed: int = 0
-    """Seed of weights, data order, noise, masks and dropped labels."""
+    """Seed of the weights, data order, noise, masks and label dropout."""
     device: str = "auto"
-    """Where to train: cuda, cuda:1, cpu; auto is the GPU if there is one."""
+    """Device: cuda, cuda:1 or cpu. auto: the GPU if there is one."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Compute precision of matmuls; weights stay in fp32. auto: bf16 on a GPU that has it, fp16 on another, fp32 on a
+    """Compute precision of matmuls; weights stay in fp32. auto: bf16 on GPUs that support it, fp16 on others, fp32 on a
     CPU."""
 
     compile: Literal["auto", "none", "block", "whole"] = "auto"
-    """What torch.compile builds: blocks, which starts sooner, or the whole network. auto: block on a GPU, else none."""
+    """Scope of torch.compile: each block (faster startup) or the whole network. auto: block on a GPU, none on a CPU."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Replay the step as CUDA graphs, on one GPU. auto: where that can be done."""
+    """Replay the step as CUDA graphs, on a single GPU. auto: on where supported."""
     parallel: Literal["ddp", "fsdp2", "fsdp2-grad-op"] = "ddp"
-    """Under torchrun: every rank has all weights, or a part of them, gathered for each pass or (grad-op) for both."""
+    """Parallelism under torchrun: replicated weights (DDP), or weights sharded by FSDP2 and gathered per pass, or kept
+    gathered from forward to backward (grad-op)."""
 
     data: str = "digits"
-    """digits, synthetic, a store (fastmask.prepare) or its URL (s3://bucket/store), an .npz, or what fastmask.prepare
-    takes: an image folder (class = sub-folder), tars, parquet."""
+    """Dataset: digits, synthetic, a store (fastmask.prepare) or its URL (s3://bucket/store), an .npz, or any source of
+    fastmask.prepare: an image folder (class = sub-folder), tars, parquet."""
     data_source: Literal["auto", "images"] = "auto"
-    """auto: train on --data as they are, images as pixels; images: encode images with --vae at each visit."""
+    """auto: train on the stored form, images as pixels; images: encode images with --vae on the fly."""
     vae: str = "stabilityai/sd-vae-ft-mse"
-    """Folder or name of the AutoencoderKL of diffusers that encodes images, with --data-source images."""
+    """Folder or name of the diffusers AutoencoderKL that encodes images with --data-source images."""
     decoder: Literal["auto", "dali", "pil"] = "auto"
-    """JPEG decoder: DALI (on the GPU if training is), or Pillow. auto: DALI if it is installed."""
+    """JPEG decoder: DALI (on the GPU when training on one) or Pillow. auto: DALI if it is installed."""
     on_bad: Literal["stop", "skip"] = "stop"
-    """What an image that cannot be read does: stop the run, with a checkpoint, or be skipped: another takes its place,
-    the same one at each visit, which the seed decides."""
+    """Unreadable images: stop the run, with a checkpoint, or substitute another image, chosen by the seed and the same
+    in every epoch."""
     image_size: int = 8
-    """Side of the images. Own images are trained on as pixels, VAE moments as latents of a side of image_size / 8.
-    Without it pixels of an .npz or IDX file keep their own side, whatever the preset's is."""
+    """Side of the images. Images are trained on as pixels, VAE moments as latents of side image_size / 8. Default for
+    pixels of an .npz or IDX file: their own side."""
     num_classes: int = 10
-    """Labels are below it; 0 trains without labels. With --data of your own it is read from the data."""
+    """Number of classes; 0 trains without labels. Default for your own --data: read from the dataset."""
     flip: bool = False
-    """Flip each image left to right with probability one half."""
+    """Random horizontal flip (p = 0.5)."""
     num_workers: int = 0
-    """Processes that read and decode images, and threads of DALI; 0 reads in the training process."""
+    """Number of processes that read and decode images, and of DALI threads; 0 reads in the training process."""
 
     network: AnyNetwork = MaskDiTConfig()  # noqa: RUF009  (immutable)
-    """The network, which the preset picks."""
+    """Network, set by the preset."""
 
     mask_ratio: float = 0.5
-    """Share of the patches that the encoder does not see, in [0, 1)."""
+    """Fraction of the patches dropped before the encoder, in [0, 1)."""
     mask_ratio_end: float = 0.0
-    """Ratio that a falling schedule ends at."""
+    """Final mask ratio of a decaying schedule."""
     mask_schedule: str = "constant"
-    """How the ratio falls over the masked steps: constant, linear, exp, cosine2 .. cosine6."""
+    """Schedule of the mask ratio over the masked steps: constant, linear, exp, cosine2 .. cosine6."""
     mask_levels: int = 8
-    """Kept counts that a falling schedule is made of."""
+    """Number of distinct kept counts of a decaying schedule."""
     mask_ratio_per_sample: str = "constant"
-    """Ratio of each sample: constant, uniform(a,b), noise(a,b) with b at the highest noise, noise around mask_ratio."""
+    """Mask ratio per sample: constant, uniform(a,b), noise(a,b) with b at the highest noise, or noise around
+    mask_ratio."""
     mae_coef: float = 0.1
-    """Weight of the reconstruction loss."""
+    """Weight of the reconstruction (MAE) loss."""
     label_drop: float = 0.1
-    """Probability of training a sample without its label, for guidance."""
+    """Probability of dropping the label of a sample, for classifier-free guidance."""
     process: AnyProcess = EDM()  # noqa: RUF009  (immutable)
-    """The diffusion process, which the preset picks."""
+    """Diffusion process, set by the preset."""
 
     max_steps: int = 1000
-    """Steps of the whole run."""
+    """Total number of steps."""
     batch_size: int = 128
-    """Images per step."""
+    """Global batch size: images per step over all processes."""
     micro_batch_size: int = 0
-    """Images that a process computes at a time, the gradients of its share accumulated. 0: its whole share."""
+    """Images per forward pass of a process, with gradient accumulation. 0: the process's whole share of the batch."""
     activation_checkpointing: Literal["none", "block"] = "none"
-    """What is kept for backward: everything, or of each block its input, recomputed there."""
+    """Activation checkpointing: none, or keep only the input of each block and recompute the rest in backward."""
     lr: float = 1e-4
     """Learning rate."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Number of linear warm-up steps of the learning rate."""
     unmask_steps: int = 0
-    """Steps at the end of the run that are trained without masking."""
+    """Number of final steps without masking (unmasked tuning)."""
     unmask_lr: float = 5e-5
-    """Learning rate of those steps."""
+    """Learning rate of the unmasked steps."""
     optimizer: Literal["auto", "adamw_ema", "torch", "apex"] = "auto"
-    """Whose AdamW: adamw_ema is ours, in one pass with the average. auto: ours where it has a kernel, else torch's."""
+    """AdamW implementation; adamw_ema fuses the EMA update. auto: adamw_ema where it has a kernel, else torch."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay of the first and the second moment."""
+    """Decay rates of AdamW's first and second moment."""
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     grad_clip: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Maximum gradient norm; 0 disables clipping."""
     ema_decay: float = 0.9999
-    """Decay of the averaged weights per step; lower in the first steps, so that a short run has an average as well."""
+    """EMA decay per step; it warms up, so that a short run forgets the random initial weights too."""
     ema_widths: tuple[float, ...] = ()
-    """Relative widths of averages with a power-function profile to keep besides, for post-hoc EMA: 0.05 0.1."""
+    """Relative widths of additional power-function EMAs for post-hoc EMA, such as 0.05 0.1."""
     snapshot_every: int = 0
-    """Steps between snapshots of those averages, all of which stay on the disk; 0: with every checkpoint."""
+    """Steps between snapshots of these EMAs, all of which are kept. 0: with every checkpoint."""
     init: str = ""
-    """Weights to start from: a run folder or one of its checkpoints, or a .pt or .safetensors file in the published
-    names. For other classes or another image size they get tables of their own."""
+    """Initial weights: a run folder, one of its checkpoints, or a .pt or .safetensors file with the published parameter
+    names. The label or position table is reinitialised for another number of classes or image size."""
 
     on_divergence: Literal["stop", "rollback"] = "stop"
-    """After a loss spike: stop, or go back to the last checkpoint and continue with other samples."""
+    """After a loss spike: stop, or roll back to the last checkpoint and skip the samples since then."""
     divergence_factor: float = 5.0
-    """A mean loss so many times the median of the ten before is a loss spike; 0 does not compare."""
+    """Loss spike threshold: multiple of the median of the last ten reports; 0 disables it."""
     loss_limit: float = 100.0
-    """A mean loss above it is a loss spike, from the first report on; 0 is no limit."""
+    """Absolute loss spike threshold, from the first report on; 0 disables it."""
 
     report_every: int = 100
-    """Steps between lines of stats.jsonl."""
+    """Steps between reports (lines of stats.jsonl)."""
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Number of checkpoints that stay on the disk."""
+    """Number of checkpoints kept on disk."""
     sample_every: int = 0
-    """Steps between grids of samples drawn with the averaged weights; 0 draws none."""
+    """Steps between sample grids drawn with the EMA weights; 0 disables them."""
     sample_steps: int = 18
-    """Noise levels of the sampler for those grids."""
+    """Number of solver steps for sample grids."""
     cfg_scale: float = 1.5
-    """Guidance of those grids; 1 is none."""
+    """Guidance scale of sample grids; 1 disables guidance."""
 
     def recorded(self) -> dict[str, Any]:
-        """Return the values by the names of their flags, as they may be printed and stored.
+        """Return the values by flag name, safe to print and store.
 
-        The fields of process and network stand beside the others, ``process`` and ``network`` are their names; a URL of
-        data has no passwords, tokens and query.
+        The fields of process and network are merged in, and ``process`` and ``network`` hold their names. Passwords,
+        tokens and the query are removed from a URL in ``data``.
         """
         values = dataclasses.asdict(self)
         members = {**values.pop("process"), **values.pop("network")}
@@ -156,7 +158,7 @@ class TrainConfig:
 
     @property
     def masked_steps(self) -> int:
-        """Steps before the unmasked stage."""
+        """Number of steps before the unmasked stage."""
         return self.max_steps - self.unmask_steps
 
     def ratio_at(self, step: int) -> float:
@@ -166,7 +168,7 @@ class TrainConfig:
         return mask_ratio_at(self.mask_schedule, step / self.masked_steps, self.mask_ratio, self.mask_ratio_end)
 
     def stages(self, length: int) -> tuple[Stage, ...]:
-        """Return the stages of the run, each with its kept count of ``length`` positions; the last may be unmasked."""
+        """Return the stages of the run, with K for ``length`` positions; the last may be unmasked."""
         masked = ratio_stages(
             self.mask_schedule, self.masked_steps, self.mask_ratio, self.mask_ratio_end, length, self.mask_levels
         )
@@ -174,33 +176,33 @@ class TrainConfig:
         return masked if is_over or not self.unmask_steps else (*masked, Stage(self.masked_steps, length))
 
     def kept_at(self, step: int, length: int) -> int:
-        """Return how many of ``length`` positions a step keeps, counted from 0; with a ratio per sample their mean."""
+        """Return the number of kept positions of a step, counted from 0; the mean with a ratio per sample."""
         return [stage.keep for stage in self.stages(length) if stage.first_step <= step][-1]
 
     @property
     def per_sample(self) -> RatioPerSample | None:
-        """How each sample draws its own ratio in the masked steps; None where all samples have the same."""
+        """Distribution of the per-sample mask ratio in the masked steps; None for a constant ratio."""
         return parse_per_sample(self.mask_ratio_per_sample, self.mask_ratio)
 
     @property
     def micro_batch(self) -> int:
-        """Images computed at a time."""
+        """Images per forward pass."""
         return min(self.micro_batch_size or self.batch_size, self.batch_size)
 
 
 def check_config(config: TrainConfig, input_size: int) -> None:
-    """Raise a ValueError that names the first field that cannot be, and why.
+    """Raise a ValueError for the first invalid field.
 
     Args:
         config: the configuration.
-        input_size: side of what the network sees, in pixels or latent pixels.
+        input_size: side of the network's input, in pixels or latent pixels.
     """
     config.network.check(input_size)
     check_ranges(config)
 
 
 def check_ranges(config: TrainConfig) -> None:
-    """Raise a ValueError that names the first field that cannot be, whatever the data are."""
+    """Raise a ValueError for the first field out of range, independent of the dataset."""
     check_ratio("mask_ratio", config.mask_ratio)
     check_ratio("mask_ratio_end", config.mask_ratio_end)
     if config.mask_schedule not in SCHEDULES:
@@ -271,14 +273,14 @@ def _check_per_sample(config: TrainConfig) -> None:
 
 
 def build_model(config: TrainConfig, channels: int, size: int) -> MaskDiT:
-    """Return the freshly initialised network of a configuration, for images of (channels, size, size)."""
+    """Return a freshly initialised network for inputs of shape (channels, size, size)."""
     return config.network.build(channels, size, config.num_classes)
 
 
 def fit_stages(config: TrainConfig, preset: TrainConfig, given: Collection[str] = ()) -> TrainConfig:
-    """Return a configuration whose warm-up and unmasked steps fit fewer steps than the preset has, in its proportions.
+    """Scale the preset's warm-up and unmasked steps down in proportion if ``max_steps`` is too small for them.
 
-    Where they fit, are not the preset's, or are among the fields that were given, nothing changes.
+    Nothing changes if they fit, differ from the preset, or were set on the command line.
     """
     stages = ("unmask_steps", "warmup_steps")
     fits = config.unmask_steps + config.warmup_steps <= config.max_steps
@@ -291,7 +293,7 @@ def fit_stages(config: TrainConfig, preset: TrainConfig, given: Collection[str] 
 
 
 def preset_config(name: str, presets: dict[str, dict[str, Any]]) -> TrainConfig:
-    """Return the configuration of a preset; a ValueError names the near ones where there is none."""
+    """Return the configuration of a preset; a ValueError suggests similar names for an unknown one."""
     if name not in presets:
         raise ValueError(_unknown("preset", name, presets))
     return TrainConfig(preset=name, **presets[name])

@@ -1,7 +1,7 @@
-"""Exponential moving averages of the weights, which samples are drawn with.
+"""Exponential moving averages (EMA) of the weights, used for sampling, and post-hoc EMA.
 
-Beside the published average of constant decay there are averages with a power-function profile, from snapshots of which
-an average of any other width is put together afterwards (arXiv 2312.02696, section 3).
+In addition to the standard EMA with constant decay there are EMAs with a power-function profile, whose snapshots allow
+an EMA of any width to be reconstructed after training (arXiv 2312.02696, section 3).
 """
 
 import contextlib
@@ -11,26 +11,26 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-# Of the profile of gamma = 0, a plain mean of all steps: no power function above it falls towards the past.
+# Width for gamma = 0, the plain mean of all steps; wider profiles would weigh the past more.
 WIDEST = 1 / math.sqrt(12)
-# Longest half-life of an average, relative to the steps done: the warm-up of arXiv 2206.00364, appendix F.2.
+# Maximum half-life relative to the steps done (warm-up of arXiv 2206.00364, appendix F.2).
 _WARMUP = 0.05
 
 
 class EMA:
-    """Averaged parameters of a module, in fp32 and on its device.
+    """EMA of the parameters of a module, in fp32 and on its device.
 
-    The average warms up: at a step of training its half-life is at most a twentieth of the steps done, so that the
-    random initial weights are forgotten in a short run too.
+    During warm-up the half-life is limited to a twentieth of the steps done, so that a short run forgets its random
+    initial weights too.
 
     Args:
-        module: whose parameters are averaged; the average starts at their present values.
-        decay: share of the average that stays at each update, once warmed up.
-        warmup: whether it warms up; one that starts from trained weights should not forget them.
+        module: module whose parameters are averaged; the EMA starts at their current values.
+        decay: EMA decay after warm-up.
+        warmup: whether to warm up; disable it when starting from trained weights, which should not be forgotten.
 
     Attributes:
-        decay: the same, of the present step.
-        warmup: see above.
+        decay: decay of the current step.
+        warmup: as above.
     """
 
     def __init__(self, module: nn.Module, decay: float, *, warmup: bool = True) -> None:
@@ -45,13 +45,13 @@ class EMA:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Move the average toward the module: average = decay * average + (1 - decay) * parameter."""
+        """Update the EMA: average = decay * average + (1 - decay) * parameter."""
         parameters = [p.detach() for p in module.parameters()]
         torch._foreach_lerp_(list(self.weights.values()), parameters, 1 - self.decay)
 
     @contextlib.contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Let the module compute with the averaged weights inside the block, without copying."""
+        """Swap the EMA weights into the module inside the block, without copying."""
         own = {name: p.data for name, p in module.named_parameters()}
         try:
             for name, parameter in module.named_parameters():
@@ -63,12 +63,12 @@ class EMA:
 
 
 class PowerEMA(EMA):
-    """An average in which the parameters of step s weigh as s^gamma: relative to the run it stays as wide as it is.
+    """Power-function EMA: step s has a weight proportional to s^gamma, so the width is constant relative to the run.
 
-    Its decay is (1 - 1 / step)^(gamma + 1): 0 at the first step.
+    The decay is (1 - 1 / step)^(gamma + 1), which is 0 at the first step.
 
     Args:
-        module: whose parameters are averaged.
+        module: module whose parameters are averaged.
         width: standard deviation of the profile relative to the length of the run, in (0, 0.288].
     """
 
@@ -87,37 +87,36 @@ def gamma_of(width: float) -> float:
     width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), which falls as gamma grows.
 
     Raises:
-        ValueError: no profile has that width.
+        ValueError: a width outside the valid range.
     """
     if not 0 < width <= WIDEST:
         raise ValueError(f"the relative width of an average must be above 0 and at most {WIDEST:.4f}, not {width}")
     low, high = 0.0, 2.0
     while _width_of(high) > width:
         high *= 2
-    for _ in range(100):  # by halves, to the last bit
+    for _ in range(100):  # bisection to float64 precision
         middle = (low + high) / 2
         low, high = (middle, high) if _width_of(middle) > width else (low, middle)
     return (low + high) / 2
 
 
 def posthoc_coefficients(snapshots: Sequence[tuple[float, int]], gamma: float, step: int) -> tuple[list[float], float]:
-    """Return how to add snapshots up to an average that was never tracked, and what the sum misses of it.
+    """Return the coefficients that reconstruct an EMA from snapshots, and the relative residual.
 
-    The coefficients minimise the squared distance between the sum of the snapshots' profiles and the wanted profile
-    (the paper's section 3.2), in float64.
+    A least-squares fit of the target profile by the snapshots' profiles (section 3.2 of the paper), in float64.
 
     Args:
-        snapshots: exponent and step of each.
-        gamma: the exponent wanted.
-        step: where the wanted average ends, at least the step of the newest snapshot used.
+        snapshots: exponent and step of each snapshot.
+        gamma: exponent of the target profile.
+        step: last step of the target, at least the step of the newest snapshot.
 
     Returns:
-        A coefficient for each snapshot, and the norm of what is missed, relative to that of the wanted profile.
+        A coefficient per snapshot, and the norm of the residual relative to the norm of the target profile.
     """
     wanted = (gamma, step)
     system = torch.tensor([[_overlap(a, b) for b in snapshots] for a in snapshots], dtype=torch.float64)
     right = torch.tensor([_overlap(a, wanted) for a in snapshots], dtype=torch.float64)
-    # Profiles of near steps are almost alike: without a scale of their own the system would be badly conditioned.
+    # Profiles of nearby steps are almost parallel; scaling to a unit diagonal improves the conditioning.
     scale = system.diagonal().rsqrt()
     solved = torch.linalg.lstsq(system * scale[:, None] * scale, right * scale, driver="gelsd").solution * scale
     missed = _overlap(wanted, wanted) - 2 * solved @ right + solved @ system @ solved
@@ -131,6 +130,6 @@ def _width_of(gamma: float) -> float:
 def _overlap(a: tuple[float, int], b: tuple[float, int]) -> float:
     """Return the integral of the product of two profiles, (gamma + 1) s^gamma / step^(gamma + 1) up to their steps."""
     (gamma_a, step_a), (gamma_b, step_b) = sorted((a, b), key=lambda profile: profile[1])
-    # In terms of step_a / step_b <= 1, which no power overflows.
+    # In terms of step_a / step_b <= 1, whose powers cannot overflow.
     ratio = (step_a / step_b) ** gamma_b
     return float((gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio / step_b)

@@ -1,4 +1,4 @@
-"""CUDA graphs of the calls that a training step consists of."""
+"""CUDA graphs of the parts of a training step."""
 
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 
 
 class GraphedCalls:
-    """Runs calls, and replays them as CUDA graphs from the second time on.
+    """Runs calls, and captures and replays them as CUDA graphs from the second call on.
 
-    The first call of a key is run as it is: it warms up what a capture must not meet, such as kernels to build and
-    workspaces to allocate. The second one is captured. Graphs share one memory pool until `clear`.
+    The first call of a key runs eagerly as a warm-up: it builds kernels and allocates workspaces, which a capture must
+    not do. The second call is captured. Graphs share one memory pool until `clear`.
 
     Args:
-        device: the GPU that the calls run on.
+        device: the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,14 +22,14 @@ class GraphedCalls:
         self._pool: Any = None
 
     def run(self, key: Hashable, call: Callable[[], None]) -> None:
-        """Do a call, or replay its graph.
+        """Run a call, or replay its graph.
 
         Args:
-            key: what tells this call from others; the tensors it reads and writes stay where they are.
-            call: must not wait for the GPU.
+            key: identifies the call; the addresses of its input and output tensors must not change.
+            call: must not synchronise with the GPU.
 
         Raises:
-            ValueError: it cannot be captured.
+            ValueError: the call cannot be captured.
         """
         if key not in self._graphs:
             call()
@@ -41,11 +41,11 @@ class GraphedCalls:
         graph.replay()
 
     def clear(self) -> None:
-        """Drop all graphs and their memory: what they read and wrote is gone, or another stage needs the room."""
+        """Release all graphs and their memory, when their tensors are gone or another stage needs the memory."""
         captured = self._pool is not None
         self._graphs.clear()
-        # A pool must not be named again once its last graph is gone: its host memory and cuBLAS workspaces outlive
-        # the graphs, and torch's allocator stops at such a pool without an owner.
+        # A pool must not be reused once its last graph is gone: its host memory and cuBLAS workspaces outlive the
+        # graphs, and torch's allocator fails on such a pool without an owner.
         self._pool = None
         if captured:
             torch.cuda.empty_cache()
@@ -54,7 +54,7 @@ class GraphedCalls:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            # A capture records the current device alone. Threads of the loaders may allocate meanwhile.
+            # A capture records the current device only; thread_local, since loader threads can allocate meanwhile.
             with (
                 torch.cuda.device(self._device),
                 torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),

@@ -1,4 +1,4 @@
-"""Training monitors, on the device so that no step waits: loss by noise level, norms, loss spikes."""
+"""Training monitors: loss by noise level, gradient and update norms, divergence. Sums stay on the device."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,48 +8,46 @@ from torch import Tensor, nn
 
 from fastmask.ranks import Ranks, all_sum, whole
 
-# Logarithms of the signal-to-noise ratio at which one bucket of times ends and the next begins. EDM's training draws
-# them around 2.4 +- 2.4, rectified flow's around 0 +- 2.
+# Edges of the log-SNR buckets. EDM's training draws log-SNR around 2.4 +- 2.4, rectified flow's around 0 +- 2.
 EDGES = (-2.0, 0.0, 2.0, 4.0, 6.0)
 _LEVELS = [f"{low}..{high}" for low, high in zip(("-inf", *EDGES), (*EDGES, "inf"), strict=True)]
 
 
 class DivergedError(ValueError):
-    """The loss is not finite, or far above what it was."""
+    """The loss is not finite, or spiked."""
 
 
 class Tally:
-    """Sums up losses on the device, as a whole and by noise level.
+    """Accumulates losses on the device, in total and by noise level.
 
-    All is changed in place, so that a CUDA graph may hold `add`.
+    All updates are in place, so that a CUDA graph can capture `add`.
 
     Args:
-        device: where the losses are.
-        names: of the losses, their weighted sum first.
+        device: device of the losses.
+        names: names of the losses, the weighted sum first.
     """
 
     def __init__(self, device: torch.device, names: Sequence[str]) -> None:
         self._names = tuple(names)
-        # Rows: the losses, then per bucket of noise the sum of the total loss, and at the end the samples there.
+        # Layout: one sum per loss, then per log-SNR bucket the sum of the total loss, then the samples per bucket.
         self._sums = torch.zeros(len(self._names) + 2 * len(_LEVELS), device=device)
         self._count = torch.zeros((), device=device)
         self._edges = torch.tensor(EDGES, device=device)
-        self._first_bad = torch.full(
-            (3,), -1.0, dtype=torch.float64, device=device
-        )  # sample, least and largest log-SNR
+        # First sample, smallest and largest log-SNR of the first batch with a non-finite loss.
+        self._first_bad = torch.full((3,), -1.0, dtype=torch.float64, device=device)
 
     def add(self, offset: Tensor, losses: Mapping[str, Tensor], log_snr: Tensor) -> None:
-        """Add the losses of a batch, and note where and at which noise levels the first one is that is not finite.
+        """Add the losses of a batch, and record the position and log-SNR range of the first non-finite one.
 
         Args:
             offset: global index of the batch's first sample, shape ().
-            losses: by name, each (B,).
-            log_snr: of the samples' times, (B,).
+            losses: losses by name, each (B,).
+            log_snr: log-SNR of each sample, (B,).
         """
         stacked = torch.stack([losses[name].detach().float() for name in self._names])  # (names, B)
         level = torch.bucketize(log_snr, self._edges)  # (B,)
         at = (level[:, None] == torch.arange(len(_LEVELS), device=log_snr.device)).float()  # (B, levels)
-        # Where, and not a product: a loss that is not finite belongs to its own level alone.
+        # torch.where, not a multiplication, which would spread a non-finite loss to all buckets.
         by_level = torch.where(at > 0, stacked[0][:, None], 0.0).sum(0)
         self._sums += torch.cat([stacked.sum(1), by_level, at.sum(0)])
         self._count += len(log_snr)
@@ -62,12 +60,12 @@ class Tally:
         return [t.clone() for t in (self._sums, self._count, self._first_bad)]
 
     def restore(self, state: Sequence[Tensor]) -> None:
-        """Put the sums back to what they were."""
+        """Restore the sums from `state`."""
         for mine, kept in zip((self._sums, self._count, self._first_bad), state, strict=True):
             mine.copy_(kept)
 
     def check_finite(self, ranks: Ranks) -> None:
-        """Raise a `DivergedError` that names the first sample whose loss was not finite, if there was one."""
+        """Raise a `DivergedError` with the first sample of the batch if a loss was not finite."""
         if all_sum((self._first_bad[:1] >= 0).float(), ranks).item() == 0:
             return
         sample, least, largest = self._first_bad.tolist()
@@ -82,7 +80,7 @@ class Tally:
         return float((all_sum(self._sums[:1], ranks) / all_sum(self._count, ranks)).item())
 
     def take(self, ranks: Ranks) -> dict[str, float]:
-        """Return the mean losses per image since the last call, all finite and over all ranks, and reset the sums."""
+        """Return the mean losses per image since the last call, over all ranks, and reset the sums."""
         self.check_finite(ranks)
         sums, count = all_sum(self._sums, ranks).tolist(), all_sum(self._count, ranks).item()
         self._sums.zero_()
@@ -99,10 +97,10 @@ def check_spike(loss: float, before: Sequence[float], factor: float, limit: floa
     """Raise a `DivergedError` at a loss spike.
 
     Args:
-        loss: mean loss of the last steps.
-        before: those of the reports before, none at the first.
-        factor: how many times their median is a spike; 0 does not compare.
-        limit: what is a spike whatever came before; 0 is no limit.
+        loss: mean loss since the last report.
+        before: mean losses of the previous reports; may be empty.
+        factor: threshold as a multiple of the median of ``before``; 0 disables it.
+        limit: absolute threshold; 0 disables it.
     """
     if limit and loss > limit:
         raise DivergedError(f"the loss is {loss:.4g}, above --loss-limit {limit:g}")
@@ -112,13 +110,13 @@ def check_spike(loss: float, before: Sequence[float], factor: float, limit: floa
 
 @torch.no_grad()
 def gradient_norm(net: nn.Module) -> float:
-    """Return the norm of all gradients."""
+    """Return the global gradient norm."""
     return _norm([p.grad for p in net.parameters() if p.grad is not None])
 
 
 @torch.no_grad()
 def update_ratio(net: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Return the norm of what AdamW just added to the parameters, without decay, relative to that of the parameters."""
+    """Return the norm of AdamW's last update, without weight decay, relative to the norm of the parameters."""
     return _norm(_updates(optimizer)) / max(_norm(net.parameters()), math.ulp(1.0))
 
 
@@ -134,6 +132,6 @@ def _updates(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    # Of tensors that are split among the ranks each norm is that of the whole.
+    # `whole` reduces the norm of a DTensor over its shards.
     norms = [whole(torch.linalg.vector_norm(t)) for t in tensors]
     return float(torch.stack(norms).norm()) if norms else 0.0

@@ -1,4 +1,4 @@
-"""Settings of PyTorch that decide the bits of a training run, and part of its speed."""
+"""PyTorch settings of precision and determinism."""
 
 import os
 
@@ -8,8 +8,8 @@ from fastmask.training.config import TrainConfig
 
 
 def set_numerics(config: TrainConfig) -> None:
-    """Set the precision of fp32 matmuls, and make repeated runs give the same bits."""
+    """Set the precision of fp32 matmuls, and make repeated runs bitwise identical."""
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its results with it alone
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for deterministic cuBLAS
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a debugging aid that costs a pass over memory

@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate."""
+"""Optimizers (AdamW with fused EMA, torch, apex), gradient clipping, learning rate schedule."""
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
@@ -16,24 +16,24 @@ _APEX = "--optimizer apex needs NVIDIA's apex: build github.com/NVIDIA/apex with
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """`torch.optim.AdamW` whose step also moves averages of the parameters, in the same pass over memory.
+    """`torch.optim.AdamW` with EMAs of the parameters updated in the same pass over memory.
 
-    Its state is that of `torch.optim.AdamW`, and either loads the other's `state_dict`. The averages are the caller's
-    tensors and no part of it. A step never waits for the device, whether a GradScaler drives it or not. A CUDA graph
-    can hold it: a later `set_decays`, or a new value in ``lr`` where that is a tensor, reaches its replays.
+    The state is the same as for `torch.optim.AdamW`, and each loads the other's `state_dict`. The EMA tensors belong to
+    the caller and are not part of the state. A step never waits for the device, with or without a GradScaler. It can be
+    captured in a CUDA graph: replays see later calls of `set_decays`, and new values of ``lr`` if it is a tensor.
 
-    Of parameters that are sharded (DTensor, as by `fully_shard`) each process updates its part; they have sharded
-    moments, and averages sharded alike.
+    For sharded parameters (DTensor, as made by `fully_shard`) each process updates its shard; moments and EMAs are
+    sharded in the same way.
 
     Args:
-        params: parameters or groups of them, contiguous and all on one device.
+        params: parameters or parameter groups, contiguous and all on one device.
         lr: learning rate, a number or a tensor on that device.
-        betas: decay of the first and of the second moment.
+        betas: decay rates of the first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: decoupled decay per unit of the learning rate.
-        averages: for each average its decay, and its tensors in the order of the parameters; a step moves those of
-            parameters without a gradient too.
-        impl: of `fastmask.kernels.adamw_ema`.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        averages: for each EMA its decay, and its tensors in the order of the parameters; EMAs of parameters without a
+            gradient are updated too.
+        impl: passed to `fastmask.kernels.adamw_ema`.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class AdamWEMA(torch.optim.AdamW):
         averages: Sequence[tuple[float, Iterable[Tensor]]] = (),
         impl: Impl | None = None,
     ) -> None:
-        # Of torch's forms the fused one counts steps on the device, and is handed scale and found_inf by a GradScaler.
+        # torch's fused form counts steps on the device, and GradScaler passes it grad_scale and found_inf.
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self.impl = impl
         self.grad_factor: Tensor | None = None
         mine = [list(tensors) for _, tensors in averages]
         parameters = [p for group in self.param_groups for p in group["params"]]
-        # On the device: a CUDA graph that holds a step reads them at each replay.
+        # On the device, so that replays of a CUDA graph read the current values.
         self.rates = torch.zeros(len(mine), dtype=torch.float32, device=parameters[0].device)
         self.set_decays([decay for decay, _ in averages])
         for k, tensors in enumerate(mine):
@@ -62,24 +62,24 @@ class AdamWEMA(torch.optim.AdamW):
         self._averages = {p: [tensors[i] for tensors in mine] for i, p in enumerate(parameters)}
 
     def set_decays(self, decays: Sequence[float]) -> None:
-        """Set what share of each average stays at a step, for the steps to come."""
+        """Set the decay of each EMA for the following steps."""
         if len(decays) != len(self.rates):
             raise ValueError(f"decays must have one value per average, {len(self.rates)}, not {len(decays)}")
         rates = torch.tensor([1 - decay for decay in decays], dtype=torch.float32, pin_memory=self.rates.is_cuda)
         self.rates.copy_(rates, non_blocking=True)
 
     def scale_gradients(self, factor: Tensor) -> None:
-        """Let the next step multiply gradients with a tensor of one value, to clip their norm without another pass."""
+        """Let the next step multiply gradients by a one-element tensor, which clips their norm without another pass."""
         self.grad_factor = factor
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one step, and return what ``closure`` does."""
+        """Do one step, and return the result of ``closure``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # A GradScaler sets both for the time of the call.
+        # GradScaler sets both attributes during the call.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         factor, self.grad_factor = self.grad_factor, None
         if scale is not None:
@@ -96,7 +96,7 @@ class AdamWEMA(torch.optim.AdamW):
     def _step(self, group: dict[str, Any], params: list[Tensor], factor: Tensor | None, found_inf: Any) -> None:
         states = [self._state_of(p) for p in params]
         steps = [state["step"] for state in states]
-        # A step that is skipped does not count.
+        # Skipped steps are not counted.
         torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).float())
         lr = group["lr"]
         if not isinstance(lr, Tensor):
@@ -132,7 +132,7 @@ class AdamWEMA(torch.optim.AdamW):
             _local(average).lerp_(_local(p), rate)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class, or of `torch.optim.AdamW` in any of its forms but amsgrad and maximize."""
+        """Load a state of this class or of `torch.optim.AdamW`, without amsgrad and maximize."""
         for group in state_dict["param_groups"]:
             if group.get("amsgrad") or group.get("maximize"):
                 raise ValueError(
@@ -146,22 +146,22 @@ class AdamWEMA(torch.optim.AdamW):
 
 
 def make_optimizer(net: nn.Module, config: TrainConfig, emas: Sequence[EMA] = ()) -> torch.optim.Optimizer:
-    """Return AdamW over all parameters, in the form that the configuration names.
+    """Return AdamW over all parameters, in the implementation chosen by ``config.optimizer``.
 
     Args:
         net: the network, on its device.
         config: the configuration.
-        emas: averages that each step moves as well.
+        emas: EMAs updated with each step.
 
     Raises:
-        ValueError: that form does not run here; the message says what to do.
+        ValueError: the implementation does not run here; the message suggests another.
     """
     device = next(net.parameters()).device
     name = resolve_optimizer(config.optimizer, device)
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if name == "adamw_ema":
         averages = [(ema.decay, ema.weights.values()) for ema in emas]
-        options["lr"] = torch.full((), config.lr, device=device)  # a CUDA graph that holds a step reads it there
+        options["lr"] = torch.full((), config.lr, device=device)  # CUDA graphs read it at each replay
         return AdamWEMA(net.parameters(), **options, averages=averages, impl="fused")
     optimizer: torch.optim.Optimizer
     if name == "apex":
@@ -176,7 +176,7 @@ def make_optimizer(net: nn.Module, config: TrainConfig, emas: Sequence[EMA] = ()
 
 
 def begin_step(optimizer: torch.optim.Optimizer, emas: Sequence[EMA], lr: float, step: int) -> None:
-    """Set the learning rate and the averages' decays of a step, counted from 0, in place where they are tensors."""
+    """Set the learning rate and EMA decays of a step, counted from 0; tensors are updated in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -189,14 +189,14 @@ def begin_step(optimizer: torch.optim.Optimizer, emas: Sequence[EMA], lr: float,
 
 
 def resolve_optimizer(name: str, device: torch.device) -> Literal["adamw_ema", "torch", "apex"]:
-    """Return the optimizer to take: for "auto", "adamw_ema" where it has a kernel of the device's own, else "torch".
+    """Return the optimizer to use; "auto" is "adamw_ema" where it has a kernel for the device, else "torch".
 
     Raises:
-        ValueError: one is asked for that does not run here; the message says why.
+        ValueError: the requested optimizer does not run here; the message says why.
     """
     row = next((row for row in backends() if row.op == "adamw_ema" and row.device == device.type), None)
     if name == "auto":
-        own = {"cuda": "triton", "cpu": "native"}.get(device.type)  # and not Triton interpreted
+        own = {"cuda": "triton", "cpu": "native"}.get(device.type)  # not the Triton interpreter
         return "adamw_ema" if row is not None and row.kernel == own else "torch"
     if name == "adamw_ema" and (row is None or row.kernel == "none"):
         reason = row.reason if row else "only on cuda and cpu"
@@ -209,7 +209,7 @@ def resolve_optimizer(name: str, device: torch.device) -> Literal["adamw_ema", "
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    """Scale the gradients of the coming step so that their common norm is at most ``max_norm``."""
+    """Clip the global gradient norm to ``max_norm`` for the next step."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not isinstance(optimizer, AdamWEMA):
         nn.utils.clip_grad_norm_(parameters, max_norm)
@@ -219,26 +219,26 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 0: a linear rise, a constant, and another one while unmasked."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, constant, then ``unmask_lr``."""
     if step >= config.masked_steps:
         return config.unmask_lr
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor: its part of a DTensor, all of any other."""
+    """Return the local shard of a DTensor, or the tensor itself."""
     return cast(Tensor, tensor.to_local()) if hasattr(tensor, "to_local") else tensor
 
 
 def _fused_adam() -> Any:
     try:
         return importlib.import_module("apex.optimizers").FusedAdam
-    except (ImportError, AttributeError) as error:  # another package of that name is on PyPI
+    except (ImportError, AttributeError) as error:  # PyPI has another package named apex
         raise ValueError(f"{_APEX} ({error})") from None
 
 
 def _take_count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Give each group of apex's FusedAdam the count of steps that stands beside its parameters."""
+    """Set the step count of each group of apex's FusedAdam from the per-parameter state."""
     for group in optimizer.param_groups:
         counts = [int(optimizer.state[p]["step"]) for p in group["params"] if "step" in optimizer.state[p]]
         if counts:
@@ -246,7 +246,7 @@ def _take_count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _leave_count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Keep the count beside each parameter, as torch does and checkpoints want."""
+    """Store the step count per parameter, as torch does and checkpoints expect."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if optimizer.state[p]:

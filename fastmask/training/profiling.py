@@ -1,8 +1,8 @@
-"""Where the time of training steps goes: the profiler's events, each instant of which is counted once.
+"""Profiler: breakdown of a training step, in which each instant is counted once.
 
-On a GPU the kernels' time is counted, on a CPU that of the operators, without that of those they call. Where several
-run at once, an instant belongs to the one that began last, and to copies of data or an exchange between processes only
-if nothing else runs. What remains of a step's time is the host's: Python, launching, or waiting.
+The breakdown counts kernel time on a GPU, and the self time of operators on a CPU. Where several events overlap, an
+instant belongs to the one that started last; data copies and communication count only when nothing else runs. The
+remainder is CPU-bound time: Python, launches, waiting.
 """
 
 import collections
@@ -26,7 +26,7 @@ PRODUCTS, ATTENTION, OPTIMIZER, DATA = "matmuls", "attention", "optimizer", "dat
 COMMUNICATION, OTHER, GAPS = "communication", "all else", "CPU-bound time"
 _OURS = "fastmask"
 
-# Kinds by the names of operators and kernels; the first that is found in a name counts.
+# Categories by the names of operators and kernels; the first match counts.
 _KINDS = [
     (kind, re.compile(pattern))
     for kind, pattern in [
@@ -39,20 +39,20 @@ _KINDS = [
         (PRODUCTS, r"gemm|gemv|cutlass|nvjet|xmma|splitK|triton_tem_"),
     ]
 ]
-_WARMUP = 4  # steps before the trace: graphs are captured in the second, and the last is timed
-_AVOIDABLE = 0.1  # share of a step from which a wait is named although something else takes longer
+_WARMUP = 4  # steps before the trace; the second captures graphs, the last is timed
+_AVOIDABLE = 0.1  # share of a step from which a wait is reported even if it is not the largest part
 _WINDOW = "fastmask: profiled steps"
 
 
 class Profile(NamedTuple):
-    """Where the time of a step went, on average.
+    """Mean time of a step, by part.
 
     Attributes:
-        step_s: seconds of a step under the profiler.
-        unprofiled_s: seconds of a step before it.
-        parts: seconds by name: the kinds of this module, and each op of this library by its own; they make up the step.
-        flops_per_step: of matmuls and attention.
-        peak_flops: FLOP/s that the device can do, where that is known.
+        step_s: seconds per step under the profiler.
+        unprofiled_s: seconds of a step without the profiler.
+        parts: seconds by category of this module, or by op for this library's ops; they sum up to ``step_s``.
+        flops_per_step: FLOP of matmuls and attention.
+        peak_flops: peak FLOP/s of the device, None if unknown.
     """
 
     step_s: float
@@ -62,7 +62,7 @@ class Profile(NamedTuple):
     peak_flops: float | None = None
 
     def share(self, *names: str) -> float:
-        """Return the share of a step that some parts take."""
+        """Return the fraction of a step taken by the given parts."""
         return sum(self.parts.get(name, 0.0) for name in names) / self.step_s
 
 
@@ -83,22 +83,22 @@ def profile_steps(
     peak_flops: float | None = None,
     rank: int = 0,
 ) -> Profile:
-    """Do some steps under PyTorch's profiler, print where their time went, and store the trace.
+    """Run steps under PyTorch's profiler, print a breakdown, and store the trace.
 
     The trace is `profile/trace.json.gz` in the run folder, for chrome://tracing or Perfetto.
 
     Args:
-        run_step: does a training step.
-        count: steps to profile; a few more are done before.
-        run_dir: the run's folder.
-        device: where the steps run.
-        data_wait_s: tells how many seconds the host has waited for data so far.
-        flops_per_step: of matmuls and attention on this device.
-        peak_flops: FLOP/s that the device can do, if known.
-        rank: number of this process; only that of 0 stores and prints.
+        run_step: does one training step.
+        count: number of steps to profile, after a few warm-up steps.
+        run_dir: the run folder.
+        device: device of the steps.
+        data_wait_s: returns the seconds that the host has waited for data so far.
+        flops_per_step: FLOP of matmuls and attention on this device.
+        peak_flops: peak FLOP/s of the device, if known.
+        rank: rank of this process; only rank 0 stores and prints.
 
     Raises:
-        ValueError: no step to profile.
+        ValueError: ``count`` below 1.
     """
     if count < 1:
         raise ValueError(f"there must be at least 1 step to profile, not {count}")
@@ -110,7 +110,7 @@ def profile_steps(
     unprofiled_s = time.perf_counter() - began
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
-        run_step()  # the profiler's own first step is slow
+        run_step()  # not counted: the first step under the profiler is slow
         _synchronize(device)
         waited = data_wait_s()
         with record_function(_WINDOW):
@@ -131,7 +131,7 @@ def profile_steps(
 
 
 def bound_of(found: Profile, device: torch.device) -> str:
-    """Return one line that says what bounds a run, and what else it waits for that need not be."""
+    """Return one line with the bottleneck of a run and its avoidable waits."""
     advice = {
         DATA: ("waits for data {}", "--num-workers"),
         COMMUNICATION: ("waits for other processes {}", "a larger --batch-size, or --micro-batch-size"),
@@ -184,33 +184,33 @@ def _print(found: Profile, count: int, device: torch.device) -> None:
 
 
 def _parts_of(events: Any, device: torch.device, waited: float, count: int) -> tuple[float, dict[str, float]]:
-    """Return the seconds of a step, and of its parts, from the events of ``count`` steps and the wait for data."""
+    """Return the seconds per step and by part, from the events of ``count`` steps and the wait for data."""
     window = next(event.time_range for event in events if event.name == _WINDOW and event.device_type == DeviceType.CPU)
     parts = _swept(sorted(_intervals(events, device)), window.start, window.end)
     wall = (window.end - window.start) * 1e-6
     gaps = max(0.0, wall - sum(parts.values()))
     if device.type != "cuda":
-        waited -= parts.get(DATA, 0.0)  # operators of the loader are part of the wait
-    waited = min(max(0.0, waited), gaps)  # a wait while the device works costs nothing
+        waited -= parts.get(DATA, 0.0)  # the wait includes the DataLoader's operators
+    waited = min(max(0.0, waited), gaps)  # a wait that overlaps device work costs nothing
     parts[DATA] = parts.get(DATA, 0.0) + waited
     parts[GAPS] = gaps - waited
     return wall / count, {name: seconds / count for name, seconds in parts.items()}
 
 
 def _intervals(events: Any, device: torch.device) -> Iterator[_Interval]:
-    """Yield kernels on a GPU, else operators, with the name of the part that they belong to."""
+    """Yield kernels on a GPU, operators on a CPU, each with the name of its part."""
     wanted = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
     for event in events:
         if event.device_type != wanted or event.name == _WINDOW:
             continue
         name = _part_of(event)
         if event.is_user_annotation and (name == OTHER or wanted == DeviceType.CUDA):
-            continue  # a stretch of the program, not work
+            continue  # an annotated range, not work
         yield _Interval(event.time_range.start, event.time_range.end, name)
 
 
 def _part_of(event: Any) -> str:
-    """Return the part of an event: that of its own name, or of the nearest that it runs inside of."""
+    """Return the part of an event, by its own name or the nearest parent that matches."""
     while event is not None:
         for kind, pattern in _KINDS:
             if pattern.search(event.name):
@@ -220,7 +220,7 @@ def _part_of(event: Any) -> str:
 
 
 def _swept(intervals: list[_Interval], begin: float, end: float) -> dict[str, float]:
-    """Return the seconds by name of intervals in microseconds, sorted by start; each instant has one owner."""
+    """Return seconds by name of sorted intervals in microseconds, in a sweep that gives each instant one owner."""
     seconds: dict[str, float] = collections.defaultdict(float)
     edges = sorted({edge for interval in intervals for edge in interval[:2] if begin < edge < end} | {begin, end})
     running: list[tuple[bool, float, float, str]] = []
@@ -228,7 +228,7 @@ def _swept(intervals: list[_Interval], begin: float, end: float) -> dict[str, fl
     for now, until in itertools.pairwise(edges):
         while following < len(intervals) and intervals[following].start <= now:
             start, stop, name = intervals[following]
-            # The owner is what began last, and of those that began together what ends first: the innermost.
+            # The owner is the innermost interval: the latest start, then the earliest end.
             heapq.heappush(running, (name in (COMMUNICATION, DATA), -start, stop, name))
             following += 1
         while running and running[0][2] <= now:

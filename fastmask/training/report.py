@@ -1,4 +1,4 @@
-"""Logging: stats.jsonl, TensorBoard and progress lines."""
+"""Logging: stats.jsonl, TensorBoard, progress lines, sample grids."""
 
 import contextlib
 import importlib.util
@@ -26,13 +26,13 @@ console = get_console()
 
 
 class Report:
-    """Writes a run's figures to its folder and shows its progress. A context manager.
+    """Writes training metrics to the run folder and shows progress. A context manager.
 
     Args:
-        run_dir: the run's folder.
-        first_step: steps done so far; figures of later steps, from a run that was killed, are dropped.
-        max_steps: steps of the whole run.
-        speaks: whether this process is the one of several that writes and shows; the others do nothing here.
+        run_dir: the run folder.
+        first_step: steps done so far; metrics of later steps, left by a killed run, are dropped.
+        max_steps: total number of steps.
+        speaks: whether this rank logs; the calls of other ranks do nothing.
     """
 
     def __init__(self, run_dir: Path, first_step: int, max_steps: int, speaks: bool = True) -> None:
@@ -71,26 +71,26 @@ class Report:
             try:
                 self._events.close()
             except OSError:
-                if error is None:  # else that one is to be seen
+                if error is None:  # do not hide the original error
                     raise
 
     def advance(self, step: int) -> None:
-        """Move the bar to a number of steps done."""
+        """Update the progress bar."""
         self._progress.update(self._task, completed=step)
 
     def show(self, step: int, text: str) -> None:
-        """Show a line of a step that is not stored."""
+        """Print a line that is not stored."""
         if self._speaks:
             say(f"step {step:>7}/{self._max_steps}  {text}")
 
     def write(self, step: int, figures: dict[str, float], *, images: int, since: float) -> None:
-        """Store and show the figures of the steps up to ``step``, and how fast they were.
+        """Store and print metrics, with the throughput and the total training time added.
 
         Args:
             step: steps done.
-            figures: loss, mask ratio and so on.
-            images: how many were trained on since the last call.
-            since: when that began, in `time.perf_counter`'s seconds.
+            figures: metrics by name: loss, mask_ratio, ..
+            images: number of images trained on since the last call.
+            since: start of that interval, in seconds of `time.perf_counter`.
         """
         if not self._speaks:
             return
@@ -111,7 +111,7 @@ class Report:
             say(f"step {step:>7}/{self._max_steps}  {stage:<8}  {shown}  {left:.0f} s left")
 
     def picture(self, step: int, path: Path, images: Tensor, columns: int) -> None:
-        """Draw a grid of images as a PNG and show it in TensorBoard."""
+        """Write a grid of images as a PNG and to TensorBoard."""
         if not self._speaks:
             return
         grid = save_grid(path, images, columns)
@@ -120,11 +120,11 @@ class Report:
 
 
 class Events:
-    """Writes TensorBoard's events; what its thread runs into is raised here, as an OSError that names the folder.
+    """Writes TensorBoard events; errors of its writer thread are raised here, as an OSError with the folder.
 
     Args:
-        folder: where they go.
-        first_step: steps done so far; TensorBoard drops events of later ones.
+        folder: folder of the event files.
+        first_step: steps done so far; TensorBoard drops the events of later steps.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
@@ -135,7 +135,7 @@ class Events:
         self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def add_scalars(self, figures: dict[str, float], step: int) -> None:
-        """Write figures of a step."""
+        """Write the metrics of a step."""
         with self._named():
             for name, value in figures.items():
                 self._writer.add_scalar(name, value, step)
@@ -146,7 +146,7 @@ class Events:
             self._writer.add_image("samples", pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the writer."""
         try:
             with self._named():
                 self._writer.close()
@@ -161,18 +161,18 @@ class Events:
             raise OSError(error.errno, error.strerror or str(error), str(self._folder)) from error
 
     def _hide_its_own(self, args: threading.ExceptHookArgs) -> None:
-        """Print the traceback of a thread that fails, unless it is that of TensorBoard, which hands its error over."""
+        """Print the traceback of a failed thread, except for TensorBoard's, whose error is raised by its next call."""
         handed_over = args.thread is not None and type(args.thread).__module__.startswith("tensorboard.")
         if not (handed_over and issubclass(args.exc_type, OSError)):
             self._hook(args)
 
 
 def read_stats(run_dir: Path, last_step: int) -> list[dict[str, float]]:
-    """Return the figures that a run reported up to a step, oldest first; a damaged line is said and left out."""
+    """Return the metrics reported up to a step, oldest first; damaged lines are skipped with a warning."""
     path = run_dir / "stats.jsonl"
     if not path.exists():
         return []
-    # A line that was being written when the run was killed does not end in a line break.
+    # A line without a newline was being written when the run was killed.
     lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     found: list[dict[str, float]] = []
     for number, line in enumerate(lines, start=1):
@@ -189,7 +189,7 @@ def read_stats(run_dir: Path, last_step: int) -> list[dict[str, float]]:
 
 
 def versions() -> dict[str, str]:
-    """Return what a run's figures depend on: versions, machine and, in a checkout, the commit."""
+    """Return what determines a run's results: library versions, the GPU and, in a git checkout, the commit."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     here = Path(__file__).parents[1]
     if (here.parent / ".git").exists() and shutil.which("git"):

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed from a checkpoint, and how a change is recorded."""
+"""Configuration changes on resume: allowed fields, and the record of changes."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import Any
 from fastmask.console import without_secrets
 from fastmask.training.config import TrainConfig
 
-# Fields that do not change what is learned: they may differ, and are not recorded.
+# Fields that do not affect what is learned: they can change freely, and changes are not recorded.
 FREE = frozenset(
     {
         "run_dir",
@@ -35,12 +35,12 @@ FREE = frozenset(
     }
 )
 
-_RENAMED = {"mirror": "flip"}  # fields of earlier versions
+_RENAMED = {"mirror": "flip"}  # field names of earlier versions
 
 _SHAPE = "the checkpoint's weights are of that network"
 _DATA = "the run has been trained on those images"
 
-# Fields that cannot change, and why. All others may, and each change is recorded with its step.
+# Fields that cannot change, and why. All others can, and each change is recorded with its step.
 FIXED = {
     **dict.fromkeys(("patch_size", "width", "depth", "num_heads", "qk_norm", "num_classes", "image_size"), _SHAPE),
     **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_num_heads"), _SHAPE),
@@ -56,27 +56,25 @@ FIXED = {
 def changes_of(
     stored: Mapping[str, Any], config: TrainConfig, run_dir: str, *, same_data: bool = False
 ) -> dict[str, tuple[Any, Any]]:
-    """Return the fields that a resumed run changes and that are to be recorded: the value before, and the new one.
+    """Return the changed fields to record, each with its old and new value.
 
     Args:
-        stored: the configuration that the run has had so far, as JSON read it.
-        config: the one asked for now.
-        run_dir: the run's folder, for the message.
-        same_data: the data at the new place were found to be those of the run.
+        stored: the stored configuration, as read from JSON.
+        config: the new configuration.
+        run_dir: the run folder, for the error message.
+        same_data: whether the dataset at the new path has the fingerprint of the old one.
 
     Raises:
-        ValueError: a field differs that cannot change; names each, and why.
+        ValueError: a field that cannot change differs; the message lists each with the reason.
     """
     now, defaults = (json.loads(json.dumps(some.recorded())) for some in (config, TrainConfig()))
-    before = {
-        **defaults,
-        **{_RENAMED.get(name, name): value for name, value in stored.items()},
-    }  # later fields: defaults
-    before["data"] = without_secrets(str(before["data"]))  # which earlier versions stored as given
+    # Fields that the stored version did not have take their defaults.
+    before = {**defaults, **{_RENAMED.get(name, name): value for name, value in stored.items()}}
+    before["data"] = without_secrets(str(before["data"]))  # earlier versions stored it unredacted
     changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
     of_process = {field.name: field.metadata.get("fixed") for field in dataclasses.fields(config.process)}
     for member, value in (("process", config.process), ("network", config.network)):
-        if member in changed:  # whose fields are of another one
+        if member in changed:  # fields of two kinds are not comparable
             own = {field.name for field in dataclasses.fields(value)}
             changed = {name: pair for name, pair in changed.items() if name not in own}
     reasons = {**FIXED, **{name: why for name, why in of_process.items() if why}}

@@ -1,4 +1,4 @@
-"""A training run between its checkpoints: what it consists of, how it is resumed, and what it reports."""
+"""Training loop: state, stages, checkpointing, logging."""
 
 import contextlib
 import json
@@ -43,29 +43,29 @@ from fastmask.training.report import Report, versions
 from fastmask.training.resume import changes_of
 from fastmask.training.step import DTYPES, TrainingStep, eager
 
-_ROLLBACKS = 3  # from one checkpoint; then other samples do not help
-_RECENT = 10  # mean losses that the next is compared with
-LOCK = ".lock"  # in the run folder, held by the first process
-_PATIENCE = 2.0  # seconds until the lock of a process that was killed is free
-_FIRST_LOSSES = (1, 10)  # steps after a start at which a loss is shown already
+_ROLLBACKS = 3  # per checkpoint; after that, other samples are unlikely to help
+_RECENT = 10  # number of reports whose median loss defines a spike
+LOCK = ".lock"  # in the run folder, held by rank 0
+_PATIENCE = 2.0  # seconds until the lock of a killed process is released
+_FIRST_LOSSES = (1, 10)  # steps after the start that print a loss before the first report
 
 
 class Run:
-    """A run between its checkpoints: the network, what moves it, and how far it is.
+    """State of a training run: network, EMAs, optimizer, position in the data, and the loop over the steps.
 
     Args:
         config: the resolved configuration.
-        dataset: what to train on.
-        ranks: the processes that train together.
-        fresh: do not look for checkpoints, and write nothing.
+        dataset: the training data.
+        ranks: rank and world size.
+        fresh: ignore checkpoints and write nothing (for profiling).
 
     Attributes:
-        step: optimizer steps done.
-        samples: number of the next sample: those trained on, and those left out after a loss spike.
-        bad_images: how often an image could not be read and was replaced, on all ranks, when that was last added up.
+        step: number of optimizer steps done.
+        samples: global index of the next sample; it includes samples skipped after a loss spike.
+        bad_images: number of substitutions of unreadable images on all ranks, as of the last `add_up_bad_images`.
         recent: mean losses of the last reports.
-        changes: what was changed when the run was resumed, and at which steps.
-        fingerprint: of the data's content.
+        changes: fields changed on resume, with their steps.
+        fingerprint: hash of the dataset's content.
     """
 
     def __init__(self, config: TrainConfig, dataset: Dataset, ranks: Ranks, fresh: bool = False) -> None:
@@ -87,7 +87,7 @@ class Run:
         self.step, self.samples = 0, 0
         self.recent: list[float] = []
         self.bad_images, self._bad = 0, BadImages()
-        self._bad_seen = self._bad_added = 0  # of this rank's: those of whole steps, and those in the sum
+        self._bad_seen = self._bad_added = 0  # on this rank: in completed steps, and already in the sum
         self._rollbacks, self._rolled_back_to = 0, -1
         self._stored = 0  # step of the last checkpoint
         self._lock = Presence(self.run_dir / LOCK)
@@ -95,12 +95,12 @@ class Run:
             self._load(newest)
             say(f"resuming from {newest}")
         elif config.init:
-            # A label table that was just drawn would stay in an average without warm-up for as long as trained weights
-            # should; the other weights change with it, so their average is worth no more than that of a new run.
+            # Without warm-up the EMA forgets slowly, as trained weights need; a freshly drawn label table would stay in
+            # it just as long. The other weights adapt to the new table, so the whole EMA warms up as in a new run.
             self.ema.warmup = not load_initial(config.init, self.net, self.ema.weights)
 
     def train(self, checkpointer: Checkpointer, stopped: Callable[[], int]) -> None:
-        """Train to the last step, or until told to stop; an error leaves a checkpoint of the last whole step."""
+        """Train to the last step or a stop signal; an error leaves a checkpoint of the last completed step."""
         config = self.config
         with (
             Report(self.run_dir, self.step, config.max_steps, self.ranks.rank == 0) as report,
@@ -127,6 +127,7 @@ class Run:
             if not self.ranks.rank and self._lock.is_lost():
                 raise ValueError(f"{self.run_dir} was removed, moved or replaced while a run trained in it")
 
+            # All ranks agree on whether to stop, then report, checkpoint and sample at the same step.
             signaled = all_max(stopped(), self.ranks)
             last = self.step == config.max_steps or signaled > 0
             if last or self.step % config.report_every == 0:
@@ -145,7 +146,7 @@ class Run:
                 raise SystemExit(exit_code(signaled))
 
     def roll_back(self, error: DivergedError) -> None:
-        """Go back to the last checkpoint, and on with samples that the run has not seen; or stop, as configured."""
+        """Reload the last checkpoint and skip the samples since then, or raise a ValueError, as configured."""
         newest = newest_good(self.run_dir, say)
         again = newest is not None and step_of(newest) <= self._rolled_back_to
         if self.config.on_divergence == "stop" or newest is None or (again and self._rollbacks == _ROLLBACKS):
@@ -159,7 +160,7 @@ class Run:
         say(f"{error}: going back from step {bad_step} to {newest}, and past the samples of these steps")
 
     def _advice(self, newest: Path | None) -> str:
-        """Return what to do after a loss spike that ends the run."""
+        """Return the advice printed with a loss spike that ends the run."""
         ways = "a lower --lr, --grad-clip 1 or --precision fp32"
         if newest is None:
             return f"there is no checkpoint yet: start again with {ways}, or a shorter --checkpoint-every"
@@ -167,9 +168,9 @@ class Run:
         return f"the same command with {ways}{rollback} resumes from {newest} and records the change"
 
     def profile(self, count: int) -> None:
-        """Do some steps under the profiler, and say where their time went."""
+        """Profile ``count`` steps and print a breakdown of their time."""
         config, keep = self.config, self._enter_stage(0)
-        data = self._batches(steps=sys.maxsize // config.batch_size)  # however short the run is
+        data = self._batches(steps=sys.maxsize // config.batch_size)  # not limited by max_steps
         gpu = gpu_of(config)
 
         def run_step() -> None:
@@ -194,7 +195,7 @@ class Run:
         self._bad_seen = self._bad.count
 
     def add_up_bad_images(self, ranks: Ranks) -> None:
-        """Bring `bad_images` up to date; all ranks must call."""
+        """Update `bad_images` by an all-reduce; every rank must call it."""
         if self.config.on_bad == "skip":
             self.bad_images += int(all_sum(torch.tensor(self._bad_seen - self._bad_added), ranks))
             self._bad_added = self._bad_seen
@@ -218,7 +219,7 @@ class Run:
         return unsignaled(data)
 
     def _enter_stage(self, before: int) -> int:
-        """Return how many patches the next step keeps, and say so where that is new."""
+        """Return the number of kept patches of the next step, and print it when it changes."""
         keep = next(stage.keep for stage in reversed(self.stages) if stage.first_step <= self.step)
         if keep != before and len(self.stages) > 1:
             say(f"from step {self.step + 1} on {keep} of {self.net.model.length} patches are kept")
@@ -244,14 +245,14 @@ class Run:
             "changes": self.changes,
             "fingerprint": self.fingerprint,
             "ema_warms_up": self.ema.warmup,
-            "ema_warmup": True,  # or it began with trained weights; averages of earlier versions began at random
+            "ema_warmup": True,  # absent in checkpoints of earlier versions, whose EMA had no warm-up
         }
         weights = self.ema.weights
         checkpointer.save(self.step, self.net, weights, self.optimizer, state, self.profiles, snapshot=snapshot)
         self._stored = self.step
 
     def _save_what_is_done(self, checkpointer: Checkpointer) -> None:
-        """Write a checkpoint after an error, where the weights are those of a whole step and this process has them."""
+        """Write a checkpoint after an error, if this process holds the full weights of a completed step."""
         sharded = self.ranks.count > 1 and self.config.parallel != "ddp"
         if self.step == self._stored or self.training.updating or sharded:
             return
@@ -261,7 +262,7 @@ class Run:
                     return
                 if self._lock.is_another():
                     raise ValueError(f"{self.run_dir} is another run's by now")
-                self.training.tally.check_finite(Ranks())  # the others may be gone
+                self.training.tally.check_finite(Ranks())  # this rank alone: the others may be gone
                 self.add_up_bad_images(Ranks())
                 self._save(checkpointer)
                 checkpointer.wait()
@@ -275,10 +276,10 @@ class Run:
 
     @contextlib.contextmanager
     def _writing_alone(self, checkpointer: Checkpointer) -> Iterator[bool]:
-        """Say whether this process is the one to write inside the block.
+        """Yield whether this process should write the checkpoint.
 
-        That is the first one. If it is gone, another one takes its lock of the run folder, one after the other, until
-        the step is stored.
+        Rank 0 writes. If it is gone, the other ranks take its lock of the run folder in turn, until one has stored the
+        step.
         """
         if not self.ranks.rank:
             yield True
@@ -287,7 +288,7 @@ class Run:
             try:
                 held.enter_context(locked(self.run_dir / LOCK, patience=_PATIENCE))
             except (ValueError, OSError):
-                yield False  # the first one is there, or the run has been started again
+                yield False  # rank 0 is alive, or the run has been restarted
                 return
             stored = checkpoints(self.run_dir)
             if stored and step_of(stored[-1]) >= self.step:
@@ -299,13 +300,13 @@ class Run:
     def _load(self, folder: Path) -> None:
         state = load_checkpoint(folder, self.net, self.ema.weights, self.optimizer, self.profiles)
         self.step = self._stored = int(state["step"])
-        # Runs of earlier versions counted what they skipped, and compared nothing.
+        # Checkpoints of earlier versions count skipped samples only, and have no recent losses.
         seen = self.step * int(state["config"]["batch_size"]) + int(state.get("skipped", 0))
         self.samples = int(state.get("samples", seen))
         self.bad_images = int(state.get("bad_images", 0))
         self.recent = list(state.get("recent", []))
         self.ema.warmup = bool(state.get("ema_warms_up", not self.config.init))
-        if state["scaler"]:  # a run in another precision had none
+        if state["scaler"]:  # empty unless the precision was fp16
             self.training.scaler.load_state_dict(state["scaler"])
         self.training.reset()
 
@@ -314,24 +315,24 @@ class Run:
         if not config.sample_every or (self.step % config.sample_every and self.step != config.max_steps):
             return
         if self.ranks.rank and config.parallel == "ddp":
-            return  # with FSDP every rank holds a part of the network
+            return  # DDP samples on rank 0 only; FSDP needs every rank for its shard
         try:
             with self.ema.applied(self.net), eager():
                 samples, columns = sample_grid(self.net, config)
             report.picture(self.step, self.run_dir / "samples" / f"step-{self.step:08d}.png", samples, columns)
-        except (ValueError, OSError, RuntimeError) as error:  # a grid is not worth a run
+        except (ValueError, OSError, RuntimeError) as error:  # a failed grid must not end the run
             say(f"no samples of step {self.step} were drawn: {error}")
 
 
 class Watch:
-    """What goes into the report: the time since the last one without that for checkpoints, and the figures."""
+    """Collects the figures of a report, and its time, which excludes checkpoints and sampling."""
 
     def __init__(self, run: Run, report: Report) -> None:
         self._run, self._report = run, report
         self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s
 
     def write(self, keep: int) -> None:
-        """Report the steps since the last time; a `DivergedError` if they went wrong."""
+        """Report the steps since the last call; raises a `DivergedError` at a loss spike."""
         run, config = self._run, self._run.config
         figures = {
             **run.training.tally.take(run.ranks),
@@ -355,31 +356,31 @@ class Watch:
         self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s
 
     def show_loss(self) -> None:
-        """Show the mean loss since the last report, of a run that is just beginning; a `DivergedError` if too high."""
+        """Print the mean loss of the first steps; raises a `DivergedError` above ``loss_limit``."""
         loss = self._run.training.tally.mean_loss(self._run.ranks)
         check_spike(loss, [], 0.0, self._run.config.loss_limit)
         self._report.show(self._run.step, f"loss {loss:.4f}")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside the block out."""
+        """Exclude the time inside the block from the throughput."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
 
 
 def is_lost_worker(error: Exception) -> bool:
-    """Return whether an error means that a process is gone that reads the data: torch's, or that of a broken pipe."""
+    """Return whether an error means that a DataLoader worker died: torch's own error, or a broken pipe."""
     if isinstance(error, OSError):
         return isinstance(error, ConnectionError) or (isinstance(error, FileNotFoundError) and error.filename is None)
     return isinstance(error, EOFError) or "DataLoader worker" in str(error)
 
 
 def unsignaled(data: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
-    """Yield batches, and let a lost process that reads them be an error of the next batch alone.
+    """Yield batches, and raise the death of a worker only when the next batch is requested.
 
-    torch's handler of SIGCHLD would raise it wherever the main thread is: while the weights are moved, or in the
-    checkpoint that follows. Without it torch looks every few seconds while it waits for a batch.
+    torch's SIGCHLD handler would raise it anywhere in the main thread: during the weight update, or in the checkpoint
+    that follows. Without the handler torch polls the workers every few seconds while it waits for a batch.
     """
     has_handlers = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD)
@@ -395,24 +396,24 @@ def unsignaled(data: Generator[Batch, None, None]) -> Generator[Batch, None, Non
 
 
 def exit_code(number: int) -> int:
-    """Return the exit code of a run that a signal ended: 0 where somebody asked for it, but for Ctrl-C."""
+    """Return the exit code after a stop signal: 128 + n for Ctrl-C and a dead torchrun, 0 for a requested stop."""
     return 128 + number if number in (signal.SIGINT, signal.SIGUSR2) else 0
 
 
 def gpu_of(config: TrainConfig) -> Gpu | None:
-    """Return the peaks of the GPU that a run is on, None where they are not known, or on a CPU."""
+    """Return the peak rates of the GPU of a run; None for an unknown GPU or a CPU."""
     return gpu_named(torch.cuda.get_device_name(config.device)) if config.device.startswith("cuda") else None
 
 
 def memory_used(device: torch.device) -> int:
-    """Return the most bytes that this process has had so far: on a GPU of tensors, else of the machine's memory."""
+    """Return the peak memory in bytes: of allocated tensors on a GPU, else the resident set of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def sample_grid(net: Denoiser, config: TrainConfig) -> tuple[Tensor, int]:
-    """Return samples (N, C, H, W), from the same noise at every call, and how many to draw in a row.
+    """Return samples (N, C, H, W), from the same noise at every call, and the number of columns of the grid.
 
     With at most 16 classes each column is a class; with more, the classes are spread evenly.
     """
@@ -426,13 +427,13 @@ def sample_grid(net: Denoiser, config: TrainConfig) -> tuple[Tensor, int]:
 
 
 def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint: str) -> list[dict[str, Any]]:
-    """Make the run folder, write what the run is to `run.json`, and return what has been changed since it began.
+    """Create the run folder, write `run.json`, and return the list of changes since the run began.
 
     Args:
         config: the resolved configuration.
         newest: the checkpoint to resume from, if there is one.
-        ranks: the processes; the first one writes.
-        fingerprint: of the data, which tells them wherever they lie.
+        ranks: rank and world size; rank 0 writes.
+        fingerprint: hash of the dataset's content, which identifies it at any path.
 
     Raises:
         ValueError: the folder holds another run.
@@ -440,8 +441,8 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint
     run_dir = Path(config.run_dir)
     state = read_state(newest) if newest else _begun(run_dir)
     if state and not newest:
-        state["config"]["init"] = config.init  # nothing was trained from the weights that were named before
-    trained_on = state.get("fingerprint")  # earlier versions compared the path alone
+        state["config"]["init"] = config.init  # without a checkpoint, --init can still change
+    trained_on = state.get("fingerprint")  # absent in earlier versions, which compared paths
     if trained_on not in (None, fingerprint):
         raise ValueError(
             f"{config.run_dir} holds a run on other images than {config.data} has now (were some added, removed or "
@@ -470,7 +471,7 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint
 
 
 def _begun(run_dir: Path) -> dict[str, Any]:
-    """Return what `run.json` holds of a run that has no checkpoint yet; nothing if there is none, or it is damaged."""
+    """Return the content of `run.json`, for a run without a checkpoint; empty if it is missing or damaged."""
     try:
         found = json.loads((run_dir / "run.json").read_text())
     except (OSError, ValueError, RecursionError):

@@ -1,7 +1,7 @@
-"""A step of training: noise and mask, forward, backward, clipping, AdamW and the averages.
+"""A training step: noise and mask, forward, backward, gradient clipping, AdamW and EMA.
 
-Nothing in it waits for the device. What changes from step to step - samples and their numbers, learning rate, decays,
-sums of the losses - lives in tensors that stay where they are, so that on a GPU the step is replayed as CUDA graphs.
+No host sync. The inputs of a step (samples, their indices, learning rate, decays) and the loss sums live in tensors at
+fixed addresses, so that on a GPU the step can be replayed as CUDA graphs.
 """
 
 import contextlib
@@ -24,26 +24,26 @@ from fastmask.training.monitor import Tally, gradient_norm, update_ratio
 from fastmask.training.optim import AdamWEMA, begin_step, clip_gradients
 from fastmask.training.parallel import no_sync, replicate
 
-_COMPILES = 64  # of one function: a few for each kept count; Dynamo stops with an error beyond
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast, by precision
+_COMPILES = 64  # recompile limit of a function, a few per kept count; Dynamo raises beyond it
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # autocast dtype by precision
 
 
 class TrainingStep:
-    """Calls do one optimizer step after another.
+    """A callable that does one optimizer step per call.
 
     Args:
-        net: the denoiser, on its device, and split among the ranks if it is to be.
-        dataset: where the batches are from.
+        net: the denoiser, on its device, already sharded with FSDP2.
+        dataset: source of the batches.
         config: the resolved configuration.
-        optimizer: over the parameters of ``net``.
-        emas: averages that each step moves.
-        ranks: the processes that share the batch.
+        optimizer: optimizer of the parameters of ``net``.
+        emas: EMAs updated by each step.
+        ranks: rank and world size.
 
     Attributes:
-        scaler: of the gradients with fp16.
-        tally: sums of the losses on this rank.
+        scaler: GradScaler, enabled with fp16.
+        tally: loss sums on this rank.
         data_wait_s: seconds that the host has waited for data.
-        updating: the weights are being moved; still set where an error interrupted that.
+        updating: whether a weight update is in progress; stays set if an error interrupts it.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TrainingStep:
         self._per_sample = config.per_sample
         self._buffers: Batch | None = None
         self._graphs = GraphedCalls(device) if config.cuda_graphs == "on" else None
-        self._keep = 0  # of the last step
+        self._keep = 0  # kept patches of the last step
 
         net.model.checkpoint_blocks = config.activation_checkpointing == "block"
         self._objective = Objective(net, [MaskedDenoising(config.mae_coef)])
@@ -74,18 +74,18 @@ class TrainingStep:
         self._module = replicate(self._objective, config.parallel, device, ranks)
 
     def __call__(self, batches: Iterator[Batch], first_sample: int, keep: int, lr: float, step: int) -> None:
-        """Do a step: `gradients` and `update`, after which the gradients are there until `finish` is called."""
+        """Do one step: `gradients`, then `update`; the gradients stay available until `finish`."""
         begin_step(self._optimizer, self._emas, lr, step)
         self.gradients(batches, first_sample, keep)
         self.update(keep)
 
     def gradients(self, batches: Iterator[Batch], first_sample: int, keep: int) -> None:
-        """Draw noise, labels to drop and masks, and do the forward and backward passes of a step.
+        """Draw noise, masks and label dropout, and run the forward and backward passes of a step.
 
         Args:
             batches: this rank's micro-batches.
             first_sample: global index of the step's first sample; all randomness is a function of it and the seed.
-            keep: K, how many patches the encoder sees; all of them is training without a mask.
+            keep: K, the number of patches that the encoder sees; L means no mask.
         """
         config, share = self._config, self._config.batch_size // self._ranks.count
         self._enter_stage(keep)
@@ -96,19 +96,19 @@ class TrainingStep:
             self._run(("gradients", keep), lambda last=last: self._add_gradients(keep, last))  # type: ignore[misc]
 
     def update(self, keep: int) -> None:
-        """Clip the gradients, and move the weights and their averages."""
-        # Another optimizer's step, and a scaled one, is not made to be captured.
+        """Clip the gradients, and update the weights and EMAs."""
+        # Only AdamWEMA without a GradScaler can be captured in a CUDA graph.
         capturable = isinstance(self._optimizer, AdamWEMA) and not self.scaler.is_enabled()
         self.updating = True
         self._run(("update", keep < self._net.model.length) if capturable else None, self._update)
         self.updating = False
 
     def finish(self) -> None:
-        """Drop the gradients, which the next step starts without."""
+        """Reset the gradients for the next step."""
         self._optimizer.zero_grad(set_to_none=self._graphs is None)
 
     def norms(self) -> dict[str, float]:
-        """Return the norm of the gradients before clipping, and that of the update relative to the weights; waits."""
+        """Return the gradient norm before clipping and the relative update norm; synchronises with the device."""
         scale = 1.0
         if self.scaler.is_enabled() and not self._config.grad_clip:
             scale = self.scaler.get_scale()
@@ -116,14 +116,14 @@ class TrainingStep:
         return {"grad_norm": gradient_norm(self._net) / scale, "update_ratio": ratio}
 
     def reset(self) -> None:
-        """Forget what was added up and captured: weights and state were loaded."""
+        """Discard loss sums and CUDA graphs after weights and state were loaded."""
         self.tally = Tally(self._device, self._objective.names)
         if self._graphs:
             self._graphs.clear()
         self.finish()
 
     def _add_gradients(self, keep: int, last: bool) -> None:
-        """Add the gradients of a micro-batch, scaled so that the parts of all ranks make up the batch's mean."""
+        """Accumulate the gradients of a micro-batch, scaled to sum up to the gradient of the global mean loss."""
         assert self._buffers is not None
         images, draws = self._draw(*self._buffers, keep)
         dtype = DTYPES.get(self._config.precision)
@@ -131,12 +131,12 @@ class TrainingStep:
             with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
                 losses = self._module(images, *draws)
             self.tally.add(self._offset, losses, self._net.process.log_snr(draws.t))
-            # The ranks' gradients are averaged, not added.
+            # DDP and FSDP average the gradients over the ranks, hence the factor.
             loss = losses[TOTAL].sum() * (self._ranks.count / self._config.batch_size)
             self.scaler.scale(loss).backward()
 
     def _draw(self, stored: Tensor, labels: Tensor, keep: int) -> tuple[Tensor, TrainingDraws]:
-        """Return clean images and what is drawn for them."""
+        """Return clean images and their random draws."""
         config, length = self._config, self._net.model.length
         sample = torch.arange(len(labels), device=labels.device) + self._offset
         images = self._dataset.to_images(stored, config.seed, sample)
@@ -162,7 +162,7 @@ class TrainingStep:
         self.scaler.update()
 
     def _load(self, batches: Iterator[Batch]) -> None:
-        """Take the next micro-batch, which is on the device; where graphs read it, always to the same place."""
+        """Fetch the next micro-batch, already on the device; with CUDA graphs, copy it to their input buffers."""
         since = time.perf_counter()
         batch = next(batches)
         self.data_wait_s += time.perf_counter() - since
@@ -173,17 +173,16 @@ class TrainingStep:
             self._buffers = batch
 
     def _run(self, key: Hashable | None, call: Callable[[], None]) -> None:
-        """Do a call; where graphs are on and there is a key, as a graph."""
+        """Run a call, as a CUDA graph if graphs are enabled and ``key`` is given."""
         if self._graphs and key is not None:
             self._graphs.run(key, call)
         else:
             call()
 
     def _enter_stage(self, keep: int) -> None:
-        """Prepare for another number of kept patches.
+        """Prepare for a new number of kept patches.
 
-        Graphs of the last stage are dropped first: they hold its activations, and would hold a gradient of the mask
-        token where there is none any more.
+        Drops the graphs of the previous stage, which hold its activations and may hold a gradient of the mask token.
         """
         if keep == self._keep:
             return
@@ -193,7 +192,7 @@ class TrainingStep:
         self._ask_for_the_mask_token(keep < self._net.model.length)
 
     def _ask_for_the_mask_token(self, masked: bool) -> None:
-        """Let the mask token have a gradient in masked steps alone: else it has no part, and DDP would wait for it."""
+        """Let the mask token require a gradient in masked steps only: DDP would wait for an unused parameter."""
         token = getattr(self._net.model, "mask_token", None)
         if token is None or token.requires_grad == masked or hasattr(token, "full_tensor"):
             return
@@ -202,7 +201,7 @@ class TrainingStep:
         self._module = replicate(self._objective, self._config.parallel, self._device, self._ranks)
 
     def _compile(self, what: str) -> None:
-        """Compile forward passes, without a break; FSDP's hooks stay outside them."""
+        """Compile forward passes with fullgraph=True; FSDP's hooks stay outside of the graphs."""
         if what == "none":
             return
         torch._dynamo.config.recompile_limit = max(_COMPILES, torch._dynamo.config.recompile_limit)
@@ -215,6 +214,6 @@ class TrainingStep:
 
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """Let compiled networks run as they are written inside the block: for shapes that are not worth a compile."""
+    """Run compiled networks eagerly inside the block, for shapes that are not worth a compile."""
     with torch.compiler.set_stance("force_eager"):
         yield
