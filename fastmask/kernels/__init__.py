@@ -1,8 +1,8 @@
-"""The operations that adaLN diffusion transformers are made of, each in a file of its own.
+"""Ops for adaLN diffusion transformers, one file per op.
 
-Importing this package imports torch and nothing else. Every op takes ``impl="reference"``, plain PyTorch, or
-``impl="fused"``, its kernel on the tensors' device; `python -m fastmask.kernels` says which kernels this machine has.
-Layouts and random numbers (`patchify`, `unpatchify`, `random_normal`, `random_uniform`) are plain PyTorch alone.
+This package imports only torch. Every op takes ``impl="reference"``, plain PyTorch, or ``impl="fused"``, its kernel for
+the tensors' device; `python -m fastmask.kernels` lists the kernels available on this machine. Layouts and random
+numbers (`patchify`, `unpatchify`, `random_normal`, `random_uniform`) are plain PyTorch on every device.
 
 Shape letters, here and in every docstring of the project:
 

@@ -1,6 +1,6 @@
-"""`python -m fastmask.kernels`: which kernel each public op has on a GPU and on the CPU, and why one is missing.
+"""`python -m fastmask.kernels`: prints the kernel of each public op on GPU and CPU, or why it is missing.
 
-Then what `attention` can use, in its order of preference.
+Then the backends of `attention`, in order of preference.
 """
 
 import signal
@@ -10,7 +10,7 @@ import fastmask.kernels as ops
 
 
 def main() -> None:
-    """Print a line per op and device, and one per attention library and device."""
+    """Print a line per op and device, and a line per attention backend and device."""
     for row in ops.backends():
         sys.stdout.write(f"{row.op:<24} {row.device:<5} {row.kernel:<10} {row.reason}\n")
     for device in ("cuda", "cpu"):
@@ -20,6 +20,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # a reader that leaves early, such as `head`, ends this without a word
+    if hasattr(signal, "SIGPIPE"):  # exit silently if the reader closes the pipe, such as `head`
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

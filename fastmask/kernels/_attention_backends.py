@@ -1,8 +1,8 @@
-"""The libraries that compute attention on a GPU: which are here, what each takes, and how each is called.
+"""Attention backends on a GPU: detection, supported inputs, calls.
 
-A library is looked for when it is first asked for; what is found stays as it is while the process lives, so
-torch.compile may trace through the calls. The arguments fit torch 2.11 to 2.13, flash-attn 2.8, the flash-attn 3 of its
-sources, flash-attn-4 from 4.0.0b0 to b36, and xformers 0.0.35.
+A library is looked up at its first use and the result is cached for the lifetime of the process, so that torch.compile
+can trace the calls. The calls match torch 2.11 to 2.13, flash-attn 2.8, flash-attn 3 (built from source), flash-attn-4
+4.0.0b0 to b36, and xformers 0.0.35.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class AttentionBackend(NamedTuple):
-    """Whether a library can be used on a device; `note` is its version, or why not and how to get it."""
+    """Whether a library is usable on a device; `note` is its version, or why not and how to install it."""
 
     name: str
     usable: bool
@@ -30,8 +30,8 @@ class _Library(NamedTuple):
     widest_head: int
 
 
-# Distribution, module, major compute capabilities, widest head; the newest first. flash-attn 2.8 ships a module
-# flash_attn.cute as well, an early one with other arguments: hence the distributions.
+# Distribution, module, major compute capabilities, widest head; newest first. The distribution is needed because
+# flash-attn 2.8 also ships a module flash_attn.cute, an early version with different arguments.
 _FLASH_ATTN = (
     ("flash-attn-4", "flash_attn.cute", (9, 10), 128),
     ("flash-attn-3", "flash_attn_interface", (9,), 256),
@@ -54,9 +54,9 @@ _found: dict[tuple[str, int], _Library] = {}
 
 
 def attention_backends(device: torch.device | str) -> list[AttentionBackend]:
-    """Return what computes attention on a device, in the order in which `attention` prefers it.
+    """Return the attention backends on a device, in the order of preference of `attention`.
 
-    xformers and the reference are used only when named: they read ``cu_seqlens`` on the host.
+    xformers and the reference are used only on request: they read ``cu_seqlens`` on the host.
     """
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -70,7 +70,7 @@ def attention_backends(device: torch.device | str) -> list[AttentionBackend]:
 
 
 def refusal(name: str, q: Tensor, packed: bool) -> str:
-    """Return why a library cannot compute the attention of ``q``, and what would; empty if it can."""
+    """Return why a backend does not support ``q``, and an alternative; empty if it does."""
     kind = q.device.type
     if name in ("torch", "reference") and (not packed or kind in ("cpu", "meta")):
         return ""
@@ -93,18 +93,18 @@ def refusal(name: str, q: Tensor, packed: bool) -> str:
 
 
 def call(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> Tensor:
-    """Return the attention that a library computes on a GPU, of what `refusal` has nothing against.
+    """Compute attention on a GPU with a backend; `refusal` must have returned an empty string.
 
     Args:
         name: "torch" (packed only), "flash-attn" or "xformers".
         q: queries, (B, K, H, D/H), or (N, H, D/H) with ``cu_seqlens``.
         k: keys.
         v: values.
-        cu_seqlens: where each sample begins; None for dense.
-        max_seqlen: no sample is longer.
+        cu_seqlens: sample boundaries; None for dense.
+        max_seqlen: upper bound of the sample length.
     """
     module = _found[name, _arch(q.device)].module
-    # Any strides will do but for the last dimension's.
+    # Any strides are supported except in the last dimension.
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if name == "xformers":
         return _xformers(module, q, k, v, cu_seqlens)
@@ -116,7 +116,7 @@ def call(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, 
 
 
 def _flash_attn(module: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, max_seqlen: int) -> Tensor:
-    # What torch's own kernels do without being told.
+    # torch's own kernels follow this setting without an argument.
     deterministic = torch.are_deterministic_algorithms_enabled()
     if bounds is None:
         out = module.flash_attn_func(q, k, v, deterministic=deterministic)
@@ -131,7 +131,7 @@ def _flash_attn(module: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | N
             max_seqlen_k=max_seqlen,
             deterministic=deterministic,
         )
-    # Version 4, and some of 3, return the log-sum-exp beside it.
+    # Version 4, and some builds of version 3, also return the log-sum-exp.
     result: Tensor = out[0] if isinstance(out, tuple) else out
     return result
 
@@ -152,7 +152,7 @@ def sample_lengths(cu_seqlens: Tensor, num_rows: int, max_seqlen: int | None = N
     """Return the length of each sample, read on the host.
 
     Raises:
-        ValueError: ``cu_seqlens`` does not rise from 0 to N, or a sample is longer than ``max_seqlen``.
+        ValueError: ``cu_seqlens`` is not non-decreasing from 0 to N, or a sample is longer than ``max_seqlen``.
     """
     bounds = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
@@ -170,20 +170,20 @@ def _packed_by_torch(device: torch.device) -> str:
 
 
 def _constant_when_compiled(function: _Function) -> _Function:
-    """Do what torch.compiler.assume_constant_result does, which imports torch._dynamo, and triton with it, at once."""
+    """Same as torch.compiler.assume_constant_result, which would import torch._dynamo and triton immediately."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @_constant_when_compiled
 def _arch(device: torch.device) -> int:
-    """Return the major compute capability; 0 without a GPU, where a CUDA tensor can only be a fake one."""
+    """Return the major compute capability; 0 without a GPU (for fake CUDA tensors)."""
     return torch.cuda.get_device_properties(device).major if torch.cuda.is_available() else 0
 
 
 @_constant_when_compiled
 def _missing(name: str, arch: int) -> str:
-    """Return why a library is not there for a compute capability; else put it into `_found` and return ""."""
+    """Return why a library is unavailable for a compute capability; if it is available, cache it and return ""."""
     return _look_for(name, arch)
 
 

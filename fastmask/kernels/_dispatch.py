@@ -1,10 +1,9 @@
-"""Registers the ops with PyTorch's dispatcher, and says which of them can run where.
+"""Registration of the ops with PyTorch's dispatcher, and the table of available kernels.
 
-Two questions are kept apart. The caller chooses the form of the mathematics: `impl="reference"`, plain PyTorch, or
-`impl="fused"`, an op of this library. PyTorch's dispatcher then chooses the kernel by the device of the tensors: Triton
-on a GPU; on a CPU the native kernel of `_native.so`, where the package was built with one, or the Triton kernel,
-interpreted, where TRITON_INTERPRET=1 was set before Python started. There is no other choice and no fallback: what
-cannot run says so.
+The caller chooses the implementation: `impl="reference"`, plain PyTorch, or `impl="fused"`, an op of this library.
+PyTorch's dispatcher then chooses the kernel by the device of the tensors: Triton on a GPU; on a CPU the native kernel
+of `_native.so`, if the package was built with it, or the interpreted Triton kernel, if TRITON_INTERPRET=1 was set
+before Python started. There is no fallback: a missing kernel is an error.
 """
 
 import functools
@@ -24,18 +23,17 @@ ANY_DEVICE = "plain PyTorch, the same on every device"
 
 
 class BackendUnavailableError(ValueError):
-    """An op has no kernel for a device; the message says what to do."""
+    """An op has no kernel for a device; the message suggests what to do."""
 
 
 class Backend(NamedTuple):
-    """Which kernel an op has on a device.
+    """The kernel of an op on a device.
 
     Attributes:
         op: name of the public function.
         device: "cuda" or "cpu".
-        kernel: "triton", "native", "torch" where PyTorch's own operations are what runs, or "none" where the fused form
-            cannot run.
-        reason: why there is no kernel of this library, or how it runs.
+        kernel: "triton", "native", "torch" if PyTorch's own operations run, or "none" if the fused form cannot run.
+        reason: why the kernel is missing, or how it runs.
     """
 
     op: str
@@ -55,19 +53,19 @@ _PUBLIC_OPS: dict[str, _PublicOp] = {}
 _TRITON_OPS: dict[str, str] = {}  # op to launcher
 _NATIVE_OPS: set[str] = set()
 _NATIVE = Path(os.environ.get("FASTMASK_NATIVE") or Path(__file__).with_name("_native.so"))  # another build, to test it
-# Who asks for interpreted kernels, with the variable that triton reads, gets those.
+# TRITON_INTERPRET=1, which triton reads, takes precedence over native kernels.
 _NATIVE_LOADED = _NATIVE.exists() and os.environ.get("TRITON_INTERPRET") != "1"
 if _NATIVE_LOADED:
     torch.ops.load_library(str(_NATIVE))  # type: ignore[no-untyped-call]
 
 
 def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
-    """Define an op with its Triton kernel and its fake, and return its overload.
+    """Define an op with a Triton kernel, an optional native kernel and a fake, and return its overload.
 
     Args:
-        schema: name, arguments and results, as PyTorch writes them.
-        fake: returns empty results of the right shapes, strides and dtypes.
-        launcher: `module:function` below `fastmask.kernels._triton`, imported at the op's first call.
+        schema: name, arguments and results, in PyTorch's schema language.
+        fake: returns empty results with the correct shapes, strides and dtypes.
+        launcher: `module:function` in `fastmask.kernels._triton`, imported at the first call of the op.
     """
     name, arguments = schema.split("(", 1)
     qualified = f"fastmask::{name}"
@@ -83,7 +81,7 @@ def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
 
 
 def define_native_op(schema: str, *, fake: Callable[..., Any]) -> Any:
-    """Define an op that has a native CPU kernel, where that was built, and no other, and return its overload."""
+    """Define an op with a native CPU kernel only (if built), and return its overload."""
     name, arguments = schema.split("(", 1)
     torch.library.define(f"fastmask::{name}", f"({arguments}")
     if _NATIVE_LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmask::{name}", "CPU"):
@@ -93,11 +91,11 @@ def define_native_op(schema: str, *, fake: Callable[..., Any]) -> Any:
 
 
 def public_op(*kernels: str, otherwise: str = "") -> Callable[[_Function], _Function]:
-    """Put a public function into the table of `backends`; it is returned as it is.
+    """Decorator that registers a public function in the table of `backends`.
 
     Args:
-        kernels: the ops with kernels of their own that it calls, from `define_op` or `define_native_op`.
-        otherwise: what runs where these have no kernel, if the fused form does not need one.
+        kernels: names of the ops that it calls, from `define_op` or `define_native_op`.
+        otherwise: what runs without these kernels, if the fused form does not require them.
     """
 
     def register(function: _Function) -> _Function:
@@ -108,24 +106,24 @@ def public_op(*kernels: str, otherwise: str = "") -> Callable[[_Function], _Func
 
 
 def default_impl(device: torch.device | str) -> Impl:
-    """Return the form that ops take on a device when none is named: "fused" on a GPU, "reference" elsewhere.
+    """Return the default implementation on a device: "fused" on a GPU, "reference" elsewhere.
 
-    On a CPU an op that has a native kernel for its tensors is fused nevertheless, see `native_takes`.
+    On a CPU, an op with a native kernel for its tensors is fused too, see `native_takes`.
     """
     return "fused" if torch.device(device).type == "cuda" else "reference"
 
 
 def native_takes(op: str, *tensors: Tensor) -> bool:
-    """Return whether an op has a native CPU kernel that takes all these tensors, the first of them of this width."""
+    """Return whether an op has a native CPU kernel for these tensors; the width is the last dimension of the first."""
     width = tensors[0].shape[-1]
     return op in _NATIVE_OPS and width % 8 == 0 and 0 < width <= 8192 and all(_is_native(tensor) for tensor in tensors)
 
 
 def resolve_impl(impl: Impl | None, device: torch.device, native: bool = False) -> Impl:
-    """Return ``impl``, or for None the device's default, which is "fused" on a CPU if a ``native`` kernel is there.
+    """Return ``impl``, or for None the default of the device, "fused" on a CPU if ``native``.
 
     Raises:
-        ValueError: anything else.
+        ValueError: an unknown ``impl``.
     """
     check_impl(impl)
     if impl is None:
@@ -134,13 +132,13 @@ def resolve_impl(impl: Impl | None, device: torch.device, native: bool = False) 
 
 
 def check_impl(impl: str | None) -> None:
-    """Raise a ValueError unless ``impl`` names a form, or is None."""
+    """Raise a ValueError unless ``impl`` is "fused", "reference" or None."""
     if impl not in (None, "fused", "reference"):
         raise ValueError(f'impl must be "fused", "reference" or None, not {impl!r}')
 
 
 def backends() -> list[Backend]:
-    """Return which kernel each public op has on a GPU and on the CPU."""
+    """Return the kernel of each public op on GPU and CPU."""
     return [_backend(name, device) for name in sorted(_PUBLIC_OPS) for device in ("cuda", "cpu")]
 
 
@@ -180,13 +178,13 @@ def _is_native(tensor: Tensor) -> bool:
 
 
 def _on_gpu(name: str, launcher: str, args: tuple[Any, ...]) -> Any:
-    """Launch on the GPU that holds the tensors, which need not be the current one."""
+    """Launch on the GPU of the tensors, which can differ from the current device."""
     where = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
     with torch.cuda.device(where):
         return _launcher(name, launcher)(*args)
 
 
-@functools.cache  # it is called with every op
+@functools.cache  # called with every op
 def _launcher(name: str, launcher: str) -> Callable[..., Any]:
     module, function = launcher.split(":")
     try:
@@ -215,7 +213,7 @@ def _interpreting() -> bool:
 
 @functools.cache
 def _interpreter_fault() -> str:
-    """Return why Triton's interpreter fails with the numpy that is installed; an empty string if it does not."""
+    """Return why Triton's interpreter fails with the installed numpy; an empty string if it works."""
     found = {name: importlib.metadata.version(name) for name in ("triton", "numpy")}
     triton, numpy = (tuple(map(int, version.split(".")[:2])) for version in found.values())
     if triton >= (3, 7) or numpy < (2, 4):

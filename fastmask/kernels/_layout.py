@@ -1,7 +1,7 @@
-"""The two layouts of tokens that every op takes, and how a modulation lies against them.
+"""Token layouts (dense and packed), argument checks, and broadcasting of modulations.
 
-Dense tokens have shape (B, K, D). Packed tokens have shape (N, D): the samples stand one after the other, sample b in
-rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1, so they may keep unequal numbers of tokens.
+Dense tokens have shape (B, K, D). Packed tokens have shape (N, D): samples are concatenated, sample b in rows
+cu_seqlens[b] .. cu_seqlens[b + 1] - 1, so they can keep unequal numbers of tokens.
 """
 
 from typing import NamedTuple
@@ -19,25 +19,24 @@ _debug = False
 
 
 def debug_indices(enabled: bool = True) -> None:
-    """Let the fused ops look at the values of index lists and ``cu_seqlens``, and raise a ValueError for what is wrong.
+    """Make the fused ops check the values of index lists and ``cu_seqlens``, with a ValueError for invalid ones.
 
-    Off by default, since a look makes every call wait for a GPU. On a CPU they always look; a native kernel looks at
-    index lists by itself, and raises a RuntimeError. Not under `torch.compile` or on fake tensors, but that a native
-    kernel still looks.
+    Off by default, since the check is a host sync on a GPU. On a CPU values are always checked; a native kernel checks
+    index lists itself, with a RuntimeError. Under `torch.compile` and on fake tensors only native kernels check.
     """
     global _debug
     _debug = enabled
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether autograd would ask for the gradient of one of these."""
+    """Return whether any of these tensors requires a gradient under autograd."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def has_values(tensor: Tensor, *, anywhere: bool = False) -> bool:
-    """Return whether a tensor's values can be looked at without waiting for a device (``anywhere``: or with it).
+    """Return whether the values of a tensor can be read on the host without (``anywhere``: or with) a device sync.
 
-    Not while torch.compile traces, nor of fake tensors, which have none: checks of values stay out of graphs.
+    False while torch.compile traces and for fake tensors, so that value checks stay out of graphs.
     """
     kind = tensor.device.type
     there = kind == "cpu" or (anywhere and kind != "meta")
@@ -45,7 +44,7 @@ def has_values(tensor: Tensor, *, anywhere: bool = False) -> bool:
 
 
 def check_index_range(name: str, ids: Tensor, limit: int, op: str) -> None:
-    """Raise a ValueError for an index outside [0, ``limit``), where `_looks_at` indices."""
+    """Raise a ValueError for an index outside [0, ``limit``), if `_looks_at` is true."""
     if not _looks_at(ids, op):
         return
     bad = ids[(ids < 0) | (ids >= limit)]
@@ -54,7 +53,7 @@ def check_index_range(name: str, ids: Tensor, limit: int, op: str) -> None:
 
 
 def check_permutations(name: str, ids: Tensor, op: str) -> None:
-    """Raise a ValueError unless each sample's row is a permutation of its positions, where `_looks_at` indices."""
+    """Raise a ValueError unless each row is a permutation of the positions, if `_looks_at` is true."""
     if not _looks_at(ids, op):
         return
     fits = (ids.sort(dim=1).values == torch.arange(ids.shape[1], device=ids.device)).all(1)
@@ -64,19 +63,19 @@ def check_permutations(name: str, ids: Tensor, op: str) -> None:
 
 
 def _looks_at(ids: Tensor, op: str) -> bool:
-    """Return whether indices are looked at: if `debug_indices` is on, or ``op`` runs interpreted on a CPU.
+    """Return whether to check index values: if `debug_indices` is on, or ``op`` runs interpreted on a CPU.
 
-    A native kernel looks by itself.
+    Native kernels check them themselves.
     """
     return has_values(ids, anywhere=_debug) and (_debug or op not in _NATIVE_OPS)
 
 
 class Rows(NamedTuple):
-    """Tokens and modulations as the kernels see them: groups of rows that share a modulation.
+    """Kernel view of tokens and modulations: groups of rows that share a modulation.
 
     Attributes:
         x: shape (N, D), contiguous.
-        cu_seqlens: int32, shape (G + 1,), contiguous, where each group begins; None: all G groups are of N / G rows.
+        cu_seqlens: int32, shape (G + 1,), contiguous, the group boundaries; None: G groups of N / G rows each.
         modulations: each of shape (G, D), contiguous in the last dimension.
     """
 
@@ -107,15 +106,15 @@ def check_cu_seqlens(cu_seqlens: Tensor) -> None:
 
 
 def check_bounds(cu_seqlens: Tensor, num_rows: int, what: str, most: int | None = None) -> None:
-    """Raise a ValueError unless the values of ``cu_seqlens`` rise from 0 to ``num_rows``.
+    """Raise a ValueError unless ``cu_seqlens`` is non-decreasing from 0 to ``num_rows``.
 
-    They are looked at on a CPU at every call, and elsewhere while `debug_indices` is on; see `has_values`.
+    Values are checked on a CPU at every call, and elsewhere if `debug_indices` is on; see `has_values`.
 
     Args:
-        cu_seqlens: where packed samples begin, as `check_cu_seqlens` leaves it.
+        cu_seqlens: boundaries of packed samples, already passed to `check_cu_seqlens`.
         num_rows: N.
-        what: the name of the rows.
-        most: no sample may have more of them; None: any number.
+        what: description of the rows, for the message.
+        most: maximum number of rows per sample; None: no limit.
     """
     if not has_values(cu_seqlens, anywhere=_debug):
         return
@@ -139,9 +138,9 @@ def num_samples(x: Tensor, cu_seqlens: Tensor | None) -> int:
 
 
 def is_per_sample(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Return whether a modulation is per sample, (B, D), rather than per token, of the shape of ``x``.
+    """Return whether a modulation is per sample, (B, D), rather than per token, with the shape of ``x``.
 
-    Packed tokens of which there are as many as samples fit both; it is then per sample. Others are a ValueError.
+    If both shapes are equal (packed, one token per sample) it is per sample. Other shapes are a ValueError.
     """
     per_sample = (num_samples(x, cu_seqlens), x.shape[-1])
     if modulation.shape == per_sample:
@@ -155,18 +154,18 @@ def is_per_sample(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor |
 
 
 def position_table(position: Tensor) -> Tensor:
-    """Return a position table (L, D), which may also be given as (1, L, D); others are returned as they are."""
+    """Return a position table (1, L, D) as (L, D); other shapes are returned unchanged."""
     return position[0] if position.ndim == 3 and position.shape[0] == 1 else position
 
 
 def sample_of_row(cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    """Return which sample each of N packed rows belongs to, int64 (N,), without looking at values on the host."""
+    """Return the sample index of each of N packed rows, int64 (N,), without a host sync."""
     row = torch.arange(num_rows, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
 
 
 def per_token(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return a modulation in a form that broadcasts against the tokens."""
+    """Return a modulation that broadcasts against the tokens."""
     if not is_per_sample(name, modulation, x, cu_seqlens):
         return modulation
     return modulation[:, None] if cu_seqlens is None else modulation[sample_of_row(cu_seqlens, x.shape[0])]
@@ -175,11 +174,11 @@ def per_token(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor | Non
 def as_rows(x: Tensor, cu_seqlens: Tensor | None, modulations: dict[str, Tensor]) -> Rows:
     """Return tokens and modulations as groups of rows.
 
-    Modulations of every sample share their rows' group; per-token ones make each row a group of its own, and those that
-    are per sample beside them are expanded.
+    With per-sample modulations a group is a sample. If any modulation is per token, every row is a group, and
+    per-sample modulations are expanded.
 
     Raises:
-        ValueError: shapes that do not fit, a dtype or a width that no kernel takes.
+        ValueError: shapes that do not fit, or an unsupported dtype or width.
     """
     width = x.shape[-1]
     if width % 8 or not 8 <= width <= MAX_WIDTH:
@@ -203,14 +202,14 @@ def as_rows(x: Tensor, cu_seqlens: Tensor | None, modulations: dict[str, Tensor]
 
 
 def check_devices(device: torch.device, **others: Tensor | None) -> None:
-    """Raise a ValueError that names the first tensor on another device."""
+    """Raise a ValueError for the first tensor on another device."""
     for name, tensor in others.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on {device}, like the rest, not on {tensor.device}")
 
 
 def check_dtype(name: str, value: Tensor | torch.dtype) -> None:
-    """Raise a ValueError for a dtype that no kernel takes."""
+    """Raise a ValueError for a dtype that the kernels do not support."""
     dtype = value.dtype if isinstance(value, Tensor) else value
     if dtype not in _DTYPES:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What the ops that end in a matmul share."""
+"""Shared code of ops that end in a matmul: dtypes, gradients, checks."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,20 @@ from fastmask.kernels._layout import check_devices
 
 
 def product_dtype(device: torch.device, weight: Tensor) -> torch.dtype:
-    """Return the dtype of a product: autocast's where that is on for the device, that of its weight otherwise."""
-    if torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64:  # which autocast leaves alone
+    """Return the dtype of a matmul: autocast's if it is enabled for the device, else the dtype of the weight."""
+    if torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64:  # autocast ignores float64
         return torch.get_autocast_dtype(device.type)
     return weight.dtype
 
 
 def product_operands(device: torch.device, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight and bias in the dtype of their product."""
+    """Return weight and bias in the dtype of the matmul."""
     dtype = product_dtype(device, weight)
     return weight.to(dtype), bias.to(dtype)
 
 
 def linear_gradients(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight and bias of ``rows (N, D) W^T + b`` from that of its result (N, E)."""
+    """Return the gradients of weight and bias of ``rows W^T + b``; rows are (N, D), ``grad`` is (N, E)."""
     return grad.t() @ rows, grad.sum(0)
 
 

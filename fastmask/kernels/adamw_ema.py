@@ -1,17 +1,17 @@
-"""A step of AdamW and of averages of its weights, in one pass over a list of tensors.
+"""Fused AdamW and EMA: one step in a single pass over a list of tensors.
 
-With g = factor * grad, and t the number of the step, counted from 1:
+With g = factor * grad and step number t, counted from 1:
 
     m = beta1 m + (1 - beta1) g
     v = beta2 v + (1 - beta2) g^2
     p = p - lr weight_decay p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
     average = average + rate (p - average), where rate = 1 - decay
 
-AdamW: arXiv 1711.05101, in the form of `torch.optim.AdamW`. A value is read once and written once: with one average 36
-bytes per parameter are moved, and two more where the weight is also stored in 16 bits. AdamW and the average one after
-the other move 40, and three passes where gradients are scaled first.
+AdamW: arXiv 1711.05101, in the form of `torch.optim.AdamW`. Every value is read once and written once: 36 bytes per
+parameter with one EMA, plus 2 for a 16-bit copy of the weights. Separate AdamW and EMA updates move 40 bytes, and need
+a third pass to scale the gradients.
 
-The op takes rates and no decays, since they are fp32 on the device: 1 - 0.9999 there would keep eleven of 24 bits.
+The op takes rates instead of decays, since they are fp32 on the device: 1 - 0.9999 there would keep 11 of 24 bits.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def adamw_ema_reference(
     factor: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """Do what `adamw_ema` does, in plain PyTorch; arguments as there, in any floating dtype."""
+    """Reference for `adamw_ema` in plain PyTorch; same arguments, any floating dtype."""
 
     def put(target: Tensor, value: Tensor) -> None:
         target.copy_(value if found_inf is None else torch.where(found_inf == 0, value, target))
@@ -50,7 +50,7 @@ def adamw_ema_reference(
     with torch.no_grad():
         for i, (p, grad, m, v, t) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
             g = grad if factor is None else grad * factor
-            # In float64, as 1 - beta2^t is a small difference.
+            # In float64, since 1 - beta2^t is a small difference.
             exact_lr, t = lr.double(), t.double()
             shrink, step_size = (exact_lr * weight_decay).to(p.dtype), (exact_lr / (1 - beta1**t)).to(p.dtype)
             correction = (1 - beta2**t).sqrt().to(p.dtype)
@@ -93,32 +93,32 @@ def adamw_ema(
     found_inf: Tensor | None = None,
     impl: Impl | None = None,
 ) -> None:
-    """Update parameters, moments and averages in place, by one step of AdamW.
+    """Update parameters, moments and EMAs in place with one AdamW step.
 
-    Nothing is read on the host: what changes from step to step are tensors, so that a CUDA graph can hold the call. The
-    op does not look for gradients that are not finite, since a part of the parameters would have moved when the first
-    one is met; who must skip such steps finds them before (a GradScaler does) and passes ``found_inf``.
+    No host sync: step-dependent values are tensors, so that a CUDA graph can capture the call. The op does not detect
+    non-finite gradients, since some parameters would already be updated; to skip non-finite steps, check beforehand (as
+    GradScaler does) and pass ``found_inf``.
 
     Args:
-        params: T parameters; they and what goes with them are contiguous.
-        grads: a gradient of each.
-        exp_avgs: first moment of each, m.
-        exp_avg_sqs: second moment of each, v.
-        steps: number of this step for each, t: fp32 of one value.
-        lr: learning rate, fp32 of one value.
-        betas: decay of the first and of the second moment.
+        params: list of T parameters; all tensors must be contiguous.
+        grads: gradients, one per parameter.
+        exp_avgs: first moments m, one per parameter.
+        exp_avg_sqs: second moments v, one per parameter.
+        steps: step numbers t, one per parameter, each an fp32 tensor of one element.
+        lr: learning rate, an fp32 tensor of one element.
+        betas: decay rates of the first and second moment.
         eps: added to the root of the second moment.
-        weight_decay: decoupled decay per unit of the learning rate.
-        averages: lists like ``params``, one per average.
-        rates: by what share of the difference each average moves, 1 - decay: fp32 of shape (n,) for n averages; or
-            numbers, which are copied to the device at every call.
-        copies: a bfloat16 or float16 tensor for each parameter, into which its new value is rounded; or none.
-        factor: that gradients are multiplied with, fp32 of one value: to unscale them, to clip their norm, or both.
-        found_inf: one value, fp32: unless it is 0, nothing is changed.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        averages: one list like ``params`` per EMA.
+        rates: 1 - decay of each EMA, fp32 of shape (n,) for n EMAs; or numbers, which are copied to the device at
+            every call.
+        copies: bfloat16 or float16 copies of the parameters to update, one per parameter; or empty.
+        factor: scale of the gradients (unscaling, clipping, or both), an fp32 tensor of one element.
+        found_inf: an fp32 tensor of one element; the step is skipped unless it is 0.
         impl: "fused" (float32), "reference", or None for the device's default.
 
     Raises:
-        ValueError: tensors that do not fit, or what the fused kernels do not take.
+        ValueError: tensors that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
     _check(params, {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs})
@@ -191,7 +191,7 @@ def adamw_ema(
 
 
 def _check(params: Sequence[Tensor], others: dict[str, Sequence[Tensor]]) -> None:
-    """Raise a ValueError that names the first tensor which is no contiguous one of its parameter's shape and device."""
+    """Raise a ValueError for the first tensor that is not contiguous or differs in shape or device."""
     shapes = [p.shape for p in params]
     devices = [p.device for p in params]
     for name, tensors in {"params": params, **others}.items():

@@ -1,4 +1,4 @@
-"""The end of one branch of an adaLN-Zero block and the start of the next (arXiv 2212.09748, section 3.2).
+"""Gated residual addition and adaLN norm of an adaLN-Zero block (arXiv 2212.09748, section 3.2).
 
     x' = x + gate * branch;  h = norm(x') * (1 + scale) + shift
 
@@ -6,8 +6,8 @@ norm as in `modulate_norm`. Backward, with n the gradient of x' through the norm
 
     grad_x = grad_x' + n;  grad_branch = gate * grad_x;  grad_gate = sum of branch * grad_x
 
-x', branch and two statistics per token are kept for it; x and h are not. Everything is computed in fp32. The kernel
-moves, per value, x, branch, x' and h forward, and grad_x', grad_h, x', branch, grad_x and grad_branch backward.
+Backward keeps x', branch and two statistics per token, but not x and h. All computation is in fp32. Memory traffic per
+value: x, branch, x' and h forward; grad_x', grad_h, x', branch, grad_x and grad_branch backward.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ def add_gated_norm_reference(
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `add_gated_norm` does, in plain PyTorch; arguments as there, any floating dtype and width."""
+    """Reference for `add_gated_norm` in plain PyTorch; same arguments, any floating dtype and width."""
     gate = per_token("gate", gate, x, cu_seqlens)
     compute = torch.promote_types(x.dtype, torch.float32)
     x = (x.to(compute) + gate.to(compute) * branch.to(compute)).to(x.dtype)
@@ -134,31 +134,31 @@ def add_gated_norm(
     out_dtype: torch.dtype | None = None,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``x + gate * branch`` and the modulated norm of it.
+    """Return ``x + gate * branch`` and its modulated norm.
 
     Equivalent PyTorch, for modulations per sample: ``x = x + gate[:, None] * branch``, then `modulate_norm`. Computes
     in fp32; the new residual is rounded to the dtype of ``x`` before the norm, h once after it. Differentiable in x,
-    branch, gate, shift and scale; each gradient has its input's dtype. Repeated calls give the same bits.
+    branch, gate, shift and scale; each gradient has its input's dtype. Deterministic.
 
     Args:
         x: residual stream, shape (B, K, D), or (N, D) with ``cu_seqlens``; copied first if not contiguous.
-        branch: output of attention or of the MLP, of the shape of ``x``; copied likewise.
-        gate: per sample (B, D), or per token, of the shape of ``x``.
+        branch: output of attention or the MLP, same shape as ``x``; copied likewise.
+        gate: per sample (B, D), or per token, same shape as ``x``.
         shift: like ``gate``.
         scale: like ``gate``.
         norm: "layer" or "rms".
         eps: added to the variance (to the mean square for "rms").
-        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins. Values
+        cu_seqlens: int32 or int64, shape (B + 1,), non-decreasing from 0 to N: boundaries of packed samples. Values
             are checked on a CPU, outside torch.compile.
-        out_dtype: dtype of h; None is that of ``x``.
+        out_dtype: dtype of h; None is the dtype of ``x``.
         impl: "fused" (float32, bfloat16, float16; D a multiple of 8 up to 8192), "reference", or None for the device's
             default.
 
     Returns:
-        The new residual, in the dtype of ``x``, and its modulated norm, both of the shape of ``x``.
+        The new residual, in the dtype of ``x``, and its modulated norm, both with the shape of ``x``.
 
     Raises:
-        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
     check_arguments(x, branch, gate, shift, scale, norm, cu_seqlens)
@@ -178,7 +178,7 @@ def add_gated_norm(
 def check_arguments(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str, cu_seqlens: Tensor | None
 ) -> None:
-    """Raise a ValueError unless norm, tokens, branch and devices fit one another."""
+    """Raise a ValueError for an unknown norm, or shapes or devices that do not fit."""
     check_norm(norm)
     check_tokens("x", x, cu_seqlens)
     if branch.shape != x.shape:
@@ -189,7 +189,7 @@ def check_arguments(
 def branch_rows(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Return x, branch, gate, shift, scale and cu_seqlens as the ops take them; see `as_rows`."""
+    """Return x, branch, gate, shift, scale and cu_seqlens as arguments of the ops; see `as_rows`."""
     rows: Rows = as_rows(x, cu_seqlens, {"gate": gate, "shift": shift, "scale": scale})
     check_dtype("branch", branch)
     return rows.x, branch.reshape(rows.x.shape).contiguous(), *rows.modulations, rows.cu_seqlens

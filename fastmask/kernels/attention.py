@@ -8,9 +8,8 @@ Backward, with g = grad_out and without the factor 1 / sqrt(D/H) of the last two
     grad_scores = weights * (g v^T - sum of g v^T * weights over the keys)
     grad_q      = grad_scores k,  grad_k = grad_scores^T q
 
-No kernel of this library: there are good ones, and this file chooses among them. Those of torch and flash-attn keep q,
-k, v, the result and a log-sum-exp per head and token for backward, and copy nothing: q, k and v may be views of one
-tensor.
+This library has no attention kernel of its own; this file dispatches to existing ones. torch and flash-attn keep q, k,
+v, the result and a log-sum-exp per head and token for backward, without copies: q, k and v can be views of one tensor.
 """
 
 from typing import Any, Literal, get_args
@@ -32,7 +31,7 @@ AttentionName = Literal["torch", "flash-attn", "xformers", "reference"]
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
 ) -> Tensor:
-    """Return what `attention` does, in plain PyTorch, packed samples one after the other; arguments as there."""
+    """Reference for `attention` in plain PyTorch, packed samples one by one; same arguments."""
     if cu_seqlens is None:
         return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
     lengths = sample_lengths(cu_seqlens, q.shape[0], max_seqlen)
@@ -68,7 +67,7 @@ def _bwd_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-# Ops, although they are made of PyTorch's own, because what reads cu_seqlens on the host cannot be traced.
+# Registered as ops because reading cu_seqlens on the host cannot be traced.
 torch.library.define(
     "fastmask::packed_attention_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt? max_seqlen) -> Tensor",
@@ -109,40 +108,40 @@ def attention(
     backend: AttentionName | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Return softmax attention among the tokens of each sample.
+    """Return softmax attention within each sample.
 
-    Equivalent PyTorch, for dense tokens: ``F.scaled_dot_product_attention`` of the three with the head before the
-    token. Differentiable in q, k and v. On a GPU every library's backward adds up in an order of its own, so that two
-    runs may differ in the last bits, unless ``torch.use_deterministic_algorithms(True)`` (xformers has no such mode).
+    Equivalent PyTorch, for dense tokens: ``F.scaled_dot_product_attention`` with the head dimension before the token
+    dimension. Differentiable in q, k and v. On a GPU gradients can differ in the last bits from run to run, unless
+    ``torch.use_deterministic_algorithms(True)`` is set (xformers has no such mode).
 
     Args:
         q: queries, shape (B, K, H, D/H), or (N, H, D/H) with ``cu_seqlens``; any strides.
-        k: keys, of the shape and dtype of ``q``.
-        v: values, of the shape and dtype of ``q``.
-        cu_seqlens: int32 (int64 is converted), shape (B + 1,), from 0 to N, not falling: where each packed sample
-            begins. Values are checked on a CPU, and on a GPU where they are read on the host, outside torch.compile.
-        max_seqlen: no packed sample is longer; None: N, which is always right, and slower on a GPU.
-        backend: None for the first of these that takes the call, "torch" or "flash-attn"; any of them by name:
+        k: keys, same shape and dtype as ``q``.
+        v: values, same shape and dtype as ``q``.
+        cu_seqlens: int32 (int64 is converted), shape (B + 1,), non-decreasing from 0 to N: boundaries of packed
+            samples. Values are checked on a CPU, and on a GPU where they are read on the host, outside torch.compile.
+        max_seqlen: upper bound of the length of packed samples; None is N, which is valid but slower on a GPU.
+        backend: None for "torch" or "flash-attn", the first that supports the call; or one of:
 
-            - "torch": dense, ``F.scaled_dot_product_attention``. Packed, on a GPU ``torch.nn.attention.varlen``, which
-              takes float16 and bfloat16, heads of a multiple of 8 values up to 256; on a CPU sample after sample.
-              ``torch.nn.attention.activate_flash_attention_impl`` puts version 3 or 4 of flash-attn beneath both.
-            - "flash-attn": the newest of its versions 4, 3 and 2 that is installed and made for the GPU; limits as
-              above (version 4: heads up to 128). torch.compile cannot trace version 4 here, but can beneath "torch".
-            - "xformers": ``memory_efficient_attention``; packed, it reads ``cu_seqlens`` on the host, which waits for
-              the GPU and cannot be traced.
-            - "reference": plain PyTorch, any floating dtype. Packed, one sample after the other, read on the host.
+            - "torch": dense: ``F.scaled_dot_product_attention``. Packed: ``torch.nn.attention.varlen`` on a GPU, for
+              float16 and bfloat16 and head dimensions that are multiples of 8 up to 256; sample by sample on a CPU.
+              ``torch.nn.attention.activate_flash_attention_impl`` makes both use version 3 or 4 of flash-attn.
+            - "flash-attn": the newest installed version (4, 3 or 2) that supports the GPU; limits as above (version 4:
+              head dimensions up to 128). torch.compile cannot trace version 4 here, but can through "torch".
+            - "xformers": ``memory_efficient_attention``; packed, it reads ``cu_seqlens`` on the host, which is a host
+              sync and cannot be traced.
+            - "reference": plain PyTorch, any floating dtype. Packed: sample by sample, with a host sync.
 
-            `attention_backends` says which of them are here.
-        impl: "fused", a library of ``backend``'s choice; "reference", the same as ``backend="reference"``; None leaves
-            the choice to ``backend``.
+            `attention_backends` lists the available ones.
+        impl: "fused", a library chosen by ``backend``; "reference", same as ``backend="reference"``; None: chosen by
+            ``backend``.
 
     Returns:
         Shape and dtype of ``q``.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown backend, or one that ``impl`` rules out.
-        BackendUnavailableError: the backend is not installed or does not take these tensors.
+        ValueError: shapes or dtypes that do not fit, an unknown backend, or one that contradicts ``impl``.
+        BackendUnavailableError: the backend is not installed or does not support these tensors.
     """
     _check(q, k, v, cu_seqlens)
     if backend not in (None, *get_args(AttentionName)):

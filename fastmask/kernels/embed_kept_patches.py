@@ -1,17 +1,17 @@
-"""The patch embedding of the kept patches only (arXiv 2306.09305, section 3.2), and the first block's adaLN norm.
+"""Patch embedding of the kept patches only (arXiv 2306.09305, section 3.2), and optionally the first adaLN norm.
 
     token[b, k] = weight . (image_scale[b] * patch[b, ids_keep[b, k]]) + bias + position[ids_keep[b, k]]
-    h = norm(token) * (1 + scale) + shift                                          as in `modulate_norm`, if asked for
+    h = norm(token) * (1 + scale) + shift                                          as in `modulate_norm`, on request
 
-Published code embeds all L positions and drops some afterwards; here a dropped patch is never read. With g the gradient
-of a token, that through h included, and the scaled patch s = image_scale[b] * patch, backward is
+The published code embeds all L positions and then drops some; here dropped patches are never read. With the token
+gradient g (including the path through h) and the scaled patch s = image_scale[b] * patch, backward is
 
     grad_weight = sum of g s^T,   grad_bias = sum of g                             over all kept tokens
     grad_patch  = image_scale[b] * (weight^T g)                                    zero for a dropped patch
 
-The factors of a product (s, weight, g) are rounded to the weight's dtype, or to autocast's where that is active, and
-summed in fp32. The kernel moves the kept patches' pixels and the results: per token P values read and D written, 2 D
-with h. No patch is kept for backward: its pixels are read again.
+Matmul operands (s, weight, g) are rounded to the dtype of the weight, or autocast's if enabled, and accumulated in
+fp32. Memory traffic per token: P values read and D written, 2 D with h. Backward keeps no patches; it reads the pixels
+again.
 """
 
 from typing import Any
@@ -53,7 +53,7 @@ def embed_kept_patches_reference(
     norm: Norm = "layer",
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return what `embed_kept_patches` does, in plain PyTorch; arguments as there, any floating dtype and width.
+    """Reference for `embed_kept_patches` in plain PyTorch; same arguments, any floating dtype and width.
 
     Also differentiable in position and image_scale. On the CPU, an index outside [0, L) raises an IndexError.
     """
@@ -190,25 +190,25 @@ def embed_kept_patches(
     eps: float = 1e-6,
     impl: Impl | None = None,
 ) -> Any:
-    """Return the embedded tokens of the kept positions, position table added, and with a modulation their norm.
+    """Return the embedded tokens of the kept positions with the position table added, and optionally their norm.
 
     Equivalent PyTorch: ``gather(conv2d(image_scale * images, weight, bias, stride=p) + position, ids_keep)``.
-    Accumulates in fp32. As in ``F.linear``, autocast chooses the dtype of the product where it is active.
-    Differentiable in images, weight, bias, shift and scale; the reference also in position and image_scale. Each
-    gradient has its input's dtype. Repeated calls give the same bits.
+    Accumulates in fp32. As in ``F.linear``, autocast sets the dtype of the matmul. Differentiable in images, weight,
+    bias, shift and scale; the reference also in position and image_scale. Each gradient has its input's dtype.
+    Deterministic.
 
     Args:
         images: shape (B, C, h * p, w * p); copied first if not contiguous, as are the other tensors.
-        weight: of the patch convolution, shape (D, C, p, p).
+        weight: weight of the patch convolution, shape (D, C, p, p).
         bias: shape (D,).
         position: shape (L, D), or (1, L, D), L = h * w, row-major.
-        ids_keep: int32 or int64, the kept positions of each sample, distinct and in [0, L), which is not checked on a
-            GPU: shape (B, K), or (N,) with ``cu_seqlens``; None keeps all in order.
+        ids_keep: int32 or int64, kept positions of each sample, shape (B, K), or (N,) with ``cu_seqlens``; distinct and
+            in [0, L), which is not checked on a GPU. None keeps all in order.
         patch_size: p.
-        image_scale: shape (B,), multiplies each image (EDM's c_in); None is 1.
-        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins. Values
+        image_scale: scale of each image (EDM's c_in), shape (B,); None is 1.
+        cu_seqlens: int32 or int64, shape (B + 1,), non-decreasing from 0 to N: boundaries of packed samples. Values
             are checked on a CPU, outside torch.compile.
-        shift: shape (B, D); with it and ``scale`` the modulated norm of the tokens is returned too.
+        shift: shape (B, D); with ``scale``, the modulated norm of the tokens is returned too.
         scale: like ``shift``.
         norm: "layer" or "rms".
         eps: added to the variance (to the mean square for "rms").
@@ -216,11 +216,11 @@ def embed_kept_patches(
             default.
 
     Returns:
-        Tokens, shape (B, K, D) or (N, D), in the dtype that the product and ``position`` promote to; with a modulation
-        (tokens, h), both of that shape and dtype.
+        Tokens, shape (B, K, D) or (N, D), in the promoted dtype of the matmul and ``position``; with a modulation
+        (tokens, h), both with that shape and dtype.
 
     Raises:
-        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
     check_norm(norm)
@@ -299,7 +299,7 @@ def _check_indices(ids_keep: Tensor | None, cu_seqlens: Tensor | None, images: T
 
 
 def _is_native(position: Tensor, image_scale: Tensor | None, *others: Tensor | None) -> bool:
-    """Return whether a native kernel takes the tensors, and no gradient is asked for that the reference alone has."""
+    """Return whether a native kernel supports the tensors and all requested gradients."""
     given = [position, *(tensor for tensor in (image_scale, *others) if tensor is not None)]
     return native_takes("embed_kept_patches_fwd", *given) and not needs_gradient(position, image_scale)
 

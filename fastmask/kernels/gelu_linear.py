@@ -1,9 +1,9 @@
-"""The second half of a transformer's MLP, which keeps its input alone for backward.
+"""GELU and Linear, the second half of a transformer's MLP, with GELU recomputed in backward.
 
     y = gelu(x) W^T + b,  gelu(x) = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
 
-Plain PyTorch keeps both x and gelu(x), each of four token widths, which is the largest part of a block's memory. Here
-backward recomputes gelu(x), in the same pass over x that its own gradient needs anyway.
+Plain PyTorch keeps both x and gelu(x), each 4 D per token, which is the largest part of a block's activation memory.
+Here only x is kept, and backward recomputes gelu(x) in the same pass over x as its gradient.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from fastmask.kernels._matmul import check_linear, linear_gradients, product_dty
 
 
 def gelu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return what `gelu_linear` does, in plain PyTorch; arguments as there."""
+    """Reference for `gelu_linear` in plain PyTorch; same arguments."""
     dtype = product_dtype(x.device, weight)
     hidden = F.gelu(x.to(torch.promote_types(x.dtype, dtype)), approximate="tanh")
     return F.linear(hidden.to(dtype), *product_operands(x.device, weight, bias))
@@ -55,8 +55,8 @@ class _GeluLinear(torch.autograd.Function):
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = None) -> Tensor:
     """Return ``F.linear(F.gelu(x, approximate="tanh"), weight, bias)``.
 
-    Keeps x and nothing else of its size for backward. GELU is computed in fp32 and rounded once to the dtype of the
-    product: autocast's where that is on, that of ``weight`` otherwise. Differentiable in x, weight and bias.
+    Keeps only x for backward. GELU is computed in fp32 and rounded once to the dtype of the matmul: autocast's if
+    enabled, else the dtype of ``weight``. Differentiable in x, weight and bias.
 
     Args:
         x: shape (..., D); copied first if not contiguous.
@@ -65,10 +65,10 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = 
         impl: "fused" (float32, bfloat16, float16), "reference", or None for the device's default.
 
     Returns:
-        Shape (..., E), in the product's dtype.
+        Shape (..., E), in the dtype of the matmul.
 
     Raises:
-        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
     check_linear(x, weight, bias)

@@ -1,20 +1,20 @@
 """MaskDiT's two losses in token space (arXiv 2306.09305, equations 3 to 5), for any affine diffusion process.
 
-With d = c_skip * noised + c_out * raw, the denoised patch, and a weight of each sample:
+With the denoised patch d = c_skip * noised + c_out * raw and a weight per sample:
 
     denoising      = mean over kept patches of    weight * mean over the patch of (d - image)^2
     reconstruction = mean over dropped patches of mean over the patch of (d - normed)^2
     normed         = (noised - mean) / sqrt(var + 1e-6), per patch, var unbiased
 
-c_skip, c_out and weight are the process's, functions of a sample's time: for EDM (arXiv 2206.00364, table 1) sd^2 /
-(sigma^2 + sd^2), sigma * sd / sqrt(sigma^2 + sd^2) and 1 / c_out^2, for rectified flow 1, -t and 1 / t^2.
-Each mean is over a sample's own K kept or L - K dropped patches. With g the gradients of the two losses, backward is
+c_skip, c_out and weight are coefficients of the process at the sample's time: for EDM (arXiv 2206.00364, table 1)
+sd^2 / (sigma^2 + sd^2), sigma * sd / sqrt(sigma^2 + sd^2) and 1 / c_out^2, for rectified flow 1, -t and 1 / t^2.
+Each mean is over the K kept or L - K dropped patches of a sample. With the gradients g of the two losses, backward is
 
     grad_raw = 2 * c_out * (d - image)  * g_denoising * weight / (K * P)         in a kept patch
     grad_raw = 2 * c_out * (d - normed) * g_reconstruction / ((L - K) * P)       in a dropped one
 
-which needs nothing but the inputs, so only they are kept for it. Everything is computed in fp32. The kernel moves, per
-value, raw, images and noised forward, and these and grad_raw backward.
+so only the inputs are kept. All computation is in fp32. Memory traffic per value: raw, images and noised forward; these
+and grad_raw backward.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ def masked_loss_reference(
     *,
     patch_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `masked_loss` does, in plain PyTorch; arguments as there, any floating dtype and patch."""
+    """Reference for `masked_loss` in plain PyTorch; same arguments, any floating dtype and patch size."""
     compute = torch.promote_types(raw.dtype, torch.float32)
     images = patchify(images, patch_size).to(compute)  # (B, L, P)
     noised = patchify(noised, patch_size).to(compute)
@@ -63,7 +63,7 @@ def masked_loss_reference(
 
 
 def _mean_where(chosen: Tensor, values: Tensor) -> Tensor:
-    """Return the mean of the chosen values of each row, 0 for a row without any."""
+    """Return the mean of the chosen values of each row, 0 if there are none."""
     return values.masked_fill(~chosen, 0).sum(1) / chosen.sum(1).clamp(min=1)
 
 
@@ -160,30 +160,31 @@ def masked_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the denoising and the reconstruction loss of each sample from the network's raw tokens.
 
-    Computes in fp32. The fused form is differentiable in raw alone, whose gradient has its dtype; the reference in raw,
-    images, noised and the coefficients. Repeated calls give the same bits.
+    Computes in fp32. The fused form is differentiable in raw only, with a gradient in its dtype; the reference in raw,
+    images, noised and the coefficients. Deterministic.
 
     Args:
-        raw: the network's output F for every position, shape (B, L, P), laid out (p, p, C) with channels fastest. This
+        raw: the network's output F for every position, shape (B, L, P), laid out (p, p, C) with channels fastest. Raw
             and the images are copied first if not contiguous.
         images: clean images, shape (B, C, h * p, w * p).
         noised: images plus noise, the same shape.
         c_skip: factor of the noised image in the denoised one, shape (B,).
-        c_out: factor of the network's output there, shape (B,).
-        weight: of a sample's denoising loss, shape (B,).
-        mask: which positions the encoder saw, packed ones included; None is all of them. The values of its
-            ``cu_seqlens`` are checked on a CPU, outside torch.compile.
+        c_out: factor of the network's output in the denoised image, shape (B,).
+        weight: weight of each sample's denoising loss, shape (B,).
+        mask: positions that the encoder saw, dense or packed; None is all. The values of its ``cu_seqlens`` are checked
+            on a CPU, outside torch.compile.
         patch_size: p.
         impl: "fused" (fp32, bf16 or fp16 tensors and fp32 coefficients, P up to 1024), "reference" (any floating dtype
-            and patch; float64 for float64 raw), or None for the default of the device, which is the reference on a CPU
-            for a gradient of more than raw.
+            and patch size; float64 for float64 raw), or None for the default of the device, which on a CPU is the
+            reference if other gradients than raw's are required.
 
     Returns:
-        Two tensors of shape (B,), fp32. The denoising loss is 0 for a sample that keeps nothing, the reconstruction
-        loss for one that drops nothing.
+        Two tensors of shape (B,), fp32. The denoising loss is 0 for a sample without kept patches, the reconstruction
+        loss for one without dropped patches.
 
     Raises:
-        ValueError: shapes that do not fit, a mask for patches of one value, or what the fused kernels do not take.
+        ValueError: shapes that do not fit, a mask for patches of one value, or inputs that the fused kernels do not
+            support.
         BackendUnavailableError: no fused kernel on this device.
     """
     coefficients = {"c_skip": c_skip, "c_out": c_out, "weight": weight}
@@ -280,7 +281,7 @@ def _wants_grad(tensor: Tensor) -> bool:
 
 
 def _native_takes(raw: Tensor, images: Tensor, noised: Tensor, coefficients: Mapping[str, Tensor]) -> bool:
-    """Return whether the native CPU kernels take these tensors, and give every gradient that is wanted."""
+    """Return whether the native CPU kernels support these tensors and all requested gradients."""
     return (
         "masked_loss_fwd" in _NATIVE_OPS
         and all(_is_native(tensor) for tensor in (raw, images, noised, *coefficients.values()))

@@ -1,15 +1,15 @@
-"""The adaptive norm of a diffusion transformer (adaLN, arXiv 2212.09748, section 3.2).
+"""Adaptive norm (adaLN) of diffusion transformers (arXiv 2212.09748, section 3.2).
 
     h = norm(x) * (1 + scale) + shift
 
-norm is LayerNorm, (x - mean) / sqrt(var + eps), or RMSNorm, x / sqrt(mean(x^2) + eps), over the last dimension and
-without an affine part. With xhat = norm(x) and g = grad_h * (1 + scale), backward is
+norm is LayerNorm, (x - mean) / sqrt(var + eps), or RMSNorm, x / sqrt(mean(x^2) + eps), over the last dimension,
+without affine parameters. With xhat = norm(x) and g = grad_h * (1 + scale), backward is
 
     grad_x     = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(var + eps)      without mean(g) for RMSNorm
     grad_shift = sum of grad_h,  grad_scale = sum of grad_h * xhat            over the tokens that share them
 
-x and two statistics per token are kept for it; h is not. Everything is computed in fp32. The kernel moves, per value,
-x and h forward, and x, grad_h and grad_x backward.
+Backward keeps x and two statistics per token, but not h. All computation is in fp32. Memory traffic per value: x and h
+forward; x, grad_h and grad_x backward.
 """
 
 from typing import Any, Literal
@@ -26,7 +26,7 @@ Norm = Literal["layer", "rms"]
 
 
 def normalise(x: Tensor, norm: Norm, eps: float) -> Tensor:
-    """Return the norm of the last dimension, computed in and returned as fp32 (float64 for float64 input)."""
+    """Normalise the last dimension; computed and returned in fp32 (float64 for float64 input)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if norm == "rms":
         return F.rms_norm(x, x.shape[-1:], eps=eps)
@@ -43,7 +43,7 @@ def modulate_norm_reference(
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return what `modulate_norm` does, in plain PyTorch; arguments as there, any floating dtype and width."""
+    """Reference for `modulate_norm` in plain PyTorch; same arguments, any floating dtype and width."""
     shift, scale = per_token("shift", shift, x, cu_seqlens), per_token("scale", scale, x, cu_seqlens)
     normed = normalise(x, norm, eps)
     return (normed * (1 + scale.to(normed.dtype)) + shift.to(normed.dtype)).to(out_dtype or x.dtype)
@@ -127,17 +127,17 @@ def modulate_norm(
 
     Equivalent PyTorch, for modulations per sample: ``F.layer_norm(x, (D,)) * (1 + scale[:, None]) + shift[:, None]``.
     Computes in fp32 and returns the dtype of ``x`` (or ``out_dtype``), rounded once. Differentiable in x, shift and
-    scale; each gradient has its input's dtype. Repeated calls give the same bits.
+    scale; each gradient has its input's dtype. Deterministic.
 
     Args:
         x: tokens, shape (B, K, D), or (N, D) with ``cu_seqlens``; copied first if not contiguous.
-        shift: per sample (B, D), or per token, of the shape of ``x``.
+        shift: per sample (B, D), or per token, same shape as ``x``.
         scale: like ``shift``.
         norm: "layer" or "rms".
         eps: added to the variance (to the mean square for "rms").
-        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins. Values
+        cu_seqlens: int32 or int64, shape (B + 1,), non-decreasing from 0 to N: boundaries of packed samples. Values
             are checked on a CPU, outside torch.compile.
-        out_dtype: dtype of the result; None is that of ``x``.
+        out_dtype: dtype of the result; None is the dtype of ``x``.
         impl: "fused" (float32, bfloat16, float16; D a multiple of 8 up to 8192), "reference", or None for the device's
             default.
 
@@ -145,7 +145,7 @@ def modulate_norm(
         Shape of ``x``.
 
     Raises:
-        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
     check_norm(norm)
@@ -163,6 +163,6 @@ def modulate_norm(
 
 
 def check_norm(norm: str) -> None:
-    """Raise a ValueError unless ``norm`` names one."""
+    """Raise a ValueError unless ``norm`` is "layer" or "rms"."""
     if norm not in ("layer", "rms"):
         raise ValueError(f'norm must be "layer" or "rms", not {norm!r}')

@@ -1,10 +1,10 @@
-"""A Linear behind a modulated norm, as each branch of an adaLN block begins: qkv behind one norm, fc1 behind the other.
+"""Modulated norm followed by a Linear, the start of both branches of an adaLN block (qkv and fc1).
 
     modulated_linear:   y = h W^T + b,  h = modulate_norm(x, shift, scale)
-    add_gated_linear:   the same behind add_gated_norm, x' = x + gate * branch
+    add_gated_linear:   the same after add_gated_norm, x' = x + gate * branch
 
-Plain PyTorch keeps h for the weight's gradient. Here it is not kept: the pass of backward that needs x and the
-statistics for the norm's gradient writes h once more, in the product's dtype, and the weight's gradient reads that.
+Plain PyTorch keeps h for the gradient of the weight. Here backward recomputes it, in the dtype of the matmul, in the
+pass that reads x and the statistics for the gradient of the norm.
 """
 
 from typing import Any
@@ -106,27 +106,27 @@ def modulated_linear(
     cu_seqlens: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Return ``F.linear(modulate_norm(x, shift, scale), weight, bias)``, keeping x and no norm of it for backward.
+    """Return ``F.linear(modulate_norm(x, shift, scale), weight, bias)``; keeps x but not its norm for backward.
 
-    The norm is rounded once, to the dtype of the product: autocast's where that is on, that of ``weight`` otherwise.
+    The norm is rounded once, to the dtype of the matmul: autocast's if enabled, else the dtype of ``weight``.
     Differentiable in x, shift, scale, weight and bias.
 
     Args:
         x: tokens, shape (B, K, D), or (N, D) with ``cu_seqlens``.
-        shift: per sample (B, D), or per token, of the shape of ``x``.
+        shift: per sample (B, D), or per token, same shape as ``x``.
         scale: like ``shift``.
         weight: shape (E, D).
         bias: shape (E,).
-        norm: as in `modulate_norm`, like the rest.
-        eps: see there.
-        cu_seqlens: see there.
-        impl: see there.
+        norm: as in `modulate_norm`.
+        eps: as in `modulate_norm`.
+        cu_seqlens: as in `modulate_norm`.
+        impl: as in `modulate_norm`.
 
     Returns:
-        Shape (B, K, E) or (N, E), in the product's dtype.
+        Shape (B, K, E) or (N, E), in the dtype of the matmul.
 
     Raises:
-        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
     check_norm(norm)
@@ -160,29 +160,29 @@ def add_gated_linear(
     cu_seqlens: Tensor | None = None,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return x' and ``F.linear(h, weight, bias)`` of ``x', h = add_gated_norm(x, branch, gate, shift, scale)``.
+    """Return x' and ``F.linear(h, weight, bias)``, where ``x', h = add_gated_norm(x, branch, gate, shift, scale)``.
 
-    Keeps x' and branch for backward, and no norm. Differentiable in all but ``cu_seqlens``.
+    Keeps x' and branch for backward, but not the norm. Differentiable in all tensors but ``cu_seqlens``.
 
     Args:
         x: residual stream, shape (B, K, D), or (N, D) with ``cu_seqlens``.
-        branch: of the shape of ``x``.
-        gate: per sample (B, D), or per token, of the shape of ``x``.
+        branch: same shape as ``x``.
+        gate: per sample (B, D), or per token, same shape as ``x``.
         shift: like ``gate``.
         scale: like ``gate``.
         weight: shape (E, D).
         bias: shape (E,).
-        norm: as in `add_gated_norm`, like the rest.
-        eps: see there.
-        cu_seqlens: see there.
-        impl: see there.
+        norm: as in `add_gated_norm`.
+        eps: as in `add_gated_norm`.
+        cu_seqlens: as in `add_gated_norm`.
+        impl: as in `add_gated_norm`.
 
     Returns:
-        The new residual, in the dtype of ``x``, and the product, shape (B, K, E) or (N, E), in its own dtype, as in
-        `modulated_linear`.
+        The new residual, in the dtype of ``x``, and the output of the Linear, shape (B, K, E) or (N, E), in the dtype
+        of the matmul.
 
     Raises:
-        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
     check_arguments(x, branch, gate, shift, scale, norm, cu_seqlens)

@@ -1,4 +1,4 @@
-"""The layouts between images and patch tokens."""
+"""Conversion between images and patch tokens."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from fastmask.kernels._dispatch import ANY_DEVICE, public_op
 
 @public_op(otherwise=ANY_DEVICE)
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Return the patches of images as tokens, the inverse of `unpatchify`.
+    """Split images into patch tokens; the inverse of `unpatchify`.
 
     Equivalent PyTorch: ``(B, C, h, p, w, p) -> (B, h, w, p, p, C)``; positions row-major, channels fastest.
 
@@ -28,13 +28,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 @public_op(otherwise=ANY_DEVICE)
 def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """Return the images that tokens are the patches of.
+    """Assemble images from patch tokens; the inverse of `patchify`.
 
     Args:
         tokens: shape (B, L, P), laid out (p, p, C) with channels fastest.
         patch_size: p.
-        height: rows of the image, h * p.
-        width: columns of the image, w * p.
+        height: image height, h * p.
+        width: image width, w * p.
 
     Returns:
         Shape (B, C, height, width), in the dtype of ``tokens``.

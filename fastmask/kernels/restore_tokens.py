@@ -1,16 +1,16 @@
-"""Dropping tokens, and putting them back (MaskDiT, arXiv 2306.09305).
+"""Gathering kept tokens, and restoring all positions (MaskDiT, arXiv 2306.09305).
 
     gather:   kept[b, k] = x[b, ids_keep[b, k]]
-    restore:  restored[b, l] = position[l] + (x[b, ids_restore[b, l]] where that is below K_b, else mask_token)
+    restore:  restored[b, l] = position[l] + (x[b, ids_restore[b, l]] if that index is below K_b, else mask_token)
               h = norm(restored) * (1 + scale) + shift                      if a modulation is given
 
-K_b is how many tokens sample b keeps. Backward, with g the gradient of restored, that through h added,
+K_b is the number of kept tokens of sample b. With the gradient g of restored (path through h included), backward is
 
     gather:   grad_x[b, ids_keep[b, k]] = grad_kept[b, k], zero elsewhere
     restore:  grad_x[b, ids_restore[b, l]] = g[b, l],  grad_mask_token = sum of g over the dropped positions
 
-Copies are exact, sums fp32. Only indices are kept for it, and with a modulation restored and two statistics per
-position. Restoring moves x and restored (and h) forward, g (in its two parts) and grad_x backward.
+Copies are exact, sums are fp32. Backward keeps only the indices, and with a modulation restored and two statistics per
+position. Memory traffic of restore: x and restored (and h) forward; g (both parts) and grad_x backward.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_bwd, 
 
 
 def gather_tokens_reference(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Return what `gather_tokens` does, in plain PyTorch; arguments as there, any dtype and width."""
+    """Reference for `gather_tokens` in plain PyTorch; same arguments, any dtype and width."""
     if cu_seqlens is not None:
         return x[sample_of_row(cu_seqlens, ids_keep.shape[0]), ids_keep.long()]
     return torch.gather(x, 1, ids_keep.long()[..., None].expand(-1, -1, x.shape[-1]))
@@ -57,9 +57,9 @@ def restore_tokens_reference(
     norm: Norm = "layer",
     eps: float = 1e-6,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return what `restore_tokens` does, in plain PyTorch, of any floating dtype and width, for position too."""
+    """Reference for `restore_tokens` in plain PyTorch; any floating dtype and width, differentiable in position too."""
     position = position_table(position)
-    rows = F.pad(x, (0, 0, 0, 1))  # one more, for the dropped positions to read: there may be no other
+    rows = F.pad(x, (0, 0, 0, 1))  # an extra row for dropped positions to read, since there may be none
     if cu_seqlens is None:
         kept = ids_restore < x.shape[1]
         placed = gather_tokens_reference(rows, ids_restore.clamp(max=x.shape[1]))
@@ -189,15 +189,15 @@ class _RestoreTokens(torch.autograd.Function):
 def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = None, impl: Impl | None = None) -> Tensor:
     """Return the kept tokens.
 
-    Equivalent PyTorch: ``torch.gather(x, 1, ids_keep[..., None].expand(-1, -1, D))``. Copies, bit-equal to the
-    reference, as is the gradient of x, the one input it is differentiable in. Undefined for an index outside [0, L)
-    and, in the fused backward, for one that a sample has twice; a native kernel on a CPU raises a RuntimeError.
+    Equivalent PyTorch: ``torch.gather(x, 1, ids_keep[..., None].expand(-1, -1, D))``. Differentiable in x; result and
+    gradient are bitwise equal to the reference. Undefined for an index outside [0, L) and, in the fused backward, for
+    an index that occurs twice in a sample; native CPU kernels raise a RuntimeError.
 
     Args:
         x: shape (B, L, D); copied first if not contiguous.
-        ids_keep: int32 or int64, shape (B, K), or packed (N,) with ``cu_seqlens``: each sample's kept positions, in any
-            order, each at most once.
-        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins. Values
+        ids_keep: int32 or int64, kept positions of each sample, distinct and in any order, shape (B, K), or packed (N,)
+            with ``cu_seqlens``.
+        cu_seqlens: int32 or int64, shape (B + 1,), non-decreasing from 0 to N: boundaries of packed samples. Values
             are checked on a CPU, outside torch.compile.
         impl: "fused" (float32, bfloat16, float16; D a multiple of 8 up to 8192), "reference", or None for the device's
             default.
@@ -206,7 +206,7 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
         Shape (B, K, D), or (N, D) with ``cu_seqlens``, in the dtype of ``x``.
 
     Raises:
-        ValueError: shapes that do not fit, or what the fused kernels do not take.
+        ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
     if x.ndim != 3:
@@ -245,20 +245,20 @@ def restore_tokens(
     eps: float = 1e-6,
     impl: Impl | None = None,
 ) -> Any:
-    """Return all positions: kept tokens in place, the mask token where one was dropped, plus the position table.
+    """Return all positions: kept tokens in place, the mask token elsewhere, plus the position table.
 
-    Equivalent PyTorch: ``torch.where((ids_restore < K)[..., None], placed, mask_token) + position``, ``placed`` being
-    the rows of ``x`` at ``ids_restore``; with a modulation, `modulate_norm` of that in the same launch. Restored is
-    bit-equal to the reference; its norm is computed in fp32 and rounded once. Differentiable in x, mask_token, shift
-    and scale, the reference also in position; each gradient has its input's dtype. Repeated calls give the same bits.
+    Equivalent PyTorch: ``torch.where((ids_restore < K)[..., None], placed, mask_token) + position``, where ``placed``
+    is the rows of ``x`` at ``ids_restore``; with a modulation, also its `modulate_norm` in the same launch. Restored is
+    bitwise equal to the reference; its norm is computed in fp32 and rounded once. Differentiable in x, mask_token,
+    shift and scale, the reference also in position; each gradient has its input's dtype. Deterministic.
 
     Args:
         x: kept tokens, shape (B, K, E), or (N, E) with ``cu_seqlens``; copied first if not contiguous.
         mask_token: shape (E,); rounded to the dtype of ``x`` first.
         position: shape (L, E), or (1, L, E).
-        ids_restore: int32 or int64, shape (B, L), a permutation of [0, L) per sample: a value below K says that the
-            position is kept, and which of the sample's rows of ``x`` it is. Undefined if it is no permutation.
-        cu_seqlens: int32 or int64, shape (B + 1,), from 0 to N, not falling: where each packed sample begins. Values
+        ids_restore: int32 or int64, shape (B, L), a permutation of [0, L) per sample: a value below K is the row of
+            ``x`` of a kept position. Undefined if it is not a permutation.
+        cu_seqlens: int32 or int64, shape (B + 1,), non-decreasing from 0 to N: boundaries of packed samples. Values
             are checked on a CPU, outside torch.compile.
         shift: per sample, shape (B, E); given together with ``scale``.
         scale: like ``shift``.
@@ -268,12 +268,12 @@ def restore_tokens(
             default.
 
     Returns:
-        Shape (B, L, E), in the dtype that ``x`` and ``position`` promote to; with a modulation also its modulated norm,
-        of the same shape and dtype.
+        Shape (B, L, E), in the promoted dtype of ``x`` and ``position``; with a modulation also its modulated norm,
+        with the same shape and dtype.
 
     Raises:
-        ValueError: shapes that do not fit, what the fused kernels do not take, or a position table that the fused form
-            would have to differentiate.
+        ValueError: shapes that do not fit, inputs that the fused kernels do not support, or a position table that
+            requires a gradient in the fused form.
         BackendUnavailableError: no fused kernel on this device.
     """
     check_norm(norm)
@@ -314,14 +314,14 @@ def restore_tokens(
         check_dtype("scale", scale)
         shift, scale = (t if t.stride(-1) == 1 else t.contiguous() for t in (shift, scale))
     fixed = (mask_token.contiguous(), position.contiguous(), ids_restore.contiguous(), rows.cu_seqlens)
-    # float(): Dynamo cannot hand a symbolic number to a Function twice.
+    # float(): Dynamo cannot pass a symbolic number to a Function twice.
     out = _RestoreTokens.apply(rows.x, *fixed, shift, scale, norm == "rms", float(eps))  # type: ignore[no-untyped-call]
     shape = (*ids_restore.shape, width)
     return out.view(shape) if shift is None else (out[0].view(shape), out[1].view(shape))
 
 
 def _is_native(x: Tensor, mask_token: Tensor, position: Tensor, shift: Tensor | None, scale: Tensor | None) -> bool:
-    """Return whether a native kernel takes the tensors, and no gradient is asked for that the reference alone has."""
+    """Return whether a native kernel supports the tensors and all requested gradients."""
     given = [x, mask_token, position, *(tensor for tensor in (shift, scale) if tensor is not None)]
     return native_takes("restore_tokens_fwd", *given) and not needs_gradient(position)
 

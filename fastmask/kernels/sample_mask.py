@@ -1,13 +1,13 @@
 """Random masks: for each sample a uniformly random set of K of L positions.
 
-Position l of sample n has the random key Philox(seed, n, l), 32 bits; the K smallest keys are kept, of equal ones those
-of the first positions:
+Position l of sample n has the random key Philox(seed, n, l), 32 bits; the positions of the K smallest keys are kept,
+with ties broken by position:
 
     kept[n, l] = |{l': (key[n, l'], l') < (key[n, l], l)}| < K
 
-Both index lists are sorted by position, which makes memory access regular and changes no result: attention knows no
-order. Nothing is differentiable. The kernel writes 4 (K + L) bytes per sample and reads none; with PyTorch's operations
-the keys, their order and the flags go through memory several times.
+Both index lists are sorted by position, which makes memory access regular and does not affect results, since attention
+is permutation-equivariant. Not differentiable. The kernel writes 4 (K + L) bytes per sample and reads none; with
+PyTorch operations keys, sort order and flags go through memory several times.
 """
 
 from typing import NamedTuple
@@ -25,14 +25,14 @@ _STREAM = 0
 
 
 class Mask(NamedTuple):
-    """Which positions of each sample are kept.
+    """Kept positions of each sample.
 
     Attributes:
         ids_keep: integer, shape (B, K), the kept positions; or packed, shape (N,), sample b's in rows cu_seqlens[b] ..
             cu_seqlens[b + 1] - 1.
-        ids_restore: integer, shape (B, L), a permutation of [0, L) per sample; a value k < K says that the position is
-            kept and is row k of the sample's kept tokens.
-        cu_seqlens: int32, shape (B + 1,), where the samples keep unequal numbers of positions; None where all keep K.
+        ids_restore: integer, shape (B, L), a permutation of [0, L) per sample; a value k < K means that the position is
+            kept, as row k of the sample's kept tokens.
+        cu_seqlens: int32, shape (B + 1,), for samples with unequal numbers of kept positions; None if all keep K.
     """
 
     ids_keep: Tensor
@@ -41,12 +41,12 @@ class Mask(NamedTuple):
 
     @property
     def num_kept(self) -> Tensor | int:
-        """Positions that a sample keeps: K, or int32 of shape (B,) where the numbers are unequal."""
+        """Number of kept positions: K, or int32 of shape (B,) for unequal numbers."""
         return self.ids_keep.shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff()
 
     @property
     def dropped(self) -> Tensor:
-        """Bool, shape (B, L): True where a position was dropped."""
+        """Bool, shape (B, L): True for dropped positions."""
         kept = self.num_kept
         return self.ids_restore >= (kept if isinstance(kept, int) else kept[:, None])
 
@@ -61,7 +61,7 @@ def sample_mask_reference(
     device: torch.device | str,
     total: int | None = None,
 ) -> Mask:
-    """Return what `sample_mask` does, in plain PyTorch; arguments as there, any number of positions."""
+    """Reference for `sample_mask` in plain PyTorch; same arguments, any number of positions."""
     _check_counts(batch, length, keep, total)
     if isinstance(keep, Tensor):
         _check_values(keep, length, total)
@@ -70,7 +70,7 @@ def sample_mask_reference(
     positions = torch.arange(length, device=device).expand(batch, length)
     count = keep[:, None] if isinstance(keep, Tensor) else keep
     kept = torch.empty_like(order).scatter_(1, order, positions) < count
-    # A position's row is its rank among the kept positions, or K plus its rank among the dropped ones.
+    # The row of a position is its rank among the kept positions, or K plus its rank among the dropped ones.
     ids_restore = torch.where(kept, kept.cumsum(1) - 1, count - 1 + (~kept).cumsum(1))
     position_of_row = ids_restore.argsort(dim=1).int()
     if not isinstance(keep, Tensor):
@@ -111,20 +111,20 @@ def sample_mask(
 ) -> Mask:
     """Return a uniformly random mask per sample.
 
-    The fused form gives the bits of the reference, and neither waits for the device. A CUDA graph that was captured
-    with tensors for ``seed`` and ``offset`` draws new masks at each replay once these are changed in place.
+    The fused form is bitwise equal to the reference; neither has a host sync. If ``seed`` and ``offset`` are tensors, a
+    captured CUDA graph draws new masks at each replay after they are changed in place.
 
     Args:
         batch: B.
         length: L.
-        keep: K, 1 <= K <= L; or integer, shape (B,), on ``device``, a K for each sample, which makes ``ids_keep``
-            packed. These counts are checked on a CPU, outside torch.compile; elsewhere other values are undefined
+        keep: K, 1 <= K <= L; or K per sample, integer, shape (B,), on ``device``, which makes ``ids_keep`` packed.
+            Counts per sample are checked on a CPU, outside torch.compile; elsewhere invalid counts are undefined
             behaviour.
-        seed: the run's seed, of which 64 bits count: an int, or int64 of shape () on ``device``.
-        offset: global index of the first sample, like ``seed``: sample b gets the mask of index ``offset + b`` wherever
-            it is drawn.
-        device: where the mask is made.
-        total: N, the sum of ``keep``; with a ``keep`` per sample only.
+        seed: the seed (64 bits), an int, or int64 of shape () on ``device``.
+        offset: global index of the first sample, of a type like ``seed``; the mask of sample b depends on the seed and
+            ``offset + b`` only.
+        device: device of the mask.
+        total: N, the sum of ``keep``; only with ``keep`` per sample.
         impl: "fused" (L up to 16384), "reference", or None for the device's default.
 
     Returns:
@@ -132,8 +132,8 @@ def sample_mask(
         ``ids_restore`` (B, L).
 
     Raises:
-        ValueError: ``keep`` outside [1, ``length``], shapes or dtypes that do not fit, or what the fused kernel does
-            not take.
+        ValueError: ``keep`` outside [1, ``length``], shapes or dtypes that do not fit, or inputs that the fused
+            kernel does not support.
         BackendUnavailableError: no fused kernel on this device.
     """
     device = torch.device(device)
@@ -202,14 +202,14 @@ def _check_scalar(name: str, value: int | Tensor) -> None:
 
 
 def _is_on(tensor: Tensor, device: torch.device) -> bool:
-    """Return whether a tensor is on a device; one without a number, like "cuda", is any of its kind."""
+    """Return whether a tensor is on a device; a device without an index, like "cuda", matches any."""
     return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
 def _as_tensor(value: int | Tensor, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value
-    # Filling does not wait for the device, as copying a number from the host would. Seeds may be unsigned.
+    # torch.full avoids the host sync of copying a number to the device. Seeds can be unsigned.
     if not -(2**63) <= value < 2**63:
         value = (value + 2**63) % 2**64 - 2**63
     return torch.full((), value, dtype=torch.int64, device=device)

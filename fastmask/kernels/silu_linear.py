@@ -1,11 +1,10 @@
-"""The Linear that makes shifts, scales and gates of a condition.
+"""adaLN modulation: SiLU and Linear from the conditioning vector to shift, scale and gate.
 
     y = silu(x) W^T + b,  silu(x) = x / (1 + e^-x)
 
-x has a row per sample, and W is large: for a small batch the time is that of reading W, in backward that of reading it
-once more and of writing its gradient. Libraries of matmuls lay W out for many rows first; on a CPU the native
-kernel does not, and reads it once. Everywhere else their products are the better ones and run here as well. Backward
-keeps x alone, of which silu(x) is recomputed.
+x has one row per sample and W is large, so for a small batch the op is bound by reading W (forward and backward) and
+writing its gradient. BLAS libraries repack W for many rows first; the native CPU kernel reads it once, without a copy.
+In all other cases PyTorch's matmul is faster and used here too. Backward keeps only x and recomputes silu(x).
 """
 
 from typing import Any
@@ -18,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from fastmask.kernels._dispatch import Impl, check_impl, define_native_op, native_takes, public_op
 from fastmask.kernels._matmul import check_linear, product_dtype
 
-MAX_ROWS = 16  # of more, products of matrices are as fast
+MAX_ROWS = 16  # above this a GEMM is as fast
 
 
 def silu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return what `silu_linear` does, in plain PyTorch; arguments as there."""
+    """Reference for `silu_linear` in plain PyTorch; same arguments."""
     return F.linear(F.silu(x), weight, bias)
 
 
@@ -57,17 +56,17 @@ def silu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = 
     Differentiable in x, weight and bias. The native kernel computes in fp32.
 
     Args:
-        x: a condition per sample, shape (B, D).
+        x: conditioning vectors, shape (B, D).
         weight: shape (E, D).
         bias: shape (E,).
-        impl: "reference", or "fused" or None for the native kernel where it is the faster one: on a CPU, for up to 16
-            samples in float32 without autocast. Elsewhere these are PyTorch's products too.
+        impl: "reference"; "fused" and None use the native kernel where it is faster (on a CPU, up to 16 samples in
+            float32 without autocast), and PyTorch's matmul otherwise.
 
     Returns:
-        Shape (B, E), in the product's dtype.
+        Shape (B, E), in the dtype of the matmul.
 
     Raises:
-        ValueError: shapes that do not fit, or another form.
+        ValueError: shapes that do not fit, or an unknown ``impl``.
     """
     if x.ndim != 2:
         raise ValueError(f"x must have shape (B, D), not {tuple(x.shape)}")

@@ -1,4 +1,4 @@
-// A step of AdamW for one value, and the move of an average after it: the formulas of fastmask/kernels/adamw_ema.py.
+// AdamW step and EMA update of one value, with the formulas of fastmask/kernels/adamw_ema.py.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace fastmask {
 
-// What is the same for all values of a tensor.
+// Constants of a tensor.
 struct AdamwStep {
   float factor, beta1, beta2, rest1, rest2, shrink, step_size, correction, eps;
 };
@@ -16,7 +16,7 @@ struct AdamwOptions {
   double beta1, beta2, eps, weight_decay;
 };
 
-// Of step t, counted from 1; in double, as 1 - beta2^t is a small difference.
+// For step t, counted from 1; in double, since 1 - beta2^t is a small difference.
 FASTMASK_INLINE AdamwStep adamw_step(double t, double lr, float factor, const AdamwOptions& o) {
   return {factor,
           static_cast<float>(o.beta1),

@@ -1,5 +1,5 @@
-// What the ops ask of their arguments, so that no call of them leads out of a tensor's memory or leaves a result
-// unwritten. The public functions check first and say more; these checks hold for who calls a registered op.
+// Argument checks of the ops, so that no call accesses memory out of bounds or leaves a result unwritten. The public
+// functions check first, with better messages; these checks protect direct calls of registered ops.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +29,7 @@ inline void check_dim(const char* name, const Tensor& tensor, int64_t dim) {
   STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " dimensions, not ", tensor.dim());
 }
 
-// Rows of no values have no address to copy from.
+// Empty rows have no address to copy from.
 inline void check_width(int64_t width) { STD_TORCH_CHECK(width > 0, "rows must have at least one value"); }
 
 template <typename Sizes>
@@ -68,14 +68,14 @@ void check_fp32(const char* name, const Tensor& tensor, const Sizes& sizes) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
 }
 
-// One fp32 value, of any shape.
+// One fp32 value, in any shape.
 inline void check_value(const char* name, const Tensor& tensor) {
   check_memory(name, tensor);
   STD_TORCH_CHECK(tensor.numel() == 1, name, " must hold one value, not ", tensor.numel());
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, " must be float32");
 }
 
-// (groups, width): rows may lie apart, values not.
+// (groups, width), contiguous in the last dimension only.
 inline void check_modulation(const char* name, const Tensor& tensor, int64_t groups, int64_t width) {
   check_memory(name, tensor);
   check_sizes(name, tensor, std::initializer_list<int64_t>{groups, width});
@@ -83,7 +83,7 @@ inline void check_modulation(const char* name, const Tensor& tensor, int64_t gro
   STD_TORCH_CHECK(width < 2 || tensor.stride(1) == 1, name, " must be contiguous in its last dimension");
 }
 
-// Returns whether there are both: shift and scale of each sample.
+// Returns whether shift and scale of each sample are given.
 inline bool check_modulations(const std::optional<Tensor>& shift, const std::optional<Tensor>& scale, int64_t samples,
                               int64_t width) {
   STD_TORCH_CHECK(shift.has_value() == scale.has_value(), "shift and scale belong together, and one is missing");
@@ -109,7 +109,7 @@ inline void check_patches(const Tensor& images, int64_t side) {
   STD_TORCH_CHECK(divide, "images of ", height, " x ", width, " do not divide into patches of ", side, " x ", side);
 }
 
-// Where the rows of samples begin: from 0 to `rows` (or kAnyNumber), never falling, at most `most` to a sample.
+// Row boundaries of samples: non-decreasing from 0 to `rows` (or kAnyNumber), at most `most` rows per sample.
 template <typename T>
 void check_bounds(const T* cu_seqlens, int64_t samples, int64_t rows, int64_t most) {
   STD_TORCH_CHECK(cu_seqlens[0] == 0, "cu_seqlens must begin with 0, not ", cu_seqlens[0]);

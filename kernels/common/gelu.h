@@ -1,5 +1,5 @@
-// The tanh form of GELU: x / 2 (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + e^(-2 u)).
-// Beyond +-9.9 it is x or 0 to all digits of fp32, so that x is cut off there before it is cubed.
+// Tanh GELU: x / 2 (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), which equals x / (1 + e^(-2 u)).
+// Beyond +-9.9 it is x or 0 in fp32, so x is clamped there before it is cubed.
 #pragma once
 
 #include "simd.h"
@@ -15,11 +15,11 @@ FASTMASK_INLINE float gelu_power(float x) { return fast_exp(x * (x * x * (-kGelu
 
 FASTMASK_INLINE float gelu(float x) {
   const float low = at_least(-kGeluEnd, x);
-  return low * (1.0f / (1.0f + gelu_power(at_most(kGeluEnd, low))));  // not one division: the same bits as below
+  return low * (1.0f / (1.0f + gelu_power(at_most(kGeluEnd, low))));  // not one division, to match the bits below
 }
 
-// Both the value and the derivative by x. With gate = 1 / (1 + power), 1 - gate is power * gate, whose digits do not
-// cancel where the gate is almost 1.
+// Value and derivative. With gate = 1 / (1 + power), 1 - gate is computed as power * gate, without cancellation for a
+// gate close to 1.
 FASTMASK_INLINE void gelu_with_slope(float x, float& value, float& slope) {
   const float low = at_least(-kGeluEnd, x), cut = at_most(kGeluEnd, low);
   const float power = gelu_power(cut), gate = 1.0f / (1.0f + power);

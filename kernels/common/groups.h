@@ -1,4 +1,4 @@
-// Rows in groups that share a modulation: as many to each, or as cu_seqlens says.
+// Groups of rows that share a modulation: equal sizes, or boundaries in cu_seqlens.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -14,9 +14,9 @@ namespace fastmask {
 
 struct Groups {
   int64_t count, rows;
-  const int32_t* cu_seqlens;  // count + 1 of them, or null
+  const int32_t* cu_seqlens;  // count + 1 values, or null
 
-  // Throws unless the groups have all rows between them, and none of them more than `most`.
+  // Throws unless the groups cover all rows, with at most `most` rows each.
   Groups(int64_t num_rows, int64_t num_groups, const std::optional<Tensor>& cu, int64_t most = kNoLimit)
       : count(num_groups), rows(num_rows), cu_seqlens(nullptr) {
     if (cu.has_value()) {
@@ -32,7 +32,7 @@ struct Groups {
 
   int64_t begin(int64_t group) const { return cu_seqlens ? cu_seqlens[group] : rows / count * group; }
 
-  // Calls f(group, first row, end row, part) for parts of groups, on all threads, of which no sum over a part depends.
+  // Calls f(group, first row, end row, part) in parallel; sums over a part do not depend on the number of threads.
   template <typename F>
   void for_parts(const F& f) const {
     const int64_t parts = parts_per_group(),
@@ -53,7 +53,7 @@ struct Groups {
   static constexpr int64_t kRowsPerPart = 16;
 };
 
-// Adds the partial sums of each group's parts, (groups * parts, sums, D) in fp32, into tensors of shape (groups, D).
+// Reduces partial sums, (groups * parts, sums, D) in fp32, to tensors of shape (groups, D).
 template <size_t N>
 void finish_sums(const Groups& groups, const std::vector<float>& partial, int64_t width, Tensor (&outs)[N]) {
   const int64_t parts = groups.parts_per_group();

@@ -9,7 +9,7 @@ namespace fastmask {
 
 class Indices {
  public:
-  // Throws for a list that is no list of integers, and for an index outside [0, limit).
+  // Throws for another dtype, or an index outside [0, limit).
   Indices(const char* name, const torch::stable::Tensor& tensor, int64_t limit) {
     check_integers(name, tensor, tensor.sizes());
     const void* data = tensor.const_data_ptr();

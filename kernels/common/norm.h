@@ -1,5 +1,5 @@
-// One row of an adaptive norm, h = norm(x) * (1 + scale) + shift, forward and backward. Rows fit the first cache, so
-// each step walks over them anew.
+// Forward and backward of one row of an adaptive norm, h = norm(x) * (1 + scale) + shift. Rows fit into the L1 cache,
+// so each step is a separate pass over the row.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@ struct Statistics {
   float mean, rstd;
 };
 
-// One value. Backward, with g the gradient of xhat: of x it is rstd (g - mean(g) - xhat mean(g xhat)).
+// One value. With the gradient g of xhat, the gradient of x is rstd (g - mean(g) - xhat mean(g xhat)).
 FASTMASK_INLINE float normalized(float x, Statistics s) { return (x - s.mean) * s.rstd; }
 FASTMASK_INLINE float modulated(float xhat, float shift, float scale) { return xhat * (1.0f + scale) + shift; }
 FASTMASK_INLINE float xhat_gradient(float grad_h, float scale) { return grad_h * (1.0f + scale); }
@@ -20,8 +20,7 @@ FASTMASK_INLINE float x_gradient(float g, float xhat, float rstd, float mean_g, 
   return rstd * (g - mean_g - xhat * mean_gx);
 }
 
-// A row is added up in pieces of this many values, whose sums are added up: rounding errors grow with the longer of
-// both.
+// Block size of row sums; block sums are then added. Rounding errors grow with the longer of the two sums.
 constexpr std::int64_t kSumPiece = 256;
 
 FASTMASK_INLINE std::int64_t piece_end(std::int64_t begin, std::int64_t width) {
@@ -51,7 +50,7 @@ FASTMASK_INLINE void modulate_row(const float* __restrict x, Statistics s, const
   for (std::int64_t d = 0; d < width; ++d) h[d] = modulated(normalized(x[d], s), shift[d], scale[d]);
 }
 
-// Both of them; not every file that includes this needs it.
+// Mean and rstd; not every file that includes this header needs it.
 [[maybe_unused]] static FASTMASK_SIMD Statistics norm_row(const float* x, const float* shift, const float* scale,
                                                           float* h, std::int64_t width, bool rms, float eps) {
   const Statistics s = row_statistics(x, width, rms, eps);
@@ -59,7 +58,7 @@ FASTMASK_INLINE void modulate_row(const float* __restrict x, Statistics s, const
   return s;
 }
 
-// mean(g) and mean(g * xhat) of g = grad_h * (1 + scale); adds to the sums of grad_h and of grad_h * xhat on the way.
+// mean(g) and mean(g * xhat) of g = grad_h * (1 + scale); also accumulates the sums of grad_h and grad_h * xhat.
 FASTMASK_INLINE void gradient_means(const float* __restrict grad_h, const float* __restrict x, Statistics s,
                                     const float* __restrict scale, float* __restrict grad_shift,
                                     float* __restrict grad_scale, std::int64_t width, float& mean_g, float& mean_gx) {

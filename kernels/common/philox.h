@@ -1,4 +1,4 @@
-// Random numbers that are a function of seed, sample, stream and position: Philox4x32-10, with the bits of
+// Counter-based random numbers of (seed, sample, stream, position): Philox4x32-10, bitwise equal to
 // fastmask/kernels/philox.py.
 #pragma once
 
@@ -8,12 +8,12 @@ namespace fastmask {
 
 constexpr int kPhiloxRounds = 10;
 
-// A counter before the rounds, four random words after them.
+// The counter before the rounds, four random words after them.
 struct PhiloxWords {
   std::uint32_t w0, w1, w2, w3;
 };
 
-// The rounds are unrolled by recursion: a loop in here would keep the compiler from vectorising the one over counters.
+// The rounds are unrolled by recursion: an inner loop would prevent vectorisation of the loop over counters.
 template <int Rounds>
 FASTMASK_INLINE PhiloxWords philox_rounds(PhiloxWords c, std::uint32_t key0, std::uint32_t key1) {
   const std::uint64_t product0 = std::uint64_t{c.w0} * 0xD2511F53u, product1 = std::uint64_t{c.w2} * 0xCD9E8D57u;

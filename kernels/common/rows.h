@@ -1,4 +1,4 @@
-// Rows of a tensor of any dtype that the kernels take, read and written as fp32.
+// Rows of a tensor of any supported dtype, read and written as fp32.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,7 +13,7 @@ namespace fastmask {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Reads rows: an fp32 row where it lies, another converted into scratch space of the reader's own.
+// Reads rows: fp32 rows in place, others converted into the reader's scratch buffer.
 class RowReader {
  public:
   RowReader(const Tensor& tensor, int64_t stride, int64_t width)
@@ -23,7 +23,7 @@ class RowReader {
   RowReader(const Tensor& tensor, int64_t width) : RowReader(tensor, width, width) {}
 
   const float* operator()(int64_t row) { return (*this)(row, width_); }
-  // The first n values of a row: the last one of a flat tensor may be short.
+  // The first n values of a row: the last row of a flat tensor can be shorter.
   const float* operator()(int64_t row, int64_t n) {
     switch (type_) {
       case ScalarType::BFloat16: return convert<torch::headeronly::BFloat16>(row, n);
@@ -46,8 +46,8 @@ class RowReader {
   std::vector<float> scratch_;
 };
 
-// Writes rows of a contiguous tensor: `row` says where to put the fp32 values, `done` rounds them to the tensor's
-// dtype.
+// Writes rows of a contiguous tensor: `row` returns the buffer for fp32 values, `done` rounds them to the dtype of the
+// tensor.
 class RowWriter {
  public:
   RowWriter(const Tensor& tensor, int64_t width)
@@ -63,7 +63,7 @@ class RowWriter {
     if (type_ == ScalarType::BFloat16) convert<torch::headeronly::BFloat16>(row, n);
     if (type_ == ScalarType::Half) convert<torch::headeronly::Half>(row, n);
   }
-  // The row that was just written, as it was rounded.
+  // The last written row, rounded.
   void round(int64_t row) {
     done(row);
     if (type_ == ScalarType::BFloat16) back<torch::headeronly::BFloat16>(row);

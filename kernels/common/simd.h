@@ -1,5 +1,5 @@
-// Loops that the compiler turns into vector instructions, once for each generation of x86; chosen when they are loaded.
-// A build with FASTMASK_LEVEL has them for one generation alone, so that a test can run each on one processor.
+// Loops vectorised by the compiler, once per x86 level, selected when the library is loaded. A build with
+// FASTMASK_LEVEL has a single level, so that tests can run each of them on one processor.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +16,13 @@
 
 namespace fastmask {
 
-// Both keep NaN, and are one instruction each.
+// Both propagate NaN and compile to one instruction.
 FASTMASK_INLINE float at_least(float low, float x) { return low > x ? low : x; }
 FASTMASK_INLINE float at_most(float high, float x) { return high < x ? high : x; }
 
 // e^x for |x| <= 87, within 2 units in the last place.
 FASTMASK_INLINE float fast_exp(float x) {
-  // Adding 1.5 * 2^23 rounds to an integer n, which then stands in the low bits.
+  // Adding 1.5 * 2^23 rounds to an integer n, which is then in the low bits.
   const float shifted = x * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693147182f) + n * 1.90465421e-9f;  // x - n ln 2, in two steps

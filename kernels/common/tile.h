@@ -1,4 +1,4 @@
-// A small product whose sums stay in registers. Left to itself, the compiler would keep them in memory.
+// Small matmul with accumulators in registers; the compiler alone would keep them in memory.
 #pragma once
 
 #include "simd.h"
@@ -6,15 +6,15 @@
 namespace fastmask {
 
 constexpr std::int64_t kTileRows = 4, kTileColumns = 16;
-constexpr std::int64_t kTileSum = 64;  // products are added up this many at a time, and then their sums
+constexpr std::int64_t kTileSum = 64;  // block size of the accumulation; block sums are then added
 
-// Eight values; a processor with narrower vectors takes two or more instructions for them.
+// Eight values; two or more instructions on processors with narrower vectors.
 using Lanes = float __attribute__((vector_size(32), aligned(4), may_alias));
 
 FASTMASK_INLINE Lanes& lanes(float* values) { return *reinterpret_cast<Lanes*>(values); }
 FASTMASK_INLINE const Lanes& lanes(const float* values) { return *reinterpret_cast<const Lanes*>(values); }
 
-// sums = left right, left (kTileRows, count) and right (count, kTileColumns) given by their strides.
+// sums = left right, with left (kTileRows, count) and right (count, kTileColumns) given by their strides.
 FASTMASK_INLINE void multiply_tile(const float* left, std::int64_t left_row, std::int64_t left_column,
                                    const float* right, std::int64_t right_row, std::int64_t count,
                                    Lanes (&sums)[kTileRows][2]) {

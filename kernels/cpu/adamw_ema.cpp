@@ -1,4 +1,4 @@
-// A step of AdamW and of averages of its weights, for `adamw_ema`: one pass over memory.
+// `adamw_ema`: AdamW step and EMA update in one pass over memory.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,8 +16,8 @@
 namespace fastmask {
 namespace {
 
-constexpr int64_t kPiece = 1024;  // values at a time: the new weights stay in the first cache for averages and copies
-constexpr int64_t kGrain = 32;    // pieces that are worth a thread
+constexpr int64_t kPiece = 1024;  // values per piece: new weights stay in the L1 cache for EMAs and copies
+constexpr int64_t kGrain = 32;    // minimum number of pieces per thread
 
 FASTMASK_SIMD void adamw_piece(float* __restrict p, const float* __restrict grad, float* __restrict m,
                                float* __restrict v, int64_t n, const AdamwStep& step) {
@@ -29,7 +29,7 @@ FASTMASK_SIMD void average_piece(float* __restrict average, const float* __restr
   for (int64_t i = 0; i < n; ++i) average[i] = moved(average[i], p[i], rate);
 }
 
-// bfloat16 is the upper half of an fp32 number, here rounded to the nearest, ties to even; NaN stays NaN.
+// bfloat16 is the upper half of fp32, here rounded to nearest even; NaN stays NaN.
 FASTMASK_SIMD void bfloat16_piece(std::uint16_t* __restrict to, const float* __restrict p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     std::uint32_t bits;
@@ -43,7 +43,7 @@ void half_piece(torch::headeronly::Half* to, const float* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<torch::headeronly::Half>(p[i]);
 }
 
-// The arrays of a tensor, and where its pieces end in the count of all pieces.
+// The arrays of a tensor, and the cumulative number of pieces.
 struct Arrays {
   float *p, *m, *v;
   const float* grad;
@@ -69,7 +69,7 @@ void update_piece(const Arrays& a, int64_t start, const float* rates, bool bfloa
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 float value(const Tensor& tensor) { return *static_cast<const float*>(tensor.const_data_ptr()); }
 
-// Throws unless there are `lists` tensors of the shape of each parameter, fp32 or all of one 16-bit dtype.
+// Throws unless there are `lists` tensors with the shape of each parameter, fp32 or all of one 16-bit dtype.
 void check_list(const char* name, const std::vector<Tensor>& params, const std::vector<Tensor>& tensors, size_t lists,
                 bool low = false) {
   STD_TORCH_CHECK(tensors.size() == lists * params.size(), name, " must hold ", lists * params.size(), " tensors, not ",

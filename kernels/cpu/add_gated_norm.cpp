@@ -1,4 +1,4 @@
-// The residual, the gate and the norm that follows, and their gradients: `add_gated_norm`.
+// `add_gated_norm`: gated residual addition, the norm that follows, and the gradients.
 
 #include "../common/norm.h"
 
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> add_gated_norm_fwd(const Tensor& x, const Ten
       const float *b_gate = read_gate(group), *b_shift = read_shift(group), *b_scale = read_scale(group);
       for (int64_t i = begin; i < end; ++i) {
         add_row(read_x(i), read_branch(i), b_gate, write_x.row(i), width);
-        write_x.round(i);  // the norm is that of the rounded residual, which backward sees
+        write_x.round(i);  // normalise the rounded residual, as seen by backward
         const Statistics s =
             norm_row(write_x.row(i), b_shift, b_scale, write_h.row(i), width, rms, static_cast<float>(eps));
         write_h.done(i);

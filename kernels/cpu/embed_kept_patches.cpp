@@ -1,4 +1,4 @@
-// The embedding of kept patches, its norm, and the gradients: `embed_kept_patches`.
+// `embed_kept_patches`: patch embedding of the kept patches, its norm, and the gradients.
 
 #include <torch/csrc/stable/library.h>
 
@@ -13,8 +13,8 @@
 namespace fastmask {
 namespace {
 
-constexpr int64_t kTaskColumns = 64;  // columns of the weight's gradient that are one task
-constexpr int64_t kBlockRows = 64;    // of the tokens' gradient, that are copied together to be near
+constexpr int64_t kTaskColumns = 64;  // columns of the weight gradient per task
+constexpr int64_t kBlockRows = 64;    // rows of the token gradient copied together, for locality
 
 // Tokens: patches (kTileRows, values) times the weight in tiles (values, kTileColumns), bias and position added.
 FASTMASK_SIMD void embed_rows(const float* patches, const float* columns, int64_t values, const float* bias,
@@ -31,7 +31,7 @@ FASTMASK_SIMD void embed_rows(const float* patches, const float* columns, int64_
   }
 }
 
-// Adds to totals (padded, kTaskColumns) patches^T (padded, rows) times a block (rows, kTaskColumns).
+// totals (padded, kTaskColumns) += patches^T (padded, rows) times a block (rows, kTaskColumns).
 FASTMASK_SIMD void add_weight_gradient(const float* patches, int64_t padded, const float* block, int64_t rows,
                                        float* totals) {
   Lanes sums[kTileRows][2];
@@ -56,7 +56,7 @@ FASTMASK_SIMD void add_bias_gradient(const float* block, int64_t rows, float* to
   for (int64_t i = 0; i < kTaskColumns / 8; ++i) lanes(total + i * 8) += sums[i];
 }
 
-// Gradients of patches (kTileRows, padded): those of tokens (kTileRows, width) times the weight (width, padded).
+// Gradients of patches (kTileRows, padded): token gradients (kTileRows, width) times the weight (width, padded).
 FASTMASK_SIMD void patch_gradients(const float* grad, const float* weight, int64_t width, int64_t padded,
                                    float* patches) {
   Lanes sums[kTileRows][2];
@@ -72,7 +72,7 @@ FASTMASK_SIMD void patch_gradients(const float* grad, const float* weight, int64
 FASTMASK_SIMD Statistics norm_far_row(const float* x, const float* shift, const float* scale, float* h, int64_t width,
                                       bool rms, float eps) {
   Statistics s = row_statistics(x, width, rms, eps);
-  // A position table may put tokens far from zero, where the sum is rounded coarsely: add the mean of what is left.
+  // A position table can move tokens far from zero, where the sum is inaccurate: add the mean of the residuals.
   float rest = 0.0f;
 #pragma omp simd reduction(+ : rest)
   for (int64_t d = 0; d < width; ++d) rest += x[d] - s.mean;
@@ -86,13 +86,13 @@ void round_as(float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(static_cast<T>(values[i]));
 }
 
-// Rounds the factors of a product to its dtype.
+// Rounds the operands of a matmul to its dtype.
 void round_to(ScalarType dtype, float* values, int64_t n) {
   if (dtype == ScalarType::BFloat16) round_as<torch::headeronly::BFloat16>(values, n);
   if (dtype == ScalarType::Half) round_as<torch::headeronly::Half>(values, n);
 }
 
-// The kept patches of images (B, C, height, width): row i is of its sample's position ids[i], or of all in turn.
+// Kept patches of images (B, C, height, width): row i is position ids[i] of its sample; without ids, all positions.
 class KeptPatches {
  public:
   KeptPatches(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& ids_keep,
@@ -118,7 +118,7 @@ class KeptPatches {
 
   float scale(int64_t sample) const { return scale_.has_value() ? *RowReader(*scale_, 1)(sample) : 1.0f; }
 
-  // The values of a row's patch, scaled and rounded to the product's dtype.
+  // The patch values of a row, scaled and rounded to the matmul dtype.
   void read(const Tensor& images, int64_t sample, int64_t row, float factor, float* patch) const {
     switch (images.scalar_type()) {
       case ScalarType::BFloat16: return read<torch::headeronly::BFloat16>(images, sample, row, factor, patch);
@@ -139,7 +139,7 @@ class KeptPatches {
   const Groups samples;
 
  private:
-  // Throws unless the arguments fit one another; returns how many values a patch has.
+  // Throws for inconsistent arguments; returns P, the number of values of a patch.
   static int64_t checked(const Tensor& images, const Tensor& weight, const std::optional<Tensor>& ids_keep,
                          const std::optional<Tensor>& image_scale, const std::optional<Tensor>& cu_seqlens,
                          ScalarType dtype) {
@@ -181,18 +181,18 @@ class KeptPatches {
 
   std::optional<Indices> ids_;
   std::optional<Tensor> scale_;
-  std::vector<int64_t> offsets_;  // of a patch's values, in the weight's order, from its first pixel
+  std::vector<int64_t> offsets_;  // offsets of patch values, in the weight's order, from the first pixel
   ScalarType dtype_;
   int64_t side_, width_, image_;
 };
 
 int64_t padded_to(int64_t multiple, int64_t n) { return (n + multiple - 1) / multiple * multiple; }
 
-// Room for fp32 values, aligned as torch does.
+// Buffer of fp32 values with torch's alignment.
 Tensor scratch(const Tensor& like, int64_t size) { return torch::stable::new_empty(like, {size}, ScalarType::Float); }
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// Calls f(d, row) for the weight's rows in fp32, rounded to the product's dtype.
+// Calls f(d, row) for the rows of the weight in fp32, rounded to the matmul dtype.
 template <typename F>
 void for_weight_rows(const Tensor& weight, int64_t values, ScalarType dtype, const F& f) {
   RowReader read(weight, values);
@@ -204,7 +204,7 @@ void for_weight_rows(const Tensor& weight, int64_t values, ScalarType dtype, con
   }
 }
 
-// The weight's columns in tiles (values, kTileColumns), the last of them filled with zeros.
+// The columns of the weight in tiles (values, kTileColumns), the last one padded with zeros.
 Tensor weight_tiles(const Tensor& weight, int64_t values, ScalarType dtype) {
   Tensor tiles = scratch(weight, padded_to(kTileColumns, weight.size(0)) * values);
   std::fill_n(floats(tiles), tiles.numel(), 0.0f);
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> embed_kept_patches_fwd(const Tensor& images, 
             write[i].done(row);
             continue;
           }
-          write[i].round(row);  // the norm is that of the rounded tokens, which backward sees
+          write[i].round(row);  // normalise the rounded tokens, as seen by backward
           const Statistics s =
               norm_far_row(write[i].row(row), b_shift, b_scale, write_h.row(row), width, rms, static_cast<float>(eps));
           write_h.done(row);
@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> embed_kept_patches_fwd(const Tensor& images, 
   return {tokens, h, stats};
 }
 
-// All patches in fp32, (rows, padded), zero beyond their values.
+// All patches in fp32, (rows, padded), padded with zeros.
 Tensor kept_patches(const KeptPatches& kept, const Tensor& images, int64_t padded) {
   Tensor patches = scratch(images, kept.rows * padded);
   kept.samples.for_parts([&](const auto& each) {
@@ -291,7 +291,7 @@ Tensor kept_patches(const KeptPatches& kept, const Tensor& images, int64_t padde
   return patches;
 }
 
-// Some columns of the gradients: of the weight, (padded, kTaskColumns), and in one more row of the bias.
+// Some columns of the gradients: of the weight, (padded, kTaskColumns), and of the bias in one more row.
 class ColumnSums {
  public:
   ColumnSums(const Tensor& grad, const Tensor& patches, int64_t padded, ScalarType dtype)
@@ -320,7 +320,7 @@ class ColumnSums {
 
  private:
   void copy_block(int64_t first, int64_t count, int64_t column, int64_t width) {
-    // In units of 8 values, of which every width is a multiple.
+    // In units of 8 values, since every width is a multiple of 8.
     RowReader read(grad_, 8, kTaskColumns);
     const int64_t row_units = grad_.size(1) / 8;
     for (int64_t i = 0; i < count; ++i) {
@@ -349,7 +349,7 @@ std::tuple<Tensor, Tensor> embed_kept_patches_bwd(const Tensor& grad, const Tens
   Tensor grad_bias = torch::stable::new_empty(weight, {width}, bias_dtype);
   RowWriter write_bias(grad_bias, width);
   float* bias_sums = write_bias.row(0);
-  // No column's sum is divided among threads.
+  // The sum of a column is never split between threads.
   torch::stable::parallel_for(0, (width + kTaskColumns - 1) / kTaskColumns, 1, [&](int64_t begin, int64_t end) {
     ColumnSums sums(grad, patches, padded, dtype);
     RowWriter write(grad_weight, values);

@@ -1,4 +1,4 @@
-// GELU and its gradient, for `gelu_linear`.
+// `gelu_linear`: GELU and its gradient.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,7 +14,7 @@
 namespace fastmask {
 namespace {
 
-constexpr int64_t kPiece = 1024;  // values at a time, as a row: input and output stay in the first cache
+constexpr int64_t kPiece = 1024;  // values per piece: input and output stay in the L1 cache
 
 FASTMASK_SIMD void gelu_piece(const float* __restrict x, float* __restrict y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] = gelu(x[i]);
@@ -30,7 +30,7 @@ FASTMASK_SIMD void gelu_gradient_piece(const float* __restrict grad, const float
   }
 }
 
-// Calls f(piece, length) for all pieces of n values, on all threads.
+// Calls f(piece, length) in parallel for all pieces of n values.
 template <typename F>
 void for_pieces(int64_t n, const F& f) {
   torch::stable::parallel_for(0, (n + kPiece - 1) / kPiece, 8, f);

@@ -1,5 +1,5 @@
-// MaskDiT's two losses from raw tokens, and their gradient: `masked_loss`. The work is divided into bands: a band is a
-// row of patches of one sample, whose pixels are first put in the order of tokens.
+// `masked_loss`: MaskDiT's two losses from raw tokens, and their gradient. The work is divided into bands: a band is a
+// row of patches of one sample, whose pixels are first reordered to tokens.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,7 +18,7 @@ namespace fastmask {
 namespace {
 
 constexpr double kEps = 1e-6;     // EPS of fastmask/kernels/masked_loss.py
-constexpr int64_t kGrain = 4096;  // values that are worth a thread
+constexpr int64_t kGrain = 4096;  // minimum number of values per thread
 
 struct Sizes {
   int64_t batch, channels, height, width, patch, bands, columns, values;
@@ -35,7 +35,7 @@ struct Sizes {
   int64_t band_values() const { return columns * values; }
 };
 
-// A list of int32 or int64 numbers, or none.
+// An optional list of int32 or int64 numbers.
 class OptionalIndices {
  public:
   explicit OptionalIndices(const std::optional<Tensor>& ids)
@@ -51,7 +51,7 @@ class OptionalIndices {
   bool wide_;
 };
 
-// What is the same for all values of a sample; the shares are what a squared error counts in the losses.
+// Constants of a sample; the shares are the weights of squared errors in the losses.
 struct Sample {
   int64_t kept;
   float c_skip, c_out;
@@ -97,7 +97,7 @@ void check_inputs(const Tensor& raw, const Tensor& images, const Tensor& noised,
   }
 }
 
-// Puts a row of pixels in its places among the tokens of a band, which are laid out (p, p, C), channels fastest.
+// Scatters a row of pixels to the tokens of a band, which are laid out (p, p, C), channels fastest.
 FASTMASK_SIMD void spread_row(const float* __restrict pixels, float* __restrict tokens, const Sizes& sizes) {
   const Sizes s = sizes;
   for (int64_t column = 0; column < s.patch; ++column) {
@@ -106,10 +106,10 @@ FASTMASK_SIMD void spread_row(const float* __restrict pixels, float* __restrict 
   }
 }
 
-// The targets of dropped patches are the noised ones, normed with the unbiased variance.
+// The targets of dropped patches are the noised patches, normalised with the unbiased variance.
 FASTMASK_SIMD void norm_dropped(const float* __restrict noised, const std::uint8_t* kept, float* __restrict target,
                                 int64_t columns, int64_t values) {
-  // row_statistics has the biased variance, which is this share of the unbiased one.
+  // row_statistics has the biased variance, which is this fraction of the unbiased one.
   const double share = static_cast<double>(values - 1) / static_cast<double>(values);
   const float eps = static_cast<float>(kEps * share), unbiased = static_cast<float>(std::sqrt(share));
   for (int64_t j = 0; j < columns; ++j) {
@@ -120,7 +120,7 @@ FASTMASK_SIMD void norm_dropped(const float* __restrict noised, const std::uint8
   }
 }
 
-// Adds the squared errors of kept patches to sums[1], those of dropped ones to sums[0].
+// Adds the squared errors of kept patches to sums[1], of dropped patches to sums[0].
 FASTMASK_SIMD void add_squares(const float* __restrict raw, const float* __restrict noised,
                                const float* __restrict target, const std::uint8_t* kept, float c_skip, float c_out,
                                int64_t columns, int64_t values, double* sums) {
@@ -135,7 +135,7 @@ FASTMASK_SIMD void add_squares(const float* __restrict raw, const float* __restr
   }
 }
 
-// The errors times factors[1] in kept patches, times factors[0] in dropped ones.
+// The errors times factors[1] in kept patches, times factors[0] in dropped patches.
 FASTMASK_SIMD void scale_errors(const float* __restrict raw, const float* __restrict noised,
                                 const float* __restrict target, const std::uint8_t* kept, float c_skip, float c_out,
                                 const float* factors, int64_t columns, int64_t values, float* __restrict grad_raw) {
@@ -147,7 +147,7 @@ FASTMASK_SIMD void scale_errors(const float* __restrict raw, const float* __rest
   }
 }
 
-// Reads one band after the other, for one thread. The pointers hold until the next one.
+// Reads the bands of one thread in sequence. The pointers are valid until the next band.
 class BandReader {
  public:
   explicit BandReader(const Inputs& in)
@@ -193,7 +193,7 @@ class BandReader {
   const float* raw_ = nullptr;
 };
 
-// Calls f(first band, end band) on all threads, for the bands of all samples.
+// Calls f(first band, end band) in parallel over the bands of all samples.
 template <typename F>
 void for_bands(const Sizes& s, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, s.band_values()));

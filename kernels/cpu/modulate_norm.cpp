@@ -1,4 +1,4 @@
-// The adaptive norm, and its gradients: `modulate_norm`.
+// `modulate_norm`: adaptive norm and its gradients.
 
 #include "../common/norm.h"
 

@@ -1,4 +1,4 @@
-// Dropping tokens, putting them back, and the gradients: `gather_tokens`, `restore_tokens`.
+// `gather_tokens` and `restore_tokens`: gathering kept tokens, restoring all positions, and the gradients.
 
 #include <torch/csrc/stable/library.h>
 
@@ -17,7 +17,7 @@ FASTMASK_SIMD void add_row(const float* __restrict a, const float* __restrict b,
   for (int64_t d = 0; d < width; ++d) out[d] = a[d] + b[d];
 }
 
-// out = grad + through_norm, which may be null.
+// out = grad + through_norm, which can be null.
 FASTMASK_SIMD void set_gradient(const float* __restrict grad, const float* __restrict through_norm,
                                 float* __restrict out, int64_t width) {
   if (!through_norm) {
@@ -36,7 +36,7 @@ FASTMASK_SIMD void sum_gradient(const float* __restrict grad, const float* __res
   }
 }
 
-// The token stands in for rows of x, and is rounded like them.
+// The mask token replaces rows of x and is rounded like them.
 std::vector<float> rounded_token(const Tensor& mask_token, const Tensor& x) {
   const int64_t width = mask_token.size(0);
   const Tensor like_x = torch::stable::new_empty(x, {width}, x.scalar_type());
@@ -86,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_fwd(const Tensor& x, const Ten
           write.done(i);
           continue;
         }
-        write.round(i);  // the norm is that of the rounded row, which backward sees
+        write.round(i);  // normalise the rounded row, as seen by backward
         const Statistics s =
             norm_row(write.row(i), b_shift, b_scale, write_h.row(i), width, rms, static_cast<float>(eps));
         write_h.done(i);
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_fwd(const Tensor& x, const Ten
   return {restored, h, stats};
 }
 
-// Throws unless every kept row has one position, whose gradient it receives.
+// Throws unless every kept row has exactly one position, from which it receives its gradient.
 void check_rows_are_met_once(const Indices& ids, const Groups& kept, int64_t length) {
   std::vector<std::uint8_t> met(kept.rows, 0);
   int64_t count = 0;
@@ -114,7 +114,7 @@ void check_rows_are_met_once(const Indices& ids, const Groups& kept, int64_t len
   STD_TORCH_CHECK(count == kept.rows, "ids_restore has places for ", count, " kept rows of ", kept.rows);
 }
 
-// Adds the partial sums of each sample's parts, (samples * parts, width), then those of the samples.
+// Reduces partial sums, (samples * parts, width), over the parts of each sample, then over samples.
 Tensor sum_of_parts(const std::vector<float>& partial, int64_t samples, int64_t parts, const Tensor& like) {
   const int64_t width = like.size(0);
   Tensor out = torch::stable::new_empty(like, {width}, like.scalar_type());
@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor> restore_tokens_bwd(const Tensor& grad_restored, std::
   return {grad_x, sum_of_parts(partial, batch, samples.parts_per_group(), mask_token)};
 }
 
-// The rows that each sample keeps, of (B, K) or packed (N,) indices.
+// Kept rows of each sample, from (B, K) or packed (N,) indices.
 Groups kept_rows(const Tensor& ids_keep, int64_t batch, int64_t length, const std::optional<Tensor>& cu_seqlens) {
   STD_TORCH_CHECK(batch >= 0 && length >= 0, "batch and length must be at least 0, not ", batch, " and ", length);
   check_dim("ids_keep", ids_keep, cu_seqlens.has_value() ? 1 : 2);
@@ -199,7 +199,7 @@ Tensor gather_tokens_fwd(const Tensor& x, const Tensor& ids_keep, std::optional<
   return kept;
 }
 
-// Every row is written once, a dropped one with zeros.
+// Every row is written once, dropped rows with zeros.
 Tensor gather_tokens_bwd(const Tensor& grad, const Tensor& ids_keep, std::optional<Tensor> cu_seqlens, int64_t batch,
                          int64_t length) {
   const Groups samples = kept_rows(ids_keep, batch, length, cu_seqlens);

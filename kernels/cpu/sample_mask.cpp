@@ -1,4 +1,4 @@
-// Random masks, for `sample_mask`: each sample's keys, the K-th smallest of them, and the lists in order of positions.
+// `sample_mask`: random keys of each sample, the K-th smallest key, and index lists sorted by position.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,7 +16,7 @@
 namespace fastmask {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // positions that are worth a thread
+constexpr int64_t kGrain = 8192;  // minimum number of positions per thread
 
 FASTMASK_SIMD void random_keys(std::uint64_t seed, std::uint64_t sample, std::uint32_t stream,
                                std::uint32_t* __restrict keys, int64_t counters) {
@@ -37,11 +37,11 @@ FASTMASK_INLINE int64_t count_below(const std::uint32_t* keys, int64_t length, s
 
 struct Threshold {
   std::uint32_t key;
-  int64_t ties;  // how many keys equal to it are kept
+  int64_t ties;  // number of kept keys equal to it
 };
 
-// The num_kept-th smallest key. No sorting is needed to find it: bit by bit from the top, a bit stays set where fewer
-// than num_kept keys lie below the number so far.
+// The num_kept-th smallest key, by a bitwise search from the top: a bit stays set if fewer than num_kept keys are below
+// the candidate.
 FASTMASK_SIMD Threshold find_threshold(const std::uint32_t* keys, int64_t length, int64_t num_kept) {
   std::uint32_t key = 0;
   for (std::uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
@@ -50,8 +50,8 @@ FASTMASK_SIMD Threshold find_threshold(const std::uint32_t* keys, int64_t length
   return {key, num_kept - count_below(keys, length, key)};
 }
 
-// Writes ids_restore, and the kept positions, of which there may be `length`; returns how many there are. No branches:
-// half of them would be foreseen wrongly.
+// Writes ids_restore and the kept positions (at most `length`); returns their number. Branch-free, since half of the
+// branches would be mispredicted.
 int64_t write_lists(const std::uint32_t* keys, Threshold threshold, int64_t length, int64_t num_kept,
                     int32_t* positions, int32_t* ids_restore) {
   int64_t count = 0;
@@ -59,7 +59,7 @@ int64_t write_lists(const std::uint32_t* keys, Threshold threshold, int64_t leng
     const bool equal = keys[l] == threshold.key;
     const bool kept = (keys[l] < threshold.key) | (equal & (threshold.ties > 0));
     threshold.ties -= equal;
-    positions[count] = static_cast<int32_t>(l);  // the next one takes its place unless this is kept
+    positions[count] = static_cast<int32_t>(l);  // overwritten by the next position unless this one is kept
     ids_restore[l] = static_cast<int32_t>(kept ? count : num_kept + l - count);
     count += kept;
   }

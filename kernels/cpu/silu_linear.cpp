@@ -1,5 +1,5 @@
-// A Linear of the SiLU of a few rows, and its gradients, for `silu_linear`: the weight is read once, as fast as memory
-// gives it, where a matmul would first lay it out for many rows.
+// `silu_linear`: Linear of the SiLU of few rows, and its gradients. The weight is read once, at memory bandwidth,
+// where a GEMM would first repack it for many rows.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -15,8 +15,8 @@
 namespace fastmask {
 namespace {
 
-constexpr int64_t kGrain = 32;         // rows of the weight that are worth a thread
-constexpr int64_t kRowsPerPart = 256;  // of the weight, whose products with the gradient are added up apart
+constexpr int64_t kGrain = 32;         // minimum number of weight rows per thread
+constexpr int64_t kRowsPerPart = 256;  // weight rows per partial sum of grad_h
 
 // y[r * stride] = bias + <h[r], w> for R rows.
 template <int R>
@@ -34,7 +34,7 @@ FASTMASK_INLINE void dot_rows(const float* __restrict h, const float* __restrict
   for (int r = 0; r < R; ++r) y[r * stride] = sums[r] + bias;
 }
 
-// One row of the weight with all rows of h.
+// One row of the weight times all rows of h.
 FASTMASK_SIMD void forward_row(const float* h, const float* w, float bias, float* y, int64_t stride, int64_t rows,
                                int64_t width) {
   int64_t r = 0;
@@ -44,7 +44,7 @@ FASTMASK_SIMD void forward_row(const float* h, const float* w, float bias, float
   if (rows - r == 1) dot_rows<1>(h + r * width, w, bias, y + r * stride, stride, width);
 }
 
-// grad_w = sum over rows of g[r * stride] * h[r], which is stored (first) or added.
+// grad_w = sum over rows of g[r * stride] * h[r]; stored (first) or accumulated.
 template <int R>
 FASTMASK_INLINE void mix_rows(const float* __restrict h, const float* g, int64_t stride, float* __restrict grad_w,
                               int64_t width, bool first) {
@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> silu_linear_bwd(const Tensor& grad, const Ten
   const std::vector<float> h = silu(x);
   const float *w = floats(weight), *g = floats(grad);
   float *to_w = new_floats(grad_weight), *to_b = new_floats(grad_bias), *to_x = new_floats(grad_x);
-  // Parts by the shape alone: their sums do not depend on the number of threads.
+  // Parts depend on the shape alone, so sums do not depend on the number of threads.
   const int64_t parts = (out + kRowsPerPart - 1) / kRowsPerPart, size = rows * width;
   std::vector<float> partial(parts * size, 0.0f);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

@@ -1,7 +1,7 @@
-"""What several kernels share.
+"""Shared code of the Triton kernels: launch settings, partial sums, norm statistics.
 
-Names inside kernels: `i_` an index, `o_` offsets, `m_` a mask, `b_` a block of values in registers; pointers end in
-`_ptr`. A row index becomes int64 before it is multiplied; offsets within a row are int32.
+Names inside kernels: `i_` index, `o_` offsets, `m_` mask, `b_` block of values in registers; pointers end in `_ptr`.
+Row indices are converted to int64 before multiplication; offsets within a row are int32.
 """
 
 from typing import NamedTuple
@@ -10,17 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-_MAX_CHUNKS = 65535  # of a grid's second axis
+_MAX_CHUNKS = 65535  # limit of the second grid axis
 
 
 class RowSettings(NamedTuple):
-    """Launch settings of the kernels whose program walks over the rows of a group.
+    """Launch settings of kernels whose programs iterate over the rows of a group.
 
     Attributes:
-        block: lanes per row, the width rounded up to a power of two.
+        block: lanes per row: the width rounded up to a power of two.
         num_warps: warps per program.
-        rows_forward: rows of a program, forward.
-        rows_backward: rows of a program, backward; each program leaves one partial sum of the modulations' gradients.
+        rows_forward: rows per program in forward.
+        rows_backward: rows per program in backward; each program writes one partial sum of the modulation gradients.
     """
 
     block: int
@@ -29,26 +29,26 @@ class RowSettings(NamedTuple):
     rows_backward: int
 
 
-# Widths for which eight lanes per thread spill two registers on sm_80.
+# Widths for which eight lanes per thread would spill two registers on sm_80.
 _NUM_WARPS = {384: 1, 768: 2}
 
 
 def row_settings(width: int) -> RowSettings:
-    """Return the launch settings for rows of a width: eight lanes per thread, which leaves registers for four sums."""
+    """Return launch settings for a row width: eight lanes per thread, which leaves registers for four sums."""
     block = triton.next_power_of_2(width)
     return RowSettings(block, _NUM_WARPS.get(width, min(16, max(1, block // 256))), 16, 32)
 
 
 def num_chunks(num_rows: int, num_groups: int, rows: int) -> int:
-    """Return how many programs share the rows of a group, so that each has about ``rows`` of them."""
+    """Return the number of programs per group, each with about ``rows`` rows."""
     return min(_MAX_CHUNKS, max(1, triton.cdiv(num_rows, max(1, num_groups) * rows)))
 
 
 def partial_sums(like: list[torch.Tensor], chunks: int) -> list[torch.Tensor]:
-    """Return where each program of a backward kernel leaves its sums: (G, chunks, D) for each (G, D) result.
+    """Allocate the partial sums of a backward kernel: (G, chunks, D) for each (G, D) result.
 
-    With one program per group the sum is the result, in its dtype. Otherwise it is fp32 and `finish_sums` adds the
-    partial ones up, in a fixed order.
+    With one program per group the sum is the result, in its dtype. Otherwise partial sums are fp32, and `finish_sums`
+    adds them in a fixed order.
     """
     if chunks == 1:
         return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
@@ -57,7 +57,7 @@ def partial_sums(like: list[torch.Tensor], chunks: int) -> list[torch.Tensor]:
 
 
 def finish_sums(partial: list[torch.Tensor], like: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the sums that `partial_sums` made room for."""
+    """Reduce the buffers of `partial_sums` to the results."""
     if partial[0].ndim == 2:
         return partial
     return [total.to(t.dtype) for total, t in zip((p.sum(1) for p in partial), like, strict=True)]
@@ -65,13 +65,13 @@ def finish_sums(partial: list[torch.Tensor], like: list[torch.Tensor]) -> list[t
 
 @triton.jit
 def group_rows(cu_seqlens_ptr, rows_per_group, i_group, i_chunk, chunks, PACKED: tl.constexpr):
-    """Return the first row of a chunk of a group, and the one after its last; a chunk may be empty."""
+    """Return the first and end row of a chunk of a group; a chunk can be empty."""
     if PACKED:
         first = tl.load(cu_seqlens_ptr + i_group).to(tl.int64)
         count = tl.load(cu_seqlens_ptr + i_group + 1).to(tl.int64) - first
     else:
         first = i_group.to(tl.int64) * rows_per_group
-        count = tl.full([], rows_per_group, tl.int64)  # an argument of 1 arrives as a constant
+        count = tl.full([], rows_per_group, tl.int64)  # Triton specialises an argument of 1 to a constant
     size = (count + chunks - 1) // chunks
     start = first + i_chunk * size
     return start, tl.minimum(start + size, first + count)
@@ -79,7 +79,7 @@ def group_rows(cu_seqlens_ptr, rows_per_group, i_group, i_chunk, chunks, PACKED:
 
 @triton.jit
 def row_statistics(b_x, m_d, eps, D: tl.constexpr, RMS: tl.constexpr):
-    """Return mean and reciprocal deviation of a row of D values, two passes over registers; the mean is 0 for RMS."""
+    """Return mean and rstd of a row of D values, in two passes over registers; the mean is 0 for RMS."""
     if RMS:
         mean = 0.0
     else:
@@ -90,7 +90,7 @@ def row_statistics(b_x, m_d, eps, D: tl.constexpr, RMS: tl.constexpr):
 
 @triton.jit
 def norm_gradient(b_g, b_xhat, rstd, D: tl.constexpr, RMS: tl.constexpr):
-    """Return a row's gradient from that of its norm, g: rstd (g - mean(g) - xhat mean(g xhat)); RMS: no mean(g)."""
+    """Backward of a row's norm with gradient g: rstd (g - mean(g) - xhat mean(g xhat)); RMS: without mean(g)."""
     projection = tl.sum(b_g * b_xhat, 0) / D
     if RMS:
         return rstd * (b_g - b_xhat * projection)

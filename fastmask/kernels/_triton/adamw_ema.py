@@ -1,8 +1,8 @@
-"""Kernel of `adamw_ema`: one launch for a whole list of tensors.
+"""Kernel of `adamw_ema`: one launch for a list of tensors.
 
-A table on the device holds, for each tensor, where its chunks end in the count of all chunks, its size, and how far its
-arrays lie from a base, the first parameter. A program finds its tensor there and updates one chunk of it, so many small
-tensors cost no launches, and gradients stay where autograd put them.
+A table on the device holds, for each tensor, the cumulative number of chunks, its size, and the distances of its arrays
+from a base address (the first parameter). A program looks up its tensor and updates one chunk, so many small tensors
+need no extra launches, and gradients are not copied.
 """
 
 import collections
@@ -21,7 +21,7 @@ _NUM_WARPS = 4
 
 @triton.jit
 def _array(base_ptr, table_ptr, i_row, num_tensors, i_tensor, start, UNIT: tl.constexpr):
-    """Return the pointer to a chunk of an array: what is added to the base is seen to be a multiple of UNIT values."""
+    """Return the pointer to a chunk of an array; the offset is visibly a multiple of UNIT values, for vector loads."""
     return base_ptr + tl.load(table_ptr + i_row * num_tensors + i_tensor) * UNIT + start
 
 
@@ -29,7 +29,7 @@ def _array(base_ptr, table_ptr, i_row, num_tensors, i_tensor, start, UNIT: tl.co
 def _adamw_ema_kernel(
     base_ptr,
     copy_base_ptr,
-    table_ptr,  # (6 + averages, T), or one row more with copies: ends, sizes, and distances in units
+    table_ptr,  # (6 + averages, T), one more row with copies: chunk ends, sizes, distances in units
     scalars_ptr,  # (T, 2): lr / (1 - beta1^t) and sqrt(1 - beta2^t)
     lr_ptr,
     rates_ptr,  # (AVERAGES,)
@@ -38,7 +38,7 @@ def _adamw_ema_kernel(
     num_tensors,
     beta1,
     beta2,
-    rest1,  # 1 - beta1, which fp32 would not give exactly
+    rest1,  # 1 - beta1, which is inexact in fp32
     rest2,
     eps,
     weight_decay,
@@ -109,13 +109,13 @@ def launch(
     eps,
     weight_decay,
 ):
-    """Update tensors in place; ``averages`` holds all tensors of the first average, then those of the next."""
+    """Update tensors in place; ``averages`` is the concatenation of the tensor lists of all EMAs."""
     count = len(params)
     arrays = [params, grads, exp_avgs, exp_avg_sqs]
     arrays += [averages[k * count : (k + 1) * count] for k in range(len(rates))]
     if copies:
         arrays.append(copies)
-    # In float64, as 1 - beta2^t is a small difference, and on the device, where the counts are.
+    # In float64, since 1 - beta2^t is a small difference, and on the device, like the step counts.
     t = torch.stack(steps).double()
     scalars = torch.stack([lr / (1 - beta1**t), (1 - beta2**t).sqrt()], 1).float()
     for group in _groups(arrays, lr.device):
@@ -146,24 +146,24 @@ def launch(
 
 
 class _Group(NamedTuple):
-    """Tensors that one launch updates: those that allow loads of 128 bits, or those that do not."""
+    """Tensors updated by one launch: those with 128-bit alignment, or the others."""
 
-    first: int  # whose parameter is the base of all distances
+    first: int  # index of the tensor whose parameter is the base address
     count: int
-    index: torch.Tensor | None  # which of the tensors these are; None for all of them
+    index: torch.Tensor | None  # indices of the tensors; None for all
     chunks: int
     unit: int
     table: torch.Tensor
 
 
-_KEPT = 8  # tables of eager calls
+_KEPT = 8  # number of cached tables of eager calls
 _recent: collections.OrderedDict[Any, list[_Group]] = collections.OrderedDict()
-# What a graph has captured reads its table at every replay. One table per set of addresses, some ten kilobytes.
+# Captured graphs read their table at every replay. One table per set of addresses, about ten kilobytes.
 _captured: dict[Any, list[_Group]] = {}
 
 
 def _groups(arrays, device):
-    """Return the launches for some lists of tensors, with tables on the device.
+    """Return the launches for lists of tensors, with tables on the device.
 
     A table goes through pinned memory, whose later fate a CUDA graph would have to know. So a capture takes the table
     that an earlier call with the same tensors has made, and holds no copy.
@@ -197,7 +197,7 @@ def _make_groups(arrays, device, addresses, sizes):
         distances = []
         for tensors, row in zip(arrays, addresses, strict=True):
             size = tensors[first].element_size()
-            base = row[first] if size == 2 else addresses[0][first]  # copies in 16 bits are counted from their own
+            base = row[first] if size == 2 else addresses[0][first]  # 16-bit copies have their own base
             distances.append([(row[i] - base) // (unit * size) for i in index])
         table = _on_device([ends, [sizes[i] for i in index], *distances], device)
         some = _on_device(index, device) if len(index) < len(sizes) else None
@@ -206,7 +206,7 @@ def _make_groups(arrays, device, addresses, sizes):
 
 
 def _by_alignment(sizes, addresses):
-    """Return which tensors allow loads of 128 bits, and which do not; empty ones are left out."""
+    """Return the indices of tensors with and without 128-bit alignment; empty tensors are skipped."""
     groups = {}
     for i, (size, *mine) in enumerate(zip(sizes, *addresses, strict=True)):
         if size:
@@ -215,5 +215,5 @@ def _by_alignment(sizes, addresses):
 
 
 def _on_device(values, device):
-    """Return integers on a device without waiting for it."""
+    """Copy integers to a device without a host sync."""
     return torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Kernels of `add_gated_norm`, tiled like those of `modulate_norm`: a program walks over some rows of one group.
+"""Kernels of `add_gated_norm`, tiled as in `modulate_norm`: a program iterates over some rows of one group.
 
 The residual is read once and written once in each direction; its new value stays in registers for the norm.
 """
@@ -17,8 +17,8 @@ from fastmask.kernels._triton._common import (
     row_statistics,
 )
 
-# Warps of backward without a gradient of the residual, by width and bytes of a value. With half of them, as the rows'
-# setting has it, a few registers spill on sm_80.
+# Warps of backward without a residual gradient, by width and bytes per value. Half as many, as in `row_settings`, would
+# spill a few registers on sm_80.
 _WARPS_WITHOUT_RESIDUAL = {(192, 4): 2, (384, 2): 2, (768, 4): 4}
 
 
@@ -32,7 +32,7 @@ def _add_gated_norm_fwd_kernel(
     cu_seqlens_ptr,  # (G + 1,) if PACKED
     x_new_ptr,  # (N, D)
     h_ptr,  # (N, D)
-    stats_ptr,  # (2, N): mean, reciprocal deviation
+    stats_ptr,  # (2, N): mean, rstd
     num_rows,
     rows_per_group,
     gate_stride,
@@ -56,7 +56,7 @@ def _add_gated_norm_fwd_kernel(
         b_branch = tl.load(branch_ptr + i_row * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_new = (b_x + b_gate * b_branch).to(x_new_ptr.dtype.element_ty)
         tl.store(x_new_ptr + i_row * D + o_d, b_new, mask=m_d)
-        b_x = b_new.to(tl.float32)  # the norm is that of the rounded residual, which backward sees
+        b_x = b_new.to(tl.float32)  # normalise the rounded residual, as seen by backward
         mean, rstd = row_statistics(b_x, m_d, eps, D, RMS)
         b_h = (b_x - mean) * rstd * (1.0 + b_scale) + b_shift
         tl.store(h_ptr + i_row * D + o_d, b_h.to(h_ptr.dtype.element_ty), mask=m_d)
@@ -163,7 +163,7 @@ def launch_fwd(x, branch, gate, shift, scale, cu_seqlens, rms, eps, out_dtype):
 
 
 def launch_bwd(grad_new, grad_h, x_new, stats, branch, gate, shift, scale, cu_seqlens, rms, recompute):
-    """Return the gradients of x, branch, gate, shift and scale, and h again (empty unless ``recompute``)."""
+    """Return the gradients of x, branch, gate, shift and scale, and the recomputed h (empty unless ``recompute``)."""
     num_rows, width = x_new.shape
     groups = gate.shape[0]
     settings = row_settings(width)

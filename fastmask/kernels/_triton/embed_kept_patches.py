@@ -1,13 +1,13 @@
-"""Kernels of `embed_kept_patches`: one program owns a tile of kept tokens and reads the pixels of their patches only.
+"""Kernels of `embed_kept_patches`: a program owns a tile of kept tokens and reads only the pixels of their patches.
 
-Rows are the tokens of all samples, one after the other; each looks up its sample and position, so a tile may span
-samples. Forward, the first BLOCK_P values of the patches (in the published network all) stay in registers while the
-program walks over the columns of the weight. Tokens are too wide to stay, so for their norm a first walk gathers the
-statistics and a second recomputes the matmul, which costs little beside writing tokens and h.
+Rows are the concatenated tokens of all samples; each looks up its sample and position, so a tile can span samples. In
+forward, the first BLOCK_P values of the patches (all of them in the published network) stay in registers while the
+program iterates over the columns of the weight. Tokens are too wide for registers, so for their norm a first pass
+computes the statistics and a second pass recomputes the matmul, which is cheap relative to writing tokens and h.
 
-Backward, the weight's gradient is the product of grad and patches over all rows: each program sums one block of it over
-one share of the rows, and the shares are added in a fixed order. A pixel belongs to one patch, so the images' gradient
-is written, not summed. No atomics, so results repeat bit for bit.
+In backward, the weight gradient is the matmul of grad and patches over all rows: each program computes one block of it
+over a share of the rows, and the partial sums are added in a fixed order. A pixel belongs to one patch, so the image
+gradient is written, not summed. No atomics, so results are deterministic.
 """
 
 import torch
@@ -24,7 +24,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def _add_product(b_left, b_right, b_sum, PRECISION: tl.constexpr):
     """Return left @ right + sum in fp32."""
     if _INTERPRETED:
-        # The interpreter would multiply the integers that it stores bfloat16 in; the products are the same in fp32.
+        # The interpreter stores bfloat16 as integers and would multiply those; fp32 gives the same products.
         b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
     return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
 
@@ -36,7 +36,7 @@ def _row_places(
     scale_ptr,  # (B,), None: 1
     o_row, m_row, keep, height, width, P: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return of each row: sample, position, offset of the patch's first pixel, and scale of the image."""
+    """Return for each row: sample, position, offset of the first pixel of the patch, scale of the image."""
     if sample_ptr is None:
         b_sample = (o_row // keep).to(tl.int64)
     else:
@@ -57,7 +57,7 @@ def _row_places(
 
 @triton.jit
 def _value_pixels(o_p, height, width, SIDE: tl.constexpr):
-    """Return the offsets of a patch's values, in the weight's order (C, p, p), from its first pixel."""
+    """Return the pixel offsets of patch values, in the order (C, p, p) of the weight, from the first pixel."""
     channel, i, j = o_p // (SIDE * SIDE), (o_p // SIDE) % SIDE, o_p % SIDE
     return (channel * height + i) * width + j
 
@@ -66,7 +66,7 @@ def _value_pixels(o_p, height, width, SIDE: tl.constexpr):
 def _load_patches(
     images_ptr, o_pixel, b_scale, m_row, o_p, height, width, P: tl.constexpr, SIDE: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Return values o_p of the rows' scaled patches, (BLOCK_T, BLOCK_P), rounded to the product's dtype."""
+    """Return values o_p of the scaled patches of rows, (BLOCK_T, BLOCK_P), rounded to the matmul dtype."""
     o_value = o_pixel[:, None] + _value_pixels(o_p, height, width, SIDE)[None, :]
     b_pixels = tl.load(images_ptr + o_value, mask=m_row[:, None] & (o_p < P)[None, :], other=0.0)
     return (b_pixels.to(tl.float32) * b_scale[:, None]).to(DTYPE)
@@ -74,7 +74,7 @@ def _load_patches(
 
 @triton.jit
 def _load_weight(weight_ptr, o_d, o_p, D: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):
-    """Return the weight's rows o_d at values o_p, (BLOCK_D, BLOCK_P), rounded to the product's dtype."""
+    """Return rows o_d of the weight at values o_p, (BLOCK_D, BLOCK_P), rounded to the matmul dtype."""
     m_weight = (o_d < D)[:, None] & (o_p < P)[None, :]
     return tl.load(weight_ptr + o_d[:, None] * P + o_p[None, :], mask=m_weight, other=0.0).to(DTYPE)
 
@@ -85,7 +85,7 @@ def _tokens(
     D: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr, BLOCK_P: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Return columns o_d of the rows' tokens, (BLOCK_T, BLOCK_D), in fp32; b_patches are the first BLOCK_P values."""
+    """Return columns o_d of the tokens, (BLOCK_T, BLOCK_D), in fp32; b_patches are the first BLOCK_P values."""
     o_p = tl.arange(0, BLOCK_P)
     b_weight = _load_weight(weight_ptr, o_d, o_p, D, P, DTYPE)
     b_tokens = _add_product(b_patches, tl.trans(b_weight), None, PRECISION)
@@ -109,7 +109,7 @@ def _embed_kept_patches_fwd_kernel(
     shift_ptr, scale_ptr,  # (B, D) if NORM
     tokens_ptr,  # (N, D)
     h_ptr,  # (N, D) if NORM
-    stats_ptr,  # (2, N) if NORM: mean, reciprocal deviation
+    stats_ptr,  # (2, N) if NORM: mean, rstd
     num_rows, keep, height, width, shift_stride, scale_stride, eps,
     D: tl.constexpr, P: tl.constexpr, SIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, NORM: tl.constexpr, RMS: tl.constexpr,
@@ -130,12 +130,12 @@ def _embed_kept_patches_fwd_kernel(
                 b_patches, images_ptr, weight_ptr, bias_ptr, position_ptr, b_position, o_pixel, b_image_scale, m_row,
                 o_d, height, width, D, P, SIDE, BLOCK_P, DTYPE, PRECISION,
             )  # fmt: skip
-            # The norm is that of the tokens as stored, which are what backward sees.
+            # Normalise the rounded tokens, as seen by backward.
             b_tokens = b_tokens.to(tokens_ptr.dtype.element_ty).to(tl.float32)
             if RMS:
                 b_squares += tl.sum(b_tokens * b_tokens, 1)
             else:
-                # Chan's formula: centre each block by its own mean, then account for the distance between the means.
+                # Chan's formula: centre each block by its own mean, then correct for the distance of the means.
                 count = tl.sum((o_d < D).to(tl.float32), 0)
                 b_block_mean = tl.sum(b_tokens, 1) / count
                 b_centred = tl.where((o_d < D)[None, :], b_tokens - b_block_mean[:, None], 0.0)
@@ -233,10 +233,10 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 def settings(weight, dtype, norm=False):
-    """Return the constants of a launch: sizes, blocks of tokens, columns and patch values, how products are made."""
+    """Return the launch constants: sizes, block sizes of tokens, columns and patch values, matmul precision."""
     width = weight.shape[0]
     values = weight.numel() // width
-    # More values at a time would spill: exact fp32 products unroll them, and the norm multiplies in three places.
+    # Larger blocks would spill: exact fp32 matmuls are unrolled, and the norm has three of them.
     most_values = 16 if dtype == torch.float32 or norm else 32
     return {
         "D": width,
@@ -252,7 +252,7 @@ def settings(weight, dtype, norm=False):
 
 
 def row_arguments(images, weight, ids_keep, cu_seqlens):
-    """Return N, the rows of a sample (dense) and the sample of each row (packed)."""
+    """Return N, the rows per sample (dense) and the sample of each row (packed)."""
     if cu_seqlens is not None:
         num_rows = ids_keep.shape[0]
         return num_rows, 0, sample_of_row(cu_seqlens, num_rows).int()
@@ -264,9 +264,9 @@ def row_arguments(images, weight, ids_keep, cu_seqlens):
 def launch_fwd(
     images, weight, bias, position, ids_keep, image_scale, cu_seqlens, dtype, out_dtype, shift, scale, rms, eps
 ):
-    """Return tokens (N, D), and with shift and scale h (N, D) and its statistics (2, N), else two empty tensors."""
+    """Return tokens (N, D), and with a modulation h (N, D) and its statistics (2, N), else two empty tensors."""
     norm = shift is not None
-    # Four warps would spill at width 384, and a third stage with the norm at width 1152, in float16.
+    # In float16, four warps would spill at width 384, and a third stage with the norm at width 1152.
     constants = settings(weight, dtype, norm) | {"num_warps": 8} | ({"num_stages": 2} if norm else {})
     num_rows, keep, sample = row_arguments(images, weight, ids_keep, cu_seqlens)
     tokens = torch.empty(num_rows, weight.shape[0], dtype=out_dtype, device=images.device)
@@ -281,11 +281,11 @@ def launch_fwd(
 
 
 def launch_bwd(grad, images, weight, ids_keep, image_scale, cu_seqlens, dtype, bias_dtype):
-    """Return the gradients of weight and bias, each program's partial sums added in a fixed order."""
+    """Return the gradients of weight and bias; partial sums are added in a fixed order."""
     constants = settings(weight, dtype)
     num_rows, keep, sample = row_arguments(images, weight, ids_keep, cu_seqlens)
     blocks = triton.cdiv(constants["D"], constants["BLOCK_D"]), triton.cdiv(constants["P"], constants["BLOCK_P"])
-    # Enough programs to fill a GPU, each with rows enough to be worth its partial sum.
+    # Enough programs to fill a GPU, each with enough rows to amortise its partial sum.
     splits = max(1, min(triton.cdiv(num_rows, 256), triton.cdiv(256, blocks[0] * blocks[1])))
     rows_per_split = triton.cdiv(triton.cdiv(num_rows, splits), constants["BLOCK_T"]) * constants["BLOCK_T"]
     like = [weight.view(1, -1)], [weight.new_empty((1, constants["D"]), dtype=bias_dtype)]
@@ -299,7 +299,7 @@ def launch_bwd(grad, images, weight, ids_keep, image_scale, cu_seqlens, dtype, b
 
 
 def launch_bwd_images(grad, images, weight, ids_keep, image_scale, cu_seqlens, dtype):
-    """Return the gradient of the images, zero where a patch was dropped."""
+    """Return the gradient of the images, zero in dropped patches."""
     constants = settings(weight, dtype)
     num_rows, keep, sample = row_arguments(images, weight, ids_keep, cu_seqlens)
     grad_images = torch.zeros_like(images)

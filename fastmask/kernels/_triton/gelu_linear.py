@@ -1,6 +1,6 @@
 """Kernels of `gelu_linear`: elementwise over flat blocks.
 
-Backward returns GELU's gradient and, from the same read, its value again, which the product's weight gradient needs.
+Backward returns the gradient of GELU and, from the same read, its recomputed value for the weight gradient.
 """
 
 import torch
@@ -16,7 +16,7 @@ def _tanh_parts(b_x):
     """Return tanh(sqrt(2 / pi) (x + 0.044715 x^3)) and the derivative of its argument."""
     inner = 0.7978845608028654 * (b_x + 0.044715 * b_x * b_x * b_x)
     derivative = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * b_x * b_x)
-    # tanh(y) = 2 sigmoid(2 y) - 1, which neither overflows nor needs a library.
+    # tanh(y) = 2 sigmoid(2 y) - 1, without overflow or libdevice.
     return 2.0 * tl.sigmoid(2.0 * inner) - 1.0, derivative
 
 
@@ -42,14 +42,14 @@ def _gelu_bwd_kernel(grad_ptr, x_ptr, grad_x_ptr, out_ptr, size, BLOCK: tl.const
 
 
 def launch_fwd(x, out_dtype=None):
-    """Return gelu(x), in the dtype of ``x`` where no other is asked for."""
+    """Return gelu(x), by default in the dtype of ``x``."""
     out = torch.empty_like(x, dtype=out_dtype)
     _gelu_fwd_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), BLOCK=_BLOCK, num_warps=_NUM_WARPS)
     return out
 
 
 def launch_bwd(grad, x):
-    """Return the gradient of x, and gelu(x) again, in the dtype of ``grad``."""
+    """Return the gradient of x, and the recomputed gelu(x) in the dtype of ``grad``."""
     grad_x, out = torch.empty_like(x), torch.empty_like(grad)
     grid = (triton.cdiv(x.numel(), _BLOCK),)
     _gelu_bwd_kernel[grid](grad, x, grad_x, out, x.numel(), BLOCK=_BLOCK, num_warps=_NUM_WARPS)

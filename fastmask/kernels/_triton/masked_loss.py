@@ -1,9 +1,9 @@
-"""Kernels of `masked_loss`: one program owns a tile of some positions of one sample, all values of their patches.
+"""Kernels of `masked_loss`: a program owns a tile of positions of one sample, with all values of their patches.
 
-Raw tokens, images and noised images are read once, as (positions, values): the pixel of each value follows from its
-position and its index, so no patch is ever written out. A patch's statistics are sums along a row of the tile, in
-registers. Each program leaves one fp32 partial of each loss, and these are added in a fixed order: no atomics, so
-results repeat bit for bit.
+Raw tokens, images and noised images are read once, as (positions, values): the pixel address of a value is computed
+from its position and index, so no patches are materialised. Patch statistics are sums along rows of the tile.
+Each program writes one fp32 partial sum per loss, and these are added in a fixed order. No atomics, so results are
+deterministic.
 """
 
 import torch
@@ -13,8 +13,8 @@ import triton.language as tl
 from fastmask.kernels._triton._common import finish_sums, partial_sums
 from fastmask.kernels.masked_loss import EPS
 
-# Values of a tile, 16 per thread: three inputs and the error of a value stay in registers. All patches of a latent
-# 32x32 image with p = 2 are one tile.
+# Values per tile, 16 per thread: three inputs and the error of each value stay in registers. A 32x32 latent with p = 2
+# is one tile.
 TILE_VALUES = 4096
 NUM_WARPS = 8
 
@@ -40,8 +40,8 @@ def _tile_errors(
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Return, for a tile: denoised minus target, 0 outside; which positions are kept; what the squared errors of a
-    kept and of a dropped position count in the losses; c_out; the offsets into raw and their mask.
+    """Return, for a tile: denoised minus target, 0 outside; the mask of kept positions; the loss weights of squared
+    errors at kept and dropped positions; c_out; the offsets into raw and their mask.
     """
     P: tl.constexpr = PATCH * PATCH * CHANNELS
     i_sample = tl.program_id(0).to(tl.int64)
@@ -50,7 +50,7 @@ def _tile_errors(
     m_l = o_l < length
     m_tile = m_l[:, None] & (o_p < P)[None, :]
     o_raw = i_sample * length * P + o_l[:, None] * P + o_p[None, :]
-    # A patch's first pixel, then where value (row, column, channel) lies from there.
+    # Offset of the first pixel of a patch, then of value (row, column, channel) relative to it.
     o_patch = (o_l // grid_width * PATCH * grid_width + o_l % grid_width) * PATCH
     o_value = (
         o_p % CHANNELS * (length * PATCH * PATCH)

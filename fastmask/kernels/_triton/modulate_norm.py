@@ -1,7 +1,7 @@
-"""Kernels of `modulate_norm`: one program walks over some rows of one group, with the group's modulation in registers.
+"""Kernels of `modulate_norm`: a program iterates over some rows of one group, with its modulation in registers.
 
-Backward, it sums the gradients of shift and scale over its rows in registers and writes each sum once; when several
-programs share a group, their fp32 sums are added in a fixed order. No atomics, so results repeat bit for bit.
+Backward sums the gradients of shift and scale over the rows in registers and writes each sum once; if several programs
+share a group, their fp32 sums are added in a fixed order. No atomics, so results are deterministic.
 """
 
 import torch
@@ -26,7 +26,7 @@ def _modulate_norm_fwd_kernel(
     scale_ptr,  # (G, D)
     cu_seqlens_ptr,  # (G + 1,) if PACKED
     h_ptr,  # (N, D)
-    stats_ptr,  # (2, N): mean, reciprocal deviation
+    stats_ptr,  # (2, N): mean, rstd
     num_rows,
     rows_per_group,
     shift_stride,
@@ -130,7 +130,7 @@ def launch_fwd(x, shift, scale, cu_seqlens, rms, eps, out_dtype):
 
 
 def launch_bwd(grad_h, x, stats, shift, scale, cu_seqlens, rms, recompute):
-    """Return the gradients of x, shift and scale, and h again (empty unless ``recompute``)."""
+    """Return the gradients of x, shift and scale, and the recomputed h (empty unless ``recompute``)."""
     num_rows, width = x.shape
     groups = shift.shape[0]
     settings = row_settings(width)

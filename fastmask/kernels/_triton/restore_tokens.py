@@ -1,12 +1,11 @@
 """Kernels of `restore_tokens` and `gather_tokens`.
 
-restore: one program walks over some of the L positions of one sample, with the mask token, and the sample's modulation
-where there is one, in registers. A row is read, written, and normed while it is in registers; nothing is read twice.
-Backward, every kept row receives its gradient from the one position that holds it, so no zero fill is needed, and the
-program sums the mask token's gradient over the dropped rows that it meets and writes one fp32 sum; these are added in a
-fixed order. No atomics, so results repeat bit for bit.
+restore: a program iterates over some of the L positions of one sample, with the mask token (and the modulation) in
+registers. A row is read once, then written and normalised from registers. In backward, every kept row receives its
+gradient from exactly one position, so no zero fill is needed; the program sums the mask token gradient over its dropped
+rows and writes one fp32 partial sum, and these are added in a fixed order. No atomics, so results are deterministic.
 
-gather: one program walks over some of the kept rows of one sample and copies them, out of the L positions or into them.
+gather: a program iterates over some of the kept rows of one sample and copies them from or to the L positions.
 """
 
 import torch
@@ -34,7 +33,7 @@ def _restore_tokens_fwd_kernel(
     scale_ptr,  # (B, E) if NORM
     restored_ptr,  # (B * L, E)
     h_ptr,  # (B * L, E) if NORM
-    stats_ptr,  # (2, B * L) if NORM: mean, reciprocal deviation
+    stats_ptr,  # (2, B * L) if NORM: mean, rstd
     num_rows,
     length,
     keep,
@@ -50,7 +49,7 @@ def _restore_tokens_fwd_kernel(
     i_b, i_chunk, chunks = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
-    # As wide as a row of x: the token stands in for one.
+    # Rounded to the dtype of x, since the token replaces a row of it.
     b_token = tl.load(mask_token_ptr + o_d, mask=m_d, other=0.0).to(x_ptr.dtype.element_ty).to(tl.float32)
     if NORM:
         b_shift = tl.load(shift_ptr + i_b * shift_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -66,7 +65,7 @@ def _restore_tokens_fwd_kernel(
         b_restored = (tl.where(kept, b_x, b_token) + b_position).to(restored_ptr.dtype.element_ty)
         tl.store(restored_ptr + i_row * D + o_d, b_restored, mask=m_d)
         if NORM:
-            # The norm is of the rounded row, which is what backward and the next op see.
+            # Normalise the rounded row, as seen by backward and the next op.
             b_row = b_restored.to(tl.float32)
             mean, rstd = row_statistics(b_row, m_d, eps, D, RMS)
             b_h = (b_row - mean) * rstd * (1.0 + b_scale) + b_shift
@@ -78,7 +77,7 @@ def _restore_tokens_fwd_kernel(
 @triton.jit
 def _restore_tokens_bwd_kernel(
     grad_restored_ptr,  # (B * L, E)
-    grad_norm_ptr,  # (B * L, E) if NORM: what reaches the restored rows through their norm
+    grad_norm_ptr,  # (B * L, E) if NORM: gradient of the restored rows through their norm
     ids_restore_ptr,  # (B, L)
     cu_seqlens_ptr,  # (B + 1,) if PACKED
     grad_x_ptr,  # (N, E)
@@ -137,12 +136,12 @@ def _gather_tokens_kernel(
 
 @triton.jit
 def kept_rows(cu_seqlens_ptr, keep, i_b, PACKED: tl.constexpr):
-    """Return the first kept row of a sample, and the one after its last."""
+    """Return the first and end kept row of a sample."""
     return group_rows(cu_seqlens_ptr, keep, i_b, 0, 1, PACKED)
 
 
 def launch_fwd(x, mask_token, position, ids_restore, cu_seqlens, shift, scale, rms, eps):
-    """Return the restored rows (B * L, E), and their modulated norm and its statistics (2, B * L) or two empties."""
+    """Return restored rows (B * L, E), their modulated norm and its statistics (2, B * L), or two empty tensors."""
     batch, length = ids_restore.shape
     num_rows, width = batch * length, x.shape[1]
     normed = shift is not None
@@ -184,7 +183,7 @@ def launch_bwd(grad_restored, grad_norm, mask_token, ids_restore, cu_seqlens, nu
     settings = row_settings(width)
     chunks = num_chunks(batch * length, batch, settings.rows_backward)
     grad_x = grad_restored.new_empty((num_kept, width), dtype=dtype)
-    # The samples share the token: to the sums, one group of batch * chunks programs.
+    # All samples share the mask token, so its sum is over one group of batch * chunks programs.
     token = [mask_token[None]]
     sums = partial_sums(token, batch * chunks)
     _restore_tokens_bwd_kernel[(batch, chunks)](
@@ -213,7 +212,7 @@ def launch_gather_fwd(x, ids_keep, cu_seqlens):
 
 
 def launch_gather_bwd(grad, ids_keep, cu_seqlens, batch, length):
-    """Return the gradient of x, (batch, length, D): zero where a position was dropped."""
+    """Return the gradient of x, (batch, length, D), zero at dropped positions."""
     grad_x = grad.new_zeros((batch, length, grad.shape[-1]))
     _launch_gather(grad_x, grad, ids_keep, cu_seqlens, True)
     return grad_x

@@ -1,11 +1,11 @@
-"""Kernel of `sample_mask`: one program draws the mask of one sample, with the keys of all L positions in registers.
+"""Kernel of `sample_mask`: a program draws the mask of one sample, with the keys of all L positions in registers.
 
-A mask needs no sorted keys, only the K-th smallest one. It is found bit by bit, from the top: a bit stays set where
-fewer than K keys lie below the number so far. A running sum over the kept positions then gives both index lists, in the
-order of positions. The kernel reads nothing but the seed and the offset (and cu_seqlens), and writes each list once.
+A mask needs no sort, only the K-th smallest key, which is found by a bitwise search from the top: a bit stays set if
+fewer than K keys are below the candidate. A cumulative sum over the kept positions then gives both index lists, sorted
+by position. The kernel reads only the seed and the offset (and cu_seqlens), and writes each list once.
 
-K and L are not specialised: a schedule of mask ratios would compile a kernel for K = 1 and for each divisibility, and
-vector stores of ids_restore would make Triton keep every block in a second layout for them.
+K and L are not specialised: a mask ratio schedule would compile kernels for K = 1 and for each divisibility, and vector
+stores of ids_restore would make Triton keep every block in a second layout.
 """
 
 import torch
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def random_keys(seed, sample, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    """Return Philox's words of a sample's first BLOCK positions, uint32; four neighbours share a counter."""
+    """Return the Philox words of the first BLOCK positions of a sample, uint32; four neighbours share a counter."""
     o_counter = tl.arange(0, BLOCK // 4).to(tl.uint32)
     low, high = sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
     b_0, b_1, b_2, b_3 = tl.philox(seed, o_counter, low, high, tl.cast(STREAM, tl.uint32))
@@ -24,7 +24,7 @@ def random_keys(seed, sample, STREAM: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def keep_smallest(b_key, num_kept):
-    """Return which positions have the smallest keys, uint32; of equal keys the first positions win."""
+    """Return the mask of the ``num_kept`` smallest keys (uint32), with ties broken by position."""
     kth_key = tl.cast(0, tl.uint32)
     for i_bit in range(32):
         candidate = kth_key | (tl.cast(1, tl.uint32) << (31 - i_bit))
@@ -54,14 +54,14 @@ def _sample_mask_fwd_kernel(
     if PACKED:
         first = tl.load(cu_seqlens_ptr + i_sample).to(tl.int64)
         num_kept = (tl.load(cu_seqlens_ptr + i_sample + 1) - first).to(tl.int32)
-        # Counts that sum to more than N must not write behind the list.
+        # Counts that sum to more than N must not write past the end of the list.
         num_rows = tl.minimum(num_kept, (keep - first).to(tl.int32))
     else:
         first = i_sample * keep
         num_kept = tl.cast(keep, tl.int32)
         num_rows = num_kept
     b_key = random_keys(tl.load(seed_ptr), tl.load(offset_ptr) + i_sample, STREAM, BLOCK)
-    # No key is above those of the lanes behind L, and of equal keys the first are kept: these lanes never are.
+    # Lanes beyond L have the largest key and lose ties, so they are never kept.
     m_kept = keep_smallest(tl.where(m_l, b_key, 0xFFFFFFFF), num_kept)
     b_count = tl.cumsum(m_kept.to(tl.int32), 0)
     tl.store(ids_keep_ptr + first + (b_count - 1), o_l, mask=m_kept & (b_count <= num_rows))
@@ -70,7 +70,7 @@ def _sample_mask_fwd_kernel(
 
 
 def _config(length):
-    """Return lanes and warps for L positions: at least four lanes, the words of a counter, and 16 keys per thread."""
+    """Return lanes and warps for L positions: at least four lanes (the words of a counter), 16 keys per thread."""
     block = max(4, triton.next_power_of_2(length))
     return block, min(32, max(1, block // 512))
 
