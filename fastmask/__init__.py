@@ -15,7 +15,7 @@ __all__ = ["EDM", "Denoiser", "EDMPrecond", "Mask", "MaskDiT", "load_maskdit"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_maskdit` when it is first used: it needs safetensors, and the network needs torch alone."""
+    """Import `load_maskdit` lazily: it needs safetensors, while the network needs only torch."""
     if name != "load_maskdit":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = importlib.import_module("fastmask.diffusion.weights").load_maskdit

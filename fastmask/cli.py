@@ -1,4 +1,4 @@
-"""What the commands share: arguments by tyro, and one line for what a user can mend."""
+"""Shared code of the commands: argument parsing (tyro), user errors reported in one line."""
 
 import contextlib
 import io
@@ -18,21 +18,21 @@ T = TypeVar("T")
 
 _RENAMED = {"--mirror": "--flip", "--no-mirror": "--no-flip"}
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_BOX = re.compile(r"[\u2500-\u257f]|^ *-{3,} *$")  # of lines, or of hyphens where the output is not in UTF-8
+_BOX = re.compile(r"[\u2500-\u257f]|^ *-{3,} *$")  # box-drawing characters, or hyphens if the output is not UTF-8
 
 
 def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
-    """Return the arguments of a command as an instance of a dataclass.
+    """Parse the arguments of a command into a dataclass.
 
     Args:
         kind: the dataclass.
         argv: the arguments.
-        prog: how the command is called, for `--help`.
-        description: the first lines of `--help`.
-        default: where absent arguments come from.
+        prog: name of the command, for `--help`.
+        description: first lines of `--help`.
+        default: instance with the default values.
 
     Raises:
-        ValueError: an unknown flag (names the near ones) or a value that cannot be read.
+        ValueError: an unknown flag (suggests similar ones) or an invalid value.
         SystemExit: after `--help`, with code 0.
     """
     for argument in argv:
@@ -53,7 +53,7 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a name, "auto" being the GPU if there is one; a ValueError if it cannot be used here."""
+    """Return a device by name; "auto" is the GPU if there is one. A ValueError if it is not usable."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError:
@@ -66,9 +66,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def run_command(name: str, command: Callable[[Sequence[str]], None]) -> None:
-    """Run a command on the process's arguments: what a user can mend becomes one line and exit code 2.
+    """Run a command on the process's arguments; user errors are printed in one line, with exit code 2.
 
-    A reader of the output that leaves early, such as `head`, is no error to report: code 1, and not a word.
+    If the reader of the output closes the pipe, such as `head`, exit silently with code 1.
     """
     try:
         command(sys.argv[1:])
@@ -79,7 +79,7 @@ def run_command(name: str, command: Callable[[Sequence[str]], None]) -> None:
     except torch.OutOfMemoryError as error:
         fail(name, f"out of GPU memory: give a smaller --micro-batch-size or --batch-size ({str(error).split('.')[0]})")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # of torch, on a CPU
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch's CPU allocator
             raise
         fail(name, f"out of memory: give a smaller --micro-batch-size or --batch-size ({error})")
     except (ValueError, OSError) as error:
@@ -91,24 +91,24 @@ def run_command(name: str, command: Callable[[Sequence[str]], None]) -> None:
 
 
 def fail(name: str, message: str) -> None:
-    """Print one line on the error stream and exit with code 2."""
+    """Print one line to stderr and exit with code 2."""
     sys.stderr.write(f"{name}: error: {without_secrets(' '.join(message.split()))}\n")
     sys.exit(2)
 
 
 def _reader_has_left() -> bool:
-    """Return whether the standard output is a pipe that nobody reads any more."""
+    """Return whether stdout is a pipe that its reader has closed."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
-    except (AttributeError, OSError):  # no poll() on this system; no file behind the output
+    except (AttributeError, OSError):  # no poll() on this system, or stdout is not a file
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _flush() -> None:
-    """Write what is left of the output, here and not when Python ends, which would print a traceback."""
-    if sys.stdout is None:  # Python found it closed
+    """Flush stdout now: at exit a broken pipe would print a traceback."""
+    if sys.stdout is None:  # closed before Python started
         return
     try:
         sys.stdout.flush()
@@ -117,7 +117,7 @@ def _flush() -> None:
 
 
 def _one_line(box: str) -> str:
-    """Return tyro's boxed error as one line: what is wrong, and the flags it thinks were meant."""
+    """Convert tyro's boxed error to one line: the message and the suggested flags."""
     lines = [_BOX.sub("", _ANSI.sub("", line)).strip() for line in box.splitlines()[1:]]
     while lines and not lines[0]:
         lines.pop(0)

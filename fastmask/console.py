@@ -1,4 +1,4 @@
-"""What commands print. Rich is imported with the first line: what reads data needs torch and numpy alone."""
+"""Console output. Rich is imported at the first line: data loading needs only torch and numpy."""
 
 import functools
 import importlib
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-# What stands before the host in a URL and after its path: passwords, tokens, signatures.
+# Secrets in a URL: passwords and tokens before the host, signatures in the query.
 _PASSWORD = re.compile(r"(://[^/?#@:]*):[^/?#]*@")
 _TOKEN = re.compile(r"(https?://)[^/?#@:]+@")
 _QUERY = re.compile(r"([?&][^=&#\s]*=)[^&#\s]*")
@@ -16,22 +16,22 @@ _QUERY = re.compile(r"([?&][^=&#\s]*=)[^&#\s]*")
 
 @functools.cache
 def get_console() -> "Console":
-    """Return the console that all lines go to."""
+    """Return the shared console."""
     console: Console = importlib.import_module("rich.console").Console()
     return console
 
 
 def say(message: str) -> None:
-    """Print one line as it is but for secrets: not styled by what it holds, not broken where the terminal ends."""
+    """Print one line without secrets, highlighting, markup or wrapping."""
     console = get_console()
     message = without_secrets(message)
-    # A name that the terminal cannot show must not end what prints it.
+    # Escape characters that the terminal cannot encode, instead of raising.
     message = message.encode(console.encoding, "backslashreplace").decode(console.encoding)
     console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
 def say_from_any_rank(message: str) -> None:
-    """Print one line as `say` does, by a process too that leaves what concerns all of them to the first one."""
+    """Print one line with `say`, on ranks other than 0 too."""
     console = get_console()
     quiet, console.quiet = console.quiet, False
     try:
@@ -41,14 +41,14 @@ def say_from_any_rank(message: str) -> None:
 
 
 def printable(name: str) -> str:
-    """Return a file's or class's name with what is no text in it escaped: bytes that are not UTF-8, line breaks."""
+    """Escape the unprintable characters of a name: bytes that are not UTF-8, line breaks."""
     if name.isprintable():
         return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def without_secrets(text: str) -> str:
-    """Return a URL, or a line that holds one, without passwords, tokens and the values of a query."""
+    """Redact passwords, tokens and query values of the URLs in a text."""
     if "://" not in text:
         return text
     return _QUERY.sub(r"\1***", _TOKEN.sub(r"\1***@", _PASSWORD.sub(r"\1:***@", text)))

@@ -1,4 +1,4 @@
-"""`python -m fastmask.convert`: weights of another kind from those that a run has left."""
+"""`python -m fastmask.convert`: reconstructs post-hoc EMA weights from the snapshots of a run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,26 +16,25 @@ from fastmask.ranks import require_one_process
 from fastmask.rundir import listing, locate, snapshots, step_of
 from fastmask.training.ema import gamma_of, posthoc_coefficients
 
-# Share of the wanted profile that a sum of snapshots may miss before it is worth a word.
-_NOTABLE = 0.05
+_NOTABLE = 0.05  # relative residual of the reconstructed profile; above this, warn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What to make."""
+    """Arguments of the conversion."""
 
     run_dir: tyro.conf.Positional[str]
-    """Folder of a run that was trained with --ema-widths; a checkpoint or a snapshot of it also says the step."""
+    """Folder of a run trained with --ema-widths; a path to a checkpoint or a snapshot also selects the step."""
     posthoc_ema: float
-    """Relative width of the average to put together from the run's snapshots, such as 0.05."""
+    """Relative width of the EMA to reconstruct from the snapshots, such as 0.05."""
     step: int = 0
-    """Step that the average ends at; 0 is that of the checkpoint or snapshot that is named, or of the newest."""
+    """Last step of the EMA. 0: the step of the given checkpoint or snapshot, or the newest snapshot."""
     out: str = ""
-    """File to write; empty: ema-WIDTH.safetensors in the run's folder."""
+    """Output file. Default: ema-WIDTH.safetensors in the run folder."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the weights that the arguments describe."""
+    """Parse the arguments, reconstruct the EMA and write it."""
     config = parse(ConvertConfig, argv, prog="python -m fastmask.convert", description="Convert weights of a run.")
     require_one_process("fastmask.convert")
     gamma = gamma_of(config.posthoc_ema)
@@ -52,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     used = [snapshot for snapshot in found if snapshot.step <= step]
     if not used:
         raise ValueError(f"--step {step}: the first snapshot of {run_dir} is of step {found[0].step}")
+    # Fit the target profile, then add up the snapshots one at a time.
     coefficients, missed = posthoc_coefficients([(gamma_of(s.width), s.step) for s in used], gamma, step)
     net = load_maskdit(used[-1].path)
     total: dict[str, Tensor] = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run_and_step(source: str) -> tuple[Path, int]:
-    """Return the run folder that a path lies in, and the step of the checkpoint or snapshot that it names, or 0."""
+    """Return the run folder of a path, and the step of its checkpoint or snapshot, or 0."""
     place = locate(source)
     if place.run is None:
         raise ValueError(f"{source} does not lie in the folder of a run, whose snapshots are needed: name that")

@@ -1,4 +1,4 @@
-"""`python -m fastmask.evaluate RUN`: judges the digits that a run draws against real ones, and draws both."""
+"""`python -m fastmask.evaluate RUN`: evaluates the generated digits of a run against real ones, with figures."""
 
 import dataclasses
 import json
@@ -28,20 +28,20 @@ except ModuleNotFoundError as error:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What to judge."""
+    """Arguments of the evaluation."""
 
     run_dir: tyro.conf.Positional[str]
-    """Folder of a run on the digits, or one of its checkpoints/step-N."""
+    """Folder of a run on the digits dataset, or one of its checkpoints/step-N."""
     cfg_scale: float = 2.0
-    """Guidance; 1 is none."""
+    """Classifier-free guidance scale; 1 disables guidance."""
     num_steps: int = 18
-    """Noise levels of the sampler."""
+    """Number of steps of the solver."""
     seed: int = 0
     """Seed of the noise."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Judge a run as the arguments say, and leave `summary.json`, `digits.png` and `loss.png` in its folder."""
+    """Evaluate a run, and write `summary.json`, `digits.png` and `loss.png` to its folder."""
     config = parse(EvaluateConfig, argv, prog="python -m fastmask.evaluate", description="Judge a run on the digits.")
     require_one_process("fastmask.evaluate")
     place = locate(config.run_dir)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever stops the process that writes them, and files that may be planted."""
+"""Atomic writes, file locks, and safe opening of untrusted paths."""
 
 import contextlib
 import errno
@@ -17,15 +17,15 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes ``path`` when the block ends well and is removed otherwise.
+    """Yield a temporary path that is renamed to ``path`` if the block succeeds and removed otherwise.
 
-    An OSError of a full or failing disk names ``path``, which the system's own error does not.
+    An OSError of a full or failing disk gets ``path`` as its file name, which the system's error lacks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     try:
         with named(path):
-            partial.unlink(missing_ok=True)  # of a killed process, or a link that would be written through
+            partial.unlink(missing_ok=True)  # left by a killed process, or a link that would be followed
             yield partial
             if partial.exists():
                 apply_umask(partial)
@@ -36,7 +36,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Let an OSError of a full or failing disk inside the block name a file, which the system's own error does not."""
+    """Add a file name to an OSError of a full or failing disk inside the block."""
     try:
         yield
     except OSError as error:
@@ -46,34 +46,34 @@ def named(path: Path) -> Iterator[None]:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file that is there, whole, even if the machine loses its power after this returned."""
+    """Atomic write that is durable: the file survives a power failure after this returns."""
     with atomic_write(path) as partial, partial.open("wb") as file:
         file.write(content)
         sync(file)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the names of the files before it too
+        os.fsync(folder)  # also covers files renamed before
     finally:
         os.close(folder)
 
 
 def apply_umask(path: Path) -> None:
-    """Let others read a file as the umask says: safetensors makes files that its owner alone can read."""
+    """Set the permissions of a file from the umask: safetensors creates files readable by the owner only."""
     path.chmod(0o666 & ~_UMASK)
 
 
 @contextlib.contextmanager
 def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold a file as a lock inside the block; the system lets go of it when the process ends, however it does.
+    """Hold a file lock inside the block; the system releases it when the process ends.
 
     Args:
         path: the file.
-        patience: seconds to wait for it.
+        patience: seconds to wait for the lock.
 
     Raises:
-        ValueError: another process holds it; says which, and on which machine.
+        ValueError: another process holds the lock; the message has its id and host.
     """
-    import fcntl  # noqa: PLC0415  (not on Windows, where nothing that needs it runs)
+    import fcntl  # noqa: PLC0415  (not on Windows, where nothing needs it)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = open_lock(path)
@@ -97,11 +97,11 @@ def locked(path: Path, patience: float = 0.0) -> Iterator[None]:
 
 
 class Presence:
-    """Tells whether a path still is the file that it was: not removed, and not in a folder that was moved or replaced.
+    """Detects whether a path still is the same file: not removed, and not in a moved or replaced folder.
 
     Args:
         path: the file.
-        interval: seconds in which one look is enough, since a file system may be slow.
+        interval: minimum number of seconds between checks, since the file system can be slow.
     """
 
     def __init__(self, path: Path, interval: float = 5.0) -> None:
@@ -109,14 +109,14 @@ class Presence:
         self._first, self._looked_at = self._look(), time.monotonic()
 
     def is_lost(self) -> bool:
-        """Return whether it was seen that the file is gone, or is another."""
+        """Return whether the file is gone or was replaced, as of the last check."""
         if time.monotonic() - self._looked_at < self._interval:
             return False
         self._looked_at = time.monotonic()
         return self._look() != self._first
 
     def is_another(self) -> bool:
-        """Return whether there is a file by now that somebody else has made."""
+        """Return whether the path is now a different file."""
         return self._look() not in (None, self._first)
 
     def _look(self) -> tuple[int, int] | None:
@@ -128,40 +128,40 @@ class Presence:
 
 
 def sync(file: Any) -> None:
-    """Wait until what was written to an open file is on the disk."""
+    """Flush and fsync an open file."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def cache_folder() -> Path:
-    """Return the folder for what can be had again: that of the environment's FASTMASK_CACHE, or ~/.cache/fastmask."""
+    """Return the cache folder: FASTMASK_CACHE of the environment, or ~/.cache/fastmask."""
     return Path(os.environ.get("FASTMASK_CACHE") or "~/.cache/fastmask").expanduser()
 
 
 def open_regular(path: Path | str) -> int:
-    """Return a descriptor that reads a regular file.
+    """Open a regular file for reading, and return its descriptor.
 
     Raises:
-        ValueError: a pipe, a device or anything else that need not have an end.
+        ValueError: a pipe, a device or another file that can be endless.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     return _checked_regular(descriptor, path)
 
 
 def read_regular(path: Path | str, max_bytes: int | None = None) -> bytes:
-    """Return the content of a regular file; a ValueError for any other kind and for one above ``max_bytes``."""
+    """Return the content of a regular file; a ValueError for other files and for more than ``max_bytes``."""
     with os.fdopen(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if max_bytes is not None and size > max_bytes:
             raise ValueError(f"{path} has {size:,} bytes, which is above the limit of {max_bytes:,}")
-        return file.read(size)  # not to the end: a file may grow while it is read
+        return file.read(size)  # not to the end: the file can grow while it is read
 
 
 def open_lock(path: Path) -> int:
-    """Return a descriptor of a lock file, which is created if absent and never emptied.
+    """Open a lock file without truncating it, and return its descriptor; it is created if absent.
 
     Raises:
-        ValueError: another kind of file, or a link, by which somebody else's file would be opened for writing.
+        ValueError: not a regular file, or a link, which would open another file for writing.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:

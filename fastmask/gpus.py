@@ -1,20 +1,20 @@
-"""GPUs by name: peaks and memory as their makers state them."""
+"""Published peak rates and memory of GPUs, by name."""
 
 import re
 from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """Published peaks of a GPU, without sparsity.
+    """Published peak rates of a GPU, without sparsity.
 
     Attributes:
-        name: in full.
+        name: full name.
         bf16: FLOP/s of matmuls in bf16 and fp16.
-        tf32: of those in tf32.
-        fp32: of those in fp32.
-        bandwidth: bytes per second between it and its memory.
-        memory: bytes.
-        source: where the figures are from.
+        tf32: FLOP/s of matmuls in tf32.
+        fp32: FLOP/s of matmuls in fp32.
+        bandwidth: memory bandwidth in bytes per second.
+        memory: memory in bytes.
+        source: source of the figures.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Gpu(NamedTuple):
     source: str
 
     def peak(self, precision: str) -> float:
-        """Return the FLOP/s of matmuls in a precision."""
+        """Return the peak FLOP/s of matmuls in a precision."""
         return {"fp32": self.fp32, "tf32": self.tf32}.get(precision, self.bf16)
 
 
@@ -40,12 +40,12 @@ GPUS = {
 
 
 # fmt: on
-# Slower cards of the same names, slices of a card, and modules whose peaks are others.
+# Slower variants of the same name, MIG slices, and modules with other peak rates.
 _OTHERS = ("PCIe", "NVL", "MIG", "GB200", "GH200")
 
 
 def gpu_named(device: str) -> Gpu | None:
-    """Return the peaks of a device by the name that its driver gives, None where they are not known for sure."""
+    """Return the peak rates of a device by its driver's name, None if they are not known for certain."""
     if any(other in device for other in _OTHERS):
         return None
     return next((gpu for name, gpu in GPUS.items() if re.search(rf"\b{name.upper()}\b", device)), None)

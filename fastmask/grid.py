@@ -1,4 +1,4 @@
-"""A grid of images as one PNG."""
+"""Image grids as PNG."""
 
 import importlib.util
 from pathlib import Path
@@ -12,16 +12,16 @@ from fastmask.files import atomic_write
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> "np.ndarray[Any, np.dtype[np.uint8]]":
-    """Write images as one PNG, row by row, and return its pixels.
+    """Write images as a grid to one PNG, in row-major order, and return its pixels.
 
     Args:
         path: the file.
-        images: shape (N, C, H, W) in [-1, 1]; one channel is grey, three are colours, of any other number (latents)
-            the first three are shown at a third of their contrast.
+        images: shape (N, C, H, W) in [-1, 1]; one channel is grey and three are RGB; of other numbers (latents) the
+            first three channels are shown at a third of their contrast.
         columns: images per row.
 
     Returns:
-        uint8, shape (rows * H, columns * W, 3), enlarged where the images are small.
+        uint8, shape (rows * H, columns * W, 3), upscaled for small images.
     """
     if not importlib.util.find_spec("PIL"):
         raise ValueError("drawing images needs pillow: pip install pillow (--sample-every 0 trains without)")

@@ -1,9 +1,9 @@
-"""The preset table: a row per training run, listing what differs from `TrainConfig`'s defaults.
+"""Presets: one row per training run, with the differences from the defaults of `TrainConfig`.
 
 Sources: [M] MaskDiT, arXiv 2306.09305, section 4 and its released recipe; [D] DiT, arXiv 2212.09748, tables 1 and 4;
 [F] rectified flow, arXiv 2403.03206.
 With the published 512 x 8 decoder, masking half the patches saves operations only in wide networks, so the S and B rows
-take a decoder in proportion, about half the encoder's width and a quarter of its depth. The published shape is
+use a proportional decoder, about half the encoder's width and a quarter of its depth. The published decoder is
 `--decoder-width 512 --decoder-depth 8 --decoder-num-heads 16`.
 """
 
@@ -33,7 +33,7 @@ def _dense(encoder: dict[str, Any]) -> dict[str, Any]:
     return {"network": MaskDiTConfig(**encoder, decoder_depth=0)}
 
 
-# Datasets: stores of ImageNet's latents at two sides, which fastmask.prepare makes.
+# Datasets: stores of ImageNet latents at two resolutions, created by fastmask.prepare.
 _IN256: dict[str, Any] = {"data": "data/in256", "image_size": 256, "num_classes": 1000, "micro_batch_size": 128}
 _IN512: dict[str, Any] = {"data": "data/in512", "image_size": 512, "num_classes": 1000, "micro_batch_size": 32}
 
@@ -45,7 +45,7 @@ _FROM_256: dict[str, Any] = {"init": "runs/xl2-in256"}
 _FROM_512: dict[str, Any] = {"init": "runs/xl2-in512"}
 _LONG: dict[str, Any] = {"checkpoint_every": 10_000, "sample_every": 50_000}
 
-# The embedded digits: `TrainConfig`'s network, sized for three minutes on two CPU cores (ours).
+# The built-in digits: the network of `TrainConfig`, sized for three minutes on two CPU cores (ours).
 _DIGITS: dict[str, Any] = {"max_steps": 1550, "unmask_steps": 500, "batch_size": 64, "lr": 3e-3, "unmask_lr": 1e-3}
 _DIGITS |= {"warmup_steps": 100, "betas": (0.9, 0.99), "ema_decay": 0.995, "sample_every": 775}
 

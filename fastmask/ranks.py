@@ -1,4 +1,4 @@
-"""The processes that train together: who they are, and what they tell each other."""
+"""Distributed processes: rank and world size, devices, collectives."""
 
 import contextlib
 import ctypes
@@ -21,12 +21,12 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """Which of the processes this one is.
+    """Rank and world size of this process.
 
     Attributes:
-        rank: its number.
-        count: how many there are.
-        local: its number on its machine, and that of its GPU.
+        rank: global rank.
+        count: world size.
+        local: rank on this machine, and index of the GPU.
     """
 
     rank: int = 0
@@ -35,7 +35,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> "Ranks":
-        """Return what torchrun says in the environment, a single process without it."""
+        """Read the ranks from torchrun's environment variables; a single process without them."""
         try:
             rank, count, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         except ValueError as error:
@@ -44,9 +44,9 @@ class Ranks:
 
 
 def signal_if_torchrun_dies(number: int) -> None:
-    """Have Linux send a signal to this process when torchrun, which started it, is killed and can end it no more.
+    """Have Linux signal this process when torchrun, its parent, dies and can no longer stop it.
 
-    A process of another launcher, or of none, may outlive the one that started it.
+    Without torchrun nothing is set up: the process can outlive its parent.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
@@ -58,12 +58,12 @@ def signal_if_torchrun_dies(number: int) -> None:
 
 
 def own_device(device: torch.device, ranks: Ranks) -> torch.device:
-    """Return the GPU of a rank where the device is "cuda" without a number, else the device itself.
+    """Return the GPU of a rank for "cuda" without an index, else the device itself.
 
-    A GPU becomes the current one of the process: streams, CUDA graphs and kernels of others are made for that one.
+    A GPU becomes the current device: streams, CUDA graphs and kernels of other libraries use the current one.
 
     Raises:
-        ValueError: there are fewer GPUs than processes.
+        ValueError: fewer GPUs than processes.
     """
     if device.type != "cuda":
         return device
@@ -79,7 +79,7 @@ def own_device(device: torch.device, ranks: Ranks) -> torch.device:
 
 
 def require_one_process(command: str) -> None:
-    """Raise a ValueError under torchrun with several processes, each of which would do all of the work."""
+    """Raise a ValueError under torchrun with several processes, which would all do the same work."""
     count = Ranks.from_environment().count
     if count > 1:
         raise ValueError(f"{command} works in one process, and {count} were started: start it without torchrun")
@@ -87,7 +87,7 @@ def require_one_process(command: str) -> None:
 
 @contextlib.contextmanager
 def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Connect the processes inside the block: NCCL between GPUs, gloo between CPUs and for what the hosts agree on."""
+    """Initialise the process group inside the block: NCCL for GPU tensors, gloo for CPU tensors."""
     if ranks.count == 1:
         yield
         return
@@ -100,7 +100,7 @@ def process_group(ranks: Ranks, device: torch.device) -> Iterator[None]:
 
 
 def all_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """Return the sum of a tensor over the ranks."""
+    """Return the sum of a tensor over all ranks."""
     if ranks.count > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
@@ -108,7 +108,7 @@ def all_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 
 def all_max(number: int, ranks: Ranks) -> int:
-    """Return the largest of a number over the ranks; the host waits for theirs, not for the device."""
+    """Return the maximum of a number over all ranks, without waiting for the device."""
     if ranks.count == 1:
         return number
     shared = torch.tensor(number)
@@ -117,7 +117,7 @@ def all_max(number: int, ranks: Ranks) -> int:
 
 
 def from_first(ranks: Ranks, call: Callable[[], T]) -> T:
-    """Return on every rank what a function returned on the first one; an error there is a ValueError on the others."""
+    """Call a function on rank 0 and broadcast its result; an error there is a ValueError on the other ranks."""
     if ranks.count == 1:
         return call()
     answer: list[Any] = [None, None]
@@ -136,15 +136,15 @@ def from_first(ranks: Ranks, call: Callable[[], T]) -> T:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Return whether an error of a collective operation means that another process is gone, or answers no more."""
+    """Return whether an error of a collective means that another process died or hangs."""
     signs = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "remote process exited", "Watchdog")
     return any(sign in str(error) for sign in signs)
 
 
 def barrier(ranks: Ranks) -> Callable[[], None]:
-    """Return what waits until every rank has called it, for days if need be; a ValueError if one of them is gone.
+    """Return a barrier with a timeout of 7 days, which raises a ValueError if another rank died.
 
-    All ranks must call this too, which is as patient.
+    Every rank must call this function too; it waits with the same timeout.
     """
     if ranks.count == 1:
         return lambda: None
@@ -160,5 +160,5 @@ def barrier(ranks: Ranks) -> Callable[[], None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be split among the ranks as one that is not; all ranks must call."""
+    """Return the full tensor of a DTensor, or the tensor itself; every rank must call it."""
     return cast(Tensor, tensor.full_tensor()) if hasattr(tensor, "full_tensor") else tensor

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, whether it is as it was written, and what a path names of it."""
+"""Run folders: checkpoints, snapshots, checksums, and resolution of paths to weights."""
 
 import hashlib
 import json
@@ -14,15 +14,15 @@ from fastmask.tensorfile import read_tensors
 PARTS = ("model", "ema", "optimizer")
 FILES = (*(f"{part}.safetensors" for part in (*PARTS, "profiles")), "state.json")
 SUMS = "SHA256SUMS"
-FORMAT = 2  # 1, which `state.json` did not state, had no checksums
+FORMAT = 2  # format 1, not recorded in `state.json`, had no checksums
 
 _SOURCES = "a run folder, one of its checkpoints/step-N, or a .safetensors or .pt file of weights"
 _MOST_SHOWN = 6
-_NOTABLE = 0.1  # share of the first weights in an average
+_NOTABLE = 0.1  # share of the initial weights in an EMA; above this, warn
 
 
 class Snapshot(NamedTuple):
-    """An average of a run at a step: a file of weights that `load_maskdit` reads."""
+    """EMA snapshot of a run at a step, a file that `load_maskdit` reads."""
 
     step: int
     width: float
@@ -30,12 +30,12 @@ class Snapshot(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a path names.
+    """A resolved path to weights.
 
     Attributes:
-        run: the run folder, where it is one or lies in one.
-        checkpoint: the checkpoint, where it is one or lies in one.
-        file: the file, where it is one.
+        run: the run folder, if the path is one or is inside one.
+        checkpoint: the checkpoint, if the path is one or is inside one.
+        file: the file, if the path is one.
     """
 
     run: Path | None = None
@@ -46,12 +46,12 @@ class Place(NamedTuple):
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     named = (run_dir / "checkpoints").glob("step-*")
-    # A copy that a user has put aside beside them is not one of them.
+    # Ignore other names, such as copies made by a user.
     return sorted((path for path in named if path.name.removeprefix("step-").isdecimal()), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """Return how many steps had been done at a checkpoint."""
+    """Return the step of a checkpoint."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -66,7 +66,7 @@ def snapshots(run_dir: Path) -> list[Snapshot]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return what the ``state.json`` of a checkpoint holds; a ValueError if it cannot be read."""
+    """Return the content of the ``state.json`` of a checkpoint; a ValueError if it cannot be read."""
     try:
         state = json.loads((folder / "state.json").read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -82,16 +82,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def locate(source: str | os.PathLike[str]) -> Place:
-    """Return what a path to weights names.
+    """Resolve a path to weights.
 
     Args:
         source: a run folder, a checkpoint of one (`checkpoints/step-N`), the folder that holds these, or a file.
 
     Raises:
-        ValueError: there is nothing, or none of these; says what was found.
+        ValueError: none of these; the message lists what was found.
     """
     path = Path(source)
-    full = Path(os.path.abspath(path))  # also "." has a name, and folders above it
+    full = Path(os.path.abspath(path))  # so that "." has a name and parents
     if path.is_dir():
         if full.name in ("checkpoints", "snapshots"):
             return Place(run=_shown(full.parent, path))
@@ -110,15 +110,15 @@ def locate(source: str | os.PathLike[str]) -> Place:
 
 
 def find_checkpoint(place: Place, names: Sequence[str], warn: Callable[[str], None]) -> Path:
-    """Return the checkpoint that a place names, or the newest one of a run of which some files are whole.
+    """Return the checkpoint of a resolved path, or the newest one of the run in which the given files are intact.
 
     Args:
-        place: what was named.
-        names: the files that are to be used.
-        warn: is given a line for each checkpoint of a run that was passed over since it is damaged.
+        place: the resolved path.
+        names: the required files.
+        warn: called with a line for each damaged checkpoint that is skipped.
 
     Raises:
-        ValueError: the checkpoint that was named is damaged, or none of the run's is whole, or there is none.
+        ValueError: the given checkpoint is damaged, or the run has no intact checkpoint.
     """
     if place.checkpoint:
         damage = fault(place.checkpoint, names)
@@ -134,12 +134,12 @@ def find_checkpoint(place: Place, names: Sequence[str], warn: Callable[[str], No
 
 
 def find_weights(source: str | os.PathLike[str], average: bool, warn: Callable[[str], None]) -> Path:
-    """Return the file of weights that a path names; of a checkpoint it is as it was written.
+    """Return the file of weights for a path; a file of a checkpoint has been checked against its checksum.
 
     Args:
-        source: as `locate` takes it; of a run folder the newest checkpoint that is whole.
-        average: whether the averaged weights of a checkpoint are wanted, or those that were trained.
-        warn: is given a line for each damaged checkpoint, and one if the average is not worth much yet.
+        source: as in `locate`; a run folder means its newest intact checkpoint.
+        average: whether to use the EMA weights of a checkpoint, or the trained ones.
+        warn: called with a line for each damaged checkpoint, and if the EMA still holds much of the initial weights.
 
     Raises:
         ValueError: there is no such file, or it is damaged.
@@ -157,16 +157,16 @@ def find_weights(source: str | os.PathLike[str], average: bool, warn: Callable[[
 def newest_whole(
     run_dir: Path, names: Sequence[str] | None, warn: Callable[[str], None], then: str = "resuming from"
 ) -> Path | None:
-    """Return the newest checkpoint of a run whose files are as they were written, or None if there is no checkpoint.
+    """Return the newest intact checkpoint of a run, or None if there is no checkpoint.
 
     Args:
-        run_dir: the run's folder.
-        names: the files that matter; None is all.
-        warn: is given a line for each damaged checkpoint that is newer.
-        then: what is done with the one that is found, for that line.
+        run_dir: the run folder.
+        names: the required files; None is all.
+        warn: called with a line for each newer checkpoint that is damaged.
+        then: the action that this line reports, such as "resuming from".
 
     Raises:
-        ValueError: all are damaged.
+        ValueError: all checkpoints are damaged.
     """
     faults: list[tuple[Path, str]] = []
     for folder in reversed(checkpoints(run_dir)):
@@ -183,14 +183,14 @@ def newest_whole(
 
 
 def fault(folder: Path, names: Sequence[str] | None = None) -> str:
-    """Return why files of a checkpoint cannot be trusted; an empty string if they can.
+    """Return why a checkpoint is damaged; an empty string if it is intact.
 
     Args:
         folder: the checkpoint.
-        names: the files that matter, all of which must be there; None is all that there are checksums of.
+        names: the required files; None is all files with checksums.
     """
     try:
-        if not (folder / SUMS).exists() and "format" not in read_state(folder):  # of the first format
+        if not (folder / SUMS).exists() and "format" not in read_state(folder):  # format 1
             for name in names or [f"{part}.safetensors" for part in PARTS]:
                 if name != "state.json":
                     read_tensors(folder / name)
@@ -209,7 +209,7 @@ def fault(folder: Path, names: Sequence[str] | None = None) -> str:
 
 
 def sums(folder: Path, names: Sequence[str] = FILES) -> dict[str, str]:
-    """Return the lines of checksums for the files of a checkpoint that are there, by name."""
+    """Return the checksum lines of the existing files of a checkpoint, by name."""
     lines = {}
     for name in sorted(names):
         if (folder / name).exists():
@@ -222,7 +222,7 @@ def sums(folder: Path, names: Sequence[str] = FILES) -> dict[str, str]:
 
 
 def warn_of_start(folder: Path, warn: Callable[[str], None]) -> None:
-    """Say if the average of a checkpoint still holds much of the weights that the run began with."""
+    """Warn if the EMA of a checkpoint still holds much of the initial weights."""
     share = share_of_start(read_state(folder))
     if share > _NOTABLE:
         warn(
@@ -232,10 +232,10 @@ def warn_of_start(folder: Path, warn: Callable[[str], None]) -> None:
 
 
 def share_of_start(state: Mapping[str, Any]) -> float:
-    """Return what share of a run's first weights is in its average, 0 where that is warmed up.
+    """Return the share of the initial weights in the EMA of a run, 0 with warm-up.
 
     Args:
-        state: of a checkpoint.
+        state: the state of a checkpoint.
     """
     decay, done = state.get("config", {}).get("ema_decay", 0.0), state.get("step", 0)
     if state.get("ema_warmup") or not decay:
@@ -249,18 +249,18 @@ def share_of_start(state: Mapping[str, Any]) -> float:
 
 
 def listing(folder: Path) -> str:
-    """Return the names of some of what is in a folder, for a message."""
+    """Return the first few names in a folder, for a message."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
     return f"{', '.join(names[:_MOST_SHOWN])}{more}" if names else "nothing"
 
 
 def _run_of(checkpoint: Path, path: Path) -> Path | None:
-    """Return the run folder of a checkpoint, None if it does not lie in one."""
+    """Return the run folder of a checkpoint, None if it is not inside one."""
     named = checkpoint.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", checkpoint.name)
     return _shown(checkpoint.parents[1], path) if named else None
 
 
 def _shown(full: Path, path: Path) -> Path:
-    """Return an absolute path as relative, where a user has named another one so."""
+    """Return an absolute path, made relative if the user's ``path`` is relative."""
     return full if path.is_absolute() else Path(os.path.relpath(full))

@@ -1,4 +1,4 @@
-"""Reading files of weights that others wrote: `.safetensors`, and `.pt` of which nothing but tensors is built."""
+"""Safe reading of weight files: `.safetensors`, and `.pt` without executing code (only tensors are built)."""
 
 import collections
 import contextlib
@@ -19,26 +19,26 @@ from torch import Tensor, nn
 
 from fastmask.console import say
 
-# The suffixes of torch.save: its own, those of Lightning, of Hugging Face and of timm (`.pth.tar`).
+# Suffixes of torch.save files: torch, Lightning, Hugging Face and timm (`.pth.tar`).
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What reading a file that is damaged or of something else ends in; all kinds of errors for a pickle.
+# Errors raised for damaged or unrelated files; a pickle can raise almost any.
 _UNREADABLE = (
     *(SafetensorError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, LookupError, RuntimeError, EOFError),
     *(OSError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, MemoryError),
 )
-# Every network of the family begins with this parameter: what stands before its name is what the file adds.
+# Every network has this parameter; anything before its name is a prefix added by the file.
 _FIRST = "x_embedder.proj.weight"
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_AVERAGE = {"ema", "shadow", "averaged", "swa"}  # words of a name that make it that of averaged weights
-_MOST_VALUES, _MOST_LEVELS = 10**6, 8  # of what a file holds beside tensors
+_AVERAGE = {"ema", "shadow", "averaged", "swa"}  # words that mark a name as averaged weights
+_MOST_VALUES, _MOST_LEVELS = 10**6, 8  # limits on the nested content of a file
 _MAX_NAMES_SHOWN = 6
 _POINTER = b"version https://git-lfs"
 _CHECKSUM = "sha256"  # key of the metadata
 
 
 class _Inert:
-    """Stands for an object of a training file that is not needed: takes whatever it is made of, and holds nothing."""
+    """Placeholder for an unneeded object of a training file: accepts any arguments and stores nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return super().__new__(cls)
@@ -50,8 +50,8 @@ class _Inert:
         pass
 
 
-# What training files keep beside weights: arguments, paths, figures, dates. None of these classes is called, since e.g.
-# a numpy.dtype whose state is made up reads and writes memory.
+# Classes that training files store besides weights: arguments, paths, metrics, dates. None of them is constructed: a
+# numpy.dtype with a forged state, for example, reads and writes memory.
 _INERT = (
     *("argparse.Namespace", "types.SimpleNamespace", "torch.torch_version.TorchVersion"),
     *(
@@ -62,34 +62,33 @@ _INERT = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray", "datetime.datetime", "datetime.date", "datetime.timedelta"),
 )
-# Without torch's own, which it judges itself.
+# Excluding torch's own classes, which torch checks itself.
 _KNOWN = {*_INERT, "_codecs.encode", "collections.OrderedDict", "collections.Counter"}
 _KNOWN |= {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "bytearray", "complex")}
 
 
 def read_weights(path: Path, average: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of the network that a file holds, on the CPU, by their bare names, and what it states besides.
+    """Return the tensors of the network in a file, on the CPU, by name without prefixes, and the file's metadata.
 
-    Of a training file (`model`, `ema`, ..; `state_dict_ema`; Lightning's `state_dict`) the averaged weights are read,
-    of a file of several networks (`online_model.`, `ema_model.`) those of the average.
+    Training files (`model`, `ema`, ..; `state_dict_ema`; Lightning's `state_dict`) and files of several networks
+    (`online_model.`, `ema_model.`) are supported; by default the averaged weights are read.
 
     Args:
         path: a `.safetensors` or `.pt` file.
-        average: whether averaged weights are wanted, where there are others as well, or the others.
+        average: whether to prefer averaged or raw weights, if the file has both.
 
     Raises:
-        ValueError: a missing or unreadable file, one that differs from the checksum that it states, or one of which it
-            cannot be told what to read; says what it holds.
+        ValueError: a missing or unreadable file, a checksum mismatch, or ambiguous content; the message lists it.
     """
     content, stated = read_tensors(path)
     return choose_weights(content, str(path), average), stated
 
 
 def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
-    """Return what a file holds as it is, tensors on the CPU, and what a `.safetensors` file states besides.
+    """Return the content of a file unchanged, with tensors on the CPU, and the metadata of a `.safetensors` file.
 
     Raises:
-        ValueError: a missing or unreadable file, or one that differs from the checksum that it states.
+        ValueError: a missing or unreadable file, or a checksum mismatch.
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist, or is not a file: name a .pt or .safetensors file of weights")
@@ -112,12 +111,12 @@ def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 def with_checksum(tensors: Mapping[str, Tensor], stated: Mapping[str, str]) -> dict[str, str]:
-    """Return what a `.safetensors` file states beside contiguous tensors, with the checksum for `read_tensors`."""
+    """Return the metadata of a `.safetensors` file with the checksum that `read_tensors` verifies."""
     return {**stated, _CHECKSUM: checksum_of(tensors, stated)}
 
 
 def checksum_of(tensors: Mapping[str, Tensor], stated: Mapping[str, str]) -> str:
-    """Return the SHA-256 of contiguous tensors, their names, dtypes and shapes, and of what is stated besides."""
+    """Return the SHA-256 of contiguous tensors with names, dtypes and shapes, and of the metadata."""
     digest = hashlib.sha256(repr(sorted((key, stated[key]) for key in stated if key != _CHECKSUM)).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -127,15 +126,15 @@ def checksum_of(tensors: Mapping[str, Tensor], stated: Mapping[str, str]) -> str
 
 
 def choose_weights(content: Any, what: str, average: bool = True) -> dict[str, Tensor]:
-    """Return the tensors of one network, by their bare names, of what a training file or a mapping holds.
+    """Select the tensors of one network from a training file or mapping, by name without prefixes.
 
     Args:
-        content: nested mappings and sequences, with tensors somewhere in them.
-        what: its name, for messages.
-        average: whether averaged weights are wanted, where there are others as well, or the others.
+        content: nested mappings and sequences that contain tensors.
+        what: the source, for messages.
+        average: whether to prefer averaged or raw weights, if there are both.
 
     Raises:
-        ValueError: no network is there, or more than one that might be meant; or what is there is no plain tensor.
+        ValueError: no network, several candidates, or values that are not plain tensors.
     """
     leaves: dict[str, Any] = {}
     for name, leaf in _leaves(content, what):
@@ -173,7 +172,7 @@ def choose_weights(content: Any, what: str, average: bool = True) -> dict[str, T
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise a ValueError that names the first tensor with a NaN or an infinity."""
+    """Raise a ValueError for the first tensor with a NaN or an infinity."""
     for name, tensor in tensors.items():
         bad = tensor.numel() - int(tensor.isfinite().sum())
         if bad:
@@ -181,39 +180,39 @@ def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
 
 
 def _unpickle(path: Path) -> Any:
-    """Return what a file of torch.save holds; of other objects than tensors no code is run."""
+    """Return the content of a torch.save file; no code of objects other than tensors is run."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             _check_members(archive)
     types = _types_of(path)
     modules = "torch.nn.modules."
     unknown = sorted(name for name in types - _KNOWN if not name.startswith("torch.") or name.startswith(modules))
-    unknown += sorted(name for name in types if "nested" in name)  # which torch builds without looking at its sizes
+    unknown += sorted(name for name in types if "nested" in name)  # torch does not check the sizes of nested tensors
     if unknown:
         raise ValueError(
             f"it holds a {unknown[0]}, of which no code is run: if you trust it, load it by torch.load(.., "
             f"weights_only=False) and save its state_dict alone"
         )
     with warnings.catch_warnings(), torch.serialization.safe_globals([(_Inert, name) for name in _INERT]):
-        warnings.simplefilter("ignore")  # of kinds of tensors that are refused afterwards
+        warnings.simplefilter("ignore")  # about tensor types that are refused afterwards
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:
-    """Raise an error if a member differs from its checksum, at which torch does not look, or may be of any size."""
+    """Raise an error for a checksum mismatch, which torch does not check, or a compressed member of unbounded size."""
     for member in archive.infolist():
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"its member {member.filename} is compressed, which torch.save does not do")
-        if member.CRC:  # 0: written without
+        if member.CRC:  # 0: written without a checksum
             with archive.open(member) as file:
                 while file.read(1 << 20):
                     pass
 
 
 def _types_of(path: Path) -> set[str]:
-    """Return the names of classes and functions in a file of torch.save; none where that cannot be read."""
+    """Return the names of classes and functions in a torch.save file; empty if it cannot be read."""
     found = set()
-    # What is damaged torch.load finds, and says better.
+    # torch.load reports damaged files with a better message.
     with contextlib.suppress(*_UNREADABLE), path.open("rb") as file:
         is_zip = zipfile.is_zipfile(file)
         file.seek(0)
@@ -231,7 +230,7 @@ def _types_of(path: Path) -> set[str]:
 
 
 def _leaves(content: Any, what: str) -> Iterator[tuple[str, Any]]:
-    """Yield what nested mappings and sequences hold, with a dotted name that leaves out what wrappers add."""
+    """Yield the leaves of nested mappings and sequences with dotted names, without the prefixes of wrappers."""
     waiting = collections.deque([("", content, 0)])
     count = 0
     while waiting:
@@ -262,7 +261,7 @@ def _is_unread(name: str, leaf: Any) -> bool:
 
 
 def _fault(name: str, leaf: Any) -> str:
-    """Return what is wrong with a value among weights; an empty string if nothing is."""
+    """Return why a value is not a valid weight tensor; an empty string if it is."""
     if "[" in name:
         return f"{name} has a number or another key that is no string in its name"
     if type(leaf) not in (Tensor, nn.Parameter):
@@ -294,7 +293,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the line of an error that says what is wrong, as torch hides it among advice and colours."""
+    """Extract the relevant line of an error, which torch surrounds with advice and colours."""
     if isinstance(error, MemoryError):
         return "there is too little memory"
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))

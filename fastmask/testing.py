@@ -1,18 +1,18 @@
-"""How accurate a result must be: one rule for the tests, the benches and the campaign here, and for your own kernels.
+"""Accuracy rule for kernels and networks, used by the tests and benchmarks here and usable for your own kernels.
 
     exact = reference(*(t.double() for t in inputs))
     assert_accurate(kernel(*inputs), exact, reference(*inputs))
 
-A bound has to hold on every processor. Two programs that are equally good give different rounding errors: they add up
-in another order, in vectors of another length, with or without fused multiply-add. So no bound compares one random
-number with another. Two rules follow:
+A bound has to hold on every processor. Two equally accurate programs have different rounding errors: they sum in
+another order, with other vector lengths, with or without fused multiply-add. So no bound compares one random number
+with another. There are two rules:
 
-- `error_over_bound`, for the results of an op: the error may be twice that of PyTorch's own operations of the same
-  dtypes, and one rounding, with more room where there are few values.
-- `norm_error_over_bound`, for a network or for anything that has no such reference: in the 2-norm, the error may be 8
+- `error_over_bound`, for the results of an op: the error can be twice that of PyTorch's operations in the same dtypes,
+  plus one rounding, with a larger margin for few values.
+- `norm_error_over_bound`, for a network or anything else without such a reference: in the 2-norm, the error can be 8
   roundings for one step, and grows with the square root of the number of steps.
 
-Both return the error over its bound: at most 1 is accurate. Needs torch alone.
+Both return the error divided by its bound: at most 1 is accurate. Requires only torch.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ from torch import Tensor
 
 Inputs = Sequence[Tensor] | Mapping[str, Tensor]
 
-# The quotient of two RMS errors of N values scatters by 1 / sqrt(N): eight times that, which two programs whose errors
-# are independent and of up to four roundings exceed less than once in 100,000 tensors of 8 values, or of any more.
+# The ratio of two RMS errors of N values varies by about 1 / sqrt(N). Eight times that is exceeded less than once in
+# 100,000 tensors of 8 or more values, for two programs with independent errors of up to four roundings.
 _SCATTER = 8.0
-# What one rounding does to the RMS at most, u / sqrt(3): it is uniform between +-u for a value just above a power of 2.
+# Largest RMS error of one rounding, u / sqrt(3): uniform in +-u for a value just above a power of 2.
 _ROUNDING_RMS = 0.6
-# Roundings of a step. In fp32 a sum of a few hundred values is added up in fp32 too, in an order of its own; in 16 bits
-# the sums are fp32, and a result is rounded once: by 0.4 in the RMS, and no value by more than 1.
+# Roundings per step. In fp32 a sum of a few hundred values is also accumulated in fp32, in any order; in 16 bits sums
+# are fp32 and the result is rounded once: by 0.4 in the RMS, and at most 1 for any value.
 _STEP_ROUNDINGS = {torch.float64: 8.0, torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
-# A tensor of a network's gradients that cancel is held to this share of a typical one: the terms do not get smaller.
+# Gradients that cancel are compared with this share of a typical one, since their terms are not smaller.
 _TYPICAL = 0.1
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Return |actual - exact| / |exact| in the 2-norm, computed in float64; NaN (which no bound admits) for 0 / 0."""
+    """Return |actual - exact| / |exact| in the 2-norm, computed in float64; NaN (which fails every bound) for 0 / 0."""
     if actual.shape != exact.shape:
         raise ValueError(f"shapes {tuple(actual.shape)} and {tuple(exact.shape)} differ")
     actual, exact = actual.detach().double(), exact.detach().double()
@@ -46,23 +46,23 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def error_over_bound(actual: Tensor, exact: Tensor, eager: Tensor) -> float:
-    """Return the error of an op's result over what is allowed; at most 1 is accurate.
+    """Return the error of an op's result divided by its bound; at most 1 is accurate.
 
     With N values, e = actual - exact, e' = eager - exact and u half the spacing of ``actual``'s dtype at 1:
 
         rms(e) <=     (1 + 8 / sqrt(N)) (2 rms(e') + 0.6 u rms(exact))
         max|e| <= 2 * (1 + 8 / sqrt(N)) (2 max|e'| +     u max|exact|)
 
-    The error of PyTorch's own operations says what the arithmetic costs: its sums, cancellation, and intermediates in
-    16 bits. Twice that is allowed for sums in another order, and one rounding where PyTorch happens to be exact. The
-    RMS of many values hardly depends on luck and finds a loss of precision everywhere; that of few does, hence the
-    factor with N. The largest of any number of values depends on luck, hence twice as much: it finds what is wrong in a
-    few places, such as a row or a tail, and such errors are large.
+    The error of PyTorch's operations measures the cost of the arithmetic: sums, cancellation, and 16-bit intermediates.
+    Twice that allows for sums in another order, and one rounding covers cases where PyTorch happens to be exact. The
+    RMS of many values has little variance and detects a global loss of precision; the RMS of few values varies, hence
+    the factor with N. The maximum varies for any number of values, hence twice the bound: it detects local errors, such
+    as in a row or a tail, which are large.
 
     Args:
-        actual: the result to judge; any shape, floating dtype or integers (which must be equal).
-        exact: the same in float64, of that shape.
-        eager: the reference's, from the inputs that ``actual`` was computed from, in ``actual``'s dtype.
+        actual: the result to check; any shape, floating dtype or integers (which must be equal).
+        exact: the exact result in float64, same shape.
+        eager: the reference result for the same inputs, in the dtype of ``actual``.
 
     Returns:
         A number >= 0; infinity for NaN, another dtype or another shape.
@@ -85,13 +85,13 @@ def error_over_bound(actual: Tensor, exact: Tensor, eager: Tensor) -> float:
 
 
 def fault(actual: Tensor, exact: Tensor, eager: Tensor, times: float = 1.0) -> str:
-    """Return in words what is wrong with an op's result, empty if it is accurate; see `error_over_bound`.
+    """Return a description of an inaccurate result, empty if it is accurate; see `error_over_bound`.
 
     Args:
-        actual: the result to judge.
-        exact: the same in float64, or integers.
-        eager: the reference's, in ``actual``'s dtype.
-        times: so many times the bound is allowed.
+        actual: the result to check.
+        exact: the exact result in float64, or integers.
+        eager: the reference result, in the dtype of ``actual``.
+        times: allowed multiple of the bound.
     """
     over = error_over_bound(actual, exact, eager)
     if over <= times:
@@ -107,10 +107,10 @@ def assert_accurate(actual: Tensor, exact: Tensor, eager: Tensor, name: str = "r
     """Raise an AssertionError unless an op's result is accurate; see `error_over_bound` for the rule and arguments.
 
     Args:
-        actual: the result to judge.
-        exact: the same in float64.
-        eager: the reference's, in ``actual``'s dtype.
-        name: what the message calls it.
+        actual: the result to check.
+        exact: the exact result in float64.
+        eager: the reference result, in the dtype of ``actual``.
+        name: name of the result in the message.
     """
     wrong = fault(actual, exact, eager)
     if wrong:
@@ -126,22 +126,22 @@ def norm_error_over_bound(
     eager: Tensor | None = None,
     least: float = 0.0,
 ) -> float:
-    """Return the error of a tensor in the 2-norm over what is allowed; at most 1 is accurate.
+    """Return the 2-norm error of a tensor divided by its bound; at most 1 is accurate.
 
         |actual - exact| <= r sqrt(steps) u max(|exact|, least) + 2 |eager - exact|,  r = 8, or 1 in 16 bits
 
-    The errors of steps that follow each other are independent and add up like their squares, so that the bound grows
-    with the square root of their number. A step is an op whose result is rounded: a norm, a Linear, an activation, a
-    gated addition; attention is three; `network_steps` counts those of a network. The norm averages over all values,
-    and u, half the spacing at 1, is a property of the dtype: without ``eager`` nothing random is in the bound.
+    Errors of consecutive steps are independent and their squares add up, so the bound grows with the square root of
+    their number. A step is an op whose result is rounded: a norm, a Linear, an activation, a gated addition; attention
+    counts as three; `network_steps` counts the steps of a network. The norm averages over all values, and u, half the
+    spacing at 1, is a property of the dtype: without ``eager`` the bound contains nothing random.
 
     Args:
-        actual: the result to judge, any shape.
-        exact: the right one, of that shape; in float64, or of the same precision where two ways are compared.
-        steps: number of roundings one after the other, on the longest way from the inputs to the result.
-        dtype: of the least precise arithmetic on the way; None is ``actual``'s.
-        eager: the reference's result in ``actual``'s dtype, where it tells more than the number of steps.
-        least: a smaller norm of ``exact`` counts as this one.
+        actual: the result to check, any shape.
+        exact: the exact result, same shape; in float64, or in the same precision when two methods are compared.
+        steps: number of consecutive roundings on the longest path from the inputs to the result.
+        dtype: least precise dtype on that path; None is the dtype of ``actual``.
+        eager: the reference result in the dtype of ``actual``, if it is more informative than the number of steps.
+        least: lower bound of the norm of ``exact``.
 
     Returns:
         A number >= 0; infinity for NaN or another shape.
@@ -162,11 +162,11 @@ def norm_error_over_bound(
 
 
 def network_steps(blocks: int, *, backward: bool = False) -> int:
-    """Return how many roundings follow each other in a network of so many transformer blocks.
+    """Return the number of consecutive roundings in a network of ``blocks`` transformer blocks.
 
-    A block has 12: two norms, four Linears, attention's three, an activation and two gated additions. Beside the blocks
-    there are 17: of the preconditioning one, of the embedding of a patch two, of that of the time four, of the way from
-    encoder to decoder three, of the head two, of the loss five. Each has its counterpart in ``backward``.
+    A block has 12: two norms, four Linears, three for attention, an activation and two gated additions. Outside of the
+    blocks there are 17: preconditioning 1, patch embedding 2, time embedding 4, encoder to decoder 3, head 2, loss 5.
+    Each has a counterpart in ``backward``.
     """
     return (12 * blocks + 17) * (1 + backward)
 
@@ -182,11 +182,11 @@ def assert_near(
     """Raise an AssertionError unless a tensor is accurate in the 2-norm; see `norm_error_over_bound`.
 
     Args:
-        actual: the result to judge, any shape.
-        exact: the right one, of that shape.
-        steps: number of roundings one after the other.
-        dtype: of the least precise arithmetic on the way; None is ``actual``'s.
-        name: what the message calls it.
+        actual: the result to check, any shape.
+        exact: the exact result, same shape.
+        steps: number of consecutive roundings.
+        dtype: least precise dtype on the path; None is the dtype of ``actual``.
+        name: name of the result in the message.
     """
     if actual.shape != exact.shape:
         raise AssertionError(f"{name}: shape {tuple(actual.shape)}, not {tuple(exact.shape)}")
@@ -204,18 +204,18 @@ def network_errors_over_bound(
     dtype: torch.dtype | None = None,
     eager: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """Return by name the error over its bound of tensors of one kind, such as the gradients of a network's weights.
+    """Return by name the error divided by its bound of related tensors, such as the gradients of a network.
 
-    Each is held to `norm_error_over_bound` by itself, so that a small one that is wrong is seen. One whose values are
-    below a tenth of the RMS of all values is held to that: such a gradient is a sum whose terms cancel, and their
-    rounding errors do not.
+    `norm_error_over_bound` is applied to each tensor separately, so that errors of small tensors are detected. Tensors
+    below a tenth of the RMS of all values are compared with that tenth: such a gradient is a sum whose terms cancel,
+    but not their rounding errors.
 
     Args:
-        actual: the tensors to judge, any shapes.
-        exact: the right ones, by the same names.
-        steps: number of roundings one after the other, through the network and back.
-        dtype: of the least precise arithmetic on the way; None is each tensor's.
-        eager: the reference's in ``actual``'s dtypes, where they tell more than the number of steps.
+        actual: the tensors to check, any shapes.
+        exact: the exact tensors, by the same names.
+        steps: number of consecutive roundings through the network and back.
+        dtype: least precise dtype on the path; None is the dtype of each tensor.
+        eager: the reference tensors in the dtypes of ``actual``, if they are more informative than the number of steps.
 
     Raises:
         ValueError: the names differ, or ``exact`` or ``eager`` is not finite.
@@ -245,13 +245,13 @@ def assert_network_accurate(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise an AssertionError that names the worst tensor unless all are accurate; see `network_errors_over_bound`.
+    """Raise an AssertionError with the worst tensor unless all are accurate; see `network_errors_over_bound`.
 
     Args:
-        actual: the tensors to judge, any shapes.
-        exact: the right ones, by the same names.
-        steps: number of roundings one after the other, through the network and back.
-        dtype: of the least precise arithmetic on the way; None is each tensor's.
+        actual: the tensors to check, any shapes.
+        exact: the exact tensors, by the same names.
+        steps: number of consecutive roundings through the network and back.
+        dtype: least precise dtype on the path; None is the dtype of each tensor.
     """
     errors = network_errors_over_bound(actual, exact, steps, dtype=dtype)
     wrong = {name: over for name, over in errors.items() if not over <= 1}
@@ -273,12 +273,12 @@ def results(
     """Return the results of an op, then the gradient of each leaf for a fixed weighting of the results.
 
     Args:
-        function: the op; returns a tensor or several.
-        inputs: its tensors, in order or by the names of their arguments; any shapes and dtypes.
-        leaves: the inputs that get a gradient, by name or index; None is every floating one.
-        dtype: what floating inputs, and options that are floating dtypes, are converted to; None leaves them.
-        in_place: the op changes its inputs, which are copied for it; it has no gradients.
-        options: its other arguments.
+        function: the op; returns one or several tensors.
+        inputs: input tensors, positional or by argument name; any shapes and dtypes.
+        leaves: inputs that get a gradient, by name or index; None is all floating ones.
+        dtype: dtype to convert floating inputs and floating dtype options to; None keeps them.
+        in_place: whether the op changes its inputs, which are then copied; no gradients.
+        options: other arguments of the op.
     """
     given: dict[Any, Tensor] = {}
     for key, tensor in _named(inputs).items():
@@ -299,7 +299,7 @@ def results(
 
 
 def weights_like(t: Tensor) -> Tensor:
-    """Return numbers that differ from place to place, none of them small, and the same in every dtype."""
+    """Return varying weights, none of them small, that are exact in every dtype."""
     index = torch.arange(t.numel(), dtype=torch.float64, device=t.device)
     return (index.mul(0.7).sin().add(1.5) * 32).round().div(32).to(t.dtype).view(t.shape)
 
@@ -313,18 +313,18 @@ def op_errors_over_bound(
     in_place: bool = False,
     **options: Any,
 ) -> dict[str, float]:
-    """Return by name the error over its bound of each result and gradient of an op; at most 1 is accurate.
+    """Return by name the error divided by its bound of each result and gradient of an op; at most 1 is accurate.
 
-    The reference runs in float64 and in the inputs' dtypes, and then the op, with memory that is allocated without
-    values filled with NaN, so that what is never written shows. The rule is that of `error_over_bound`.
+    The reference runs in float64 and in the inputs' dtypes, then the op runs with uninitialised memory filled with NaN,
+    which reveals values that are never written. The rule is `error_over_bound`.
 
     Args:
-        function: the op to judge.
-        reference: plain PyTorch that takes the same arguments.
-        inputs: tensors, in order or by the names of their arguments; any shapes and dtypes.
-        leaves: the inputs that get a gradient, by name or index; None is every floating one.
-        in_place: the op changes its inputs: each call gets copies of its own.
-        options: the other arguments of both.
+        function: the op to check.
+        reference: plain PyTorch with the same arguments.
+        inputs: input tensors, positional or by argument name; any shapes and dtypes.
+        leaves: inputs that get a gradient, by name or index; None is all floating ones.
+        in_place: whether the op changes its inputs; each call then gets copies.
+        options: other arguments of both.
     """
     three = _three(function, reference, inputs, leaves=leaves, in_place=in_place, **options)
     return {name: error_over_bound(*tensors) for name, tensors in three.items()}
@@ -339,15 +339,15 @@ def assert_op_accurate(
     in_place: bool = False,
     **options: Any,
 ) -> None:
-    """Raise an AssertionError that names the first wrong result or gradient of an op; see `op_errors_over_bound`.
+    """Raise an AssertionError with the first inaccurate result or gradient of an op; see `op_errors_over_bound`.
 
     Args:
-        function: the op to judge.
-        reference: plain PyTorch that takes the same arguments.
-        inputs: tensors, in order or by the names of their arguments; any shapes and dtypes.
-        leaves: the inputs that get a gradient, by name or index; None is every floating one.
-        in_place: the op changes its inputs: each call gets copies of its own.
-        options: the other arguments of both.
+        function: the op to check.
+        reference: plain PyTorch with the same arguments.
+        inputs: input tensors, positional or by argument name; any shapes and dtypes.
+        leaves: inputs that get a gradient, by name or index; None is all floating ones.
+        in_place: whether the op changes its inputs; each call then gets copies.
+        options: other arguments of both.
     """
     three = _three(function, reference, inputs, leaves=leaves, in_place=in_place, **options)
     for name, (actual, exact, eager) in three.items():
@@ -356,7 +356,7 @@ def assert_op_accurate(
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Within it, memory that is allocated without values is filled with NaN (integers: the largest)."""
+    """Fill uninitialised memory with NaN (integers: the largest value) inside the block."""
     was_on = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
@@ -373,7 +373,7 @@ def poisoned() -> Iterator[None]:
 def _three(
     function: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs, **how: Any
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Return an op's results and gradients by name: its own, those in float64 and the reference's."""
+    """Return results and gradients by name: from the op, from the reference in float64, and from the reference."""
     exact = results(reference, inputs, dtype=torch.float64, **how)
     eager = results(reference, inputs, **how)
     with poisoned():
@@ -400,7 +400,7 @@ def _named(inputs: Inputs) -> dict[str | int, Tensor]:
 
 
 def _difference(actual: Tensor, exact: Tensor, eager: Tensor) -> str:
-    """Return in what the dtypes or shapes differ; empty if they do not."""
+    """Return how dtypes or shapes differ; empty if they do not."""
     if actual.dtype != eager.dtype or actual.is_floating_point() != exact.is_floating_point():
         return f"dtype {actual.dtype}, not {eager.dtype}"
     if not actual.shape == exact.shape == eager.shape:
@@ -417,7 +417,7 @@ def _check_finite(exact: Tensor, eager: Tensor) -> None:
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    """Return half the distance of the numbers next to 1, the most that one rounding changes a value, relative."""
+    """Return u, the largest relative error of one rounding: half the spacing at 1."""
     return torch.finfo(dtype).eps / 2
 
 
@@ -430,7 +430,7 @@ def _max(t: Tensor) -> float:
 
 
 def _over(error: float, bound: float) -> float:
-    """Return error / bound; infinity for NaN, and for any error where none is allowed."""
+    """Return error / bound; infinity for NaN, and for any error with a bound of 0."""
     if error == 0:
         return 0.0
     return error / bound if bound and math.isfinite(error) else math.inf

@@ -1,1 +1,1 @@
-"""What training costs, by formula: work and memory, predictions, and the plan of a dry run."""
+"""Cost model of training: operations, traffic and memory of a step, predicted throughput, the plan of a dry run."""

@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the configuration, the counts of its network, memory and a prediction."""
+"""Output of `--dry-run`: configuration, counts of the network, memory, predicted throughput."""
 
 import torch
 from rich.table import Table
@@ -15,11 +15,11 @@ from fastmask.training.report import console
 
 
 def print_plan(config: TrainConfig, model: MaskDiT) -> None:
-    """Print what a run would be: its configuration, and the counts of its network.
+    """Print the configuration of a run, the counts of its network, memory and a prediction.
 
     Args:
         config: the resolved configuration.
-        model: the network; its tensors may be on the meta device.
+        model: the network; its tensors can be on the meta device.
     """
     fields = Table(title=f"configuration of {config.preset}", show_header=False)
     names = [f"{name} = {value}" for name, value in config.recorded().items()]
@@ -52,8 +52,8 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
 
 
 def _add_memory(counts: Table, config: TrainConfig, model: MaskDiT, precision: str) -> None:
-    """Add what is in memory at most, by part, at the run's lowest mask ratio, and the batches that fit."""
-    ratio = min(config.ratio_at(step) for step in (0, config.max_steps - 1))  # it rises or falls all the way
+    """Add the peak memory by part, at the lowest mask ratio of the run, and the largest batches that fit."""
+    ratio = min(config.ratio_at(step) for step in (0, config.max_steps - 1))  # the schedule is monotonic
     again, averages = config.activation_checkpointing == "block", 1 + len(config.ema_widths)
     memory = memory_of(model, ratio, precision, averages=averages, checkpoint_blocks=again)
     counts.add_row("weights / gradients, fp32", f"{memory.weights / 1e9:.2f} GB each")
@@ -76,7 +76,7 @@ def _add_memory(counts: Table, config: TrainConfig, model: MaskDiT, precision: s
 
 
 def _add_prediction(counts: Table, config: TrainConfig, model: MaskDiT, precision: str) -> None:
-    """Add what one H100 would take. On a CPU fp32 stands for "auto", which is bf16 there."""
+    """Add the prediction for one H100; on a CPU the precision fp32 means "auto", which is bf16 on an H100."""
     gpu = GPUS["h100"]
     try:
         run = predict_run(config, model, gpu, precision)

@@ -1,6 +1,6 @@
-"""A prediction of training speed from what a step costs and what a GPU can do.
+"""Predicted training throughput: a roofline model from the cost of a step and the peak rates of a GPU.
 
-Speeds are predictions, never measurements: a roofline from a GPU's published peaks and the shares in `Assumptions`.
+All speeds are predictions, not measurements, from published peak rates and the efficiencies in `Assumptions`.
 """
 
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from fastmask.training.config import TrainConfig
 
 
 class Assumptions(NamedTuple):
-    """What a prediction assumes; none of it is measured.
+    """Assumptions of a prediction; none of them is measured.
 
     Attributes:
-        products: share of the peak that matmuls reach.
-        bandwidth: share of the peak bandwidth that everything else reaches.
-        launch_s: seconds that the host takes to launch an operation, in eager mode without a CUDA graph.
-        mfu: share of the peak that a step as a whole reaches; replaces the other three. None is the roofline.
+        products: fraction of the peak FLOP/s reached by matmuls.
+        bandwidth: fraction of the peak bandwidth reached by everything else.
+        launch_s: seconds of CPU time to launch an operation, in eager mode without a CUDA graph.
+        mfu: fraction of the peak FLOP/s reached by a whole step; replaces the other three. None uses the roofline.
     """
 
     products: float = 0.65
@@ -44,12 +44,12 @@ def step_seconds(
     """Return the predicted seconds of a training step on one GPU.
 
     Args:
-        work: from `work_of`.
+        work: cost of a step, from `work_of`.
         gpu: a value of `GPUS`.
-        precision: as `work` was made for.
+        precision: the precision given to `work_of`.
         batch: images per step and GPU.
-        micro_batch: images at a time.
-        assumed: what is taken for granted.
+        micro_batch: images per micro-batch.
+        assumed: assumptions of the prediction.
     """
     peak = gpu.peak(precision)
     if assumed.mfu is not None:
@@ -65,12 +65,12 @@ def step_seconds(
 
 
 class Run(NamedTuple):
-    """A prediction for the whole of a run.
+    """Prediction for a whole run.
 
     Attributes:
-        micro_batch: images at a time and GPU.
-        images_per_s: of all GPUs together, averaged over the run.
-        hours: from the first step to the last.
+        micro_batch: images per micro-batch and GPU.
+        images_per_s: throughput of all GPUs, averaged over the run.
+        hours: duration of the run.
         gpu_hours: `hours` times the number of GPUs.
     """
 
@@ -89,21 +89,21 @@ def predict_run(
     assumed: Assumptions = ASSUMED,
     points: int = 1000,
 ) -> Run:
-    """Return the prediction for a run on some GPUs, among which each batch is divided evenly.
+    """Return the prediction for a run on ``gpus`` GPUs with equal shares of each batch.
 
-    The exchange of gradients is taken to hide behind backward, data to arrive in time.
+    Gradient communication is assumed to overlap with backward, and data loading to keep up.
 
     Args:
         config: the configuration.
-        model: its network; the tensors may be on the meta device.
+        model: the network; its tensors can be on the meta device.
         gpu: a value of `GPUS`.
-        precision: of the matmuls.
-        gpus: how many.
-        assumed: what else is taken for granted.
-        points: steps, evenly spaced, at which the mask ratio is looked at.
+        precision: precision of the matmuls.
+        gpus: number of GPUs.
+        assumed: assumptions of the prediction.
+        points: number of evenly spaced steps at which the mask ratio is sampled.
 
     Raises:
-        ValueError: a batch that does not divide, or a memory that not even one image fits in.
+        ValueError: a batch that is not divisible, or too little memory for one image.
     """
     if gpus < 1 or config.batch_size % gpus:
         raise ValueError(f"a batch of {config.batch_size} does not divide among {gpus} GPUs")

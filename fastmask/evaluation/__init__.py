@@ -1,1 +1,1 @@
-"""How good a trained network's samples are."""
+"""Evaluation of samples."""

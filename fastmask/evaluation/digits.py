@@ -1,4 +1,4 @@
-"""The evaluation on the digits: a classifier's agreement, the Frechet distance, and figures."""
+"""Evaluation on the digits dataset: classifier agreement, Frechet distance, figures."""
 
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,26 @@ from sklearn.svm import SVC
 from fastmask.data.in_memory import DigitsSplit
 from fastmask.files import atomic_write
 
-_ROWS = 8  # digits drawn per class
+_ROWS = 8  # number of digits shown per class
 
 
 Scans = NDArray[np.float64]
 
 
 def judge(generated: Scans, labels: NDArray[np.int64], real: DigitsSplit) -> dict[str, float]:
-    """Return how generated digits compare with real ones.
+    """Compare generated digits with real ones.
 
     Args:
         generated: shape (N, 64), N the number of held-out scans.
-        labels: the class that each was asked for, shape (N,).
-        real: the scans.
+        labels: requested class of each digit, shape (N,).
+        real: the real scans.
 
     Returns:
-        `agreement`: share of generated digits that a support vector machine fitted to the training scans reads as the
-        class asked for; `classifier_accuracy`: its own on the held-out scans. `distance_ratio`: mean distance of
-        generated digits to the nearest training scan over that of held-out scans; near 0 means copies. `frechet`:
-        Frechet distance of generated digits to the held-out scans; `frechet_held_out`: of as many training scans to
-        the held-out ones, what real digits get. Smaller is better; missing variety raises it.
+        `agreement`: fraction of generated digits classified as the requested class by a support vector machine fitted
+        to the training scans; `classifier_accuracy`: its accuracy on the held-out scans. `distance_ratio`: mean
+        distance to the nearest training scan, of generated digits relative to held-out scans; near 0 means copies.
+        `frechet`: Frechet distance of generated digits to the held-out scans; `frechet_held_out`: the same for as many
+        training scans, as a baseline. Smaller is better; a lack of variety increases it.
     """
     train, held_out = rows_of(real.train_images), rows_of(real.held_out_images)
     classifier = SVC().fit(train, real.train_labels.numpy())
@@ -47,13 +47,13 @@ def judge(generated: Scans, labels: NDArray[np.int64], real: DigitsSplit) -> dic
 
 
 def frechet_distance(a: Scans, b: Scans) -> float:
-    """Return the Frechet distance of the Gaussians fitted to two sets of rows.
+    """Return the Frechet distance of Gaussians fitted to two sets of rows.
 
     |mean_a - mean_b|^2 + trace(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))
     """
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     shift = a.mean(0) - b.mean(0)
-    # The trace of the root is that of (a^(1/2) b a^(1/2))^(1/2), which is symmetric; values below 0 are rounding.
+    # The root has the trace of the symmetric (a^(1/2) b a^(1/2))^(1/2); negative eigenvalues are rounding errors.
     values, vectors = np.linalg.eigh(cov_a)
     root_a = vectors * np.sqrt(values.clip(0)) @ vectors.T
     trace_of_root = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0)).sum()
@@ -61,7 +61,7 @@ def frechet_distance(a: Scans, b: Scans) -> float:
 
 
 def draw_digits(path: Path, generated: NDArray[np.float32], labels: NDArray[np.int64], real: DigitsSplit) -> None:
-    """Draw real digits beside generated ones, a column per class."""
+    """Plot real and generated digits side by side, one column per class."""
     sides = [("real", real.train_images.numpy(), real.train_labels.numpy()), ("generated", generated, labels)]
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axis, (title, images, classes) in zip(figure.subplots(1, 2), sides, strict=True):
@@ -76,11 +76,11 @@ def draw_digits(path: Path, generated: NDArray[np.float32], labels: NDArray[np.i
 
 
 def draw_loss(path: Path, stats: list[dict[str, Any]]) -> None:
-    """Draw the losses of a run over its steps, the masked and the unmasked stage told apart."""
+    """Plot the losses of a run over its steps, with the unmasked stage shaded."""
     figure = Figure(figsize=(8, 4.4), layout="constrained")
     axis = figure.subplots()
     masked = [line for line in stats if line["mask_ratio"] > 0]
-    # Nothing is reconstructed in the unmasked stage, and a logarithmic axis has no zero.
+    # The reconstruction loss is 0 in the unmasked stage, which a logarithmic axis cannot show.
     for name, lines in (("loss", stats), ("denoising", stats), ("reconstruction", masked)):
         axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
     unmasked = [line["step"] for line in stats if line["mask_ratio"] == 0]
