@@ -42,7 +42,8 @@ class EvaluateConfig:
 
 def main(argv: Sequence[str]) -> None:
     """Evaluate a run, and write `summary.json`, `digits.png` and `loss.png` to its folder."""
-    config = parse(EvaluateConfig, argv, prog="python -m fastmask.evaluate", description="Judge a run on the digits.")
+    description = "Evaluate a run on the digits dataset."
+    config = parse(EvaluateConfig, argv, prog="python -m fastmask.evaluate", description=description)
     require_one_process("fastmask.evaluate")
     place = locate(config.run_dir)
     if place.run is None or place.file:
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     stats = read_stats(run_dir, step)
     if not stats:
         raise ValueError(f"{run_dir} reported nothing up to its checkpoint of step {step}: train on to its next report")
+    # Sample as many digits as there are held-out scans, and compare them.
     real = load_digits()
     labels = torch.arange(len(real.held_out_labels)) % 10
     samples = draw_samples(net, labels, seed=config.seed, num_steps=config.num_steps, cfg_scale=config.cfg_scale).clamp(
@@ -71,6 +73,7 @@ def main(argv: Sequence[str]) -> None:
         "num_steps": config.num_steps,
         "step": step,
     }
+    # Write and print the results.
     with atomic_write(run_dir / "summary.json") as partial:
         partial.write_text(json.dumps(summary, indent=2) + "\n")
     draw_digits(run_dir / "digits.png", samples.numpy(), labels.numpy(), real)

@@ -136,6 +136,7 @@ def choose_weights(content: Any, what: str, average: bool = True) -> dict[str, T
     Raises:
         ValueError: no network, several candidates, or values that are not plain tensors.
     """
+    # Find the networks by the name of their first parameter, and choose one.
     leaves: dict[str, Any] = {}
     for name, leaf in _leaves(content, what):
         if leaves.setdefault(name, leaf) is not leaf and isinstance(leaf, Tensor):
@@ -158,6 +159,7 @@ def choose_weights(content: Any, what: str, average: bool = True) -> dict[str, T
         raise ValueError(f"{what} holds several networks, in {_listed(wanted)}: save the one that is meant alone")
     if len(names) > 1:
         say(f"{what}: of the networks in {_listed(names)} taking {_listed(wanted)}")
+    # Take its parameters, without networks nested in it.
     inner = tuple(name for name in names if name != wanted[0] and name.startswith(wanted[0]))
     found = {
         name.removeprefix(wanted[0]): leaf

@@ -68,6 +68,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if command.profile < 0:
         raise ValueError(f"profile must be at least 0, not {command.profile}")
+    # Fit the preset's stages to fewer steps, unless they were given.
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     config = fit_stages(command.config, preset, given)
     if config != command.config:
@@ -80,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
     if command.dry_run:
         dry_run(config, preset, given)
         return
+    # From here on a stop signal ends the run cleanly.
     with stop_signals() as signals:
         config, dataset = resolve_data(config, preset, given)
         with process_group(ranks, torch.device(config.device)):

@@ -28,6 +28,7 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
         fields.add_row(names[i], names[half + i] if half + i < len(names) else "")
     console.print(fields)
 
+    # Counts are for the initial mask ratio, memory for the lowest one, the prediction for the whole run.
     parameters = num_parameters(model)
     kept = kept_count(model.length, config.mask_ratio)
     full, masked = forward_macs(model), forward_macs(model, kept)
@@ -44,7 +45,7 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
     _add_memory(counts, config, model, precision)
     images = config.max_steps * config.batch_size
     counts.add_row(f"images seen, {config.max_steps:,} steps x {config.batch_size}", f"{images:,}")
-    counts.add_row("training in all", f"{_mean_macs(config, model) * 6 * images:.3g} FLOP")
+    counts.add_row("whole run", f"{_mean_macs(config, model) * 6 * images:.3g} FLOP")
     _add_prediction(counts, config, model, precision)
     console.print(counts)
     say("Memory is an estimate for one process; more micro-batches per step or another optimizer take no more.")
@@ -63,10 +64,10 @@ def _add_memory(counts: Table, config: TrainConfig, model: MaskDiT, precision: s
         counts.add_row(f"copy of the weights, {precision}", f"{memory.copy / 1e9:.2f} GB")
     counts.add_row(f"kept for backward, {precision}", f"{memory.activations / 1e6:.1f} MB per image")
     if memory.recomputed:
-        counts.add_row("one block recomputed, at most", f"{memory.recomputed / 1e6:.1f} MB per image")
-    counts.add_row("held for a moment in backward", f"{memory.working / 1e6:.1f} MB per image")
+        counts.add_row("recompute buffer (largest block)", f"{memory.recomputed / 1e6:.1f} MB per image")
+    counts.add_row("peak workspace in backward", f"{memory.working / 1e6:.1f} MB per image")
     micro = config.micro_batch
-    counts.add_row(f"at once, micro-batches of {micro}", f"{memory.high_water(micro) / 1e9:.2f} GB")
+    counts.add_row(f"peak memory, micro-batches of {micro}", f"{memory.high_water(micro) / 1e9:.2f} GB")
     on_gpu = config.device.startswith("cuda")
     here = [torch.cuda.get_device_properties(config.device).total_memory / 1e9] if on_gpu else []
     for size in here or (24, 40, 80, 141):

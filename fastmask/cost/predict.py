@@ -30,7 +30,7 @@ class Assumptions(NamedTuple):
         if self.mfu is not None:
             return f"assuming {self.mfu:.1%} of the peak for whole steps"
         return (
-            f"assuming {self.products:.0%} of the peak in products, {self.bandwidth:.0%} of the bandwidth elsewhere, "
+            f"assuming {self.products:.0%} of the peak in matmuls, {self.bandwidth:.0%} of the bandwidth elsewhere, "
             f"{self.launch_s * 1e6:g} us per launch"
         )
 

@@ -121,6 +121,7 @@ def adamw_ema(
         ValueError: tensors that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
+    # Checks of both forms.
     _check(params, {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs})
     _check(params, {f"averages[{k}]": average for k, average in enumerate(averages)})
     if copies:
@@ -157,6 +158,7 @@ def adamw_ema(
             found_inf=found_inf,
         )
         return
+    # Checks of the fused form.
     flat = [tensor for average in averages for tensor in average]
     if isinstance(rates, Tensor):
         rates = rates.contiguous()
@@ -170,6 +172,7 @@ def adamw_ema(
         raise ValueError(f"everything must be on {lr.device}, like lr, not on {device}")
     if copies and (copies[0].dtype not in _COPY_DTYPES or any(copy.dtype != copies[0].dtype for copy in copies)):
         raise ValueError(f"copies must all be bfloat16, or all float16, not {copies[0].dtype}")
+    # The op is not differentiable; the in-place changes are still visible to autograd's version counters.
     with torch.no_grad():
         _adamw_ema(
             params,

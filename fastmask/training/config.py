@@ -209,6 +209,7 @@ def check_ranges(config: TrainConfig) -> None:
         raise ValueError(_unknown("mask_schedule", config.mask_schedule, SCHEDULES))
     if not config.network.masked and (config.mask_ratio or config.mask_ratio_end):
         raise ValueError("a network without a decoder (decoder_depth 0) trains unmasked: set mask_ratio 0")
+    # Lower bounds of single fields, then constraints between fields.
     for name, lowest in [
         ("mask_levels", 1),
         ("max_steps", 1),

@@ -23,7 +23,7 @@ from fastmask.console import get_console, say
 from fastmask.files import atomic_write
 
 PRODUCTS, ATTENTION, OPTIMIZER, DATA = "matmuls", "attention", "optimizer", "data"
-COMMUNICATION, OTHER, GAPS = "communication", "all else", "CPU-bound time"
+COMMUNICATION, OTHER, GAPS = "communication", "other", "CPU-bound time"
 _OURS = "fastmask"
 
 # Categories by the names of operators and kernels; the first match counts.
@@ -102,6 +102,7 @@ def profile_steps(
     """
     if count < 1:
         raise ValueError(f"there must be at least 1 step to profile, not {count}")
+    # Warm up, and time the last step without the profiler.
     for _ in range(_WARMUP):
         _synchronize(device)
         began = time.perf_counter()
@@ -135,9 +136,9 @@ def bound_of(found: Profile, device: torch.device) -> str:
     advice = {
         DATA: ("waits for data {}", "--num-workers"),
         COMMUNICATION: ("waits for other processes {}", "a larger --batch-size, or --micro-batch-size"),
-        GAPS: ("the host launches slower than the device works, which idles {}", "--cuda-graphs on, or --compile block")
+        GAPS: ("CPU-bound: the GPU idles {}", "--cuda-graphs on, or --compile block")
         if device.type == "cuda"
-        else ("Python and what starts operators take {}", "a larger --micro-batch-size, or --compile block"),
+        else ("Python and operator overhead take {}", "a larger --micro-batch-size, or --compile block"),
     }
     shares = {name: found.share(name) for name in (*advice, OPTIMIZER)}
     shares[PRODUCTS] = found.share(PRODUCTS, ATTENTION)
@@ -152,13 +153,9 @@ def bound_of(found: Profile, device: torch.device) -> str:
 
 def _busy(found: Profile, largest: str, share: float) -> str:
     if largest == OPTIMIZER:
-        return (
-            f"the optimizer takes {share:.0%}: the run is bound by it, and takes less of it with a larger --batch-size"
-        )
+        return f"the optimizer takes {share:.0%}: the run is bound by it; a larger --batch-size reduces its share"
     if largest == OTHER:
-        return (
-            f"what is neither product nor attention takes {share:.0%}: the run is bound by memory, or small operators"
-        )
+        return f"operators other than matmuls and attention take {share:.0%}: the run is bound by memory or launches"
     rate = found.flops_per_step / (found.parts.get(PRODUCTS, 0.0) + found.parts.get(ATTENTION, 0.0))
     unit, name = (1e12, "TFLOP/s") if rate >= 1e12 else (1e9, "GFLOP/s")
     peak = f" of {found.peak_flops / unit:,.0f}" if found.peak_flops else ""
@@ -167,8 +164,8 @@ def _busy(found: Profile, largest: str, share: float) -> str:
 
 def _print(found: Profile, count: int, device: torch.device) -> None:
     how = "device time" if device.type == "cuda" else "time of operators"
-    table = importlib.import_module("rich.table").Table(title=f"where a step goes, mean of {count}: {how}")
-    table.add_column("what")
+    table = importlib.import_module("rich.table").Table(title=f"step breakdown, mean of {count} steps: {how}")
+    table.add_column("part")
     table.add_column("ms", justify="right")
     table.add_column("%", justify="right")
     kinds = (PRODUCTS, ATTENTION)

@@ -69,7 +69,7 @@ def test_a_better_gpu_is_faster():
 
 
 def test_predictions_name_their_assumptions():
-    assert str(ASSUMED) == ("assuming 65% of the peak in products, 85% of the bandwidth elsewhere, 5 us per launch")
+    assert str(ASSUMED) == ("assuming 65% of the peak in matmuls, 85% of the bandwidth elsewhere, 5 us per launch")
     assert "50.0% of the peak for whole steps" in str(MFU)
     assert Memory(*range(7)).per_image == 11
     assert all(gpu.peak("fp32") < gpu.peak("tf32") < gpu.peak("bf16") == gpu.peak("fp16") for gpu in GPUS.values())

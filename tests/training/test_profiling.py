@@ -185,18 +185,21 @@ def test_every_kernel_of_this_library_is_known():
         (
             GPU,
             {GAPS: 0.5, PRODUCTS: 0.4, DATA: 0.1},
-            "waits for data 10%: --num-workers; the host launches slower than the device works, which idles 50%: "
-            "--cuda-graphs on, or --compile block",
+            "waits for data 10%: --num-workers; CPU-bound: the GPU idles 50%: --cuda-graphs on, or --compile block",
         ),
         (
             CPU,
             {PRODUCTS: 0.71, GAPS: 0.2, OPTIMIZER: 0.09},
             "matmuls and attention take 71%: the run is bound by them, at 400.0 of 989 TFLOP/s; Python and "
-            "what starts operators take 20%: a larger --micro-batch-size, or --compile block",
+            "operator overhead take 20%: a larger --micro-batch-size, or --compile block",
         ),
         (GPU, {COMMUNICATION: 0.6, PRODUCTS: 0.4}, "waits for other processes 60%: a larger --batch-size, or --micro"),
         (GPU, {OPTIMIZER: 0.6, PRODUCTS: 0.4}, "the optimizer takes 60%: the run is bound by it"),
-        (GPU, {OTHER: 0.3, "_gelu_fwd_kernel": 0.3, PRODUCTS: 0.4}, "what is neither product nor attention takes 60%"),
+        (
+            GPU,
+            {OTHER: 0.3, "_gelu_fwd_kernel": 0.3, PRODUCTS: 0.4},
+            "operators other than matmuls and attention",
+        ),
     ],
 )
 def test_what_bounds_the_run(device, parts, said):

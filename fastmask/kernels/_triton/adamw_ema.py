@@ -48,6 +48,7 @@ def _adamw_ema_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # Look up the tensor of this chunk in the table.
     o_tensor = tl.arange(0, LANES)
     i_chunk = tl.program_id(0)
     b_ends = tl.load(table_ptr + o_tensor, mask=o_tensor < num_tensors, other=0)
@@ -70,6 +71,7 @@ def _adamw_ema_kernel(
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
 
+    # AdamW, then the EMAs and the copy, from registers.
     for offset in range(0, length, BLOCK):
         o_x = offset + tl.arange(0, BLOCK)
         m_x = o_x < length

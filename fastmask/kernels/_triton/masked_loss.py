@@ -63,6 +63,7 @@ def _tile_errors(
     c_out = tl.load(c_out_ptr + i_sample)
     weight = tl.load(weight_ptr + i_sample)
 
+    # The target is the image at kept positions, the normalised noised patch at dropped ones.
     b_raw = tl.load(raw_ptr + o_raw, mask=m_tile, other=0.0).to(tl.float32)
     b_noised = tl.load(noised_ptr + o_pixel, mask=m_tile, other=0.0).to(tl.float32)
     b_target = tl.load(images_ptr + o_pixel, mask=m_tile, other=0.0).to(tl.float32)
