@@ -30,7 +30,7 @@ class ConvertConfig:
     step: int = 0
     """Last step of the EMA. 0: the step of the given checkpoint or snapshot, or the newest snapshot."""
     out: str = ""
-    """Output file. Default: ema-WIDTH.safetensors in the run folder."""
+    """Output file. Empty: ema-WIDTH.safetensors in the run folder."""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ class TrainConfig:
     preset: str = "digits"
     """Preset that supplies the defaults of all other fields."""
     run_dir: str = ""
-    """Run folder; the same command resumes from its last checkpoint. Default: runs/PRESET, or runs/PRESET-DATA for
+    """Run folder; the same command resumes from its last checkpoint. Empty: runs/PRESET, or runs/PRESET-DATA for
     other --data than the preset's."""
     seed: int = 0
     """Seed of the weights, data order, noise, masks and label dropout."""
@@ -64,7 +64,8 @@ class TrainConfig:
     """Side of the images. Images are trained on as pixels, VAE moments as latents of side image_size / 8. Default for
     pixels of an .npz or IDX file: their own side."""
     num_classes: int = 10
-    """Number of classes; 0 trains without labels. Default for your own --data: read from the dataset."""
+    """Number of classes; labels are below it, and 0 trains without labels. Default for your own --data: read from the
+    dataset."""
     flip: bool = False
     """Random horizontal flip (p = 0.5)."""
     num_workers: int = 0
