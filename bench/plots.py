@@ -12,11 +12,10 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from bench.compare import machine_of
-from bench.report import (
+from bench.derived import (
     FORMS,
     SIZES,
     STACKS,
-    Row,
     Rows,
     bound,
     dense_of,
@@ -26,6 +25,7 @@ from bench.report import (
     rate,
     size_of,
 )
+from bench.rows import Row
 from fastmask.files import atomic_write
 
 COLOURS = dict(zip(STACKS, ("#bbbbbb", "#777777", "#8ecae6", "#1f6f9f"), strict=True))

@@ -8,23 +8,39 @@ share the machine.
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.compare import checked, key, machine_of, time_of
+from bench.compare import checked, machine_of, time_of
+from bench.derived import (
+    FORMS,
+    MORE_STACKS,
+    PLAIN,
+    SIZES,
+    STACKS,
+    Rows,
+    against,
+    bound,
+    dense_of,
+    faster,
+    is_beside_packed_alone,
+    mfu,
+    moved,
+    of_copy,
+    rate,
+    size_of,
+)
 from bench.rows import RESULTS, ROOT, Row
 from bench.tables import header, line
 from fastmask.files import atomic_write
 from fastmask.gpus import GPUS, gpu_named
 
 NOT_MEASURED = "not measured"
-SIZES = ("s2", "b2", "l2", "xl2", "h2")
-FORMS = ("dense", "masked-0.5", "masked-0.75")
-PLAIN = ("plain eager", "plain compiled")
-STACKS = (*PLAIN, "ours", "ours compiled")
-MORE_STACKS = ("ours packed", "ours graphs")  # shown where they were measured
+
+
 README_MARKS = ("<!-- measured: python -m bench.report --readme README.md -->", "<!-- end of measured -->")
+
 
 # Published figures, for context; never in a table with measured ones.
 PUBLISHED = [
@@ -32,6 +48,8 @@ PUBLISHED = [
     ("DiT-XL/2, 256x256", "8 A100, batch 1024", "0.62 it/s", "bars of MaskDiT's figure, read off"),
     ("MaskDiT-XL/2, 256x256, masked 0.5", "per A100", "276 images/s, 35 % MFU", "2.16 x 1024 / 8; 6 x MAC x images/s"),
 ]
+
+
 # Performance goals: form, side, images/s on one H100 in bf16, and GMAC per image and forward pass.
 GOALS = [
     ("masked-0.5", 256, 1219, 65.45),
@@ -39,25 +57,6 @@ GOALS = [
     ("masked-0.5", 512, 285, 280.15),
     ("dense", 512, 152, 524.52),
 ]
-
-
-class Rows:
-    """The measured rows, oldest first, without miniatures (which only test code) and rows without a time."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = [row for row in rows if "median_ms" in row and not row.get("miniature")]
-
-    def of(self, bench: str) -> list[Row]:
-        """Return the last row of each key and machine."""
-        return list({(machine_of(row), key(row)): row for row in self.rows if row["bench"] == bench}.values())
-
-    def beside(self, row: Row, variant: str, **case: Any) -> Row | None:
-        """Return the row of another variant, or of a case with other fields, that is comparable with ``row``."""
-        wanted = (machine_of(row), key({**row, "variant": variant, "case": {**row["case"], **case}}))
-        same = [other for other in self.rows if (machine_of(other), key(other)) == wanted]
-        one_run = [other for other in same if "run" in row and other.get("run") == row["run"]]
-        one_code = [other for other in same if _code(other) == _code(row) != "unknown"]
-        return (one_run or one_code or [None])[-1]
 
 
 def cell(form: str, value: Callable[..., float], *rows: Row | None) -> str:
@@ -96,37 +95,8 @@ def heading(title: str, machine: str, rows: list[Row]) -> tuple[str, ...]:
     return ("", f"### {title}: {machine}", "", _sources(rows), "")
 
 
-def rate(row: Row) -> float:
-    return row["case"]["batch"] / row["median_ms"] * 1e3
-
-
 def three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
-
-
-def against(row: Row, other: Row) -> float:
-    return other["median_ms"] / row["median_ms"]
-
-
-def faster(row: Row, other: Row) -> float:
-    return rate(row) / rate(other)
-
-
-def bound(row: Row, dense: Row) -> float:
-    return dense["forward_gmac"] / row["forward_gmac"]
-
-
-def mfu(row: Row) -> float:
-    gpu = gpu_named(machine_of(row))
-    assert gpu is not None
-    return 6e9 * row["forward_gmac"] * rate(row) / gpu.peak(row["case"]["precision"])
-
-
-def dense_of(rows: Rows, row: Row) -> Row | None:
-    """Return the row of the dense DiT on the same stack."""
-    preset = row["case"]["preset"]
-    dense = {"preset": preset if preset.startswith("dit-") else f"dit-{preset}", "form": "dense"}
-    return rows.beside(row, row["variant"], **dense)
 
 
 def against_dense(rows: Rows, row: Row) -> list[str]:
@@ -141,11 +111,6 @@ def against_dense(rows: Rows, row: Row) -> list[str]:
 def products_alone(rows: Rows, row: Row, form: str) -> str:
     """Return the cell of the GEMM-bound share: time of a step's matmuls and attention alone over its own."""
     return cell(form, against, row, rows.beside(row, "products"))
-
-
-def size_of(row: Row) -> str:
-    """Return the encoder size of a step: "s2", "xl2"."""
-    return row["case"]["preset"].removeprefix("dit-").split("-")[0]
 
 
 def steps(rows: Rows) -> Iterator[str]:
@@ -194,12 +159,6 @@ def summary(rows: Rows) -> Iterator[str]:
         yield from ("", f"Training steps: {NOT_MEASURED}")
 
 
-def is_beside_packed_alone(rows: Rows, row: Row) -> bool:
-    """Return whether a step was measured only for comparison with packed samples."""
-    others = (*PLAIN, "ours compiled")
-    return rows.beside(row, "ours packed") is not None and not any(rows.beside(row, other) for other in others)
-
-
 def write_readme(path: Path, rows: Rows) -> None:
     """Replace the text between the marks in a README; a ValueError if it has none."""
     text = path.read_text()
@@ -226,14 +185,6 @@ def kernels(rows: Rows) -> Iterator[str]:
             reference = rows.beside(row, "reference")
             compared = cell("{:.2f}x", against, row, reference)
             yield line([*cells, "" if row["variant"] == "reference" else compared])
-
-
-def moved(row: Row) -> float:
-    return row["least_bytes"] / row["median_ms"] / 1e6
-
-
-def of_copy(row: Row) -> float:
-    return 1e9 * moved(row) / row["copy_bandwidth"] if "copy_bandwidth" in row else row["copy_percent"] / 100
 
 
 def loaders(rows: Rows) -> Iterator[str]:
@@ -364,11 +315,6 @@ def main() -> int:
         notes.append(f"no plots: {error}")
     sys.stderr.writelines(f"bench.report: {note}\n" for note in notes)
     return 0
-
-
-def _code(row: Row) -> str:
-    """Return the version of the measured code: its hash if the row has one, else its commit."""
-    return str(row.get("code") or row["commit"])
 
 
 def _order(row: Row) -> tuple[Any, ...]:

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from bench import plots, report
+from bench.derived import Rows
 from bench.model import network
-from bench.report import NOT_MEASURED, PUBLISHED, Rows, cell, committed, kernels, loaders, steps, summary
+from bench.report import NOT_MEASURED, PUBLISHED, cell, committed, kernels, loaders, steps, summary
 from fastmask.diffusion.masking import kept_count
 from fastmask.models.counts import forward_macs
 from fastmask.presets import PRESETS

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from bench.report import FORMS, MORE_STACKS, PLAIN, STACKS, Rows, bound, dense_of, faster, rate, size_of
+from bench.derived import FORMS, MORE_STACKS, PLAIN, STACKS, Rows, bound, dense_of, faster, rate, size_of
 from bench.rows import Row
 from bench.tables import aligned, digits, times
 

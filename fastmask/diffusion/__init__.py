@@ -1,8 +1,8 @@
 """Diffusion: processes, the denoiser, the training objective and its random draws, solvers and sampling."""
 
-from fastmask.diffusion.denoiser import Denoiser, EDMPrecond
+from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.draws import TrainingDraws, training_draws
-from fastmask.diffusion.edm import EDM
+from fastmask.diffusion.edm import EDM, EDMPrecond
 from fastmask.diffusion.flow import RectifiedFlow
 from fastmask.diffusion.objective import MaskedDenoising, Objective
 from fastmask.diffusion.process import Process

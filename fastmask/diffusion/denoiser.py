@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmask.diffusion.edm import EDM
 from fastmask.diffusion.process import Coefficients, Process
 from fastmask.kernels import Mask, unpatchify
 from fastmask.models.maskdit import MaskDiT
@@ -65,18 +64,6 @@ class Denoiser(nn.Module):
         real = type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling()
         if real and self.model.num_classes:
             check_labels(labels, self.model.num_classes)
-
-
-class EDMPrecond(Denoiser):
-    """`Denoiser` with EDM's process, with the name and arguments used by EDM.
-
-    Args:
-        model: the network F.
-        sigma_data: standard deviation of the data.
-    """
-
-    def __init__(self, model: MaskDiT, sigma_data: float = 0.5) -> None:
-        super().__init__(model, EDM(sigma_data=sigma_data))
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

@@ -7,7 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.process import Coefficients, Process, check_steps
+from fastmask.models.maskdit import MaskDiT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,3 +83,15 @@ class EDM(Process):
         ramp = torch.linspace(0, 1, num_steps, dtype=torch.float64)
         levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
         return torch.cat([levels, levels.new_zeros(1)])
+
+
+class EDMPrecond(Denoiser):
+    """`Denoiser` with EDM's process, with the name and arguments used by EDM.
+
+    Args:
+        model: the network F.
+        sigma_data: standard deviation of the data.
+    """
+
+    def __init__(self, model: MaskDiT, sigma_data: float = 0.5) -> None:
+        super().__init__(model, EDM(sigma_data=sigma_data))
