@@ -166,7 +166,7 @@ def prepared(folder: Path, stored: Records, labels: NDArray[np.int64]) -> dict[s
     write_store(folder / "store", stored[:, None], labels, len(stored) // SHARDS)
     files = Files(folder / "files", stored, labels)
     readers: dict[str, Callable[[int], Generator[Pair]]] = {
-        "StoreDataset": lambda workers: read_store(folder / "store", workers),
+        "LatentStore": lambda workers: read_store(folder / "store", workers),
         "DataLoader over .npy": lambda workers: read_items(files, workers),
     }
     if _installed("DataLoader over LMDB"):
@@ -251,7 +251,7 @@ def bench_long_run(request, tmp_path, noted, progress):
     times: list[float] = []
     with contextlib.closing(read_store(tmp_path, 2)) as parts, progress.of("long run", 0) as told:
         for epoch in range(1, EPOCHS + 1):
-            told("StoreDataset", epoch, EPOCHS)
+            told("LatentStore", epoch, EPOCHS)
             start = time.perf_counter()
             for number in range(LONG // BATCH):
                 next(parts)
@@ -263,4 +263,4 @@ def bench_long_run(request, tmp_path, noted, progress):
     assert grown < 16, f"memory in MiB, of each epoch: {taken}"
     case = {"data": f"{LONG:,} moments 8x32x32 fp16, {EPOCHS} epochs", "image_size": 256, "shape": "8x32x32"}
     case |= {"batch": BATCH, "batches": LONG // BATCH, "num_workers": 2}
-    noted("store", case, "StoreDataset", times, CPU, own_mib=round(taken[0], 1), grown_mib=round(grown, 1))
+    noted("store", case, "LatentStore", times, CPU, own_mib=round(taken[0], 1), grown_mib=round(grown, 1))
