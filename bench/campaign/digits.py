@@ -26,6 +26,7 @@ from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_dr
 from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
 from fastmask.files import atomic_write
+from fastmask.models.maskdit import MaskDiTConfig
 from fastmask.presets import PRESETS
 from fastmask.training.config import TrainConfig, build_model, preset_config
 from fastmask.training.ema import EMA
@@ -46,8 +47,9 @@ def full_config() -> TrainConfig:
 
 def tiny_config() -> TrainConfig:
     """Return a configuration that trains in a second."""
-    sizes = {"width": 16, "depth": 1, "decoder_width": 16, "decoder_depth": 1, "batch_size": 16}
-    return dataclasses.replace(full_config(), **sizes, max_steps=6, unmask_steps=2, warmup_steps=2)
+    network = MaskDiTConfig(width=16, depth=1, decoder_width=16, decoder_depth=1)
+    steps = {"max_steps": 6, "unmask_steps": 2, "warmup_steps": 2}
+    return dataclasses.replace(full_config(), network=network, batch_size=16, **steps)
 
 
 def load_scans() -> tuple[Tensor, Tensor]:

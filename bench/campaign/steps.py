@@ -148,7 +148,8 @@ def ready_after(campaign: Campaign, stack: str, preset: str) -> float:
 
 def _predicted(stack: str, preset: str) -> float:
     per_block, besides = _READY.get(stack, _READY_EAGER)
-    return per_block * (PRESETS[preset]["depth"] + PRESETS[preset]["decoder_depth"]) + besides
+    network = PRESETS[preset]["network"]
+    return per_block * (network.depth + network.decoder_depth) + besides
 
 
 class Together:

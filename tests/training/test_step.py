@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from fastmask.data import batches, open_data
 from fastmask.data.loader import Batch
 from fastmask.diffusion import EDM, Denoiser, MaskedDenoising, Objective, training_draws
+from fastmask.models.maskdit import MaskDiTConfig
 from fastmask.ranks import Ranks
 from fastmask.training.config import TrainConfig, build_model
 from fastmask.training.ema import EMA, PowerEMA
@@ -26,12 +27,7 @@ SMALL = TrainConfig(
     data="synthetic",
     image_size=64,
     num_classes=5,
-    width=16,
-    depth=3,
-    num_heads=2,
-    decoder_width=16,
-    decoder_depth=2,
-    decoder_num_heads=2,
+    network=MaskDiTConfig(width=16, depth=3, decoder_width=16),
     batch_size=16,
     max_steps=100,
     device="cpu",
@@ -118,8 +114,8 @@ def test_a_graph_break_is_an_error(traced, monkeypatch):
 
 @pytest.mark.parametrize("what", ["whole", "block"])
 def test_compiled_steps_learn_the_same(traced, what):
-    few = {"depth": 2, "decoder_depth": 1}  # tracing takes as long as the blocks are many
-    eager, compiled = Training(**few), Training(compile=what, **few)
+    few = MaskDiTConfig(width=16, depth=2, decoder_width=16, decoder_depth=1)  # tracing takes as long as they are many
+    eager, compiled = Training(network=few), Training(compile=what, network=few)
     for keep in (8, 8, 4, 16):
         eager(keep)
         compiled(keep)
