@@ -5,8 +5,10 @@ sequence is a function of the seed alone, so a run resumes from the sample numbe
 """
 
 import collections
+import contextlib
 import itertools
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -138,10 +140,27 @@ class _Source(Iterator[Any]):
         return next(self._parts)
 
     def close(self) -> None:
-        """Kill the workers, which ignore signals: otherwise Python would wait for them at exit."""
-        for worker in getattr(self._parts, "_workers", []):
-            worker.kill()
+        """Kill the workers, which ignore signals, and wait for their end: otherwise Python would wait at exit."""
+        workers = list(getattr(self._parts, "_workers", []))
+        with _deaths_ignored():
+            for worker in workers:
+                worker.kill()
+            for worker in workers:
+                worker.join()
         self._parts = None
+
+
+@contextlib.contextmanager
+def _deaths_ignored() -> Iterator[None]:
+    """Disable torch's SIGCHLD handler, which raises an error for a worker that was killed on purpose."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)  # None: not installed by Python
 
 
 def to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
