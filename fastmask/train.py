@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> None:
         _Command,
         argv,
         prog=_NAME,
-        description=f"Train a masked diffusion transformer. Presets: {', '.join(PRESETS)}.",
+        description=f"Train a masked diffusion transformer. Presets: {', '.join(PRESETS)}. A preset also sets the "
+        f"diffusion process and the network, whose flags are listed for it: --preset digits-flow --help.",
         default=_Command(preset),
     )
     if command.profile < 0:

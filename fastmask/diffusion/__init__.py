@@ -4,20 +4,23 @@ from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.draws import TrainingDraws, training_draws
 from fastmask.diffusion.edm import EDM, EDMPrecond
 from fastmask.diffusion.flow import RectifiedFlow
-from fastmask.diffusion.objective import MaskedDenoising, Objective
-from fastmask.diffusion.process import Process
+from fastmask.diffusion.objective import MaskedDenoising, Objective, Pass, Term
+from fastmask.diffusion.process import Coefficients, Process
 from fastmask.diffusion.sampling import draw_samples, sample
 from fastmask.diffusion.solvers import SOLVERS
 
 __all__ = [
     "EDM",
     "SOLVERS",
+    "Coefficients",
     "Denoiser",
     "EDMPrecond",
     "MaskedDenoising",
     "Objective",
+    "Pass",
     "Process",
     "RectifiedFlow",
+    "Term",
     "TrainingDraws",
     "draw_samples",
     "sample",

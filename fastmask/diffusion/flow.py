@@ -1,13 +1,14 @@
 """Rectified flow: straight paths from images to noise (arXiv 2209.03003), with the times of arXiv 2403.03206."""
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastmask.diffusion.process import Coefficients, Process, check_steps
+
+_MOST_LOGIT, _MOST_SHIFT = 8.0, 100.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +25,13 @@ class RectifiedFlow(Process):
     """Shift of times toward noise, in training and in sampling: t' = shift t / (1 + (shift - 1) t)."""
 
     def __post_init__(self) -> None:
-        if not abs(self.t_mean) < math.inf:
-            raise ValueError(f"t_mean must be a number, not {self.t_mean}")
-        if not 0 <= self.t_std < math.inf:
-            raise ValueError(f"t_std must be at least 0, not {self.t_std}")
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"shift must be a number above 0, not {self.shift}")
+        # Beyond these limits times round to 0 or 1 in fp32, where the loss or the log-SNR is not finite.
+        if not abs(self.t_mean) <= _MOST_LOGIT:
+            raise ValueError(f"t_mean must be between -{_MOST_LOGIT} and {_MOST_LOGIT}, not {self.t_mean}")
+        if not 0 <= self.t_std <= _MOST_LOGIT / 4:
+            raise ValueError(f"t_std must be between 0 and {_MOST_LOGIT / 4}, not {self.t_std}")
+        if not 1 / _MOST_SHIFT <= self.shift <= _MOST_SHIFT:
+            raise ValueError(f"shift must be between {1 / _MOST_SHIFT} and {_MOST_SHIFT:g}, not {self.shift}")
 
     def draw(self, normal: Tensor) -> Tensor:
         """Return logit-normal times, shifted (arXiv 2403.03206, equations 19 and 23)."""

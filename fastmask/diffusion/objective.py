@@ -105,7 +105,7 @@ class Objective(nn.Module):
             ValueError: shapes that do not fit the network, or a term whose losses differ from its weights.
         """
         process = self.net.process
-        _check_times(t, len(images))
+        _check_shapes(t, len(images), [images], [noise])
         noised, coefficients = process.noised(images, noise, t), process.coefficients(t)
         raw = self.net.raw_tokens(noised, coefficients, labels, mask)
         return self._losses(Pass(images, noised, raw, coefficients, mask))
@@ -139,7 +139,7 @@ class Objective(nn.Module):
                 f"{len(masks)}"
             )
         process, sizes = self.net.process, [len(image) for image in images]
-        _check_times(t, sum(sizes))
+        _check_shapes(t, sum(sizes), images, noise)
         coefficients = process.coefficients(t)
         split = [Coefficients(*parts) for parts in zip(*(torch.split(c, sizes) for c in coefficients), strict=True)]
         noised = [process.noised(*part) for part in zip(images, noise, torch.split(t, sizes), strict=True)]
@@ -158,6 +158,9 @@ class Objective(nn.Module):
         return {TOTAL: sum(weighted[1:], start=weighted[0]), **losses}
 
 
-def _check_times(t: Tensor, batch: int) -> None:
+def _check_shapes(t: Tensor, batch: int, images: Sequence[Tensor], noise: Sequence[Tensor]) -> None:
     if t.shape != (batch,):
         raise ValueError(f"t must have shape ({batch},), not {tuple(t.shape)}")
+    for image, added in zip(images, noise, strict=True):
+        if added.shape != image.shape:
+            raise ValueError(f"noise must have the shape of its images, {tuple(image.shape)}, not {tuple(added.shape)}")

@@ -44,6 +44,10 @@ def sample(
         raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
     if labels.shape != noise.shape[:1]:
         raise ValueError(f"labels must have shape ({noise.shape[0]},) for this noise, not {tuple(labels.shape)}")
+    if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all() or times[-1] != 0:
+        raise ValueError(f"times must fall to 0, in a tensor of shape (N + 1,), not {times.tolist()}")
+    if cfg_scale is not None and not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale must be a number, not {cfg_scale}")
     num_classes = net.model.num_classes
     if num_classes:
         check_labels(labels, num_classes)
@@ -77,6 +81,8 @@ def draw_samples(
     Returns:
         float32 on the CPU, shape (N, C, H, W).
     """
+    if not len(labels) or batch < 1:
+        raise ValueError(f"at least one label and a batch of at least 1 are needed, not {len(labels)} and {batch}")
     model = net.model
     device = model.pos_embed.device
     shape = (model.in_channels, model.input_size, model.input_size)

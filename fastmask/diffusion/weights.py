@@ -17,7 +17,7 @@ from fastmask.described import from_json, to_json
 from fastmask.diffusion import EDM, Denoiser, Process
 from fastmask.diffusion.processes import PROCESSES
 from fastmask.models.layers import sincos_position
-from fastmask.models.maskdit import MaskDiT
+from fastmask.models.maskdit import MaskDiT, MaskDiTConfig
 from fastmask.models.networks import NETWORKS
 from fastmask.rundir import find_weights
 from fastmask.tensorfile import check_finite, choose_weights, read_weights, with_checksum
@@ -69,6 +69,7 @@ def load_maskdit(
         what = str(path)
         tensors, stated = read_weights(path, average)
     sizes = _read_sizes(tensors, what)
+    _check_network(stated, sizes, what)
     num_heads = _heads(stated, "num_heads", what) or num_heads or _PUBLISHED_HEADS.get(sizes["width"])
     if num_heads is None:
         raise ValueError(
@@ -200,15 +201,37 @@ def _without(weights: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor
 def _heads(stated: Mapping[str, str], name: str, what: str) -> int:
     """Return a number of heads that a file states, 0 if it states none; files of earlier versions state these alone."""
     if "network" in stated:
-        try:
-            heads: int = getattr(from_json(stated["network"], NETWORKS, "network"), name)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{what} states no network that is known: {error}") from error
+        heads: int = getattr(_network(stated, what), name)
         return heads
     text = stated.get(name, "")
     if text and not re.fullmatch(r"[1-9]\d{0,4}", text):
         raise ValueError(f"{what} states {name} {text!r}, which is no number of heads")
     return int(text or 0)
+
+
+def _check_network(stated: Mapping[str, str], sizes: Mapping[str, Any], what: str) -> None:
+    """Raise a ValueError if the network that a file states is not the network of its tensors."""
+    if "network" not in stated:
+        return
+    names = [
+        "patch_size",
+        "width",
+        "depth",
+        "decoder_depth",
+        "qk_norm",
+        *(["decoder_width"] * bool(sizes["decoder_depth"])),
+    ]
+    config = _network(stated, what)
+    differing = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != sizes[name]]
+    if differing:
+        raise ValueError(f"{what} states another network than its tensors are of: {', '.join(differing)}")
+
+
+def _network(stated: Mapping[str, str], what: str) -> MaskDiTConfig:
+    try:
+        return from_json(stated["network"], NETWORKS, "network")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} states no network that is known: {error}") from error
 
 
 def _process(stated: Mapping[str, str], what: str) -> Process | None:

@@ -93,6 +93,7 @@ class Run:
         self._lock = Presence(self.run_dir / LOCK)
         if newest:
             self._load(newest)
+            self._bad.resume(self.samples // ranks.count, self.bad_images // ranks.count)
             say(f"resuming from {newest}")
         elif config.init:
             # Without warm-up the EMA forgets slowly, as trained weights need; a freshly drawn label table would stay in

@@ -1,4 +1,5 @@
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -40,17 +41,25 @@ def test_times_of_sampling_fall_to_zero():
     assert shifted.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
 
 
+@pytest.mark.parametrize("ends", [{"t_mean": -8.0, "t_std": 0.2, "shift": 0.01}, {"t_mean": 8.0, "shift": 100.0}])
+def test_the_numbers_at_their_limits_are_finite(ends):
+    process = RectifiedFlow(**ends)
+    t = process.draw(torch.linspace(-3, 3, 101))
+    assert process.log_snr(t).isfinite().all()
+    assert all(c.isfinite().all() for c in process.coefficients(t))
+
+
 @pytest.mark.parametrize(
     ("name", "values", "rule"),
     [
-        ("t_mean", (math.inf, math.nan), "a number"),
-        ("t_std", (-0.1, math.inf, math.nan), "at least 0"),
-        ("shift", (0.0, -1.0, math.inf, math.nan), "a number above 0"),
+        ("t_mean", (-200.0, 9.0, math.inf, math.nan), "between -8.0 and 8.0"),
+        ("t_std", (-0.1, 1e30, math.inf, math.nan), "between 0 and 2.0"),
+        ("shift", (0.0, -1.0, 1e-30, 1e30, math.inf, math.nan), "between 0.01 and 100"),
     ],
 )
 def test_numbers_that_no_flow_has(name, values, rule):
     for value in values:
-        with pytest.raises(ValueError, match=f"{name} must be {rule}, not {value}"):
+        with pytest.raises(ValueError, match=re.escape(f"{name} must be {rule}, not {value}")):
             RectifiedFlow(**{name: value})
 
 

@@ -151,3 +151,11 @@ def test_a_time_for_each_sample(shape):
         objective(images, labels, None, torch.ones(shape), noise)
     with pytest.raises(ValueError, match=message):
         objective.mixed([images], labels, [None], torch.ones(shape), [noise])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (3, 3, 8, 4)])
+def test_noise_of_another_shape(shape):
+    objective = objective_of(small_net())
+    images, labels, t, _ = batch_of(objective.net)
+    with pytest.raises(ValueError, match=r"noise must have the shape of its images, \(3, 3, 8, 8\), not "):
+        objective(images, labels, None, t, torch.randn(shape))

@@ -54,3 +54,17 @@ def test_samples_do_not_depend_on_the_batches_they_are_drawn_in():
 def test_samples_of_one_label_differ():
     samples = draw_samples(small_net(), torch.tensor([1, 1, 1]), seed=0, num_steps=3)
     assert all(relative_error(samples[a], samples[b]) > 0.1 for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("times", [[0.5, 1.0, 0.0], [0.5, 0.2], [0.0], [[1.0, 0.0]]])
+def test_times_that_do_not_fall_to_zero(times):
+    with pytest.raises(ValueError, match="times must fall to 0"):
+        sample(small_net(), torch.randn(1, 3, 8, 8), torch.tensor([0]), torch.tensor(times))
+
+
+def test_what_cannot_be_drawn():
+    with pytest.raises(ValueError, match="cfg_scale must be a number, not nan"):
+        draw_samples(small_net(), torch.tensor([0]), seed=0, cfg_scale=float("nan"))
+    for labels, batch in (([], 4), ([0], 0)):
+        with pytest.raises(ValueError, match="at least one label and a batch of at least 1"):
+            draw_samples(small_net(), torch.tensor(labels, dtype=torch.int64), seed=0, batch=batch)

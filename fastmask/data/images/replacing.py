@@ -57,8 +57,13 @@ class BadImages:
 
     def __init__(self) -> None:
         self.count = self._read = 0
+        self._read_before = self._bad_before = 0
         self._named: set[int] = set()
         self._last = ""
+
+    def resume(self, read: int, bad: int) -> None:
+        """Count the images that a resumed run read before in the fraction of damaged ones."""
+        self._read_before, self._bad_before = read, bad
 
     def add(self, whole: int, bad: Bad) -> None:
         """Record a batch.
@@ -77,8 +82,9 @@ class BadImages:
             self._last = line
         self.count += len(bad)
         self._read += whole + len(bad)
-        if self._read >= LEAST and self.count > MOST * self._read:
+        read, damaged = self._read_before + self._read, self._bad_before + self.count
+        if read >= LEAST and damaged > MOST * read:
             raise ValueError(
-                f"{self.count:,} of the {self._read:,} images that were read are damaged, which is more than "
+                f"{damaged:,} of the {read:,} images that were read are damaged, which is more than "
                 f"{MOST:.0%}: --on-bad skip is for a few; the last one: {self._last}"
             )

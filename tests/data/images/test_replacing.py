@@ -140,3 +140,12 @@ def test_what_decodes_nothing_has_nothing_to_skip(tmp_path, data):
     name = str(tmp_path / data) if data.endswith(".npz") else data
     with pytest.raises(ValueError, match=r"--on-bad skip is for images that are decoded at each visit, and --data "):
         opened(name, image_size=8)
+
+
+def test_the_images_read_before_a_resume_count():
+    """Else a job that is requeued gets past the limit."""
+    bad = BadImages()
+    bad.resume(read=90, bad=9)
+    bad.add(8, [])
+    with pytest.raises(ValueError, match="11 of the 100 images that were read are damaged, which is more than 10%"):
+        bad.add(0, [(3, "x.png is damaged"), (4, "y.png is damaged")])
