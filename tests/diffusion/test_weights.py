@@ -362,7 +362,7 @@ def test_a_process_that_cannot_be(tmp_path, text, message):
     [
         (
             '{"name": "maskdit", "width": -5}',
-            "states another network than its tensors are of: width -5, decoder_width 64",
+            "states another network than its tensors are of: width -5, depth 4",
         ),
         ('{"name": "maskdit"}', "states another network than its tensors are of: width 96"),
         ('{"name": "unet"}', "states no network that is known: it names no network that is known: maskdit"),
