@@ -24,6 +24,7 @@ from fastmask.diffusion import Denoiser, MaskedDenoising, Objective
 from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
 from fastmask.kernels import Impl, Mask
+from fastmask.models.stack import all_blocks
 from fastmask.presets import PRESETS
 from fastmask.training.config import build_model, preset_config
 
@@ -76,7 +77,7 @@ def saved_tensors(preset: str, impl: Impl, precision: str, batch: int, checkpoin
 
     with fake_forward(preset, impl, precision, batch, checkpoint_blocks) as (objective, forward):
         if checkpoint_blocks:  # checkpointing holds the arguments of each block, which autograd's hooks do not see
-            for block in (block for stack in objective.net.model.stacks for block in stack.blocks):
+            for block in all_blocks(objective.net.model.stacks):
                 block.register_forward_pre_hook(
                     lambda _, args: [keep_one(t) for t in tree_leaves(args) if isinstance(t, Tensor)] and None
                 )

@@ -43,6 +43,10 @@ class EDM(Process):
         """Return 1 and sigma."""
         return torch.ones_like(t), t
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """Return -2 ln(sigma), without the logarithm of ones."""
+        return -2 * t.log()
+
     def noised(self, images: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return images + sigma * noise, without a pass over the images to scale them by 1."""
         return (images + noise * t[:, None, None, None]).to(images.dtype)

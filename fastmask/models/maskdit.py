@@ -52,16 +52,18 @@ class MaskDiTConfig:
 
     def check(self, input_size: int) -> None:
         """Raise a ValueError that names the first size that cannot be, for images of this side."""
-        check_sizes(
-            input_size,
-            self.patch_size,
-            self.width,
-            self.depth,
-            self.num_heads,
-            self.decoder_width,
-            self.decoder_depth,
-            self.decoder_num_heads,
-        )
+        if self.patch_size < 1 or input_size < self.patch_size or input_size % self.patch_size:
+            raise ValueError(f"an image side of {input_size} does not divide into patches of {self.patch_size}")
+        if self.depth < 1 or self.decoder_depth < 0:
+            raise ValueError(
+                f"depth must be at least 1 and decoder_depth at least 0, not {self.depth} and {self.decoder_depth}"
+            )
+        sides = [("", self.width, self.num_heads), ("decoder_", self.decoder_width, self.decoder_num_heads)]
+        for name, size, heads in sides if self.masked else sides[:1]:
+            if size < 4 or size % 4:
+                raise ValueError(f"{name}width must be a multiple of 4 (the position table has four parts), not {size}")
+            if heads < 1 or size % heads:
+                raise ValueError(f"{name}width {size} does not divide into {name}num_heads {heads}")
 
     def build(self, channels: int, input_size: int, num_classes: int) -> "MaskDiT":
         """Return a freshly initialised network for images of (channels, input_size, input_size)."""
@@ -116,10 +118,6 @@ class MaskDiT(nn.Module):
         super().__init__()
         self.impl = impl
         self.checkpoint_blocks = False
-        check_sizes(input_size, patch_size, width, depth, num_heads, decoder_width, decoder_depth, decoder_num_heads)
-        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.num_classes, self.qk_norm = num_classes, qk_norm
-        self.num_heads, self.decoder_num_heads = num_heads, decoder_num_heads
         self.config = MaskDiTConfig(
             patch_size=patch_size,
             width=width,
@@ -130,6 +128,10 @@ class MaskDiT(nn.Module):
             decoder_num_heads=decoder_num_heads,
             qk_norm=qk_norm,
         )
+        self.config.check(input_size)
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes, self.qk_norm = num_classes, qk_norm
+        self.num_heads, self.decoder_num_heads = num_heads, decoder_num_heads
         side = input_size // patch_size
         self.length = side**2
         values = patch_size * patch_size * in_channels
@@ -265,26 +267,3 @@ class MaskDiT(nn.Module):
             raise ValueError(
                 "a network without a decoder (decoder_depth=0) cannot fill in dropped patches: pass no mask"
             )
-
-
-def check_sizes(
-    input_size: int,
-    patch_size: int,
-    width: int,
-    depth: int,
-    num_heads: int,
-    decoder_width: int,
-    decoder_depth: int,
-    decoder_num_heads: int,
-) -> None:
-    """Raise a ValueError for the first invalid size of a network."""
-    if patch_size < 1 or input_size < patch_size or input_size % patch_size:
-        raise ValueError(f"an image side of {input_size} does not divide into patches of {patch_size}")
-    if depth < 1 or decoder_depth < 0:
-        raise ValueError(f"depth must be at least 1 and decoder_depth at least 0, not {depth} and {decoder_depth}")
-    sides = [("", width, num_heads), ("decoder_", decoder_width, decoder_num_heads)]
-    for name, size, heads in sides if decoder_depth else sides[:1]:
-        if size < 4 or size % 4:
-            raise ValueError(f"{name}width must be a multiple of 4 (the position table has four parts), not {size}")
-        if heads < 1 or size % heads:
-            raise ValueError(f"{name}width {size} does not divide into {name}num_heads {heads}")

@@ -4,7 +4,8 @@ A network is a sequence of stacks and the connections between them. Counts, cost
 activation checkpointing only use the `stacks` of a network.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,6 +44,11 @@ class Stack(NamedTuple):
     def tokens_of(self, length: int, keep: int) -> int:
         """Return the number of tokens per sample in this stack, when ``keep`` of ``length`` are kept."""
         return keep if self.tokens == "kept" else length
+
+
+def all_blocks(stacks: Iterable[Stack]) -> Iterator[nn.Module]:
+    """Yield the blocks of all stacks, in their order."""
+    return itertools.chain.from_iterable(stack.blocks for stack in stacks)
 
 
 def run_stack(

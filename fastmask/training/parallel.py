@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmask.models.maskdit import MaskDiT
+from fastmask.models.stack import all_blocks
 from fastmask.ranks import Ranks
 
 Parallel = Literal["ddp", "fsdp2", "fsdp2-grad-op"]
@@ -34,7 +35,7 @@ def shard(model: MaskDiT, parallel: Parallel, dtype: torch.dtype | None, device:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = dist.device_mesh.init_device_mesh(device.type, (ranks.count,))
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": parallel == "fsdp2"}
-    for block in (block for stack in model.stacks for block in stack.blocks):
+    for block in all_blocks(model.stacks):
         fully_shard(block, **options)
     fully_shard(model, **options)
 

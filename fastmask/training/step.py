@@ -16,6 +16,7 @@ from fastmask.data import Dataset
 from fastmask.data.loader import Batch
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, TrainingDraws, training_draws
 from fastmask.diffusion.objective import TOTAL
+from fastmask.models.stack import all_blocks
 from fastmask.ranks import Ranks
 from fastmask.training.config import TrainConfig
 from fastmask.training.ema import EMA
@@ -207,7 +208,7 @@ class TrainingStep:
         torch._dynamo.config.recompile_limit = max(_COMPILES, torch._dynamo.config.recompile_limit)
         options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
         model = self._net.model
-        modules = [self._objective] if what == "whole" else [block for stack in model.stacks for block in stack.blocks]
+        modules = [self._objective] if what == "whole" else [*all_blocks(model.stacks)]
         for module in modules:
             setattr(module, "forward", torch.compile(module.forward, **options))  # noqa: B010  (a method, to mypy)
 

@@ -3,6 +3,8 @@
 import pytest
 from util import small_net
 
+from fastmask.models.stack import all_blocks
+
 
 def test_the_stacks_of_a_masked_network():
     model = small_net().model
@@ -24,5 +26,6 @@ def test_the_stack_of_a_plain_dit():
 @pytest.mark.parametrize("decoder_depth", [0, 2])
 def test_every_block_is_in_a_stack(decoder_depth):
     model = small_net(decoder_depth=decoder_depth).model
-    listed = {id(block) for stack in model.stacks for block in stack.blocks}
-    assert listed == {id(module) for module in model.modules() if type(module).__name__ == "Block"}
+    listed = [id(block) for block in all_blocks(model.stacks)]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(module) for module in model.modules() if type(module).__name__ == "Block"}
