@@ -75,12 +75,6 @@ def test_shapes_are_those_of_the_preset_s_latents(preset, sizes):
     assert (shapes.side, shapes.channels, shapes.length, shapes.keep) == sizes
 
 
-def test_what_has_only_a_backward_is_not_timed_forward():
-    op = op_of(modulate_norm_reference, others={"another": modulate_norm_reference}, backward_only=("another",))
-    for direction, there in (("forward", False), ("forward_backward", True)):
-        assert ("another" in case_of(op, direction, shapes_of("digits", CPU)).variants) is there
-
-
 def test_least_bytes_and_operations_by_hand(everything):
     # Two images of 16 positions, 8 kept, width 96, fp32.
     tokens, modulation = 2 * 8 * 96 * 4, 2 * 96 * 4

@@ -67,7 +67,6 @@ class Op(NamedTuple):
         kernel: prefix of its kernels' names; empty if it has no kernels of its own.
         options: other arguments.
         others: implementations of other libraries, or the reason why one is missing.
-        backward_only: variants whose forward equals another's and is not timed alone.
         part: fraction of an input that is read, if not all of it.
         flops: matmul FLOPs of forward.
         backward_flops: matmul FLOPs of backward.
@@ -86,7 +85,6 @@ class Op(NamedTuple):
     kernel: str
     options: Mapping[str, Any] = {}
     others: Mapping[str, Call | str] = {}
-    backward_only: tuple[str, ...] = ()
     part: Mapping[str, float] = {}
     flops: int = 0
     backward_flops: int = 0
@@ -197,7 +195,7 @@ def case_of(
     kernels = [row for row in backends() if row.device == shapes.device.type and row.op.startswith(op.kernel)]
     gaps = [row.reason for row in kernels if row.kernel == "none" and op.kernel]
     functions["ours"] = gaps[0] if gaps else op.fused
-    functions |= {name: other for name, other in op.others.items() if both or name not in op.backward_only}
+    functions |= op.others
     if not compiler:
         functions.pop("compiled", None)  # an op can have its own reason why it is missing
 
