@@ -242,7 +242,7 @@ def test_a_gpu_that_answers_no_more_is_lost_whatever_asks_it_first(on_a_gpu):
     """To give memory back waits for the GPU too, and raises the error first."""
     with pytest.raises(DeviceLostError, match="RuntimeError: no such luck"):
         fail(on_a_gpu, answers=False)
-    assert on_a_gpu.is_done("step", "ours", preset="a")  # so the next process goes on behind it
+    assert on_a_gpu.is_done("step", "ours", preset="a")  # so the next process continues after it
 
 
 def test_a_failed_capture_ends_the_process(on_a_gpu):

@@ -54,7 +54,7 @@ def steps_said(log: Path) -> list[int]:
 
 
 def until(condition, process: multiprocessing.Process, log: Path) -> None:
-    """Return as soon as a condition holds, for a process that goes on meanwhile."""
+    """Return as soon as a condition holds, for a process that keeps running."""
     while not condition():
         assert process.is_alive(), f"it ended by itself: {log.read_text()[-2000:]}"
         time.sleep(0.001)

@@ -269,7 +269,7 @@ def has_ended(pid):
 
 @pytest.mark.once
 def test_killed_with_workers_that_have_more_to_say_than_a_pipe_takes(tmp_path):
-    """They end with it, and hold no lock, so that the command goes on at once."""
+    """They end with it, and hold no lock, so that the command resumes at once."""
     for i in range(120):
         path = tmp_path / "images" / f"{i:03}.png"
         path.parent.mkdir(exist_ok=True)

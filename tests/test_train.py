@@ -103,7 +103,7 @@ def test_going_on_from_any_checkpoint_equals_the_run_through(tmp_path, step):
 
 
 def test_the_optimizer_may_change_when_a_run_goes_on(tmp_path):
-    """Each form of AdamW goes on from the other's checkpoint, and all learn the same but for rounding."""
+    """Each form of AdamW resumes from the other's checkpoint, and all learn the same but for rounding."""
     folders = {name: tmp_path / name for name in ("torch", "adamw_ema", "both")}
     flags = ["--lr", "1e-2", "--grad-clip", "1", "--keep-checkpoints", "9", "--checkpoint-every", "3"]
     for name in ("torch", "adamw_ema"):

@@ -34,7 +34,7 @@ def test_the_bijection_holds_for_few_too(size, monkeypatch):
 @pytest.mark.parametrize("listed", [0, LISTED])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 64, 65, 121, 122])
 def test_what_follows_is_a_round_through_all(size, listed, monkeypatch):
-    """Of a list, and of the rounds and their inverse."""
+    """The order of a list, by the rounds and by their inverse."""
     monkeypatch.setattr(order, "LISTED", listed)
     rounds = [[0] for _ in range(2)]
     for seed, ids in enumerate(rounds):
@@ -47,7 +47,7 @@ def test_what_follows_is_a_round_through_all(size, listed, monkeypatch):
 
 @pytest.mark.parametrize("size", [LISTED + 1, 1_281_167, 10**12])
 def test_what_follows_among_many(size):
-    """The inverse of the rounds is one: the order goes on from an id as from its position."""
+    """The rounds have an inverse: the order continues from an id as from its position."""
     places = np.array([0, 1, size // 3, size - 2])
     ids = shuffled(5, order._REPLACING, np.append(places, places + 1), size)
     assert [following(5, item, size) for item in ids[:4].tolist()] == ids[4:].tolist()

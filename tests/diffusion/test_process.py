@@ -60,7 +60,7 @@ def test_the_loss_is_the_error_of_what_is_predicted(impl):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_solvers_follow_it(solver):
-    """Of data at one point every path ends there."""
+    """If all data are one point, every path ends there."""
     point = torch.full((2, 1, 2, 2), 0.3, dtype=torch.float64)
     process, noise = Cosine(), torch.randn(2, 1, 2, 2, dtype=torch.float64)
     ends = [SOLVERS[solver](lambda x, t: point, process, noise, process.times(n)) for n in (20, 200)]

@@ -22,7 +22,7 @@ def attention_macs(tokens: int, width: int, depth: int) -> int:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
 def test_formula_equals_operator_count(preset, masked):
-    """Of two blocks of each kind, all alike; of all of them in the preset that the project is judged by."""
+    """Two blocks of each kind, since all are alike; XL/2 with all of them."""
     config = preset_config(preset, PRESETS)
     if preset != "xl2-in256":
         depths = {name: min(2, getattr(config.network, name)) for name in ("depth", "decoder_depth")}

@@ -61,7 +61,7 @@ class Trained:
         return load_checkpoint(folder, self.net, self.ema.weights, self.optimizer, self.profiles)
 
     def tensors(self):
-        """Return copies of all there is to go on with, by name."""
+        """Return copies of the state that a run resumes from, by name."""
         found = {f"net/{name}": tensor for name, tensor in self.net.state_dict().items()}
         found |= {f"ema/{name}": tensor for name, tensor in self.ema.weights.items()}
         for profile in self.profiles:
@@ -172,7 +172,7 @@ def test_a_failed_write_leaves_the_earlier_ones(tmp_path, trained, monkeypatch, 
 
 
 class Held:
-    """Lets the thread that writes go on when a test says so."""
+    """Holds the writing thread until a test releases it."""
 
     def __init__(self, monkeypatch):
         self.go_on = threading.Event()
@@ -219,7 +219,7 @@ def test_a_second_call_waits_for_the_first(tmp_path, trained, monkeypatch):
 
 
 def test_snapshots_are_there_before_the_checkpoint(tmp_path, trained, monkeypatch):
-    """A run that is killed between them goes on from before them, and writes them then."""
+    """A run that is killed between them resumes from before them, and writes them then."""
     rename = type(tmp_path).rename
     monkeypatch.setattr(type(tmp_path), "rename", lambda *args: [seen.extend(snapshots(tmp_path)), rename(*args)])
     seen = []

@@ -45,7 +45,7 @@ def content(path):
 def go_on(rank, folder):
     """Load what one process saved, and save it again from two."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=PROCESSES)
     warned = []
     found = newest_good(folder / "plain", warned.append)
     assert found == folder / "plain" / "checkpoints" / "step-00000003"

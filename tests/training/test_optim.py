@@ -153,7 +153,7 @@ def test_the_closure_is_called_with_gradients():
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_states_interchange_with_torch(fused):
-    """Either goes on from the other's state as from its own."""
+    """Either resumes from the other's state as from its own."""
     mine, theirs = Net(), Net()
     optimizer, _ = ours(mine)
     adamw = torch.optim.AdamW(theirs.parameters(), **HYPER, fused=fused)

@@ -42,10 +42,10 @@ def trained(net, inputs):
     return [*net.parameters(), *(t for ema in emas for t in ema.weights.values()), *moments], optimizer
 
 
-def compare(rank, meeting):
+def compare(rank, rendezvous):
     """Train in this process of two, and hold what all have to what one process gets."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
     inputs = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(4))
     expected, _ = trained(network(), inputs)
     net = network()
@@ -62,4 +62,4 @@ def compare(rank, meeting):
 
 
 def test_two_processes_do_the_step_of_one(tmp_path):
-    run_ranks(compare, tmp_path / "meeting", processes=PROCESSES)
+    run_ranks(compare, tmp_path / "rendezvous", processes=PROCESSES)

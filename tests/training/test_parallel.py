@@ -129,7 +129,7 @@ def test_two_ranks_killed_go_on_in_the_same_bits_and_one_rank_alike(tmp_path, al
         shutil.rmtree(later)
     train_on_two(killed, "--parallel", parallel)
     assert_same_run(whole, killed)
-    # The same run goes on with another number of ranks.
+    # The same run resumes with another number of ranks.
     for later in checkpoints(killed)[1:]:
         shutil.rmtree(later)
     main(["--run-dir", str(killed), *FLAGS])

@@ -144,7 +144,7 @@ def test_what_dali_takes_pillow_takes_too(dali):
 
 
 def test_parts_in_order_with_others_in_between(dali):
-    """Parts of JPEG files, of pixels, of both, and with a damaged one; DALI goes on behind it."""
+    """Parts of JPEG files, of pixels, of both, and with a damaged one; DALI continues after it."""
     files, plain = [jpeg(70, 64 + i, i) for i in range(6)], np.full((3, 64, 64), 7, np.uint8)
     parts = [
         files[:2],

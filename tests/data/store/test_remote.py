@@ -309,7 +309,7 @@ def test_nothing_answers(url, capsys, monkeypatch):
         f"warning: {url}/manifest.json cannot be read (OSError: no route to host): continuing with the"
     )
     assert said.endswith(f" in {folder}")
-    # Where several machines train, they must not go on with copies of several days.
+    # Where several machines train, they must not continue with copies of several days.
     monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match=f"no route to host.*; {folder} is a whole copy of .* give its path"):
