@@ -46,12 +46,12 @@ def fake_forward(
         checkpoint_blocks: recompute the blocks in backward.
     """
     config = preset_config(preset, PRESETS)
-    size = config.image_size // 8
+    size = config.data.image_size // 8
     with FakeTensorMode():
         model = build_model(config, 4, size)
         model.impl, model.checkpoint_blocks = impl, checkpoint_blocks
         objective = Objective(Denoiser(model, config.process), [MaskedDenoising()])
-        keep = kept_count(model.length, config.mask_ratio)
+        keep = kept_count(model.length, config.masking.mask_ratio)
         mask = None
         if keep < model.length:
             ids_keep = torch.zeros(batch, keep, dtype=torch.int32)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.tables import header, line
+from fastmask.cost.plan import workload_of
 from fastmask.cost.predict import ASSUMED, Assumptions, predict_run
 from fastmask.cost.work import RESERVE, memory_of, work_of
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective
@@ -74,15 +75,15 @@ def count_step(preset: str, precision: str) -> Count:
 
 def network(config: TrainConfig) -> MaskDiT:
     """Return the network of a preset, without its weights."""
-    pixels = config.data == "digits"
+    pixels = config.data.data == "digits"
     with torch.device("meta"):
-        return build_model(config, 1 if pixels else 4, config.image_size // (1 if pixels else 8))
+        return build_model(config, 1 if pixels else 4, config.data.image_size // (1 if pixels else 8))
 
 
 def counts(config: TrainConfig, model: MaskDiT, precision: str, size: float) -> Iterator[tuple[str, str]]:
     """Yield name and value of each counted quantity."""
-    keep = kept_count(model.length, config.mask_ratio)
-    work, memory = (f(model, config.mask_ratio, precision) for f in (work_of, memory_of))
+    keep = kept_count(model.length, config.masking.mask_ratio)
+    work, memory = (f(model, config.masking.mask_ratio, precision) for f in (work_of, memory_of))
     yield "parameters", f"{num_parameters(model) / 1e6:.1f}M"
     yield "patches kept", f"{keep} of {model.length}"
     yield "training, per image", f"{work.flops / 1e9:.1f} GFLOP"
@@ -118,9 +119,9 @@ def predictions(
         runs = recipe(preset)
         for config in runs:
             model, used = network(config), precision_of(config, precision)
-            run = predict_run(config, model, gpu, used, count, assumed)
+            run = predict_run(workload_of(config), model, gpu, used, count, assumed)
             hours += run.gpu_hours
-            flops = work_of(model, config.mask_ratio, used).flops
+            flops = work_of(model, config.masking.mask_ratio, used).flops
             mfu = flops * run.images_per_s / count / gpu.peak(used)
             yield [
                 config.preset,
@@ -140,7 +141,7 @@ def predictions(
 
 def precision_of(config: TrainConfig, asked: str | None) -> str:
     """Return the precision of a run: the requested one, or the preset's; "auto" is bf16 on these GPUs."""
-    return asked or ("bf16" if config.precision == "auto" else config.precision)
+    return asked or ("bf16" if config.machine.precision == "auto" else config.machine.precision)
 
 
 def main() -> None:
@@ -173,7 +174,7 @@ def main() -> None:
         lines.append(f"{gpu.name}: {peaks} TFLOP/s, {gpu.bandwidth / 1e9:,.0f} GB/s ({gpu.source})")
     sys.stdout.write("\n".join(lines) + "\n")
     if options.count:
-        work, counted = work_of(model, config.mask_ratio, precision), count_step(options.preset, precision)
+        work, counted = work_of(model, config.masking.mask_ratio, precision), count_step(options.preset, precision)
         sys.stdout.write("\nformula, and the operators of a step:\n")
         for name, value in counted._asdict().items():
             sys.stdout.write(f"{name}: {getattr(work, name):,.0f} by formula, {value:,.0f} counted\n")
@@ -211,12 +212,12 @@ def _arguments() -> tuple[argparse.Namespace, Assumptions]:
 
 def _operators(preset: str, precision: str, batch: int) -> _Operators:
     config = preset_config(preset, PRESETS)
-    size = config.image_size // 8
+    size = config.data.image_size // 8
     with FakeTensorMode():
         model = build_model(config, 4, size)
         model.impl = "fused"
         objective = Objective(Denoiser(model, config.process), [MaskedDenoising()])
-        keep = kept_count(model.length, config.mask_ratio)
+        keep = kept_count(model.length, config.masking.mask_ratio)
         mask = None
         if keep < model.length:
             ids = (torch.zeros(batch, length, dtype=torch.int32) for length in (keep, model.length))
@@ -238,7 +239,7 @@ def _bytes(t: Tensor) -> int:
 
 
 def _one_ratio(config: TrainConfig) -> bool:
-    return config.mask_schedule == "constant" and config.unmask_steps == 0
+    return config.masking.mask_schedule == "constant" and config.masking.unmask_steps == 0
 
 
 def _money(hours: float, price: float | None) -> str:

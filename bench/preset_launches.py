@@ -62,7 +62,7 @@ def preset_cases(widths: list[int]) -> Iterator[Case]:
         if not {sizes.width, *([sizes.decoder_width] if sizes.decoder_depth else [])} <= {*widths}:
             continue
         # "auto" is bf16 on GPUs that support it, and fp32 on others.
-        for precision in ("bf16", "fp32") if config.precision == "auto" else (config.precision,):
+        for precision in ("bf16", "fp32") if config.machine.precision == "auto" else (config.machine.precision,):
             for form, calls in _passes(config, precision):
                 for call in calls.launches(precision):
                     yield f"{name} {precision} {form}", call
@@ -76,7 +76,7 @@ def preset_cases(widths: list[int]) -> Iterator[Case]:
 def _passes(config: TrainConfig, precision: str) -> Iterator[tuple[str, _Calls]]:
     """Yield the calls of a micro-batch that keeps all positions, the preset's number, and unequal numbers."""
     length = (_side(config) // config.network.patch_size) ** 2
-    for keep in sorted({length, kept_count(length, config.mask_ratio)}, reverse=True):
+    for keep in sorted({length, kept_count(length, config.masking.mask_ratio)}, reverse=True):
         yield f"K={keep}", _pass(config, precision, keep, "constant")
         if keep < length:
             yield "packed", _pass(config, precision, keep, _PER_SAMPLE)
@@ -84,7 +84,7 @@ def _passes(config: TrainConfig, precision: str) -> Iterator[tuple[str, _Calls]]
 
 def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> _Calls:
     network = dataclasses.replace(config.network, depth=1, decoder_depth=min(1, config.network.decoder_depth))
-    config = dataclasses.replace(config, network=network)
+    config = config.replace(network=network)
     batch, dtype = config.micro_batch, _DTYPES.get(precision)
     with FakeTensorMode(), _Calls() as calls:
         model = _network(config)
@@ -92,15 +92,15 @@ def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> _C
         objective = Objective(Denoiser(model, config.process), [MaskedDenoising()])
         images = torch.empty(batch, model.in_channels, model.input_size, model.input_size)
         seed = offset = torch.empty((), dtype=torch.int64)
-        ratios = parse_per_sample(per_sample, config.mask_ratio)
+        ratios = parse_per_sample(per_sample, config.masking.mask_ratio)
         draws = training_draws(
             config.process,
             images,
             torch.empty(batch, dtype=torch.int64),
             seed=seed,
             offset=offset,
-            num_classes=config.num_classes,
-            label_drop=config.label_drop,
+            num_classes=config.data.num_classes,
+            label_drop=config.objective.label_drop,
             length=model.length,
             keep=keep,
             per_sample=ratios,
@@ -122,13 +122,13 @@ def _updates(config: TrainConfig) -> Iterator[tuple[str, _Calls]]:
             model = _network(config)
             for name, parameter in model.named_parameters():
                 parameter.grad = torch.empty_like(parameter) if masked or name != "mask_token" else None
-            averages = [(config.ema_decay, [torch.empty_like(p) for p in model.parameters()])]
+            averages = [(config.ema.ema_decay, [torch.empty_like(p) for p in model.parameters()])]
             AdamWEMA(model.parameters(), averages=averages, impl="fused").step()
         yield "masked update" if masked else "update", calls
 
 
 def _side(config: TrainConfig) -> int:
-    return config.image_size // 8 if _of_latents(config) else config.image_size
+    return config.data.image_size // 8 if _of_latents(config) else config.data.image_size
 
 
 def _network(config: TrainConfig) -> MaskDiT:
@@ -136,7 +136,7 @@ def _network(config: TrainConfig) -> MaskDiT:
 
 
 def _of_latents(config: TrainConfig) -> bool:
-    return config.data != "digits"  # the digits are pixels
+    return config.data.data != "digits"  # the digits are pixels
 
 
 def _without_data(t: Tensor) -> Tensor:

@@ -183,10 +183,10 @@ class Op(NamedTuple):
 def ops(preset: str, low: torch.dtype) -> Iterator[Op]:
     """Yield the ops of a preset's network: fp32 residual, other tensors in ``low``."""
     config = preset_config(preset, PRESETS)
-    network, side = config.network, config.image_size // 8
+    network, side = config.network, config.data.image_size // 8
     patch, width, narrow = network.patch_size, network.width, network.decoder_width
     length = (side // patch) ** 2
-    keep = kept_count(length, config.mask_ratio)
+    keep = kept_count(length, config.masking.mask_ratio)
     # Norms of the encoder's blocks.
     x, branch = empty(_BATCH, keep, width), empty(_BATCH, keep, width, dtype=low)
     flat, low_flat, stats = x.view(-1, width), branch.view(-1, width), empty(2, _BATCH * keep)

@@ -10,27 +10,22 @@ import signal
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 import torch
 
-from fastmask.cli import parse, pick_device, run_command
+from fastmask.cli import parse, run_command
 from fastmask.console import say
-from fastmask.cost.plan import print_plan
-from fastmask.cost.work import RESERVE, memory_of
-from fastmask.data import Dataset, open_data
-from fastmask.data.images.dataset import ImageDataset
-from fastmask.data.in_memory import ImageArray
+from fastmask.cost.plan import print_plan, workload_of
+from fastmask.cost.work import RESERVE
+from fastmask.data import Dataset
 from fastmask.files import locked
 from fastmask.models.counts import num_parameters
 from fastmask.presets import PRESETS
-from fastmask.ranks import Ranks, from_first, is_lost_rank, own_device, process_group, signal_if_torchrun_dies
+from fastmask.ranks import Ranks, from_first, is_lost_rank, process_group, signal_if_torchrun_dies
 from fastmask.training.checkpoint import Checkpointer, checkpoints
 from fastmask.training.config import (
     TrainConfig,
     build_model,
-    check_config,
-    check_ranges,
     fit_stages,
     preset_config,
     refuse_foreign_flags,
@@ -74,10 +69,10 @@ def main(argv: Sequence[str]) -> None:
     config = fit_stages(command.config, preset, given)
     if config != command.config:
         say(
-            f"max_steps {config.max_steps} of the preset's {preset.max_steps}: unmask_steps {config.unmask_steps}, "
-            f"warmup_steps {config.warmup_steps}"
+            f"max_steps {config.max_steps} of the preset's {preset.max_steps}: unmask_steps "
+            f"{config.masking.unmask_steps}, warmup_steps {config.optim.warmup_steps}"
         )
-    check_ranges(config)
+    config.check()
     config = resolve_machine(config, ranks)
     if command.dry_run:
         dry_run(config, preset, given)
@@ -85,77 +80,30 @@ def main(argv: Sequence[str]) -> None:
     # From here on a stop signal ends the run cleanly.
     with stop_signals() as signals:
         config, dataset = resolve_data(config, preset, given)
-        with process_group(ranks, torch.device(config.device)):
+        with process_group(ranks, torch.device(config.machine.device)):
             train(config, dataset, ranks, profile=command.profile, signals=signals)
 
 
 def resolve_machine(config: TrainConfig, ranks: Ranks = Ranks()) -> TrainConfig:  # noqa: B008  (immutable)
     """Return the configuration with "auto" and empty fields resolved: run folder, device, precision, micro-batch, .."""
-    device = own_device(pick_device(config.device), ranks)
-    precision = _resolve_precision(config, device)
-    optimizer = resolve_optimizer(config.optimizer, device)
-    if config.optimizer == "auto":
+    machine = config.machine.resolved(ranks, config.batch_size)
+    kind = torch.device(machine.device).type
+    optimizer = resolve_optimizer(config.optim.optimizer, torch.device(machine.device))
+    if config.optim.optimizer == "auto":
         has = "a" if optimizer == "adamw_ema" else "no"
-        say(f"optimizer {optimizer}, since adamw_ema has {has} kernel on {device.type}")
-    share, rest = divmod(config.batch_size, ranks.count)
-    if rest:
-        raise ValueError(f"batch_size {config.batch_size} does not divide among {ranks.count} processes")
-    micro = min(config.micro_batch_size or share, share)
-    if share % micro:
-        raise ValueError(f"a process's share of {share} images does not divide into parts of micro_batch_size {micro}")
-    return dataclasses.replace(
-        config,
-        device=str(device),
-        precision=precision,
-        optimizer=optimizer,
-        run_dir=config.run_dir or f"runs/{_run_name(config)}",
-        micro_batch_size=micro,
-        compile=_resolve_compile(config, device, ranks),
-        cuda_graphs=_resolve_graphs(config, device, ranks),
-    )
+        say(f"optimizer {optimizer}, since adamw_ema has {has} kernel on {kind}")
+    run_dir = config.run_dir or f"runs/{_run_name(config)}"
+    return dataclasses.replace(config, machine=machine).replace(run_dir=run_dir, optimizer=optimizer)
 
 
 def _run_name(config: TrainConfig) -> str:
     """Return a name for the run folder: the preset, followed by the name of the data unless it is the preset's."""
-    if config.data == preset_config(config.preset, PRESETS).data:
+    name = config.data.data
+    if name == preset_config(config.preset, PRESETS).data.data:
         return config.preset
-    path = re.split(r"[?#]", config.data)[0] if "://" in config.data else config.data  # no signature in a name
+    path = re.split(r"[?#]", name)[0] if "://" in name else name  # no signature in a name
     data = re.sub(r"[^A-Za-z0-9._-]+", "-", path.rstrip("/").rpartition("/")[2]).strip("-.")
     return f"{config.preset}-{data}" if data else config.preset
-
-
-def _resolve_precision(config: TrainConfig, device: torch.device) -> Literal["fp32", "tf32", "bf16", "fp16"]:
-    """Return the precision of matmuls; bf16 and tf32 need hardware support, since some GPUs emulate bf16 slowly."""
-    if device.type != "cuda":
-        return "fp32" if config.precision == "auto" else config.precision
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == "auto":
-        if not has_bf16:
-            say(f"precision fp16, since {torch.cuda.get_device_name(device)} has no bf16")
-        return "bf16" if has_bf16 else "fp16"
-    if config.precision in ("bf16", "tf32") and not has_bf16:
-        raise ValueError(
-            f"--precision {config.precision} needs a GPU of compute capability 8.0 or more, which "
-            f"{torch.cuda.get_device_name(device)} has not: give fp16 or fp32"
-        )
-    return config.precision
-
-
-def _resolve_compile(config: TrainConfig, device: torch.device, ranks: Ranks) -> Literal["none", "block", "whole"]:
-    if config.compile == "whole" and ranks.count > 1 and config.parallel != "ddp":
-        raise ValueError("--compile whole cannot hold the gathering of weights by fsdp2: give --compile block")
-    if config.compile == "whole" and config.activation_checkpointing == "block":
-        raise ValueError("--activation-checkpointing block recomputes compiled blocks: give --compile block or none")
-    if config.compile == "auto":
-        return "block" if device.type == "cuda" else "none"
-    return config.compile
-
-
-def _resolve_graphs(config: TrainConfig, device: torch.device, ranks: Ranks) -> Literal["on", "off"]:
-    can = device.type == "cuda" and ranks.count == 1
-    if config.cuda_graphs == "on" and not can:
-        raise ValueError(f"--cuda-graphs on works on one GPU, not on {ranks.count} x {device.type}: give auto or off")
-    return "on" if can and config.cuda_graphs != "off" else "off"
 
 
 def resolve_data(
@@ -165,33 +113,14 @@ def resolve_data(
 
     Args:
         config: the configuration.
-        preset: the preset's configuration. A dataset other than the preset's sets the number of classes, and pixels of
-            an array set the image size.
+        preset: the preset's configuration, see `DataConfig.open`.
         given: fields set on the command line, which the dataset does not override.
         fetch: whether to download a dataset at a URL, instead of reading its description only.
     """
-    own = config.data != preset.data and config.data not in ("digits", "synthetic")
-    from_data = own and config.num_classes == preset.num_classes and "num_classes" not in given
-    keep_side = own and "image_size" not in given
-    dataset = open_data(
-        config.data,
-        image_size=config.image_size,
-        num_classes=None if from_data else config.num_classes,
-        flip=config.flip,
-        decoder=config.decoder,
-        vae=config.vae if config.data_source == "images" else "",
-        skip_seed=config.seed if config.on_bad == "skip" else None,
-        device=torch.device(config.device),
-        fetch=fetch,
-        keep_side=keep_side,
-    )
-    if keep_side and isinstance(dataset, ImageArray | ImageDataset) and config.data_source != "images":
-        config = dataclasses.replace(config, image_size=dataset.shape[1])
-    if isinstance(dataset, ImageDataset):
-        by = "DALI" if dataset.decoder == "dali" else "Pillow"
-        say(f"{config.data}: JPEG files decoded by {by}")
-    config = dataclasses.replace(config, num_classes=dataset.num_classes)
-    check_config(config, dataset.shape[1])
+    device = torch.device(config.machine.device)
+    data, dataset = config.data.open(preset.data, given, seed=config.seed, device=device, fetch=fetch)
+    config = dataclasses.replace(config, data=data)
+    config.network.check(dataset.shape[1])
     return config, dataset
 
 
@@ -203,17 +132,19 @@ def dry_run(config: TrainConfig, preset: TrainConfig, given: Collection[str] = (
         preset: as in `resolve_data`.
         given: as in `resolve_data`.
     """
-    channels, size = 4, config.image_size // 8
-    if config.data != preset.data or config.data == "digits" or Path(config.data).exists():
+    channels, size = 4, config.data.image_size // 8
+    name = config.data.data
+    is_missing = name == preset.data.data and name != "digits" and not Path(name).exists()
+    if is_missing:
+        config.network.check(size)
+    else:
         config, dataset = resolve_data(config, preset, given, fetch=False)
         channels, size, _ = dataset.shape
-    else:
-        check_config(config, size)
     with torch.device("meta"):
         model = build_model(config, channels, size)
     print_plan(config, model)
-    if config.data == preset.data and config.data != "digits" and not Path(config.data).exists():
-        say(f"{config.data} does not exist yet; its shape was taken from the preset")
+    if is_missing:
+        say(f"{name} does not exist yet; its shape was taken from the preset")
 
 
 def train(
@@ -238,7 +169,7 @@ def train(
         OSError: the run folder cannot be written.
         SystemExit: a signal stopped the run; a checkpoint has been written.
     """
-    set_numerics(config)
+    set_numerics(config.machine.precision)
     torch.manual_seed(config.seed)
     channels, size, _ = dataset.shape
     check_memory(config, channels, size, ranks)
@@ -279,18 +210,19 @@ def introduce(run: Run, dataset: Dataset) -> None:
     """Print the dataset, the network, the device and the TensorBoard command."""
     config = run.config
     shape = " x ".join(map(str, dataset.shape))
-    if config.data in ("digits", "synthetic"):
+    data = config.data.data
+    if data in ("digits", "synthetic"):
         names = list(map(str, dataset.class_names[:4]))
         shown = f" ({', '.join(names)}{', ...' if dataset.num_classes > len(names) else ''})" if names else ""
         classes = f"{dataset.num_classes} classes{shown}" if dataset.num_classes else "no classes"
-        say(f"data {config.data}: {len(dataset):,} images of {shape}, {classes}")
+        say(f"data {data}: {len(dataset):,} images of {shape}, {classes}")
     else:  # opening the dataset has printed its number of images and classes
-        say(f"data {config.data}: trained on as {shape}")
+        say(f"data {data}: trained on as {shape}")
     count = num_parameters(run.net.model)
     parameters = f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
     say(
-        f"network of {parameters} parameters, precision {config.precision}, on "
-        f"{run.ranks.count} x {config.device}: {config.run_dir}"
+        f"network of {parameters} parameters, precision {config.machine.precision}, on "
+        f"{run.ranks.count} x {config.machine.device}: {config.run_dir}"
     )
     if importlib.util.find_spec("tensorboard"):
         say(f"figures: tensorboard --logdir {run.run_dir / 'tensorboard'}")
@@ -300,14 +232,14 @@ def check_tools(config: TrainConfig) -> None:
     """Raise a ValueError if Pillow (for sample grids) or a compiler is needed and missing."""
     if config.sample_every and not importlib.util.find_spec("PIL"):
         raise ValueError("drawing samples needs pillow: pip install pillow, or train with --sample-every 0")
-    if config.compile == "none":
+    if config.machine.compile == "none":
         return
-    on_gpu = config.device.startswith("cuda")
+    on_gpu = config.machine.device.startswith("cuda")
     language, variable, names = ("C", "CC", ("cc", "gcc", "clang")) if on_gpu else ("C++", "CXX", ("g++", "clang++"))
     if not any(map(shutil.which, (os.environ.get(variable) or names[0], *names))):
         raise ValueError(
-            f"--compile {config.compile} needs a {language} compiler, and there is none of {', '.join(names)}: install "
-            f"one, or give --compile none"
+            f"--compile {config.machine.compile} needs a {language} compiler, and there is none of {', '.join(names)}: "
+            f"install one, or give --compile none"
         )
 
 
@@ -315,11 +247,9 @@ def check_memory(config: TrainConfig, channels: int, size: int, ranks: Ranks) ->
     """Raise a ValueError that suggests a smaller micro-batch if a step needs more memory than the device has."""
     with torch.device("meta"):
         model = build_model(config, channels, size)
-    ratio = min(config.ratio_at(step) for step in (0, config.max_steps - 1))
-    again, averages = config.activation_checkpointing == "block", 1 + len(config.ema_widths)
-    memory = memory_of(model, ratio, config.precision, averages=averages, checkpoint_blocks=again)
-    fixed = memory.fixed if config.parallel == "ddp" else memory.fixed // ranks.count
-    device = torch.device(config.device)
+    memory = workload_of(config).memory(model, config.machine.precision)
+    fixed = memory.fixed if config.machine.parallel == "ddp" else memory.fixed // ranks.count
+    device = torch.device(config.machine.device)
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[1]
     else:
@@ -329,7 +259,7 @@ def check_memory(config: TrainConfig, channels: int, size: int, ranks: Ranks) ->
     if needed <= there:
         return
     fits = int((there - fixed) * (1 - RESERVE) // memory.per_image)
-    has = f"{config.device} has {there / 2**30:.1f} GiB"
+    has = f"{config.machine.device} has {there / 2**30:.1f} GiB"
     if fits < 1:
         raise ValueError(
             f"weights, gradients, AdamW's moments and averages take {fixed / 2**30:.1f} GiB, {has}: choose a smaller "

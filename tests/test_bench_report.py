@@ -254,7 +254,9 @@ def test_goals_know_the_operations():
     for form, side, _, gmac in report.GOALS:
         config = preset_config(f"{'dit-' if form == 'dense' else ''}xl2-in{side}", PRESETS)
         model = network(config)
-        assert forward_macs(model, kept_count(model.length, config.mask_ratio)) / 1e9 == pytest.approx(gmac, abs=0.005)
+        assert forward_macs(model, kept_count(model.length, config.masking.mask_ratio)) / 1e9 == pytest.approx(
+            gmac, abs=0.005
+        )
 
 
 def test_plots_are_drawn_of_rows(tmp_path):

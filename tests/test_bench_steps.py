@@ -192,7 +192,7 @@ def tiny(size, image_size, form):
     sizes = {"width": 16, "depth": 1, "num_heads": 2}
     if config.network.decoder_depth:
         sizes |= {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}
-    return dataclasses.replace(config, network=dataclasses.replace(config.network, **sizes))
+    return config.replace(network=dataclasses.replace(config.network, **sizes))
 
 steps.config_of = tiny
 rows.RESULTS = Path(__file__).parent / "results"

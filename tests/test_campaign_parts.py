@@ -251,5 +251,5 @@ def test_both_stages_are_trained():
     losses = digits.train(digits.tiny_config(), CPU, bf16=False)
     assert len(losses) == 6
     assert digits.means(losses, 2) == [round((a + b) / 2, 6) for a, b in zip(losses[::2], losses[1::2], strict=True)]
-    ratios = [digits.full_config().ratio_at(step) for step in (0, 299, 300, 399)]
+    ratios = [digits.full_config().masking.ratio_at(step, 400) for step in (0, 299, 300, 399)]
     assert ratios == [0.5, 0.5, 0.0, 0.0]

@@ -27,8 +27,8 @@ def test_the_gpu_of_a_run_is_the_current_one(monkeypatch, ranks):
     cuda = FakeCuda().install(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    config = resolve_machine(TrainConfig(device="cuda:2", optimizer="torch"), ranks)
-    assert config.device == "cuda:2"
+    config = resolve_machine(TrainConfig.of(device="cuda:2", optimizer="torch"), ranks)
+    assert config.machine.device == "cuda:2"
     assert cuda.current == 2
 
 

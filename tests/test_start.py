@@ -62,7 +62,7 @@ def test_the_stages_of_a_short_run(tmp_path, capsys):
     ],
 )
 def test_a_run_folder_has_the_name_of_preset_and_data(preset, data, name):
-    config = TrainConfig(preset=preset, data=data, device="cpu", optimizer="torch")
+    config = TrainConfig.of(preset=preset, data=data, device="cpu", optimizer="torch")
     assert resolve_machine(config).run_dir == f"runs/{name}"
 
 
@@ -70,7 +70,7 @@ XL = {"image_size": 256, "network": preset_config("xl2-in256", PRESETS).network}
 
 
 def test_too_little_memory_says_what_fits(monkeypatch):
-    config = TrainConfig(**XL, batch_size=128, device="cpu", precision="fp32")
+    config = TrainConfig.of(**XL, batch_size=128, device="cpu", precision="fp32")
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 2**30 // 4096}[name])
     with pytest.raises(ValueError, match=r"a step takes \d+.\d GiB with 128 images at a time, cpu has 24.0 GiB: give "):
         check_memory(config, 4, 32, Ranks())
@@ -78,12 +78,12 @@ def test_too_little_memory_says_what_fits(monkeypatch):
         check_memory(config, 4, 32, Ranks())
     micro = int(str(said.value).split("--micro-batch-size ")[1].split(",")[0])
     check_memory(
-        TrainConfig(**XL, batch_size=128, micro_batch_size=micro, device="cpu", precision="fp32"), 4, 32, Ranks()
+        TrainConfig.of(**XL, batch_size=128, micro_batch_size=micro, device="cpu", precision="fp32"), 4, 32, Ranks()
     )
     monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 8 * 2**30 // 4096}[name])
     with pytest.raises(ValueError, match=r"AdamW's moments and averages take .* GiB, cpu has 8.0 GiB: choose a"):
         check_memory(config, 4, 32, Ranks())
-    check_memory(TrainConfig(device="cpu", precision="fp32"), 1, 8, Ranks())
+    check_memory(TrainConfig.of(device="cpu", precision="fp32"), 1, 8, Ranks())
 
 
 @pytest.mark.parametrize(("device", "language"), [("cpu", r"C\+\+"), ("cuda:0", "C")])
@@ -91,16 +91,16 @@ def test_no_compiler_is_one_line(monkeypatch, tmp_path, device, language):
     monkeypatch.setenv("PATH", str(tmp_path))
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)
-    config = TrainConfig(device=device, compile="block", sample_every=0)
+    config = TrainConfig.of(device=device, compile="block", sample_every=0)
     with pytest.raises(ValueError, match=rf"--compile block needs a {language} compiler, .* give --compile none"):
         check_tools(config)
-    check_tools(TrainConfig(device=device, compile="none", sample_every=0))
+    check_tools(TrainConfig.of(device=device, compile="none", sample_every=0))
 
 
 def test_what_draws_samples_is_looked_for_before_the_first_step(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"drawing samples needs pillow: .*--sample-every 0"):
-        check_tools(TrainConfig(sample_every=10, compile="none"))
+        check_tools(TrainConfig.of(sample_every=10, compile="none"))
 
 
 def test_a_signal_before_the_first_step_is_said(capsys):

@@ -180,7 +180,7 @@ def emulates_bf16(monkeypatch, emulates: bool) -> None:
 @pytest.mark.parametrize(("emulates", "precision"), [(True, "fp16"), (False, "bf16")])
 def test_auto_takes_bf16_only_of_a_gpu_that_has_it(monkeypatch, capsys, emulates, precision):
     emulates_bf16(monkeypatch, emulates)
-    assert resolve_machine(TrainConfig(optimizer="torch")).precision == precision
+    assert resolve_machine(TrainConfig.of(optimizer="torch")).machine.precision == precision
     assert ("precision fp16, since Tesla T4 has no bf16" in capsys.readouterr().out) == emulates
 
 
@@ -189,7 +189,7 @@ def test_a_precision_that_the_gpu_lacks_is_refused(monkeypatch, precision):
     emulates_bf16(monkeypatch, emulates=True)
     message = f"--precision {precision} needs a GPU of compute capability 8.0 or more, which Tesla T4 has not"
     with pytest.raises(ValueError, match=message):
-        resolve_machine(TrainConfig(precision=precision, optimizer="torch"))
+        resolve_machine(TrainConfig.of(precision=precision, optimizer="torch"))
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])

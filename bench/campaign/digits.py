@@ -8,7 +8,6 @@ dataset "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak; CC 
         images=d.images.astype('uint8'), labels=d.target.astype('uint8'))"
 """
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -42,14 +41,14 @@ BAND = 0.03
 
 def full_config() -> TrainConfig:
     """Return the preset, shortened to a minute and a half on a CPU core."""
-    return dataclasses.replace(preset_config("digits", PRESETS), max_steps=400, unmask_steps=100, seed=0)
+    return preset_config("digits", PRESETS).replace(max_steps=400, unmask_steps=100, seed=0)
 
 
 def tiny_config() -> TrainConfig:
     """Return a configuration that trains in a second."""
     network = MaskDiTConfig(width=16, depth=1, decoder_width=16, decoder_depth=1)
     steps = {"max_steps": 6, "unmask_steps": 2, "warmup_steps": 2}
-    return dataclasses.replace(full_config(), network=network, batch_size=16, **steps)
+    return full_config().replace(network=network, batch_size=16, **steps)
 
 
 def load_scans() -> tuple[Tensor, Tensor]:
@@ -68,8 +67,8 @@ def _train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]
     scans, labels = load_scans()
     torch.manual_seed(config.seed)
     net = Denoiser(build_model(config, 1, 8), config.process).to(device)  # created on the CPU: the same weights
-    objective = Objective(net, [MaskedDenoising(config.mae_coef)])
-    optimizer = make_optimizer(net, config, [EMA(net, config.ema_decay)])
+    objective = Objective(net, [MaskedDenoising(config.objective.mae_coef)])
+    optimizer = make_optimizer(net, config.optim, [EMA(net, config.ema.ema_decay)])
     length = net.model.length
     losses = []
     for step in range(config.max_steps):
@@ -82,13 +81,13 @@ def _train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]
             labels[ids].to(device),
             seed=config.seed,
             offset=offset,
-            num_classes=config.num_classes,
-            label_drop=config.label_drop,
+            num_classes=config.data.num_classes,
+            label_drop=config.objective.label_drop,
             length=length,
-            keep=kept_count(length, config.ratio_at(step)),
+            keep=kept_count(length, config.masking.ratio_at(step, config.max_steps)),
         )
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = learning_rate(config.optim, step, config.masking.masked_steps(config.max_steps))
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             loss = objective(images, *draws)[TOTAL].mean()
         loss.backward()
@@ -135,7 +134,9 @@ def expected_means(config: TrainConfig) -> list[float]:
         raise ValueError(f"{RECORD} is missing: {again}")
     recorded = json.loads(RECORD.read_text())
     now, first = (json.loads(json.dumps(some.recorded())) for some in (config, TrainConfig()))
-    if {**first, **recorded["config"]} != now:  # a field added later had its default
+    then = {**first, **recorded["config"]}  # a field added later had its default
+    free = {name for name, rule in config.on_resume().items() if "free" in rule}
+    if any(then.get(name) != value for name, value in now.items() if name not in free):
         raise ValueError(f"{RECORD} is of another configuration: {again}")
     return recorded["means"]
 

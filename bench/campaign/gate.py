@@ -133,7 +133,7 @@ def network_error(device: torch.device) -> float:
     fp32 measures the error of the device's matmuls.
     """
     # A block takes seconds in Triton's interpreter.
-    config = TrainConfig() if device.type == "cuda" else TrainConfig(network=MaskDiTConfig(depth=1, decoder_depth=1))
+    config = TrainConfig() if device.type == "cuda" else TrainConfig.of(network=MaskDiTConfig(depth=1, decoder_depth=1))
     torch.manual_seed(0)
     model = build_model(config, 1, 8)
     for parameter in model.parameters():  # zero-initialised layers would hide errors before them

@@ -134,8 +134,8 @@ def shapes_of(preset: str, device: torch.device, dtype: torch.dtype | None = Non
     if not config.network.decoder_depth:
         raise ValueError(f"preset {preset} has no masks and no decoder to take shapes from: give a masked one")
     on_gpu = device.type == "cuda"
-    latents = config.data != "digits"  # the digits are pixels
-    side = config.image_size // 8 if latents else config.image_size
+    latents = config.data.data != "digits"  # the digits are pixels
+    side = config.data.image_size // 8 if latents else config.data.image_size
     length = (side // config.network.patch_size) ** 2
     return Shapes(
         preset=preset,
@@ -143,7 +143,7 @@ def shapes_of(preset: str, device: torch.device, dtype: torch.dtype | None = Non
         dtype=dtype or (torch.bfloat16 if on_gpu else torch.float32),
         batch=config.micro_batch if on_gpu else CPU_BATCH,
         length=length,
-        keep=kept_count(length, config.mask_ratio),
+        keep=kept_count(length, config.masking.mask_ratio),
         width=config.network.width,
         heads=config.network.num_heads,
         decoder_width=config.network.decoder_width,

@@ -1,7 +1,6 @@
 """Whole training steps of ours and the plain baseline, with the same network, batch and precision."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from fastmask.training.config import TrainConfig, build_model, preset_config
 from fastmask.training.ema import EMA
 from fastmask.training.numerics import set_numerics
 from fastmask.training.optim import make_optimizer
-from fastmask.training.step import TrainingStep
+from fastmask.training.run import make_step
 
 FORMS = {"dense": None, "masked-0.5": 0.5, "masked-0.75": 0.75}
 _PRODUCTS = ("fastmask::silu_linear_fwd", "fastmask::silu_linear_bwd")
@@ -133,19 +132,19 @@ def makers(
     """
     config = config_of(size, image_size, form)
     precision: Literal["bf16", "fp32"] = "bf16" if bf16 else "fp32"
-    config = dataclasses.replace(config, device=str(device), precision=precision, batch_size=batch, micro_batch_size=0)
+    config = config.replace(device=str(device), precision=precision, batch_size=batch, micro_batch_size=0)
     side = image_size // 8
     with torch.device("meta"):
         model = build_model(config, 4, side)
     length = model.length
-    keep = kept_count(length, config.mask_ratio)
+    keep = kept_count(length, config.masking.mask_ratio)
 
     # Shared by the stacks, and built when the first of them is.
     @functools.cache
     def batch_of() -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
         images = torch.randn(batch, 4, side, side, device=device) / 2
-        return images, torch.randint(config.num_classes, (batch,), device=device)
+        return images, torch.randint(config.data.num_classes, (batch,), device=device)
 
     @functools.cache
     def shared() -> tuple[_Trained, PlainTrainer]:
@@ -156,8 +155,8 @@ def makers(
 
     # One builder for each of our stacks, and one for the baseline's.
     def ours(trained: _Trained, **how: Any) -> Step:
-        changed = dataclasses.replace(config, **{"compile": "none", "cuda_graphs": "off", **how})
-        step = TrainingStep(trained.net, _Held(), changed, trained.optimizer, [trained.ema], Ranks())
+        changed = config.replace(**{"compile": "none", "cuda_graphs": "off", **how})
+        step = make_step(trained.net, _Held(), changed, trained.optimizer, [trained.ema], Ranks())
         data, offset = itertools.repeat(batch_of()), itertools.count(0, batch)
 
         def update() -> None:
@@ -199,7 +198,7 @@ def as_trained(config: TrainConfig) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
-    set_numerics(config)
+    set_numerics(config.machine.precision)
     try:
         yield
     finally:
@@ -223,12 +222,12 @@ class _Trained:
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         torch.manual_seed(0)  # the same weights whichever stack is built first
         with device:
-            model = build_model(config, 4, config.image_size // 8)
+            model = build_model(config, 4, config.data.image_size // 8)
         for parameter in model.parameters():  # zero-initialised layers would make part of the step trivial
             torch.nn.init.normal_(parameter, std=0.02)
         self.net = Denoiser(model, config.process)
-        self.ema = EMA(self.net, config.ema_decay)
-        self.optimizer = make_optimizer(self.net, config, [self.ema])
+        self.ema = EMA(self.net, config.ema.ema_decay)
+        self.optimizer = make_optimizer(self.net, config.optim, [self.ema])
 
 
 class _Held:
@@ -248,13 +247,13 @@ def _plain_trainer(model: MaskDiT, config: TrainConfig, bf16: bool) -> PlainTrai
             config.network.width,
             config.network.depth,
             config.network.num_heads,
-            config.num_classes,
+            config.data.num_classes,
             config.network.decoder_width,
             config.network.decoder_depth,
             config.network.decoder_num_heads,
         )
     plain.load_state_dict(model.state_dict(), assign=True)
-    return PlainTrainer(PlainLoss(plain, config.mae_coef), autocast=bf16)
+    return PlainTrainer(PlainLoss(plain, config.objective.mae_coef), autocast=bf16)
 
 
 def _share_state(trained: _Trained, trainer: PlainTrainer) -> None:

@@ -4,14 +4,26 @@ import torch
 from rich.table import Table
 
 from fastmask.console import say
-from fastmask.cost.predict import ASSUMED, predict_run
-from fastmask.cost.work import RESERVE, memory_of
+from fastmask.cost.predict import ASSUMED, Workload, predict_run
+from fastmask.cost.work import RESERVE
 from fastmask.diffusion.masking import kept_count
 from fastmask.gpus import GPUS
 from fastmask.models.counts import forward_macs, num_parameters
 from fastmask.models.maskdit import MaskDiT
 from fastmask.training.config import TrainConfig
 from fastmask.training.report import console
+
+
+def workload_of(config: TrainConfig) -> Workload:
+    """Return what the cost of a run depends on."""
+    return Workload(
+        config.masking,
+        config.max_steps,
+        config.batch_size,
+        config.micro_batch,
+        averages=1 + len(config.ema.ema_widths),
+        checkpoint_blocks=config.machine.activation_checkpointing == "block",
+    )
 
 
 def print_plan(config: TrainConfig, model: MaskDiT) -> None:
@@ -30,7 +42,8 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
 
     # Counts are for the initial mask ratio, memory for the lowest one, the prediction for the whole run.
     parameters = num_parameters(model)
-    kept = kept_count(model.length, config.mask_ratio)
+    load, device = workload_of(config), config.machine.device
+    kept = kept_count(model.length, config.masking.mask_ratio)
     full, masked = forward_macs(model), forward_macs(model, kept)
     counts = Table(title="counts", show_header=False)
     for _ in range(2):
@@ -41,22 +54,20 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
         counts.add_row(f"forward, {kept} of {model.length} patches kept", f"{masked / 1e9:.2f} GMAC per image")
     counts.add_row("forward, unmasked", f"{full / 1e9:.2f} GMAC per image")
     counts.add_row("training, 6 FLOP per forward MAC", f"{6 * masked / 1e9:.1f} GFLOP per image")
-    precision = "bf16" if config.precision == "fp32" and config.device == "cpu" else config.precision
-    _add_memory(counts, config, model, precision)
-    images = config.max_steps * config.batch_size
-    counts.add_row(f"images seen, {config.max_steps:,} steps x {config.batch_size}", f"{images:,}")
-    counts.add_row("whole run", f"{_mean_macs(config, model) * 6 * images:.3g} FLOP")
-    _add_prediction(counts, config, model, precision)
+    precision = "bf16" if config.machine.precision == "fp32" and device == "cpu" else config.machine.precision
+    _add_memory(counts, load, model, precision, device)
+    images = load.max_steps * load.batch_size
+    counts.add_row(f"images seen, {load.max_steps:,} steps x {load.batch_size}", f"{images:,}")
+    counts.add_row("whole run", f"{_mean_macs(load, model) * 6 * images:.3g} FLOP")
+    _add_prediction(counts, load, model, precision)
     console.print(counts)
     say("Memory is an estimate for one process; more micro-batches per step or another optimizer take no more.")
     say(f"The prediction was not measured; {ASSUMED}.")
 
 
-def _add_memory(counts: Table, config: TrainConfig, model: MaskDiT, precision: str) -> None:
+def _add_memory(counts: Table, load: Workload, model: MaskDiT, precision: str, device: str) -> None:
     """Add the peak memory by part, at the lowest mask ratio of the run, and the largest batches that fit."""
-    ratio = min(config.ratio_at(step) for step in (0, config.max_steps - 1))  # the schedule is monotonic
-    again, averages = config.activation_checkpointing == "block", 1 + len(config.ema_widths)
-    memory = memory_of(model, ratio, precision, averages=averages, checkpoint_blocks=again)
+    memory, averages = load.memory(model, precision), load.averages
     counts.add_row("weights / gradients, fp32", f"{memory.weights / 1e9:.2f} GB each")
     counts.add_row("AdamW's two moments, fp32", f"{memory.moments / 1e9:.2f} GB")
     counts.add_row("EMA, fp32" if averages == 1 else f"{averages} EMAs, fp32", f"{memory.ema / 1e9:.2f} GB")
@@ -66,21 +77,20 @@ def _add_memory(counts: Table, config: TrainConfig, model: MaskDiT, precision: s
     if memory.recomputed:
         counts.add_row("recompute buffer (largest block)", f"{memory.recomputed / 1e6:.1f} MB per image")
     counts.add_row("peak workspace in backward", f"{memory.working / 1e6:.1f} MB per image")
-    micro = config.micro_batch
+    micro = load.micro_batch
     counts.add_row(f"peak memory, micro-batches of {micro}", f"{memory.high_water(micro) / 1e9:.2f} GB")
-    on_gpu = config.device.startswith("cuda")
-    here = [torch.cuda.get_device_properties(config.device).total_memory / 1e9] if on_gpu else []
+    here = [torch.cuda.get_device_properties(device).total_memory / 1e9] if device.startswith("cuda") else []
     for size in here or (24, 40, 80, 141):
         largest = memory.largest_batch(size * 1e9)
         shown = f"{largest}" if largest else "none"
         counts.add_row(f"largest batch in {size:.0f} GB, {RESERVE:.0%} free", shown)
 
 
-def _add_prediction(counts: Table, config: TrainConfig, model: MaskDiT, precision: str) -> None:
+def _add_prediction(counts: Table, load: Workload, model: MaskDiT, precision: str) -> None:
     """Add the prediction for one H100; on a CPU the precision fp32 means "auto", which is bf16 on an H100."""
     gpu = GPUS["h100"]
     try:
-        run = predict_run(config, model, gpu, precision)
+        run = predict_run(load, model, gpu, precision)
     except ValueError as error:
         counts.add_row(f"prediction, one {gpu.name}, {precision}", str(error))
         return
@@ -88,9 +98,9 @@ def _add_prediction(counts: Table, config: TrainConfig, model: MaskDiT, precisio
     counts.add_row(f"prediction, one {gpu.name}, {precision}", shown)
 
 
-def _mean_macs(config: TrainConfig, model: MaskDiT) -> float:
+def _mean_macs(load: Workload, model: MaskDiT) -> float:
     """Return the forward MACs per image, averaged over the run."""
-    stages = config.stages(model.length)
-    ends = [*(stage.first_step for stage in stages[1:]), config.max_steps]
+    stages = load.masking.stages(model.length, load.max_steps)
+    ends = [*(stage.first_step for stage in stages[1:]), load.max_steps]
     steps = [end - stage.first_step for stage, end in zip(stages, ends, strict=True)]
-    return sum(n * forward_macs(model, stage.keep) for n, stage in zip(steps, stages, strict=True)) / config.max_steps
+    return sum(n * forward_macs(model, stage.keep) for n, stage in zip(steps, stages, strict=True)) / load.max_steps

@@ -5,10 +5,10 @@ All speeds are predictions, not measurements, from published peak rates and the 
 
 from typing import NamedTuple
 
-from fastmask.cost.work import RESERVE, Work, memory_of, work_of
+from fastmask.cost.work import RESERVE, Memory, Work, memory_of, work_of
+from fastmask.diffusion import Masking
 from fastmask.gpus import Gpu
 from fastmask.models.maskdit import MaskDiT
-from fastmask.training.config import TrainConfig
 
 
 class Assumptions(NamedTuple):
@@ -64,6 +64,31 @@ def step_seconds(
     return max(products + others / rate, parts * work.launches * assumed.launch_s) + work.update_bytes / rate
 
 
+class Workload(NamedTuple):
+    """What the cost of a run depends on, besides its network and the machine.
+
+    Attributes:
+        masking: mask ratios.
+        max_steps: number of steps.
+        batch_size: global batch size.
+        micro_batch: images per forward pass of a process.
+        averages: number of EMAs of the weights.
+        checkpoint_blocks: whether backward recomputes the blocks.
+    """
+
+    masking: Masking
+    max_steps: int
+    batch_size: int
+    micro_batch: int
+    averages: int = 1
+    checkpoint_blocks: bool = False
+
+    def memory(self, model: MaskDiT, precision: str) -> Memory:
+        """Return the memory at the lowest mask ratio of the run, at which a step takes the most."""
+        ratio = self.masking.lowest_ratio(self.max_steps)
+        return memory_of(model, ratio, precision, averages=self.averages, checkpoint_blocks=self.checkpoint_blocks)
+
+
 class Run(NamedTuple):
     """Prediction for a whole run.
 
@@ -81,7 +106,7 @@ class Run(NamedTuple):
 
 
 def predict_run(
-    config: TrainConfig,
+    load: Workload,
     model: MaskDiT,
     gpu: Gpu,
     precision: str,
@@ -94,7 +119,7 @@ def predict_run(
     Gradient communication is assumed to overlap with backward, and data loading to keep up.
 
     Args:
-        config: the configuration.
+        load: batch, mask ratios and steps of the run.
         model: the network; its tensors can be on the meta device.
         gpu: a value of `GPUS`.
         precision: precision of the matmuls.
@@ -105,23 +130,23 @@ def predict_run(
     Raises:
         ValueError: a batch that is not divisible, or too little memory for one image.
     """
-    if gpus < 1 or config.batch_size % gpus:
-        raise ValueError(f"a batch of {config.batch_size} does not divide among {gpus} GPUs")
-    ratios = [config.ratio_at(int((i + 0.5) / points * config.max_steps)) for i in range(points)]
-    again = config.activation_checkpointing == "block"
-    averages = 1 + len(config.ema_widths)
-    memory = memory_of(model, min(ratios), precision, averages=averages, checkpoint_blocks=again)
+    if gpus < 1 or load.batch_size % gpus:
+        raise ValueError(f"a batch of {load.batch_size} does not divide among {gpus} GPUs")
+    steps = (int((i + 0.5) / points * load.max_steps) for i in range(points))
+    ratios = [load.masking.ratio_at(step, load.max_steps) for step in steps]
+    memory = load.memory(model, precision)
     largest = memory.largest_batch(gpu.memory)
     if not largest:
         raise ValueError(
             f"too little memory for any batch: {memory.fixed / 1e9:.1f} GB are taken before the first image, "
             f"{memory.per_image / 1e6:.1f} MB by each, and a {gpu.name} gives {gpu.memory * (1 - RESERVE) / 1e9:.0f} GB"
         )
-    batch = config.batch_size // gpus
-    parts = -(-batch // min(config.micro_batch, batch, largest))
+    batch = load.batch_size // gpus
+    parts = -(-batch // min(load.micro_batch, batch, largest))
     micro = -(-batch // parts)
+    again = load.checkpoint_blocks
     works = {ratio: work_of(model, ratio, precision, checkpoint_blocks=again) for ratio in set(ratios)}
     seconds = {ratio: step_seconds(work, gpu, precision, batch, micro, assumed) for ratio, work in works.items()}
     mean = sum(seconds[ratio] for ratio in ratios) / points
-    hours = config.max_steps * mean / 3600
-    return Run(micro, config.batch_size / mean, hours, hours * gpus)
+    hours = load.max_steps * mean / 3600
+    return Run(micro, load.batch_size / mean, hours, hours * gpus)

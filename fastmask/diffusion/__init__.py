@@ -4,9 +4,10 @@ from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.draws import TrainingDraws, training_draws
 from fastmask.diffusion.edm import EDM, EDMPrecond
 from fastmask.diffusion.flow import RectifiedFlow
-from fastmask.diffusion.objective import MaskedDenoising, Objective, Pass, Term
+from fastmask.diffusion.masking import Masking
+from fastmask.diffusion.objective import MaskedDenoising, Objective, ObjectiveConfig, Pass, Term
 from fastmask.diffusion.process import Coefficients, Process
-from fastmask.diffusion.sampling import draw_samples, sample
+from fastmask.diffusion.sampling import Sampling, draw_samples, sample
 from fastmask.diffusion.solvers import SOLVERS
 
 __all__ = [
@@ -16,10 +17,13 @@ __all__ = [
     "Denoiser",
     "EDMPrecond",
     "MaskedDenoising",
+    "Masking",
     "Objective",
+    "ObjectiveConfig",
     "Pass",
     "Process",
     "RectifiedFlow",
+    "Sampling",
     "Term",
     "TrainingDraws",
     "draw_samples",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.process import Coefficients, Process, check_steps
+from fastmask.fields import fixed, recorded
 from fastmask.models.maskdit import MaskDiT
 
 
@@ -18,13 +19,11 @@ class EDM(Process):
 
     name: ClassVar[str] = "edm"
 
-    sigma_data: float = dataclasses.field(
-        default=0.5, metadata={"fixed": "the checkpoint's weights were trained with it"}
-    )
+    sigma_data: float = fixed(0.5, "the checkpoint's weights were trained with it")
     """Standard deviation of the data."""
-    p_mean: float = -1.2
+    p_mean: float = recorded(-1.2)
     """Mean of ln(sigma) in training."""
-    p_std: float = 1.2
+    p_std: float = recorded(1.2)
     """Standard deviation of ln(sigma) in training."""
 
     def __post_init__(self) -> None:

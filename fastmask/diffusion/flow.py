@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastmask.diffusion.process import Coefficients, Process, check_steps
+from fastmask.fields import recorded
 
 _MOST_LOGIT, _MOST_SHIFT = 8.0, 100.0
 
@@ -17,11 +18,11 @@ class RectifiedFlow(Process):
 
     name: ClassVar[str] = "flow"
 
-    t_mean: float = 0.0
+    t_mean: float = recorded(0.0)
     """Mean of logit(t) in training."""
-    t_std: float = 1.0
+    t_std: float = recorded(1.0)
     """Standard deviation of logit(t) in training."""
-    shift: float = 1.0
+    shift: float = recorded(1.0)
     """Shift of times toward noise, in training and in sampling: t' = shift t / (1 + (shift - 1) t)."""
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ has a constant number of kept tokens and one compiled graph serves every batch.
 """
 
 import bisect
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmask.fields import check_at_least, unknown
 from fastmask.kernels import random_uniform
 
 # Each schedule maps u, the fraction of training done, to the weight of the initial ratio relative to the final one.
@@ -33,6 +35,93 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 GROUP = 8
 _RATIO_STREAM = 7  # stream of the counter-based generator; all streams are listed in fastmask/diffusion/draws.py
 _POINTS = 1024  # points of the midpoint rule for long parts of a schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Masking:
+    """Masking: the mask ratio, its schedule over the steps and its distribution over the samples."""
+
+    mask_ratio: float = 0.5
+    """Fraction of the patches dropped before the encoder, in [0, 1)."""
+    mask_ratio_end: float = 0.0
+    """Final mask ratio of a decaying schedule."""
+    mask_schedule: str = "constant"
+    """Schedule of the mask ratio over the masked steps: constant, linear, exp, cosine2 .. cosine6."""
+    mask_levels: int = 8
+    """Number of distinct kept counts of a decaying schedule."""
+    mask_ratio_per_sample: str = "constant"
+    """Mask ratio per sample: constant; uniform(a,b); noise(a,b), with b at the highest noise; or noise, a range around
+    --mask-ratio."""
+    unmask_steps: int = 0
+    """Number of final steps without masking (unmasked tuning)."""
+
+    def check(self, *, max_steps: int, micro_batch: int, can_mask: bool) -> None:
+        """Raise a ValueError for the first invalid field.
+
+        Args:
+            max_steps: number of steps of the run.
+            micro_batch: images per forward pass.
+            can_mask: whether the network can be trained on a part of the tokens.
+        """
+        check_ratio("mask_ratio", self.mask_ratio)
+        check_ratio("mask_ratio_end", self.mask_ratio_end)
+        if self.mask_schedule not in SCHEDULES:
+            raise ValueError(unknown("mask_schedule", self.mask_schedule, SCHEDULES))
+        if not can_mask and (self.mask_ratio or self.mask_ratio_end):
+            raise ValueError("a network without a decoder (decoder_depth 0) trains unmasked: set mask_ratio 0")
+        check_at_least(self, mask_levels=1, unmask_steps=0)
+        if self.unmask_steps > max_steps:
+            raise ValueError(f"unmask_steps {self.unmask_steps} is more than max_steps {max_steps}")
+        if self.per_sample is not None:
+            self._check_per_sample(self.per_sample, micro_batch)
+
+    def _check_per_sample(self, per_sample: "RatioPerSample", micro_batch: int) -> None:
+        text = f"mask_ratio_per_sample {self.mask_ratio_per_sample}"
+        if self.mask_schedule != "constant":
+            raise ValueError(f"{text} goes with mask_schedule constant, not {self.mask_schedule}")
+        if abs(per_sample.mean - self.mask_ratio) > 1e-6:
+            raise ValueError(
+                f"{text} has a mean of {per_sample.mean:g}, and mask_ratio is {self.mask_ratio:g}: give the same to "
+                f"both"
+            )
+        if micro_batch % GROUP:
+            raise ValueError(
+                f"{text} is drawn for groups of {GROUP} samples: the images computed at a time (batch_size or "
+                f"micro_batch_size), {micro_batch}, must be a multiple"
+            )
+
+    def masked_steps(self, max_steps: int) -> int:
+        """Return the number of steps before the unmasked stage, of a run of ``max_steps``."""
+        return max_steps - self.unmask_steps
+
+    def ratio_at(self, step: int, max_steps: int) -> float:
+        """Return the mask ratio of a step, counted from 0, of a run of ``max_steps``."""
+        masked = self.masked_steps(max_steps)
+        if step >= masked:
+            return 0.0
+        return mask_ratio_at(self.mask_schedule, step / masked, self.mask_ratio, self.mask_ratio_end)
+
+    def lowest_ratio(self, max_steps: int) -> float:
+        """Return the lowest mask ratio of a run; the schedules are monotonic."""
+        return min(self.ratio_at(step, max_steps) for step in (0, max_steps - 1))
+
+    def stages(self, length: int, max_steps: int) -> tuple["Stage", ...]:
+        """Return the stages of a run, with K for ``length`` positions; the last may be unmasked."""
+        first_unmasked = self.masked_steps(max_steps)
+        masked = ratio_stages(
+            self.mask_schedule, first_unmasked, self.mask_ratio, self.mask_ratio_end, length, self.mask_levels
+        )
+        is_over = bool(masked) and masked[-1].keep == length
+        return masked if is_over or not self.unmask_steps else (*masked, Stage(first_unmasked, length))
+
+    def kept_at(self, step: int, length: int, max_steps: int) -> int:
+        """Return the number of kept positions of a step, counted from 0; the mean with a ratio per sample."""
+        return [stage.keep for stage in self.stages(length, max_steps) if stage.first_step <= step][-1]
+
+    @property
+    def per_sample(self) -> "RatioPerSample | None":
+        """Distribution of the per-sample mask ratio in the masked steps; None for a constant ratio."""
+        return parse_per_sample(self.mask_ratio_per_sample, self.mask_ratio)
 
 
 def check_ratio(name: str, ratio: float) -> None:

@@ -1,5 +1,6 @@
 """Training objective: a weighted sum of terms, each of which returns named losses of shape (B,)."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.process import Coefficients
+from fastmask.fields import check_at_least, check_share
 from fastmask.kernels import Mask, masked_loss
 
 TOTAL = "loss"  # name of the weighted sum
@@ -67,6 +69,25 @@ class MaskedDenoising(Term):
             impl=net.model.impl,
         )
         return {"denoising": denoising, "reconstruction": reconstruction}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """Objective: weights of the terms of the loss, and label dropout."""
+
+    mae_coef: float = 0.1
+    """Weight of the reconstruction (MAE) loss."""
+    label_drop: float = 0.1
+    """Probability of dropping the label of a sample, for classifier-free guidance."""
+
+    def check(self) -> None:
+        """Raise a ValueError for the first invalid field."""
+        check_at_least(self, mae_coef=0)
+        check_share(self, "label_drop")
+
+    def terms(self) -> list[Term]:
+        """Return the terms of the loss."""
+        return [MaskedDenoising(self.mae_coef)]
 
 
 class Objective(nn.Module):

@@ -45,7 +45,7 @@ def check_steps(num_steps: int) -> None:
 class Process(abc.ABC):
     """An affine diffusion process. Subclasses are frozen dataclasses of numbers, validated in ``__post_init__``.
 
-    A field whose metadata has an entry "fixed" cannot change when a run is resumed; the entry says why.
+    A resumed run can change those fields that are `fastmask.fields.recorded`, such as how training times are drawn.
     """
 
     name: ClassVar[str]

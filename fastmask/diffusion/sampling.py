@@ -1,6 +1,8 @@
 """Sampling from a denoiser."""
 
+import dataclasses
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,9 +10,26 @@ from torch import Tensor
 from fastmask.diffusion.denoiser import Denoiser, check_labels
 from fastmask.diffusion.guidance import guided
 from fastmask.diffusion.solvers import SOLVERS
+from fastmask.fields import check_at_least
 from fastmask.kernels import random_normal
 
 _LATENT_STREAM = 6  # stream of the counter-based generator; all streams are listed in draws.py
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """Solver and guidance, with one set of defaults for training grids, sampling and evaluation."""
+
+    solver: Literal["heun", "euler"] = "heun"
+    """Solver of the probability flow ODE."""
+    sample_steps: int = 40
+    """Number of solver steps."""
+    cfg_scale: float = 1.5
+    """Classifier-free guidance scale; 1 disables guidance."""
+
+    def check(self) -> None:
+        """Raise a ValueError for the first invalid field."""
+        check_at_least(self, sample_steps=2, cfg_scale=0)
 
 
 @torch.no_grad()

@@ -5,16 +5,40 @@ an EMA of any width to be reconstructed after training (arXiv 2312.02696, sectio
 """
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fastmask.fields import check_at_least, check_share, fixed, free
+
 # Width for gamma = 0, the plain mean of all steps; wider profiles would weigh the past more.
 WIDEST = 1 / math.sqrt(12)
 # Maximum half-life relative to the steps done (warm-up of arXiv 2206.00364, appendix F.2).
 _WARMUP = 0.05
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EMAConfig:
+    """EMA: averages of the weights."""
+
+    ema_decay: float = 0.9999
+    """EMA decay per step; it warms up, so that a short run forgets the random initial weights too."""
+    ema_widths: tuple[float, ...] = fixed((), "these averages began with the run")
+    """Relative widths of additional power-function EMAs for post-hoc EMA, such as 0.05 0.1."""
+    snapshot_every: int = free(0)
+    """Steps between snapshots of these EMAs, all of which are kept. 0: with every checkpoint."""
+
+    def check(self) -> None:
+        """Raise a ValueError for the first invalid field."""
+        check_at_least(self, snapshot_every=0)
+        check_share(self, "ema_decay")
+        for width in self.ema_widths:
+            gamma_of(width)
+        if len(set(self.ema_widths)) < len(self.ema_widths):
+            raise ValueError(f"ema_widths must differ from one another, not {self.ema_widths}")
 
 
 class EMA:

@@ -1,16 +1,35 @@
 """Training monitors: loss by noise level, gradient and update norms, divergence. Sums stay on the device."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastmask.fields import check_at_least, free
 from fastmask.ranks import Ranks, all_sum, whole
 
 # Edges of the log-SNR buckets. EDM's training draws log-SNR around 2.4 +- 2.4, rectified flow's around 0 +- 2.
 EDGES = (-2.0, 0.0, 2.0, 4.0, 6.0)
 _LEVELS = [f"{low}..{high}" for low, high in zip(("-inf", *EDGES), (*EDGES, "inf"), strict=True)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DivergenceConfig:
+    """Divergence: thresholds of a loss spike, and what follows one."""
+
+    on_divergence: Literal["stop", "rollback"] = free("stop")
+    """After a loss spike: stop, or roll back to the last checkpoint and skip the samples since then."""
+    divergence_factor: float = free(5.0)
+    """Loss spike threshold: multiple of the median of the last ten reports; 0 disables it."""
+    loss_limit: float = free(100.0)
+    """Absolute loss spike threshold, from the first report on; 0 disables it."""
+
+    def check(self) -> None:
+        """Raise a ValueError for the first invalid field."""
+        check_at_least(self, divergence_factor=0, loss_limit=0)
 
 
 class DivergedError(ValueError):

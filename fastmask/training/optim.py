@@ -1,5 +1,6 @@
 """Optimizers (AdamW with fused EMA, torch, apex), gradient clipping, learning rate schedule."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, cast
@@ -7,12 +8,38 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from fastmask.fields import check_at_least, free
 from fastmask.kernels import BackendUnavailableError, Impl, adamw_ema, backends
 from fastmask.ranks import whole
-from fastmask.training.config import TrainConfig
 from fastmask.training.ema import EMA
 
 _APEX = "--optimizer apex needs NVIDIA's apex: build github.com/NVIDIA/apex with its CUDA extensions; PyPI has another"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimizer: AdamW, its learning rates and gradient clipping."""
+
+    lr: float = 1e-4
+    """Learning rate."""
+    warmup_steps: int = 0
+    """Number of linear warm-up steps of the learning rate."""
+    unmask_lr: float = 5e-5
+    """Learning rate of the unmasked steps."""
+    optimizer: Literal["auto", "adamw_ema", "torch", "apex"] = free("auto")
+    """AdamW implementation; adamw_ema fuses the EMA update. auto: adamw_ema where it has a kernel, else torch."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's first and second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW."""
+    grad_clip: float = 0.0
+    """Maximum gradient norm; 0 disables clipping."""
+
+    def check(self) -> None:
+        """Raise a ValueError for the first invalid field."""
+        check_at_least(self, warmup_steps=0, lr=0, unmask_lr=0, weight_decay=0, grad_clip=0)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), not {self.betas}")
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -145,12 +172,12 @@ class AdamWEMA(torch.optim.AdamW):
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
 
 
-def make_optimizer(net: nn.Module, config: TrainConfig, emas: Sequence[EMA] = ()) -> torch.optim.Optimizer:
+def make_optimizer(net: nn.Module, config: OptimConfig, emas: Sequence[EMA] = ()) -> torch.optim.Optimizer:
     """Return AdamW over all parameters, in the implementation chosen by ``config.optimizer``.
 
     Args:
         net: the network, on its device.
-        config: the configuration.
+        config: the optimizer's configuration.
         emas: EMAs updated with each step.
 
     Raises:
@@ -218,9 +245,15 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     optimizer.scale_gradients((max_norm / (norm + 1e-6)).clamp(max=1))
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, constant, then ``unmask_lr``."""
-    if step >= config.masked_steps:
+def learning_rate(config: OptimConfig, step: int, masked_steps: int) -> float:
+    """Return the learning rate of a step, counted from 0: linear warm-up, constant, then ``unmask_lr``.
+
+    Args:
+        config: the optimizer's configuration.
+        step: the step.
+        masked_steps: number of steps before the unmasked stage.
+    """
+    if step >= masked_steps:
         return config.unmask_lr
     return config.lr * min(1.0, (step + 1) / max(1, config.warmup_steps))
 

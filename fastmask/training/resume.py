@@ -1,56 +1,23 @@
-"""Configuration changes on resume: allowed fields, and the record of changes."""
+"""Opening a run folder: which changes of the configuration are allowed, and the record of changes in `run.json`.
+
+Which field may change is declared with the field, see `fastmask.fields`.
+"""
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from fastmask.console import without_secrets
+from fastmask.console import say, without_secrets
+from fastmask.files import atomic_write
+from fastmask.ranks import Ranks
+from fastmask.training.checkpoint import read_state, step_of
 from fastmask.training.config import TrainConfig
-
-# Fields that do not affect what is learned: they can change freely, and changes are not recorded.
-FREE = frozenset(
-    {
-        "run_dir",
-        "device",
-        "optimizer",
-        "activation_checkpointing",
-        "parallel",
-        "compile",
-        "cuda_graphs",
-        "micro_batch_size",
-        "on_bad",
-        "on_divergence",
-        "divergence_factor",
-        "loss_limit",
-        "num_workers",
-        "decoder",
-        "report_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "snapshot_every",
-        "sample_every",
-        "sample_steps",
-        "cfg_scale",
-    }
-)
+from fastmask.training.report import versions
 
 _RENAMED = {"mirror": "flip"}  # field names of earlier versions
-
-_SHAPE = "the checkpoint's weights are of that network"
-_DATA = "the run has been trained on those images"
-
-# Fields that cannot change, and why. All others can, and each change is recorded with its step.
-FIXED = {
-    **dict.fromkeys(("patch_size", "width", "depth", "num_heads", "qk_norm", "num_classes", "image_size"), _SHAPE),
-    **dict.fromkeys(("decoder_width", "decoder_depth", "decoder_num_heads"), _SHAPE),
-    **dict.fromkeys(("data", "data_source", "vae", "flip"), _DATA),
-    "process": "the checkpoint's weights were trained with it",
-    "network": _SHAPE,
-    "seed": "it decides which samples come next",
-    "init": "the weights come from the checkpoint",
-    "ema_widths": "these averages began with the run",
-}
 
 
 def changes_of(
@@ -72,20 +39,73 @@ def changes_of(
     before = {**defaults, **{_RENAMED.get(name, name): value for name, value in stored.items()}}
     before["data"] = without_secrets(str(before["data"]))  # earlier versions stored it unredacted
     changed = {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
-    of_process = {field.name: field.metadata.get("fixed") for field in dataclasses.fields(config.process)}
-    for member, value in (("process", config.process), ("network", config.network)):
-        if member in changed:  # fields of two kinds are not comparable
-            own = {field.name for field in dataclasses.fields(value)}
+    for kind in config.kinds():
+        if kind in changed:  # fields of two kinds are not comparable
+            own = {field.name for field in dataclasses.fields(getattr(config, kind))}
             changed = {name: pair for name, pair in changed.items() if name not in own}
-    reasons = {**FIXED, **{name: why for name, why in of_process.items() if why}}
+    rules = config.on_resume()
     fixed = [
-        f"{name} {before[name]} -> {changed[name][1]} ({reasons[name]})"
-        for name in changed
-        if name in reasons and not (name == "data" and same_data)
+        f"{name} {before[name]} -> {value} ({rules[name]['fixed']})"
+        for name, (_, value) in changed.items()
+        if "fixed" in rules[name] and not (name == "data" and same_data)
     ]
     if fixed:
         raise ValueError(
             f"{run_dir} holds a run that cannot be resumed with {', '.join(fixed)}: give the old values, or another "
             f"--run-dir, with --init {run_dir} to start from its weights"
         )
-    return {name: pair for name, pair in changed.items() if name not in FREE}
+    return {name: pair for name, pair in changed.items() if "free" not in rules[name]}
+
+
+def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint: str) -> list[dict[str, Any]]:
+    """Create the run folder, write `run.json`, and return the list of changes since the run began.
+
+    Args:
+        config: the resolved configuration.
+        newest: the checkpoint to resume from, if there is one.
+        ranks: rank and world size; rank 0 writes.
+        fingerprint: hash of the dataset's content, which identifies it at any path.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
+    run_dir = Path(config.run_dir)
+    state = read_state(newest) if newest else _begun(run_dir)
+    if state and not newest:
+        state["config"]["init"] = config.init  # without a checkpoint, --init can still change
+    trained_on = state.get("fingerprint")  # absent in earlier versions, which compared paths
+    if trained_on not in (None, fingerprint):
+        raise ValueError(
+            f"{config.run_dir} holds a run on other images than {config.data.data} has now (were some added, removed "
+            f"or changed?): bring those back, or give another --run-dir, with --init {config.run_dir} "
+            f"to start from its weights"
+        )
+    same_data = trained_on == fingerprint
+    changed = changes_of(state["config"], config, config.run_dir, same_data=same_data) if state else {}
+    changes: list[dict[str, Any]] = list(state.get("changes", [])) if newest else []
+    step = step_of(newest) if newest else 0
+    if newest and step < config.max_steps:
+        for name, (before, value) in changed.items():
+            say(f"changed from step {step + 1} on: {name} {before} -> {value}")
+            changes.append({"step": step, "field": name, "from": before, "to": value})
+    if not ranks.rank and step < config.max_steps:
+        said = {
+            "config": config.recorded(),
+            "fingerprint": fingerprint,
+            "changes": changes,
+            "versions": versions(),
+            "command": [without_secrets(argument) for argument in sys.argv],
+        }
+        with atomic_write(run_dir / "run.json") as partial:
+            partial.write_text(json.dumps(said, indent=2) + "\n")
+    return changes
+
+
+def _begun(run_dir: Path) -> dict[str, Any]:
+    """Return the content of `run.json`, for a run without a checkpoint; empty if it is missing or damaged."""
+    try:
+        found = json.loads((run_dir / "run.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    is_run = isinstance(found, dict) and isinstance(found.get("config"), dict)
+    return found if is_run else {}

@@ -1,26 +1,24 @@
 """Training loop: state, stages, checkpointing, logging."""
 
 import contextlib
-import json
 import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmask.console import get_console, say, without_secrets
+from fastmask.console import get_console, say
 from fastmask.data import Dataset, batches
 from fastmask.data.images.replacing import BadImages
 from fastmask.data.loader import Batch
 from fastmask.data.store.verify import verifier_of
-from fastmask.diffusion import Denoiser, draw_samples
-from fastmask.files import Presence, atomic_write, locked
+from fastmask.diffusion import Denoiser, Sampling, draw_samples
+from fastmask.files import Presence, locked
 from fastmask.gpus import Gpu, gpu_named
 from fastmask.models.counts import forward_macs
 from fastmask.ranks import Ranks, all_max, all_sum
@@ -30,7 +28,6 @@ from fastmask.training.checkpoint import (
     load_checkpoint,
     load_initial,
     newest_good,
-    read_state,
     step_of,
 )
 from fastmask.training.config import TrainConfig, build_model
@@ -39,8 +36,8 @@ from fastmask.training.monitor import DivergedError, check_spike
 from fastmask.training.optim import learning_rate, make_optimizer
 from fastmask.training.parallel import shard
 from fastmask.training.profiling import profile_steps
-from fastmask.training.report import Report, versions
-from fastmask.training.resume import changes_of
+from fastmask.training.report import Report
+from fastmask.training.resume import open_run
 from fastmask.training.step import DTYPES, TrainingStep, eager
 
 _ROLLBACKS = 3  # per checkpoint; after that, other samples are unlikely to help
@@ -70,20 +67,20 @@ class Run:
 
     def __init__(self, config: TrainConfig, dataset: Dataset, ranks: Ranks, fresh: bool = False) -> None:
         self.config, self.dataset, self.ranks = config, dataset, ranks
-        self.run_dir, device = Path(config.run_dir), torch.device(config.device)
+        self.run_dir, device = Path(config.run_dir), torch.device(config.machine.device)
         newest = None if fresh else newest_good(self.run_dir, say)
         self.fingerprint = dataset.fingerprint()
         self.changes = [] if fresh else open_run(config, newest, ranks, self.fingerprint)
         self._verifier = None if fresh else verifier_of(dataset, ranks)
         channels, size, _ = dataset.shape
         self.net = Denoiser(build_model(config, channels, size), config.process).to(device)
-        shard(self.net.model, config.parallel, DTYPES.get(config.precision), device, ranks)
-        self.ema = EMA(self.net, config.ema_decay, warmup=not config.init)
-        self.profiles = [PowerEMA(self.net, width) for width in config.ema_widths]
+        shard(self.net.model, config.machine.parallel, DTYPES.get(config.machine.precision), device, ranks)
+        self.ema = EMA(self.net, config.ema.ema_decay, warmup=not config.init)
+        self.profiles = [PowerEMA(self.net, width) for width in config.ema.ema_widths]
         averages = [self.ema, *self.profiles]
-        self.optimizer = make_optimizer(self.net, config, averages)
-        self.training = TrainingStep(self.net, dataset, config, self.optimizer, averages, ranks)
-        self.stages = config.stages(self.net.model.length)
+        self.optimizer = make_optimizer(self.net, config.optim, averages)
+        self.training = make_step(self.net, dataset, config, self.optimizer, averages, ranks)
+        self.stages = config.masking.stages(self.net.model.length, config.max_steps)
         self.step, self.samples = 0, 0
         self.recent: list[float] = []
         self.bad_images, self._bad = 0, BadImages()
@@ -150,7 +147,11 @@ class Run:
         """Reload the last checkpoint and skip the samples since then, or raise a ValueError, as configured."""
         newest = newest_good(self.run_dir, say)
         again = newest is not None and step_of(newest) <= self._rolled_back_to
-        if self.config.on_divergence == "stop" or newest is None or (again and self._rollbacks == _ROLLBACKS):
+        if (
+            self.config.divergence.on_divergence == "stop"
+            or newest is None
+            or (again and self._rollbacks == _ROLLBACKS)
+        ):
             raise ValueError(f"{error}; {self._advice(newest)}") from error
         bad_step, samples, bad_images = self.step, self.samples, self.bad_images
         if not again:
@@ -165,14 +166,14 @@ class Run:
         ways = "a lower --lr, --grad-clip 1 or --precision fp32"
         if newest is None:
             return f"there is no checkpoint yet: start again with {ways}, or a shorter --checkpoint-every"
-        rollback = "" if self.config.on_divergence == "rollback" else ", or --on-divergence rollback"
+        rollback = "" if self.config.divergence.on_divergence == "rollback" else ", or --on-divergence rollback"
         return f"the same command with {ways}{rollback} resumes from {newest} and records the change"
 
     def profile(self, count: int) -> None:
         """Profile ``count`` steps and print a breakdown of their time."""
         config, keep = self.config, self._enter_stage(0)
         data = self._batches(steps=sys.maxsize // config.batch_size)  # not limited by max_steps
-        gpu = gpu_of(config)
+        gpu = gpu_of(config.machine.device)
 
         def run_step() -> None:
             self._do_step(data, keep)
@@ -182,22 +183,27 @@ class Run:
             run_step,
             count,
             self.run_dir,
-            torch.device(config.device),
+            torch.device(config.machine.device),
             data_wait_s=lambda: self.training.data_wait_s,
             flops_per_step=6 * forward_macs(self.net.model, keep) * config.batch_size / self.ranks.count,
-            peak_flops=gpu.peak(config.precision) if gpu else None,
+            peak_flops=gpu.peak(config.machine.precision) if gpu else None,
             rank=self.ranks.rank,
         )
 
     def _do_step(self, data: Iterator[Batch], keep: int) -> None:
-        self.training(data, self.samples, keep, learning_rate(self.config, self.step), self.step)
+        self.training(data, self.samples, keep, self.learning_rate(self.step), self.step)
         self.step += 1
         self.samples += self.config.batch_size
         self._bad_seen = self._bad.count
 
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        config = self.config
+        return learning_rate(config.optim, step, config.masking.masked_steps(config.max_steps))
+
     def add_up_bad_images(self, ranks: Ranks) -> None:
         """Update `bad_images` by an all-reduce; every rank must call it."""
-        if self.config.on_bad == "skip":
+        if self.config.data.on_bad == "skip":
             self.bad_images += int(all_sum(torch.tensor(self._bad_seen - self._bad_added), ranks))
             self._bad_added = self._bad_seen
 
@@ -209,8 +215,8 @@ class Run:
             seed=config.seed,
             start=self.samples,
             stop=self.samples + (steps - self.step) * config.batch_size,
-            num_workers=config.num_workers,
-            device=torch.device(config.device),
+            num_workers=config.data.num_workers,
+            device=torch.device(config.machine.device),
             step_size=config.batch_size,
             rank=self.ranks.rank,
             ranks=self.ranks.count,
@@ -228,7 +234,7 @@ class Run:
 
     def _store(self, checkpointer: Checkpointer, last: bool) -> None:
         config, step = self.config, self.step
-        snapshot = bool(self.profiles) and (last or step % (config.snapshot_every or config.checkpoint_every) == 0)
+        snapshot = bool(self.profiles) and (last or step % (config.ema.snapshot_every or config.checkpoint_every) == 0)
         if last or step % config.checkpoint_every == 0:
             self.training.tally.check_finite(self.ranks)
             self.add_up_bad_images(self.ranks)
@@ -254,7 +260,7 @@ class Run:
 
     def _save_what_is_done(self, checkpointer: Checkpointer) -> None:
         """Write a checkpoint after an error, if this process holds the full weights of a completed step."""
-        sharded = self.ranks.count > 1 and self.config.parallel != "ddp"
+        sharded = self.ranks.count > 1 and self.config.machine.parallel != "ddp"
         if self.step == self._stored or self.training.updating or sharded:
             return
         try:
@@ -315,14 +321,38 @@ class Run:
         config = self.config
         if not config.sample_every or (self.step % config.sample_every and self.step != config.max_steps):
             return
-        if self.ranks.rank and config.parallel == "ddp":
+        if self.ranks.rank and config.machine.parallel == "ddp":
             return  # DDP samples on rank 0 only; FSDP needs every rank for its shard
         try:
             with self.ema.applied(self.net), eager():
-                samples, columns = sample_grid(self.net, config)
+                samples, columns = sample_grid(self.net, config.sampling, config.seed)
             report.picture(self.step, self.run_dir / "samples" / f"step-{self.step:08d}.png", samples, columns)
         except (ValueError, OSError, RuntimeError) as error:  # a failed grid must not end the run
             say(f"no samples of step {self.step} were drawn: {error}")
+
+
+def make_step(
+    net: Denoiser,
+    dataset: Dataset,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    emas: Sequence[EMA],
+    ranks: Ranks,
+) -> TrainingStep:
+    """Return the training step of a configuration; the other arguments are those of `TrainingStep`."""
+    return TrainingStep(
+        net,
+        dataset,
+        optimizer,
+        emas,
+        ranks,
+        machine=config.machine,
+        objective=config.objective,
+        per_sample=config.masking.per_sample,
+        batch_size=config.batch_size,
+        grad_clip=config.optim.grad_clip,
+        seed=config.seed,
+    )
 
 
 class Watch:
@@ -338,28 +368,28 @@ class Watch:
         figures = {
             **run.training.tally.take(run.ranks),
             **run.training.norms(),
-            "lr": learning_rate(config, run.step - 1),
+            "lr": run.learning_rate(run.step - 1),
             "mask_ratio": 1 - keep / run.net.model.length,
-            "memory_gb": memory_used(torch.device(config.device)) / 1e9,
+            "memory_gb": memory_used(torch.device(config.machine.device)) / 1e9,
         }
-        if config.on_bad == "skip":
+        if config.data.on_bad == "skip":
             run.add_up_bad_images(run.ranks)
             figures["bad_images"] = run.bad_images
-        check_spike(figures["loss"], run.recent, config.divergence_factor, config.loss_limit)
+        check_spike(figures["loss"], run.recent, config.divergence.divergence_factor, config.divergence.loss_limit)
         run.recent = [*run.recent, figures["loss"]][-_RECENT:]
         images, seconds = (run.step - self._step) * config.batch_size, time.perf_counter() - self._since
         figures["data_wait"] = (run.training.data_wait_s - self._waited) / seconds
-        gpu = gpu_of(config)
+        gpu = gpu_of(config.machine.device)
         if gpu:
             flops = 6 * forward_macs(run.net.model, keep) * images / seconds
-            figures["mfu"] = flops / (gpu.peak(config.precision) * run.ranks.count)
+            figures["mfu"] = flops / (gpu.peak(config.machine.precision) * run.ranks.count)
         self._report.write(run.step, figures, images=images, since=self._since)
         self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s
 
     def show_loss(self) -> None:
         """Print the mean loss of the first steps; raises a `DivergedError` above ``loss_limit``."""
         loss = self._run.training.tally.mean_loss(self._run.ranks)
-        check_spike(loss, [], 0.0, self._run.config.loss_limit)
+        check_spike(loss, [], 0.0, self._run.config.divergence.loss_limit)
         self._report.show(self._run.step, f"loss {loss:.4f}")
 
     @contextlib.contextmanager
@@ -401,9 +431,9 @@ def exit_code(number: int) -> int:
     return 128 + number if number in (signal.SIGINT, signal.SIGUSR2) else 0
 
 
-def gpu_of(config: TrainConfig) -> Gpu | None:
-    """Return the peak rates of the GPU of a run; None for an unknown GPU or a CPU."""
-    return gpu_named(torch.cuda.get_device_name(config.device)) if config.device.startswith("cuda") else None
+def gpu_of(device: str) -> Gpu | None:
+    """Return the peak rates of a GPU; None for an unknown GPU or a CPU."""
+    return gpu_named(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
 
 
 def memory_used(device: torch.device) -> int:
@@ -413,7 +443,7 @@ def memory_used(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def sample_grid(net: Denoiser, config: TrainConfig) -> tuple[Tensor, int]:
+def sample_grid(net: Denoiser, sampling: Sampling, seed: int) -> tuple[Tensor, int]:
     """Return samples (N, C, H, W), from the same noise at every call, and the number of columns of the grid.
 
     With at most 16 classes each column is a class; with more, the classes are spread evenly.
@@ -422,60 +452,12 @@ def sample_grid(net: Denoiser, config: TrainConfig) -> tuple[Tensor, int]:
     columns = num_classes if 1 < num_classes <= 16 else 8
     index = torch.arange(8 * columns)
     labels = index % columns if columns == num_classes else index * num_classes // len(index)
-    scale = config.cfg_scale if num_classes else None
-    samples = draw_samples(net, labels, seed=config.seed, num_steps=config.sample_steps, cfg_scale=scale)
+    samples = draw_samples(
+        net,
+        labels,
+        seed=seed,
+        num_steps=sampling.sample_steps,
+        cfg_scale=sampling.cfg_scale if num_classes else None,
+        solver=sampling.solver,
+    )
     return samples, columns
-
-
-def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint: str) -> list[dict[str, Any]]:
-    """Create the run folder, write `run.json`, and return the list of changes since the run began.
-
-    Args:
-        config: the resolved configuration.
-        newest: the checkpoint to resume from, if there is one.
-        ranks: rank and world size; rank 0 writes.
-        fingerprint: hash of the dataset's content, which identifies it at any path.
-
-    Raises:
-        ValueError: the folder holds another run.
-    """
-    run_dir = Path(config.run_dir)
-    state = read_state(newest) if newest else _begun(run_dir)
-    if state and not newest:
-        state["config"]["init"] = config.init  # without a checkpoint, --init can still change
-    trained_on = state.get("fingerprint")  # absent in earlier versions, which compared paths
-    if trained_on not in (None, fingerprint):
-        raise ValueError(
-            f"{config.run_dir} holds a run on other images than {config.data} has now (were some added, removed or "
-            f"changed?): bring those back, or give another "
-            f"--run-dir, with --init {config.run_dir} to start from its weights"
-        )
-    same_data = trained_on == fingerprint
-    changed = changes_of(state["config"], config, config.run_dir, same_data=same_data) if state else {}
-    changes: list[dict[str, Any]] = list(state.get("changes", [])) if newest else []
-    step = step_of(newest) if newest else 0
-    if newest and step < config.max_steps:
-        for name, (before, value) in changed.items():
-            say(f"changed from step {step + 1} on: {name} {before} -> {value}")
-            changes.append({"step": step, "field": name, "from": before, "to": value})
-    if not ranks.rank and step < config.max_steps:
-        said = {
-            "config": config.recorded(),
-            "fingerprint": fingerprint,
-            "changes": changes,
-            "versions": versions(),
-            "command": [without_secrets(argument) for argument in sys.argv],
-        }
-        with atomic_write(run_dir / "run.json") as partial:
-            partial.write_text(json.dumps(said, indent=2) + "\n")
-    return changes
-
-
-def _begun(run_dir: Path) -> dict[str, Any]:
-    """Return the content of `run.json`, for a run without a checkpoint; empty if it is missing or damaged."""
-    try:
-        found = json.loads((run_dir / "run.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    is_run = isinstance(found, dict) and isinstance(found.get("config"), dict)
-    return found if is_run else {}

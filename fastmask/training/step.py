@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fastmask.data import Dataset
 from fastmask.data.loader import Batch
-from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, TrainingDraws, training_draws
+from fastmask.diffusion import Denoiser, Objective, ObjectiveConfig, TrainingDraws, training_draws
+from fastmask.diffusion.masking import RatioPerSample
 from fastmask.diffusion.objective import TOTAL
 from fastmask.models.stack import all_blocks
 from fastmask.ranks import Ranks
-from fastmask.training.config import TrainConfig
 from fastmask.training.ema import EMA
 from fastmask.training.graphs import GraphedCalls
+from fastmask.training.machine import MachineConfig
 from fastmask.training.monitor import Tally, gradient_norm, update_ratio
 from fastmask.training.optim import AdamWEMA, begin_step, clip_gradients
 from fastmask.training.parallel import no_sync, replicate
@@ -35,10 +36,15 @@ class TrainingStep:
     Args:
         net: the denoiser, on its device, already sharded with FSDP2.
         dataset: source of the batches.
-        config: the resolved configuration.
         optimizer: optimizer of the parameters of ``net``.
         emas: EMAs updated by each step.
         ranks: rank and world size.
+        machine: how the step is computed, resolved.
+        objective: terms of the loss, and label dropout.
+        per_sample: distribution of the mask ratio per sample in masked steps; None is a constant ratio.
+        batch_size: global batch size.
+        grad_clip: maximum gradient norm; 0 disables clipping.
+        seed: the run's seed.
 
     Attributes:
         scaler: GradScaler, enabled with fp16.
@@ -51,28 +57,35 @@ class TrainingStep:
         self,
         net: Denoiser,
         dataset: Dataset,
-        config: TrainConfig,
         optimizer: torch.optim.Optimizer,
         emas: Sequence[EMA],
         ranks: Ranks,
+        *,
+        machine: MachineConfig,
+        objective: ObjectiveConfig,
+        per_sample: RatioPerSample | None,
+        batch_size: int,
+        grad_clip: float,
+        seed: int,
     ) -> None:
-        self._net, self._dataset, self._config, self._ranks = net, dataset, config, ranks
+        self._net, self._dataset, self._ranks, self._machine = net, dataset, ranks, machine
         self._optimizer, self._emas = optimizer, emas
-        self._device = device = torch.device(config.device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self._per_sample, self._label_drop, self._seed = per_sample, objective.label_drop, seed
+        self._batch_size, self._grad_clip = batch_size, grad_clip
+        self._device = device = torch.device(machine.device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=machine.precision == "fp16")
         self.data_wait_s = 0.0
         self.updating = False
         self._offset = torch.zeros((), dtype=torch.int64, device=device)
-        self._per_sample = config.per_sample
         self._buffers: Batch | None = None
-        self._graphs = GraphedCalls(device) if config.cuda_graphs == "on" else None
+        self._graphs = GraphedCalls(device) if machine.cuda_graphs == "on" else None
         self._keep = 0  # kept patches of the last step
 
-        net.model.checkpoint_blocks = config.activation_checkpointing == "block"
-        self._objective = Objective(net, [MaskedDenoising(config.mae_coef)])
+        net.model.checkpoint_blocks = machine.activation_checkpointing == "block"
+        self._objective = Objective(net, objective.terms())
         self.tally = Tally(device, self._objective.names)
-        self._compile(config.compile)
-        self._module = replicate(self._objective, config.parallel, device, ranks)
+        self._compile(machine.compile)
+        self._module = replicate(self._objective, machine.parallel, device, ranks)
 
     def __call__(self, batches: Iterator[Batch], first_sample: int, keep: int, lr: float, step: int) -> None:
         """Do one step: `gradients`, then `update`; the gradients stay available until `finish`."""
@@ -88,12 +101,12 @@ class TrainingStep:
             first_sample: global index of the step's first sample; all randomness is a function of it and the seed.
             keep: K, the number of patches that the encoder sees; L means no mask.
         """
-        config, share = self._config, self._config.batch_size // self._ranks.count
+        share, micro_batch = self._batch_size // self._ranks.count, self._machine.micro_batch(self._batch_size)
         self._enter_stage(keep)
-        for part in range(0, share, config.micro_batch):
+        for part in range(0, share, micro_batch):
             self._load(batches)
             self._offset.fill_(first_sample + self._ranks.rank * share + part)
-            last = part + config.micro_batch == share
+            last = part + micro_batch == share
             self._run(("gradients", keep), lambda last=last: self._add_gradients(keep, last))  # type: ignore[misc]
 
     def update(self, keep: int) -> None:
@@ -111,7 +124,7 @@ class TrainingStep:
     def norms(self) -> dict[str, float]:
         """Return the gradient norm before clipping and the relative update norm; synchronises with the device."""
         scale = 1.0
-        if self.scaler.is_enabled() and not self._config.grad_clip:
+        if self.scaler.is_enabled() and not self._grad_clip:
             scale = self.scaler.get_scale()
         ratio = update_ratio(self._net, self._optimizer)
         return {"grad_norm": gradient_norm(self._net) / scale, "update_ratio": ratio}
@@ -127,38 +140,37 @@ class TrainingStep:
         """Accumulate the gradients of a micro-batch, scaled to sum up to the gradient of the global mean loss."""
         assert self._buffers is not None
         images, draws = self._draw(*self._buffers, keep)
-        dtype = DTYPES.get(self._config.precision)
+        dtype = DTYPES.get(self._machine.precision)
         with no_sync(self._module, self._net.model, not last):
             with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
                 losses = self._module(images, *draws)
             self.tally.add(self._offset, losses, self._net.process.log_snr(draws.t))
             # DDP and FSDP average the gradients over the ranks, hence the factor.
-            loss = losses[TOTAL].sum() * (self._ranks.count / self._config.batch_size)
+            loss = losses[TOTAL].sum() * (self._ranks.count / self._batch_size)
             self.scaler.scale(loss).backward()
 
     def _draw(self, stored: Tensor, labels: Tensor, keep: int) -> tuple[Tensor, TrainingDraws]:
         """Return clean images and their random draws."""
-        config, length = self._config, self._net.model.length
         sample = torch.arange(len(labels), device=labels.device) + self._offset
-        images = self._dataset.to_images(stored, config.seed, sample)
+        images = self._dataset.to_images(stored, self._seed, sample)
         draws = training_draws(
             self._net.process,
             images,
             labels,
-            length=length,
+            length=self._net.model.length,
             keep=keep,
-            num_classes=config.num_classes,
-            label_drop=config.label_drop,
+            num_classes=self._net.model.num_classes,
+            label_drop=self._label_drop,
             per_sample=self._per_sample,
-            seed=config.seed,
+            seed=self._seed,
             offset=self._offset,
         )
         return images, draws
 
     def _update(self) -> None:
-        if self._config.grad_clip:
+        if self._grad_clip:
             self.scaler.unscale_(self._optimizer)
-            clip_gradients(self._optimizer, self._config.grad_clip)
+            clip_gradients(self._optimizer, self._grad_clip)
         self.scaler.step(self._optimizer)
         self.scaler.update()
 
@@ -199,7 +211,7 @@ class TrainingStep:
             return
         token.requires_grad_(masked)
         token.grad = None
-        self._module = replicate(self._objective, self._config.parallel, self._device, self._ranks)
+        self._module = replicate(self._objective, self._machine.parallel, self._device, self._ranks)
 
     def _compile(self, what: str) -> None:
         """Compile forward passes with fullgraph=True; FSDP's hooks stay outside of the graphs."""

@@ -5,7 +5,7 @@ from fastmask.training.config import TrainConfig
 
 
 def test_the_plan_counts(capsys):
-    config = TrainConfig(preset="digits", max_steps=10, unmask_steps=5, batch_size=64, mask_ratio=0.5)
+    config = TrainConfig.of(preset="digits", max_steps=10, unmask_steps=5, batch_size=64, mask_ratio=0.5)
     model = small_net().model
     print_plan(config, model)
     out = capsys.readouterr().out

@@ -9,6 +9,7 @@ from networks import preset_network
 import bench.model
 from bench.memory import high_water, per_image
 from bench.model import count_step
+from fastmask.cost.plan import workload_of
 from fastmask.cost.predict import ASSUMED, predict_run
 from fastmask.cost.work import RESERVE, memory_of, work_of
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
@@ -41,7 +42,7 @@ def test_work_is_that_of_the_operators(probe, name, precision):
     found = []
     for depth in (1, 2):
         config, model = probe(name, depth)
-        work, counted = work_of(model, config.mask_ratio, precision), count_step("probe", precision)
+        work, counted = work_of(model, config.masking.mask_ratio, precision), count_step("probe", precision)
         assert work.launches == counted.launches
         found.append((work, counted))
     for part in ("matmul_bytes", "other_bytes"):
@@ -57,7 +58,7 @@ def test_work_is_that_of_the_operators(probe, name, precision):
 def test_memory_is_what_autograd_keeps(probe, name, precision):
     config, model = probe(name, 2)
     kept = sum(per_image("probe", "fused", precision).values())
-    assert memory_of(model, config.mask_ratio, precision).activations == pytest.approx(kept, rel=0.006)
+    assert memory_of(model, config.masking.mask_ratio, precision).activations == pytest.approx(kept, rel=0.006)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -66,7 +67,7 @@ def test_a_block_computed_again_keeps_exactly_what_enters_it(probe, name, precis
     kept, counted = {}, {}
     for depth in (1, 2):
         config, model = probe(name, depth)
-        kept[depth] = memory_of(model, config.mask_ratio, precision, checkpoint_blocks=True).activations
+        kept[depth] = memory_of(model, config.masking.mask_ratio, precision, checkpoint_blocks=True).activations
         counted[depth] = sum(per_image("probe", "fused", precision, True).values())
     assert kept[2] - kept[1] == counted[2] - counted[1]
     assert 0 < counted[1] - kept[1] < 100e3  # the condition, and what the loss keeps of an image
@@ -77,7 +78,7 @@ def test_a_block_computed_again_keeps_exactly_what_enters_it(probe, name, precis
 def test_high_water_is_that_of_a_step(probe, name, precision, checkpoint_blocks):
     """Beside what a storage for every tensor takes, from its making to its end, in a step of two micro-batches."""
     config, model = probe(name, 4)
-    memory = memory_of(model, config.mask_ratio, precision, checkpoint_blocks=checkpoint_blocks)
+    memory = memory_of(model, config.masking.mask_ratio, precision, checkpoint_blocks=checkpoint_blocks)
     state = memory.weights + memory.moments + memory.ema
     for batch in (4, 32):
         most, between = high_water("probe", precision, batch, checkpoint_blocks)
@@ -98,7 +99,7 @@ def test_recomputation_is_work_too(probe, monkeypatch):
     found = []
     for depth in (1, 2):
         config, model = probe("b2-in256", depth)
-        work = work_of(model, config.mask_ratio, "bf16", checkpoint_blocks=True)
+        work = work_of(model, config.masking.mask_ratio, "bf16", checkpoint_blocks=True)
         counted = count_step("probe", "bf16")
         assert work.launches == counted.launches
         found.append((work, counted))
@@ -108,9 +109,9 @@ def test_recomputation_is_work_too(probe, monkeypatch):
     config, model = preset_network("xl2-in256")
     again, once = (work_of(model, 0.5, "bf16", checkpoint_blocks=flag).flops for flag in (True, False))
     assert 1.32 < again / once < 4 / 3
-    blocks = dataclasses.replace(config, activation_checkpointing="block")
+    blocks = config.replace(activation_checkpointing="block")
     slow, fast = (
-        predict_run(each, model, GPUS["h100"], "bf16", assumed=ASSUMED._replace(mfu=0.5)).images_per_s
+        predict_run(workload_of(each), model, GPUS["h100"], "bf16", assumed=ASSUMED._replace(mfu=0.5)).images_per_s
         for each in (blocks, config)
     )
     assert fast / slow == pytest.approx(again / once)
@@ -120,16 +121,16 @@ def test_recomputation_is_work_too(probe, monkeypatch):
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 def test_high_water_is_what_the_gpu_says(checkpoint_blocks):
     config, device, batch = preset_config("b2-in256", PRESETS), torch.device("cuda"), 64
-    config = dataclasses.replace(config, ema_widths=(0.1,))
+    config = config.replace(ema_widths=(0.1,))
     before = torch.cuda.memory_allocated()
     with device:
         net = Denoiser(bench.model.build_model(config, 4, 32), config.process)
     model = net.model
     model.checkpoint_blocks = checkpoint_blocks
-    averages = [EMA(net, config.ema_decay), EMA(net, 0.99)]
-    optimizer, objective = make_optimizer(net, config, averages), Objective(net, [MaskedDenoising()])
+    averages = [EMA(net, config.ema.ema_decay), EMA(net, 0.99)]
+    optimizer, objective = make_optimizer(net, config.optim, averages), Objective(net, [MaskedDenoising()])
     images = torch.randn(batch, 4, 32, 32, device=device)
-    labels = torch.randint(config.num_classes, (batch,), device=device)
+    labels = torch.randint(config.data.num_classes, (batch,), device=device)
 
     def step(first):
         for offset in (first, first + batch):
@@ -139,10 +140,10 @@ def test_high_water_is_what_the_gpu_says(checkpoint_blocks):
                 labels,
                 seed=0,
                 offset=offset,
-                num_classes=config.num_classes,
+                num_classes=config.data.num_classes,
                 label_drop=0.1,
                 length=model.length,
-                keep=kept_count(model.length, config.mask_ratio),
+                keep=kept_count(model.length, config.masking.mask_ratio),
             )
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 loss = objective(images, *draws)[TOTAL].mean()
@@ -156,7 +157,7 @@ def test_high_water_is_what_the_gpu_says(checkpoint_blocks):
     step(2 * batch)
     torch.cuda.synchronize()
     taken = torch.cuda.max_memory_allocated() - before
-    memory = memory_of(model, config.mask_ratio, "bf16", averages=2, checkpoint_blocks=checkpoint_blocks)
+    memory = memory_of(model, config.masking.mask_ratio, "bf16", averages=2, checkpoint_blocks=checkpoint_blocks)
     assert memory.high_water(batch) == pytest.approx(taken, rel=0.1)
 
 
@@ -179,4 +180,4 @@ def test_memory_by_part():
 
 def test_the_update_reads_five_arrays_and_writes_four():
     config, model = preset_network("xl2-in256")
-    assert work_of(model, config.mask_ratio, "bf16").update_bytes == 36 * num_parameters(model)
+    assert work_of(model, config.masking.mask_ratio, "bf16").update_bytes == 36 * num_parameters(model)

@@ -10,6 +10,7 @@ from fastmask.diffusion import EDM, training_draws
 from fastmask.diffusion.masking import (
     GROUP,
     SCHEDULES,
+    Masking,
     RatioPerSample,
     check_ratio,
     kept_count,
@@ -364,3 +365,56 @@ def test_draws_compile_into_one_graph(way):
         for ours, eager in zip(flat(compiled(**tensors)), flat(drawn(**tensors)), strict=True):
             torch.testing.assert_close(ours, eager)
     assert counter.frame_count == 1
+
+
+def test_ratio_falls_over_the_masked_steps_alone():
+    masking = Masking(unmask_steps=20, mask_schedule="linear", mask_ratio_end=0.1)
+    assert masking.ratio_at(0, 100) == 0.5
+    assert masking.ratio_at(40, 100) == pytest.approx(0.3)
+    assert 0.1 < masking.ratio_at(79, 100) < 0.11
+    assert [masking.ratio_at(step, 100) for step in (80, 99)] == [0.0, 0.0]
+    assert masking.lowest_ratio(100) == 0.0
+    assert Masking(mask_schedule="linear", mask_ratio_end=0.1).lowest_ratio(100) == pytest.approx(0.104)
+    assert Masking(mask_schedule="linear", mask_ratio=0.2, mask_ratio_end=0.6).lowest_ratio(100) == 0.2
+
+
+def test_unmasked_from_the_first_step():
+    masking = Masking(unmask_steps=10)
+    masking.check(max_steps=10, micro_batch=1, can_mask=True)
+    assert masking.ratio_at(0, 10) == 0.0
+    assert masking.stages(16, 10) == ((0, 16),)
+    assert masking.kept_at(0, 16, 10) == 16
+
+
+def test_stages_of_a_run():
+    masking = Masking(unmask_steps=20)
+    assert masking.stages(16, 100) == ((0, 8), (80, 16))
+    assert [masking.kept_at(step, 16, 100) for step in (0, 79, 80, 99)] == [8, 8, 16, 16]
+    assert Masking().stages(16, 100) == ((0, 8),)
+    falling = Masking(unmask_steps=20, mask_schedule="linear", mask_ratio_end=0.1, mask_levels=4)
+    assert falling.stages(256, 100) == (*ratio_stages("linear", 80, 0.5, 0.1, 256, 4), (80, 256))
+    kept = [falling.kept_at(step, 256, 100) for step in range(100)]
+    assert kept == sorted(kept)
+    assert len(set(kept)) == 5
+    ratios = [falling.ratio_at(step, 100) for step in range(80)]
+    assert sum(kept[:80]) / 80 == pytest.approx(256 * (1 - sum(ratios) / 80), rel=0.01)
+
+
+def test_a_schedule_that_ends_unmasked_has_no_stage_after():
+    masking = Masking(unmask_steps=100, mask_schedule="exp")
+    stages = masking.stages(16, 1000)
+    assert stages == ratio_stages("exp", 900, 0.5, 0.0, 16, 8)
+    assert stages[-1].keep == 16
+    assert stages[-1].first_step < 900
+    assert masking.kept_at(950, 16, 1000) == 16
+
+
+def test_ratios_per_sample_of_a_run():
+    assert Masking().per_sample is None
+    masking = Masking(mask_ratio_per_sample="uniform(0.2,0.8)")
+    masking.check(max_steps=10, micro_batch=64, can_mask=True)
+    assert masking.per_sample == ("uniform", 0.2, 0.8)
+    masking = Masking(mask_ratio_per_sample="noise", mask_ratio=0.25)
+    masking.check(max_steps=10, micro_batch=8, can_mask=True)
+    assert masking.per_sample == ("noise", 0.125, 0.375)
+    assert masking.kept_at(0, 16, 10) == 12

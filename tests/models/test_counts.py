@@ -26,13 +26,13 @@ def test_formula_equals_operator_count(preset, masked):
     config = preset_config(preset, PRESETS)
     if preset != "xl2-in256":
         depths = {name: min(2, getattr(config.network, name)) for name in ("depth", "decoder_depth")}
-        config = dataclasses.replace(config, network=dataclasses.replace(config.network, **depths))
-    ratio = config.mask_ratio if masked else 0.0
+        config = config.replace(network=dataclasses.replace(config.network, **depths))
+    ratio = config.masking.mask_ratio if masked else 0.0
     if masked and not ratio:
         pytest.skip("this preset trains unmasked")
     batch = 2
-    pixels = config.data == "digits"
-    channels, size = (1, config.image_size) if pixels else (4, config.image_size // 8)
+    pixels = config.data.data == "digits"
+    channels, size = (1, config.data.image_size) if pixels else (4, config.data.image_size // 8)
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = build_model(config, channels, size)
         keep = kept_count(model.length, ratio)
@@ -64,9 +64,9 @@ def test_formula_equals_operator_count(preset, masked):
 def test_published_sizes(preset, millions, gmac):
     config = preset_config(preset, PRESETS)
     with torch.device("meta"):
-        model = build_model(config, 4, config.image_size // 8)
+        model = build_model(config, 4, config.data.image_size // 8)
     assert num_parameters(model) / 1e6 == pytest.approx(millions, abs=0.051)
-    macs = forward_macs(model, kept_count(model.length, config.mask_ratio))
+    macs = forward_macs(model, kept_count(model.length, config.masking.mask_ratio))
     assert macs / 1e9 == pytest.approx(gmac, abs=0.06)
 
 
@@ -78,4 +78,4 @@ def test_masking_saves_operations(size, least):
         masked = build_model(config, 4, 32)
         sizes = config.network
         dense = type(masked)(width=sizes.width, depth=sizes.depth, num_heads=sizes.num_heads, decoder_depth=0)
-    assert forward_macs(dense) / forward_macs(masked, kept_count(256, config.mask_ratio)) > least
+    assert forward_macs(dense) / forward_macs(masked, kept_count(256, config.masking.mask_ratio)) > least

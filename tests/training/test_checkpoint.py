@@ -18,9 +18,8 @@ from fastmask.diffusion.weights import load_maskdit
 from fastmask.files import _UMASK
 from fastmask.rundir import snapshots
 from fastmask.training.checkpoint import Checkpointer, checkpoints, load_checkpoint, load_initial, read_state
-from fastmask.training.config import TrainConfig
 from fastmask.training.ema import EMA, PowerEMA
-from fastmask.training.optim import make_optimizer
+from fastmask.training.optim import OptimConfig, make_optimizer
 
 SHALLOW = {"depth": 1, "decoder_depth": 1}
 FILES = [f"{part}.safetensors" for part in ("model", "ema", "optimizer", "profiles")] + ["state.json", "SHA256SUMS"]
@@ -32,7 +31,7 @@ class Trained:
     def __init__(self, steps=2, seed=0, **sizes):
         self.net = small_net(seed=seed, **{**SHALLOW, **sizes})
         self.ema, self.profiles = EMA(self.net, 0.9), [PowerEMA(self.net, width) for width in (0.05, 0.1)]
-        self.optimizer = make_optimizer(self.net, TrainConfig(lr=1e-2))
+        self.optimizer = make_optimizer(self.net, OptimConfig(lr=1e-2))
         for _ in range(steps):
             self.step()
 

@@ -1,20 +1,21 @@
 """What a configuration refuses, and what it computes."""
 
 import dataclasses
+import json
 
 import pytest
 
-from fastmask.diffusion.masking import ratio_stages
-from fastmask.training.config import TrainConfig, check_config, fit_stages
+from fastmask.diffusion import EDM, RectifiedFlow
+from fastmask.diffusion.processes import PROCESSES
+from fastmask.models.networks import NETWORKS
+from fastmask.training.config import TrainConfig, fit_stages, refuse_foreign_flags
 
 GOOD = TrainConfig()
 
 
-def changed(config, **fields):
-    """A configuration with other fields, of its network as well."""
-    own = {field.name for field in dataclasses.fields(config.network)} & fields.keys()
-    network = dataclasses.replace(config.network, **{name: fields.pop(name) for name in own})
-    return dataclasses.replace(config, network=network, **fields)
+def check(config):
+    config.network.check(8)
+    config.check()
 
 
 @pytest.mark.parametrize(
@@ -65,67 +66,18 @@ def changed(config, **fields):
     ids=lambda value: str(value)[:40],
 )
 def test_bad_values_are_named(change, message):
-    check_config(GOOD, 8)
+    check(GOOD)
     with pytest.raises(ValueError, match=message):
-        check_config(changed(GOOD, **change), 8)
-
-
-def test_ratio_falls_over_the_masked_steps_alone():
-    config = dataclasses.replace(GOOD, max_steps=100, unmask_steps=20, mask_schedule="linear", mask_ratio_end=0.1)
-    assert config.ratio_at(0) == 0.5
-    assert config.ratio_at(40) == pytest.approx(0.3)
-    assert 0.1 < config.ratio_at(79) < 0.11
-    assert [config.ratio_at(step) for step in (80, 99)] == [0.0, 0.0]
-
-
-def test_unmasked_from_the_first_step():
-    config = dataclasses.replace(GOOD, max_steps=10, unmask_steps=10)
-    check_config(config, 8)
-    assert config.ratio_at(0) == 0.0
-    assert config.stages(16) == ((0, 16),)
-    assert config.kept_at(0, 16) == 16
-
-
-def test_stages_of_a_run():
-    config = dataclasses.replace(GOOD, max_steps=100, unmask_steps=20)
-    assert config.stages(16) == ((0, 8), (80, 16))
-    assert [config.kept_at(step, 16) for step in (0, 79, 80, 99)] == [8, 8, 16, 16]
-    assert dataclasses.replace(config, unmask_steps=0).stages(16) == ((0, 8),)
-    falling = dataclasses.replace(config, mask_schedule="linear", mask_ratio_end=0.1, mask_levels=4)
-    assert falling.stages(256) == (*ratio_stages("linear", 80, 0.5, 0.1, 256, 4), (80, 256))
-    kept = [falling.kept_at(step, 256) for step in range(100)]
-    assert kept == sorted(kept)
-    assert len(set(kept)) == 5
-    assert sum(kept[:80]) / 80 == pytest.approx(256 * (1 - sum(map(falling.ratio_at, range(80))) / 80), rel=0.01)
-
-
-def test_a_schedule_that_ends_unmasked_has_no_stage_after():
-    config = dataclasses.replace(GOOD, max_steps=1000, unmask_steps=100, mask_schedule="exp")
-    stages = config.stages(16)
-    assert stages == ratio_stages("exp", 900, 0.5, 0.0, 16, 8)
-    assert stages[-1].keep == 16
-    assert stages[-1].first_step < 900
-    assert config.kept_at(950, 16) == 16
-
-
-def test_ratios_per_sample():
-    assert GOOD.per_sample is None
-    config = dataclasses.replace(GOOD, mask_ratio_per_sample="uniform(0.2,0.8)", micro_batch_size=64)
-    check_config(config, 8)
-    assert config.per_sample == ("uniform", 0.2, 0.8)
-    config = dataclasses.replace(GOOD, mask_ratio_per_sample="noise", mask_ratio=0.25, batch_size=8)
-    check_config(config, 8)
-    assert config.per_sample == ("noise", 0.125, 0.375)
-    assert config.kept_at(0, 16) == 12
+        check(GOOD.replace(**change))
 
 
 def test_micro_batch_is_never_larger_than_the_batch():
-    assert dataclasses.replace(GOOD, batch_size=8, micro_batch_size=128).micro_batch == 8
-    assert dataclasses.replace(GOOD, batch_size=8).micro_batch == 8
-    assert dataclasses.replace(GOOD, batch_size=8, micro_batch_size=2).micro_batch == 2
+    assert GOOD.replace(batch_size=8, micro_batch_size=128).micro_batch == 8
+    assert GOOD.replace(batch_size=8).micro_batch == 8
+    assert GOOD.replace(batch_size=8, micro_batch_size=2).micro_batch == 2
 
 
-PRESET = dataclasses.replace(GOOD, max_steps=1000, unmask_steps=300, warmup_steps=100)
+PRESET = GOOD.replace(max_steps=1000, unmask_steps=300, warmup_steps=100)
 
 
 @pytest.mark.parametrize(
@@ -140,5 +92,48 @@ PRESET = dataclasses.replace(GOOD, max_steps=1000, unmask_steps=300, warmup_step
     ids=str,
 )
 def test_stages_of_a_short_run_have_the_proportions_of_the_preset(changes, stages):
-    config = fit_stages(dataclasses.replace(PRESET, **changes), PRESET)
-    assert (config.unmask_steps, config.warmup_steps) == stages
+    config = fit_stages(PRESET.replace(**changes), PRESET)
+    assert (config.masking.unmask_steps, config.optim.warmup_steps) == stages
+
+
+def test_flat_names_go_to_their_owners():
+    config = TrainConfig.of(lr=0.5, mask_ratio=0.25, data="synthetic", width=128, p_std=1.0, seed=3)
+    assert (config.optim.lr, config.masking.mask_ratio, config.data.data, config.seed) == (0.5, 0.25, "synthetic", 3)
+    assert (config.network.width, config.process.p_std) == (128, 1.0)
+    again = config.replace(process=RectifiedFlow(t_mean=1.0), shift=2.0, max_steps=5)
+    assert again.process == RectifiedFlow(t_mean=1.0, shift=2.0)
+    assert (again.max_steps, again.optim) == (5, config.optim)
+    assert config.process == EDM(p_std=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("mask_ration", "mask_ratio"), ("shift", ""), ("masking", "mask_ratio"), ("replace", "")]
+)
+def test_a_name_that_no_member_has(name, near):
+    with pytest.raises(ValueError, match=f"unknown field '{name}': did you mean .*{near}"):
+        GOOD.replace(**{name: 1})
+
+
+@pytest.mark.parametrize("process", [kind() for kind in PROCESSES.values()], ids=lambda process: process.name)
+@pytest.mark.parametrize("network", [kind() for kind in NETWORKS.values()], ids=lambda network: network.name)
+def test_every_flag_is_one_field(process, network):
+    """So that flat names, on the command line and in `run.json`, are enough."""
+    config = GOOD.replace(process=process, network=network)
+    names = [field.name for part in config.parts().values() for field in dataclasses.fields(part)]
+    assert len(names) == len(set(names))
+    assert config.recorded().keys() == {*names, "process", "network"}
+    assert all(len(rule) <= 1 for rule in config.on_resume().values())
+
+
+def test_the_record_is_flat_and_names_the_kinds():
+    stored = GOOD.replace(data="https://user:secret@host/store?token=x").recorded()
+    assert (stored["lr"], stored["width"], stored["p_mean"]) == (1e-4, 96, -1.2)
+    assert (stored["process"], stored["network"]) == ("edm", "maskdit")
+    assert "secret" not in stored["data"]
+    assert json.loads(json.dumps(stored)).keys() == stored.keys()
+
+
+def test_a_flag_of_another_process():
+    refuse_foreign_flags(["--p-mean", "0", "--lr=1", "x"], GOOD)
+    with pytest.raises(ValueError, match="--shift is a flag of process flow, and preset digits trains process edm"):
+        refuse_foreign_flags(["--lr", "1", "--shift=3"], GOOD)

@@ -5,7 +5,6 @@ import os
 import pytest
 import torch
 
-from fastmask.training.config import TrainConfig
 from fastmask.training.numerics import set_numerics
 
 
@@ -25,7 +24,7 @@ def _as_before():
 
 @pytest.mark.parametrize(("precision", "products"), [("tf32", "high"), ("fp32", "highest"), ("bf16", "highest")])
 def test_repeated_runs_give_the_same_bits(precision, products):
-    set_numerics(TrainConfig(precision=precision))
+    set_numerics(precision)
     assert torch.get_float32_matmul_precision() == products
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
@@ -35,5 +34,5 @@ def test_repeated_runs_give_the_same_bits(precision, products):
 
 def test_the_users_own_workspace_of_cublas_stays(monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-    set_numerics(TrainConfig())
+    set_numerics("fp32")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"

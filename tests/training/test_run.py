@@ -282,7 +282,7 @@ def test_memory_is_that_of_this_process():
 
 
 def test_a_cpu_has_no_known_peak():
-    assert gpu_of(TrainConfig(device="cpu")) is None
+    assert gpu_of("cpu") is None
 
 
 def class_images(folder, count=6, classes="ab"):
@@ -323,7 +323,7 @@ def test_secrets_of_a_url_are_neither_printed_nor_stored(tmp_path, monkeypatch, 
     said = json.loads((tmp_path / "run" / "run.json").read_text())
     assert said["config"]["data"] == f"withsecret://user:***@host{tmp_path}/store?X-Amz-Signature=***&sig=***"
     assert [change["field"] for change in said["changes"]] == ["max_steps", "lr"], "the same data are no change"
-    assert "hunter2" not in resolve_machine(TrainConfig(data=url, device="cpu", optimizer="torch")).run_dir
+    assert "hunter2" not in resolve_machine(TrainConfig.of(data=url, device="cpu", optimizer="torch")).run_dir
     with pytest.raises(SystemExit):
         fail("fastmask.train", f"{url} cannot be read")
     assert "hunter2" not in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """The training step: no graph breaks, no recompiles, no waits, and tensors that stay where they are."""
 
 import copy
-import dataclasses
 import functools
 import time
 import weakref
@@ -21,9 +20,9 @@ from fastmask.ranks import Ranks
 from fastmask.training.config import TrainConfig, build_model
 from fastmask.training.ema import EMA, PowerEMA
 from fastmask.training.optim import make_optimizer
-from fastmask.training.step import TrainingStep
+from fastmask.training.run import make_step
 
-SMALL = TrainConfig(
+SMALL = TrainConfig.of(
     data="synthetic",
     image_size=64,
     num_classes=5,
@@ -46,14 +45,16 @@ class Training:
     """A step, and what it moves."""
 
     def __init__(self, **changed):
-        self.config = config = dataclasses.replace(SMALL, **changed)
-        device = torch.device(config.device)
-        dataset = open_data("synthetic", image_size=config.image_size, num_classes=config.num_classes, flip=False)
+        self.config = config = SMALL.replace(**changed)
+        device = torch.device(config.machine.device)
+        dataset = open_data(
+            "synthetic", image_size=config.data.image_size, num_classes=config.data.num_classes, flip=False
+        )
         torch.manual_seed(0)
         self.net = Denoiser(build_model(config, *dataset.shape[:2]), EDM()).to(device)
-        self.emas = [EMA(self.net, config.ema_decay), PowerEMA(self.net, 0.1)]
-        self.optimizer = make_optimizer(self.net, config, self.emas)
-        self.step = TrainingStep(self.net, dataset, config, self.optimizer, self.emas, Ranks())
+        self.emas = [EMA(self.net, config.ema.ema_decay), PowerEMA(self.net, 0.1)]
+        self.optimizer = make_optimizer(self.net, config.optim, self.emas)
+        self.step = make_step(self.net, dataset, config, self.optimizer, self.emas, Ranks())
         self.data: Iterator[Batch] = batches(
             dataset, batch_size=config.micro_batch, seed=0, start=0, stop=10**6, num_workers=0, device=device
         )
@@ -168,18 +169,20 @@ def losses_in_float64(steps: int) -> list[float]:
     training, config, losses = Training(), SMALL, []
     net = training.net.double()
     net.model.impl = "reference"
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, betas=config.betas, weight_decay=config.weight_decay)
-    objective = Objective(net, [MaskedDenoising(config.mae_coef)])
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=1e-2, betas=config.optim.betas, weight_decay=config.optim.weight_decay
+    )
+    objective = Objective(net, [MaskedDenoising(config.objective.mae_coef)])
     for step in range(steps):
         images, labels = next(training.data)
         draws = training_draws(
-            EDM(), images, labels, length=16, keep=8, num_classes=config.num_classes, label_drop=config.label_drop,
-            seed=config.seed, offset=step * config.batch_size,
+            EDM(), images, labels, length=16, keep=8, num_classes=config.data.num_classes,
+            label_drop=config.objective.label_drop, seed=config.seed, offset=step * config.batch_size,
         )  # fmt: skip
         doubles = draws._replace(t=draws.t.double(), noise=draws.noise.double())
         loss = objective(images.double(), *doubles)["loss"].mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), config.optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
