@@ -17,6 +17,7 @@ from fastmask.console import without_secrets
 T = TypeVar("T")
 
 _RENAMED = {"--mirror": "--flip", "--no-mirror": "--no-flip"}
+_FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _BOX = re.compile(r"[\u2500-\u257f]|^ *-{3,} *$")  # box-drawing characters, or hyphens if the output is not UTF-8
 
@@ -40,12 +41,11 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
         if name in _RENAMED:
             raise ValueError(f"{name} is called {_RENAMED[name]} now")
     said = io.StringIO()
-    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     try:
         with contextlib.redirect_stderr(said):
             if default is None:
-                return tyro.cli(kind, prog=prog, description=description, args=argv, config=omit)
-            return tyro.cli(kind, prog=prog, description=description, args=argv, default=default, config=omit)
+                return tyro.cli(kind, prog=prog, description=description, args=argv, config=_FLAT)
+            return tyro.cli(kind, prog=prog, description=description, args=argv, default=default, config=_FLAT)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -125,4 +125,7 @@ def _one_line(box: str) -> str:
     near = [line.split()[0] for line in lines if line.startswith("--")]
     if message.startswith("Unrecognized") and near:
         return f"{message}: did you mean {' or '.join(near[:3])}?"
+    refused = re.fullmatch(r"Error parsing [\w.]+: ([a-z_]+)( must .*)", message)
+    if refused:  # by the check of a dataclass, which names its field
+        return f"--{refused[1].replace('_', '-')}{refused[2]}"
     return f"{message} (--help lists every flag)"

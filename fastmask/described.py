@@ -36,7 +36,8 @@ def from_json(text: str, kinds: Mapping[str, type[T]], what: str) -> T:
     name = stored.pop("name", None) if isinstance(stored, dict) else None
     kind = kinds.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(f"it names no {what} that is known: {', '.join(kinds)}")
+        wrong = f"the {what} {name!r} is unknown" if isinstance(name, str) else f"the name of a {what} is missing"
+        raise ValueError(f"{wrong}; this version knows {', '.join(kinds)}")
     types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(kind)}
     for field, number in stored.items():
         exact = type(number) is types.get(field)

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import hashlib
+import json
 import pickle
 import pickletools
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -108,6 +110,37 @@ def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
     if _CHECKSUM in stated and stated[_CHECKSUM] != checksum_of(tensors, stated):
         raise ValueError(f"{path} is damaged: its tensors differ from the checksum that it states")
     return tensors, stated
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], stated: Mapping[str, str] | None = None) -> None:
+    """Write a `.safetensors` file; equal tensors and metadata give equal bytes.
+
+    Args:
+        path: the file.
+        tensors: contiguous tensors on the CPU, by name.
+        stated: metadata; None writes none.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        safetensors.torch.save_file(dict(tensors), path, dict(stated) if stated else None)
+    except SafetensorError as error:  # how safetensors reports a failed write
+        raise OSError(f"{path} cannot be written: {error}") from error
+    if stated:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata of a `.safetensors` file by key in place: safetensors writes them in an arbitrary order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size, "safetensors writes the header as compactly"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def with_checksum(tensors: Mapping[str, Tensor], stated: Mapping[str, str]) -> dict[str, str]:

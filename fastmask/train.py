@@ -19,6 +19,7 @@ from fastmask.cost.plan import print_plan, workload_of
 from fastmask.cost.work import RESERVE
 from fastmask.data import Dataset
 from fastmask.files import locked
+from fastmask.help import show_help
 from fastmask.models.counts import num_parameters
 from fastmask.presets import PRESETS
 from fastmask.ranks import Ranks, from_first, is_lost_rank, process_group, signal_if_torchrun_dies
@@ -39,13 +40,20 @@ from fastmask.training.run import LOCK, Run, exit_code
 _NAME = "python -m fastmask.train"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Command:
-    config: TrainConfig
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Action:
+    """Actions that take the place of training."""
+
     dry_run: bool = False
     """Print the resolved configuration, the cost of a step and its memory, and exit."""
     profile: int = 0
     """Profile this many steps, print a breakdown and exit; only the trace is stored. 0: off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    config: TrainConfig
+    action: _Action = _Action()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,16 +62,13 @@ def main(argv: Sequence[str]) -> None:
     console.quiet = ranks.rank > 0
     preset = preset_config(_preset_name(argv), PRESETS)
     refuse_foreign_flags(argv, preset)
-    command = parse(
-        _Command,
-        argv,
-        prog=_NAME,
-        description=f"Train a masked diffusion transformer. Presets: {', '.join(PRESETS)}. A preset also sets the "
-        f"diffusion process and the network, whose flags are listed for it: --preset digits-flow --help.",
-        default=_Command(preset),
-    )
-    if command.profile < 0:
-        raise ValueError(f"profile must be at least 0, not {command.profile}")
+    groups = {**preset.parts(), "action": _Action()}
+    if show_help(argv, prog=_NAME, description=_help_of(preset), groups=groups):
+        return
+    command = parse(_Command, argv, prog=_NAME, description="", default=_Command(preset))
+    action = command.action
+    if action.profile < 0:
+        raise ValueError(f"profile must be at least 0, not {action.profile}")
     # Fit the preset's stages to fewer steps, unless they were given.
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     config = fit_stages(command.config, preset, given)
@@ -74,14 +79,28 @@ def main(argv: Sequence[str]) -> None:
         )
     config.check()
     config = resolve_machine(config, ranks)
-    if command.dry_run:
+    if action.dry_run:
         dry_run(config, preset, given)
         return
     # From here on a stop signal ends the run cleanly.
     with stop_signals() as signals:
         config, dataset = resolve_data(config, preset, given)
         with process_group(ranks, torch.device(config.machine.device)):
-            train(config, dataset, ranks, profile=command.profile, signals=signals)
+            train(config, dataset, ranks, profile=action.profile, signals=signals)
+
+
+def _help_of(preset: TrainConfig) -> list[str]:
+    """Return the first paragraphs of `--help`."""
+    other = next(name for name in PRESETS if preset_config(name, PRESETS).process.name != preset.process.name)
+    return [
+        "Trains a masked diffusion transformer. The same command resumes the run from its last checkpoint.",
+        f"--preset sets the defaults of all other flags: {', '.join(PRESETS)}.",
+        f"--help GROUP explains the flags of a group below, with their defaults for the preset {preset.preset}, and "
+        f"--help all explains every flag.",
+        f"A preset also sets the diffusion process and the network, and each has its own flags. The preset "
+        f"{preset.preset} trains the network {preset.network.name} with the process {preset.process.name}; the flags "
+        f"of another process are shown with a preset of it, such as --preset {other} --help process.",
+    ]
 
 
 def resolve_machine(config: TrainConfig, ranks: Ranks = Ranks()) -> TrainConfig:  # noqa: B008  (immutable)

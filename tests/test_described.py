@@ -30,9 +30,9 @@ def test_there_and_back():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"name": "others"}', "it names no shape that is known: sizes"),
-        ('{"name": ["sizes"]}', "it names no shape that is known: sizes"),
-        ('["sizes"]', "it names no shape that is known: sizes"),
+        ('{"name": "others"}', "the shape 'others' is unknown; this version knows sizes"),
+        ('{"name": ["sizes"]}', "the name of a shape is missing; this version knows sizes"),
+        ('["sizes"]', "the name of a shape is missing; this version knows sizes"),
         ('{"name": "sizes", "depth": 1}', "depth is no number of shape sizes"),
         ('{"name": "sizes", "width": 1.0}', "width is no number of shape sizes"),
         ('{"name": "sizes", "width": true}', "width is no number of shape sizes"),

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from util import small_net
 
 from fastmask.diffusion.weights import save_weights
-from fastmask.tensorfile import choose_weights, read_weights
+from fastmask.tensorfile import choose_weights, read_tensors, read_weights, save_tensors
 
 NET, EMA = small_net(depth=1, decoder_depth=1), small_net(depth=1, decoder_depth=1, seed=1)
 RAW, AVERAGE = ({k.removeprefix("model."): t for k, t in net.state_dict().items()} for net in (NET, EMA))
@@ -334,3 +334,14 @@ def test_a_pickle_is_judged_before_it_is_loaded(tmp_path):
     """What torch itself says of an unknown class is several lines with colours."""
     (tmp_path / "it.pt").write_bytes(pickle.dumps({"a": Own()}, protocol=2))
     refused(tmp_path / "it.pt", r"it holds a \S*test_tensorfile\.Own")
+
+
+def test_metadata_are_in_the_order_of_their_keys(tmp_path):
+    """Whatever is in them: quotes, control characters, letters beyond ASCII."""
+    stated = {f"{letter}é\u2028": f'"{letter}\\\x01\x7f\n/' for letter in "zyxwvu"}
+    save_tensors(tmp_path / "a.safetensors", RAW, stated)
+    save_tensors(tmp_path / "b.safetensors", RAW, dict(reversed(stated.items())))
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    tensors, read = read_tensors(tmp_path / "a.safetensors")
+    assert_is(tensors, RAW)
+    assert read == stated

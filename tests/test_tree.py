@@ -50,7 +50,7 @@ def test_a_kernel_file_belongs_to_an_op():
 
 def test_nothing_imports_upward():
     """A folder or module may import only from those before it."""
-    order = ["console", "files", "fields", "cli", "described", "kernels", "testing", "grid", "ranks", "gpus"]
+    order = ["console", "files", "fields", "cli", "help", "described", "kernels", "testing", "grid", "ranks", "gpus"]
     order += ["tensorfile", "rundir", "models", "diffusion", "data", "training", "cost", "evaluation", "presets"]
     order += ["prepare", "sample", "evaluate", "convert", "train"]
     rank = {name: i for i, name in enumerate(order)}

@@ -19,7 +19,7 @@ _SHAPE = "the checkpoint's weights are of that network"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Data: the images and their labels, and how they are read."""
+    """Images and labels, and how they are read."""
 
     data: str = fixed("digits", _IMAGES)
     """Dataset: digits, synthetic, a store (fastmask.prepare) or its URL (s3://bucket/store), an .npz, or any source of

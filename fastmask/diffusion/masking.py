@@ -39,7 +39,7 @@ _POINTS = 1024  # points of the midpoint rule for long parts of a schedule
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Masking:
-    """Masking: the mask ratio, its schedule over the steps and its distribution over the samples."""
+    """Mask ratio, its schedule over the steps and its distribution over the samples."""
 
     mask_ratio: float = 0.5
     """Fraction of the patches dropped before the encoder, in [0, 1)."""

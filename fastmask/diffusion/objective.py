@@ -73,7 +73,7 @@ class MaskedDenoising(Term):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Objective: weights of the terms of the loss, and label dropout."""
+    """Weights of the terms of the loss, and label dropout."""
 
     mae_coef: float = 0.1
     """Weight of the reconstruction (MAE) loss."""

@@ -1,5 +1,6 @@
 """Weights with the published parameter names: loading, saving, building the network that they describe."""
 
+import dataclasses
 import math
 import os
 import re
@@ -7,9 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fastmask.console import say
@@ -20,7 +19,7 @@ from fastmask.models.layers import sincos_position
 from fastmask.models.maskdit import MaskDiT, MaskDiTConfig
 from fastmask.models.networks import NETWORKS
 from fastmask.rundir import find_weights
-from fastmask.tensorfile import check_finite, choose_weights, read_weights, with_checksum
+from fastmask.tensorfile import check_finite, choose_weights, read_weights, save_tensors, with_checksum
 
 Kind = Literal["ema", "raw"]
 
@@ -81,7 +80,12 @@ def load_maskdit(
             model = MaskDiT(**sizes, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-    net = Denoiser(model, _process(stated, what) or EDM(sigma_data=sigma_data))
+    process = _process(stated, what)
+    if process is None:
+        process = EDM(sigma_data=sigma_data)
+        if not isinstance(source, Mapping):
+            say(f"{what} states no diffusion process: it is read as {process}")
+    net = Denoiser(model, process)
     found = {f"model.{name}": tensor for name, tensor in tensors.items()}
     check_same_shapes(net.state_dict(), found, what)
     found = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in found.items()}
@@ -117,7 +121,8 @@ def weights_for(net: Denoiser, path: Path) -> tuple[dict[str, Tensor], list[str]
         heads, ours = _heads(stated, name, what), getattr(net.model, name)
         if heads and heads != ours and (name == "num_heads" or net.model.decoder_blocks):
             raise ValueError(f"{what} is of another network: its {name} is {heads} instead of {ours}")
-    process = _process(stated, what) or net.process
+    # A file that states no process is EDM's, as published weights are.
+    process = _process(stated, what) or (net.process if isinstance(net.process, EDM) else EDM())
     if process != net.process:
         notes.append(f"{what} was trained with {process}, and continues with {net.process}")
     found = {name: tensor.float() for name, tensor in found.items()}
@@ -144,10 +149,29 @@ def save_weights(
         "process": to_json(net.process),
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or net.state_dict()).items()}
-    try:
-        safetensors.torch.save_file(tensors, path, with_checksum(tensors, stated) if checksum else stated)
-    except SafetensorError as error:  # how safetensors reports a failed write
-        raise OSError(f"{path} cannot be written: {error}") from error
+    save_tensors(path, tensors, with_checksum(tensors, stated) if checksum else stated)
+
+
+def check_stated(stated: Mapping[str, str], net: Denoiser, what: str) -> None:
+    """Raise a ValueError unless the metadata of a checkpoint state the network and the process of a resumed run.
+
+    Fields of the process that a resumed run may change are not compared, and metadata of earlier versions state less.
+
+    Args:
+        stated: the metadata.
+        net: the denoiser of the run.
+        what: the file, for messages.
+    """
+    process, network = _process(stated, what), _network(stated, what) if "network" in stated else None
+    for there, here in ((process, net.process), (network, net.model.config)):
+        if there is not None and _lasting(there) != _lasting(here):
+            raise ValueError(f"{what} was written for {there}, and this run trains {here}: it is not of this run")
+
+
+def _lasting(value: Process | MaskDiTConfig) -> tuple[str, dict[str, Any]]:
+    """Return the name and those fields that cannot change when a run is resumed."""
+    fields = [field.name for field in dataclasses.fields(value) if "recorded" not in field.metadata]
+    return value.name, {name: getattr(value, name) for name in fields}
 
 
 def check_same_shapes(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], what: str) -> None:
@@ -231,7 +255,7 @@ def _network(stated: Mapping[str, str], what: str) -> MaskDiTConfig:
     try:
         return from_json(stated["network"], NETWORKS, "network")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} states no network that is known: {error}") from error
+        raise ValueError(f"{what}: the network that its metadata state cannot be built: {error}") from error
 
 
 def _process(stated: Mapping[str, str], what: str) -> Process | None:
@@ -241,7 +265,7 @@ def _process(stated: Mapping[str, str], what: str) -> Process | None:
             return from_json(stated["process"], PROCESSES, "process")
         return EDM(sigma_data=float(stated["sigma_data"])) if "sigma_data" in stated else None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} states no process that is known: {error}") from error
+        raise ValueError(f"{what}: the process that its metadata state cannot be built: {error}") from error
 
 
 def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:

@@ -14,14 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastmask.console import say
 from fastmask.diffusion import Denoiser
-from fastmask.diffusion.weights import check_same_shapes, save_weights, weights_for
+from fastmask.diffusion.weights import check_same_shapes, check_stated, save_weights, weights_for
 from fastmask.files import apply_umask, atomic_write
 from fastmask.ranks import whole
 from fastmask.rundir import (
@@ -38,7 +36,7 @@ from fastmask.rundir import (
     warn_of_start,
 )
 from fastmask.rundir import sums as checksums
-from fastmask.tensorfile import read_tensors
+from fastmask.tensorfile import read_tensors, save_tensors
 from fastmask.training.ema import PowerEMA
 
 __all__ = [
@@ -180,7 +178,7 @@ class Checkpointer:
                 if part in ("model", "ema"):
                     save_weights(file, net, tensors, checksum=False)
                 else:
-                    _save(file, tensors)
+                    save_tensors(file, tensors)
             (partial / "state.json").write_text(state)
             (partial / SUMS).write_text("".join(checksums(partial).values()))
             for path in partial.iterdir():
@@ -261,14 +259,16 @@ def load_checkpoint(
         profiles: power-function EMAs.
 
     Raises:
-        ValueError: an unreadable file, or a checkpoint of another network (lists the differing names); nothing was
-            copied.
+        ValueError: an unreadable file, or a checkpoint of another network (lists the differing names) or process;
+            nothing was copied.
     """
     state = read_state(folder)
-    weights, averaged, stored = (read_tensors(folder / f"{part}.safetensors")[0] for part in PARTS)
+    (weights, stated), (averaged, stated_too), (stored, _) = (read_tensors(folder / f"{p}.safetensors") for p in PARTS)
     kept = read_tensors(folder / "profiles.safetensors")[0] if profiles else {}
     for tensors in (weights, averaged):
         check_same_shapes(net.state_dict(), tensors, str(folder))
+    for part, metadata in (("model", stated), ("ema", stated_too)):
+        check_stated(metadata, net, str(folder / f"{part}.safetensors"))
     check_same_shapes(_averages(profiles), kept, f"{folder / 'profiles.safetensors'}")
     _copy(net.state_dict(), weights)
     _copy(ema, averaged)
@@ -326,13 +326,6 @@ def _rank() -> int:
 
 def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        safetensors.torch.save_file(dict(tensors), file)
-    except SafetensorError as error:  # how safetensors reports a failed write
-        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ _KINDS: dict[str, Mapping[str, Any]] = {"process": PROCESSES, "network": NETWORK
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Run: preset, folder, length, reports and checkpoints. Steps are optimizer steps."""
+    """Preset, folder, length, reports and checkpoints of the run."""
 
     preset: str = "digits"
     """Preset that supplies the defaults of all other flags."""
@@ -38,7 +38,7 @@ class RunConfig:
     """Initial weights: a run folder, one of its checkpoints, or a .pt or .safetensors file with the published parameter
     names. The label or position table is reinitialised for another number of classes or image size."""
     max_steps: int = 1000
-    """Total number of steps."""
+    """Total number of optimizer steps."""
     batch_size: int = 128
     """Global batch size: images per step over all processes."""
     report_every: int = free(100)

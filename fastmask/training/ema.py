@@ -22,7 +22,7 @@ _WARMUP = 0.05
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EMAConfig:
-    """EMA: averages of the weights."""
+    """Exponential moving averages (EMA) of the weights."""
 
     ema_decay: float = 0.9999
     """EMA decay per step; it warms up, so that a short run forgets the random initial weights too."""

@@ -13,7 +13,7 @@ from fastmask.ranks import Ranks, own_device
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class MachineConfig:
-    """Machine: device, precision, compilation, parallelism and memory."""
+    """Device, precision, compilation, parallelism and memory."""
 
     device: str = free("auto")
     """Device: cuda, cuda:1 or cpu. auto: the GPU if there is one."""

@@ -18,7 +18,7 @@ _LEVELS = [f"{low}..{high}" for low, high in zip(("-inf", *EDGES), (*EDGES, "inf
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DivergenceConfig:
-    """Divergence: thresholds of a loss spike, and what follows one."""
+    """Thresholds of a loss spike, and what follows one."""
 
     on_divergence: Literal["stop", "rollback"] = free("stop")
     """After a loss spike: stop, or roll back to the last checkpoint and skip the samples since then."""

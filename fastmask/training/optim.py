@@ -18,7 +18,7 @@ _APEX = "--optimizer apex needs NVIDIA's apex: build github.com/NVIDIA/apex with
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """Optimizer: AdamW, its learning rates and gradient clipping."""
+    """AdamW, its learning rates and gradient clipping."""
 
     lr: float = 1e-4
     """Learning rate."""

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from test_train import run, weights
 from util import small_net
 
-from fastmask.diffusion import MaskedDenoising, Objective
-from fastmask.diffusion.weights import load_maskdit
+from fastmask.diffusion import EDM, Denoiser, MaskedDenoising, Objective, RectifiedFlow
+from fastmask.diffusion.weights import load_maskdit, save_weights
 from fastmask.files import _UMASK
 from fastmask.rundir import snapshots
 from fastmask.training.checkpoint import Checkpointer, checkpoints, load_checkpoint, load_initial, read_state
@@ -462,3 +462,28 @@ def test_fine_tuning_as_its_users_run_it(tmp_path, capsys):
     same = {key for key in before if before[key].shape == after[key].shape and torch.equal(before[key], after[key])}
     positions = {"model.pos_embed", "model.decoder_pos_embed"}
     assert before.keys() - same == {*positions, "model.y_embedder.embedding_table.weight"}
+
+
+def test_equal_checkpoints_are_equal_bytes(tmp_path, trained):
+    """In another process too, which draws another order of what has none."""
+    folders = [trained.save(tmp_path / name) for name in "abcdef"]
+    for path in folders[0].iterdir():
+        assert len({(folder / path.name).read_bytes() for folder in folders}) == 1, path.name
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_a_checkpoint_of_another_process_is_refused(tmp_path, trained, part):
+    """How training times are drawn may have changed, what the weights were trained with may not."""
+    folder, file = trained.save(tmp_path), f"{part}.safetensors"
+    for process, fits in ((EDM(p_mean=0.0), True), (EDM(sigma_data=1.0), False), (RectifiedFlow(), False)):
+        save_weights(folder / file, Denoiser(trained.net.model, process), load_file(folder / file))
+        other = Trained(steps=0, seed=3)
+        if fits:
+            other.load(folder)
+            continue
+        before = other.tensors()
+        with pytest.raises(
+            ValueError, match=rf"{file} was written for {type(process).__name__}\(.*, and this run trai"
+        ):
+            other.load(folder)
+        assert_same(other.tensors(), before)
