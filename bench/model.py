@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.tables import header, line
-from fastmask.cost.plan import workload_of
 from fastmask.cost.predict import ASSUMED, Assumptions, predict_run
 from fastmask.cost.work import RESERVE, memory_of, work_of
+from fastmask.cost.workload import workload_of
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective
 from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL

@@ -417,7 +417,7 @@ def test_ours_run_under_the_numerics_of_the_trainer_and_plain_under_pytorchs(mon
         def finish(self):
             pass
 
-    monkeypatch.setattr(made, "TrainingStep", Ours)
+    monkeypatch.setattr(made, "build_step", Ours)
     monkeypatch.setattr(made.PlainTrainer, "gradients", lambda *_: note("plain"))
     monkeypatch.setattr(made.PlainTrainer, "update", lambda *_: note("plain"))
     monkeypatch.setattr(made, "products", lambda step, device: note("made") or (lambda: note("products")))

@@ -259,7 +259,7 @@ def test_synthetic_latents_and_no_classes(tmp_path):
         (["--shift", "3"], "--shift is a flag of process flow, and preset digits trains process edm"),
         (["--preset", "digits-flow", "--p-mean=0"], "--p-mean is a flag of process edm, and preset digits-flow trains"),
         (["--preset", "digits-flow", "--shift", "0"], "shift must be between 0.01 and 100, not 0.0"),
-        (["--sigma-data", "0"], "sigma_data must be a number above 0, not 0.0"),
+        (["--sigma-data", "0"], "--sigma-data must be a number above 0, not 0.0"),
         (["--precision", "fp8"], "invalid choice 'fp8'"),
         (["--mask-ratio", "1"], "mask_ratio must be at least 0 and below 1"),
         (["--batch-size", "0"], "batch_size must be at least 1, not 0"),

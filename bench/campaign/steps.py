@@ -119,7 +119,7 @@ def first_batch(campaign: Campaign, size: str, image_size: int, form: str, waiti
     case = key(size, image_size, form, campaign)
     too_large = [row["case"]["batch"] for row in campaign.find("too large", **case) if row["variant"] in waiting]
     earlier = [row["case"]["batch"] for row in campaign.find("step", **case)]
-    needed = memory_of(network(size, image_size, form), config_of(size, image_size, form).mask_ratio, "bf16")
+    needed = memory_of(network(size, image_size, form), config_of(size, image_size, form).masking.mask_ratio, "bf16")
     fits = needed.largest_batch(torch.cuda.get_device_properties(campaign.device).total_memory)
     batch = _START[size] * 256**2 // image_size**2
     while batch > 1 and batch > fits:

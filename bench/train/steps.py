@@ -18,11 +18,10 @@ from fastmask.models.counts import forward_macs
 from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
 from fastmask.ranks import Ranks
-from fastmask.training.config import TrainConfig, build_model, preset_config
+from fastmask.training.config import TrainConfig, build_model, build_step, preset_config
 from fastmask.training.ema import EMA
 from fastmask.training.numerics import set_numerics
 from fastmask.training.optim import make_optimizer
-from fastmask.training.run import make_step
 
 FORMS = {"dense": None, "masked-0.5": 0.5, "masked-0.75": 0.75}
 _PRODUCTS = ("fastmask::silu_linear_fwd", "fastmask::silu_linear_bwd")
@@ -156,7 +155,7 @@ def makers(
     # One builder for each of our stacks, and one for the baseline's.
     def ours(trained: _Trained, **how: Any) -> Step:
         changed = config.replace(**{"compile": "none", "cuda_graphs": "off", **how})
-        step = make_step(trained.net, _Held(), changed, trained.optimizer, [trained.ema], Ranks())
+        step = build_step(changed, trained.net, _Held(), trained.optimizer, [trained.ema], Ranks())
         data, offset = itertools.repeat(batch_of()), itertools.count(0, batch)
 
         def update() -> None:

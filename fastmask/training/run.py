@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from fastmask.training.checkpoint import (
     newest_good,
     step_of,
 )
-from fastmask.training.config import TrainConfig, build_model
+from fastmask.training.config import TrainConfig, build_model, build_step
 from fastmask.training.ema import EMA, PowerEMA
 from fastmask.training.monitor import DivergedError, check_spike
 from fastmask.training.optim import learning_rate, make_optimizer
@@ -38,7 +38,7 @@ from fastmask.training.parallel import shard
 from fastmask.training.profiling import profile_steps
 from fastmask.training.report import Report
 from fastmask.training.resume import open_run
-from fastmask.training.step import DTYPES, TrainingStep, eager
+from fastmask.training.step import DTYPES, eager
 
 _ROLLBACKS = 3  # per checkpoint; after that, other samples are unlikely to help
 _RECENT = 10  # number of reports whose median loss defines a spike
@@ -79,7 +79,7 @@ class Run:
         self.profiles = [PowerEMA(self.net, width) for width in config.ema.ema_widths]
         averages = [self.ema, *self.profiles]
         self.optimizer = make_optimizer(self.net, config.optim, averages)
-        self.training = make_step(self.net, dataset, config, self.optimizer, averages, ranks)
+        self.training = build_step(config, self.net, dataset, self.optimizer, averages, ranks)
         self.stages = config.masking.stages(self.net.model.length, config.max_steps)
         self.step, self.samples = 0, 0
         self.recent: list[float] = []
@@ -329,30 +329,6 @@ class Run:
             report.picture(self.step, self.run_dir / "samples" / f"step-{self.step:08d}.png", samples, columns)
         except (ValueError, OSError, RuntimeError) as error:  # a failed grid must not end the run
             say(f"no samples of step {self.step} were drawn: {error}")
-
-
-def make_step(
-    net: Denoiser,
-    dataset: Dataset,
-    config: TrainConfig,
-    optimizer: torch.optim.Optimizer,
-    emas: Sequence[EMA],
-    ranks: Ranks,
-) -> TrainingStep:
-    """Return the training step of a configuration; the other arguments are those of `TrainingStep`."""
-    return TrainingStep(
-        net,
-        dataset,
-        optimizer,
-        emas,
-        ranks,
-        machine=config.machine,
-        objective=config.objective,
-        per_sample=config.masking.per_sample,
-        batch_size=config.batch_size,
-        grad_clip=config.optim.grad_clip,
-        seed=config.seed,
-    )
 
 
 class Watch:

@@ -9,9 +9,9 @@ from networks import preset_network
 import bench.model
 from bench.memory import high_water, per_image
 from bench.model import count_step
-from fastmask.cost.plan import workload_of
 from fastmask.cost.predict import ASSUMED, predict_run
 from fastmask.cost.work import RESERVE, memory_of, work_of
+from fastmask.cost.workload import workload_of
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
