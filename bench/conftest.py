@@ -1,8 +1,8 @@
 """Shared fixtures of the benchmarks: options, threads, machine info, progress, and the tables of the session.
 
 Each kernel case is checked, then all its variants are timed in turn. The tables, and skipped variants with the reason,
-are printed at the end of the session, training steps last. Each variant has a pytest-benchmark entry (`bench.entries`),
-so its table, `--benchmark-json` and `--benchmark-compare` use the same times.
+are printed at the end of the session, training steps last. Each variant has a pytest-benchmark entry
+(`bench.report.entries`), so its table, `--benchmark-json` and `--benchmark-compare` use the same times.
 """
 
 import importlib.metadata
@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from bench import rows
-from bench.entries import Entries, replayed
-from bench.kernels import figures, forms, make
-from bench.kernels._cases import PRESET, shapes_of
-from bench.progress import Progress, PytestScreen
-from bench.tables import kernels, loaders
+from bench.instruments.cases import PRESET, figures, forms, make
+from bench.instruments.progress import Progress, PytestScreen
+from bench.ops import OPS, shapes_of
+from bench.report.entries import Entries, replayed
+from bench.report.tables import kernels, loaders
 from bench.train.table import Table
 
 ROUNDS = {"cuda": 50, "cpu": 10}
@@ -63,16 +63,15 @@ def _threads():
 
 
 def pytest_generate_tests(metafunc):
-    """Parametrize each kernel benchmark with the forms and directions of its op."""
+    """Parametrize the kernel benchmark with every form and direction of every op."""
     if "kernel_case" in metafunc.fixturenames:
-        op = metafunc.module.__name__.rpartition("bench_")[2]
-        chosen = [(op, form, direction) for form, direction in forms(op)]
-        metafunc.parametrize("kernel_case", chosen, indirect=True, ids=["-".join(choice[1:]) for choice in chosen])
+        chosen = [(op, form, direction) for op in OPS for form, direction in forms(op)]
+        metafunc.parametrize("kernel_case", chosen, indirect=True, ids=map("-".join, chosen))
 
 
 @pytest.fixture
 def kernel_case(request, missing):
-    made = make(*request.param, PRESET[_device().type], _device(), None)
+    made = make(*request.param, PRESET[_device().type], _device())
     for variant, reason in made.missing.items():
         missing(variant, reason, f"{made.op} {made.direction}")
     return made

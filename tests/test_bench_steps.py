@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import rows
-from bench.progress import Progress
+from bench.instruments.progress import Progress
 from bench.train import bench_step
 from bench.train.steps import Steps
 from bench.train.table import Table, name_of

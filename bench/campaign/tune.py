@@ -14,6 +14,8 @@ import torch
 
 from bench import rows
 from bench.campaign.state import Campaign, release
+from bench.instruments.calls import calls_of
+from bench.ops import describe, shapes_of
 from fastmask.presets import PRESETS
 
 OPS = ("modulate_norm", "add_gated_norm")
@@ -134,23 +136,15 @@ def winner(present: Settings, times: dict[tuple[int, int], dict[tuple[str, str],
     return present._replace(num_warps=warps, rows_forward=forward, rows_backward=backward)
 
 
-def launches(
-    width: int, samples: int, tokens: int, device: torch.device
-) -> dict[tuple[str, str], Callable[[], tuple[torch.Tensor, ...]]]:
-    """Return the launches of both ops in both directions, as in a block: fp32 residual, other tensors bf16 on a GPU."""
-    low = torch.bfloat16 if device.type == "cuda" else torch.float32
-    x, branch, grad = (torch.randn(samples * tokens, width, device=device) for _ in range(3))
-    branch, grad = branch.to(low), grad.to(low)
-    shift, scale, gate = torch.randn(samples, 6 * width, device=device).to(low)[:, : 3 * width].chunk(3, dim=1)
-    stats = torch.stack([x.mean(1), (x.var(1, correction=0) + 1e-6).rsqrt()])
-    norm, gated = (importlib.import_module(f"fastmask.kernels._triton.{op}") for op in OPS)
-    both = (shift, scale, None, False)
-    return {
-        ("modulate_norm", "forward"): lambda: norm.launch_fwd(x, *both, 1e-6, low),
-        ("modulate_norm", "backward"): lambda: norm.launch_bwd(grad, x, stats, *both, True),
-        ("add_gated_norm", "forward"): lambda: gated.launch_fwd(x, branch, gate, *both, 1e-6, low),
-        ("add_gated_norm", "backward"): lambda: gated.launch_bwd(x, grad, x, stats, branch, gate, *both, True),
-    }
+def launches(width: int, samples: int, tokens: int, device: torch.device) -> dict[tuple[str, str], Callable[[], Any]]:
+    """Return the launches of both ops in both directions, as in a block: with a Linear, whose input they recompute."""
+    shapes = shapes_of("xl2-in256", device)._replace(width=width, batch=samples, keep=tokens)
+    found: dict[tuple[str, str], Callable[[], Any]] = {}
+    for make in describe("norm_linear").forms.values():
+        op = make(shapes)
+        for direction, (call,) in zip(DIRECTIONS, calls_of(op), strict=True):
+            found[op.kernel, direction] = call.launch
+    return found
 
 
 @contextlib.contextmanager

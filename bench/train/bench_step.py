@@ -15,7 +15,7 @@ import torch
 from test_baselines import check_golden
 
 from bench import rows
-from bench.progress import Measurement, Progress
+from bench.instruments.progress import Measurement, Progress
 from bench.train.steps import FORMS, STACKS, Step, freed, stacks_of, steps
 from bench.train.table import PRODUCTS, name_of, shown
 from fastmask.diffusion.masking import GROUP
