@@ -52,9 +52,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_report_header():
-    shapes = shapes_of(PRESET[_device().type], _device())
+    device = rows.default_device()
+    shapes = shapes_of(PRESET[device.type], device)
     dtype = str(shapes.dtype).removeprefix("torch.")
-    return f"kernel benches: {shapes.preset}, batch {shapes.batch}, {dtype}, on {rows.machine(_device())['device']}"
+    return f"kernel benches: {shapes.preset}, batch {shapes.batch}, {dtype}, on {rows.machine(device)['device']}"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -71,7 +72,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def kernel_case(request, missing):
-    made = make(*request.param, PRESET[_device().type], _device())
+    made = make(*request.param, PRESET[rows.default_device().type], rows.default_device())
     for variant, reason in made.missing.items():
         missing(variant, reason, f"{made.op} {made.direction}")
     return made
@@ -129,7 +130,7 @@ def noted(benchmark, entries, run_id, request):
 @pytest.fixture(scope="session")
 def bandwidth():
     """Bytes per second of a plain copy, once per session."""
-    return rows.copy_bandwidth(_device())
+    return rows.copy_bandwidth(rows.default_device())
 
 
 @pytest.fixture
@@ -138,10 +139,10 @@ def timed(benchmark, entries, bandwidth, run_id, progress, request):
 
     def run(case):
         off = benchmark.disabled
-        times = {"rounds": 1 if off else ROUNDS[_device().type], "warmup": 0 if off else WARMUP}
+        times = {"rounds": 1 if off else ROUNDS[rows.default_device().type], "warmup": 0 if off else WARMUP}
         name = f"{case.op} {case.direction}"
         with progress.of(name, times["warmup"] * len(case.variants)) as told:
-            taken = rows.take(case.variants, _device(), progress=told, **times)
+            taken = rows.take(case.variants, rows.default_device(), progress=told, **times)
         what = {name: getattr(case, name) for name in ("op", "direction", "shape", "dtype", "preset")}
         versions = {"torch": torch.__version__, "triton": _triton(), "commit": rows.commit()}
         about = {**what, **versions, "copy_gb_per_s": round(bandwidth / 1e9, 2)}
@@ -153,7 +154,7 @@ def timed(benchmark, entries, bandwidth, run_id, progress, request):
             request.config.stash[_MEASURED].append((what, variant, found))
             if request.config.getoption("rows"):
                 row = {"bench": "kernel", "case": what, "variant": variant, **found, "triton": _triton(), "run": run_id}
-                rows.append(row, _device())
+                rows.append(row, rows.default_device())
 
     return run
 
@@ -172,7 +173,7 @@ def pytest_terminal_summary(terminalreporter, config):
         "kernels: median [20th, 80th percentile]": kernels(config.stash[_MEASURED]),
         "not run": absent,
         "loaders: images/s, and ms [20th, 80th percentile] of a batch": loaders(config.stash[_LOADED]),
-        f"training steps on {rows.machine(_device())['device']}": [*config.stash[_STEPS].lines()],
+        f"training steps on {rows.machine(rows.default_device())['device']}": [*config.stash[_STEPS].lines()],
     }
     for title, lines in sections.items():
         if lines:
@@ -185,10 +186,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-
-
-def _device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _triton():

@@ -1,5 +1,6 @@
 """The parts of the campaign: what each refuses to time, and what it stores."""
 
+import contextlib
 import functools
 import itertools
 import re
@@ -174,8 +175,16 @@ def test_the_best_settings_share_their_warps():
 
 
 def test_tuning_times_the_launchers_under_each_setting(campaign, monkeypatch):
-    seen = []
-    monkeypatch.setattr(rows, "measure", functools.partial(measure_once, seen))
+    seen, inside = [], tune.settings_for_all
+
+    @contextlib.contextmanager
+    def noted(settings):
+        with inside(settings):
+            seen.append(launcher().row_settings(16))
+            yield
+
+    monkeypatch.setattr(tune, "settings_for_all", noted)
+    monkeypatch.setattr(rows, "measure", measure_once)
     tune.tune(campaign, 16)
     kept = {(row["variant"], row["case"]["op"], row["case"]["direction"]) for row in campaign.rows}
     assert len(kept) == len(campaign.rows) == 8
@@ -199,8 +208,9 @@ def launcher():
     return sys.modules["fastmask.kernels._triton.modulate_norm"]
 
 
-def measure_once(seen, variants, device, **options):
-    seen.append(launcher().row_settings(16))
+def measure_once(variants, device, **options):
+    for call in variants.values():
+        call()
     return {name: rows.Timing(1.0 + i, 1.0, 2.0, 1) for i, name in enumerate(variants)}
 
 

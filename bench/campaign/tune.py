@@ -15,6 +15,7 @@ import torch
 from bench import rows
 from bench.campaign.state import Campaign, release
 from bench.instruments.calls import calls_of
+from bench.instruments.graph import Graphed
 from bench.ops import describe, shapes_of
 from fastmask.presets import PRESETS
 
@@ -77,17 +78,14 @@ def tune(campaign: Campaign, width: int) -> None:
     times: dict[tuple[int, int], dict[tuple[str, str], float]] = {}
     for warps, count in candidates(present, _ROWS[:2] if campaign.miniature else _ROWS):
         chosen = present._replace(num_warps=warps, rows_forward=count, rows_backward=count)
-        with settings_for_all(chosen):
-            variants = {key: captured(call, campaign.device) for key, call in calls.items()}
-            timed = rows.measure(variants, campaign.device, **quick)
+        variants = {key: under(chosen, call, campaign.device) for key, call in calls.items()}
+        timed = rows.measure(variants, campaign.device, **quick)
         times[warps, count] = {key: timing.median_ms for key, timing in timed.items()}
     best = winner(present, times)
     # The best one against the table's, in turn.
     compared: dict[tuple[str, str, str], Callable[[], Any]] = {}
     for name, settings in (("present", present), ("winner", best)):
-        with settings_for_all(settings):
-            for key, call in calls.items():
-                compared[(name, *key)] = captured(call, campaign.device, settings)
+        compared |= {(name, *key): under(settings, call, campaign.device) for key, call in calls.items()}
     final = rows.measure(compared, campaign.device, **(quick if campaign.miniature else {"rounds": 30}))
     total = {name: sum(t.median_ms for key, t in final.items() if key[0] == name) for name in ("present", "winner")}
     if total["winner"] > _MARGIN * total["present"]:
@@ -161,30 +159,18 @@ def settings_for_all(settings: Settings) -> Iterator[None]:
             module.row_settings = function
 
 
-def captured(call: Callable[[], Any], device: torch.device, settings: Settings | None = None) -> Callable[[], Any]:
-    """Return the CUDA graph replay of a call, which excludes the launch overhead of Python.
+def under(settings: Settings, call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """Return a call under these settings: on a GPU the replay of its graph, which was captured under them."""
 
-    On a CPU it returns the call itself, under ``settings`` if given.
-    """
+    def call_under() -> Any:
+        with settings_for_all(settings):
+            return call()
+
     if device.type != "cuda":
-        if settings is None:
-            return call
-
-        def under() -> Any:
-            with settings_for_all(settings):
-                return call()
-
-        return under
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()  # compiles, which is not allowed during capture
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-    return graph.replay
+        return call_under
+    graphed = Graphed(call_under)
+    graphed()
+    return graphed
 
 
 def short(settings: Settings) -> str:

@@ -19,7 +19,8 @@ from bench.instruments.graph import Graphed
 from bench.ops import OPS, Op, Shapes, describe, shapes_of
 from bench.ops._description import Call
 from fastmask.kernels import backends
-from fastmask.testing import fault
+from fastmask.testing import fault, weights_like
+from fastmask.testing import results as results_of
 
 PRESET = {"cuda": "xl2-in256", "cpu": "b2-in256"}
 # Other libraries and the compiler have to compute the same function, but not with our precision: their error bound is
@@ -113,8 +114,7 @@ def case_of(
     """Build the case of an op at these shapes; arguments as in `make`."""
     both, on_gpu = direction == "forward_backward", shapes.device.type == "cuda"
     results = _run(op, op.reference, copied=op.in_place)
-    floating = [result for result in results if result.is_floating_point()]
-    grads = [shapes.normal(*result.shape, dtype=result.dtype) for result in floating] if both else None
+    grads = [weights_like(result) for result in results if result.is_floating_point()] if both else None
     functions = _functions(op, both, shapes.device, compiler)
     variants: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
     checked = dict(variants)
@@ -134,7 +134,7 @@ def case_of(
         missing={name: function for name, function in functions.items() if isinstance(function, str)},
         least_bytes=forward + both * backward,
         flops=op.flops + both * op.backward_flops,
-        check=functools.partial(_check, f"{op.name} {direction}, {op.shape}", variants, checked, _right(op, grads)),
+        check=functools.partial(_check, f"{op.name} {direction}, {op.shape}", variants, checked, _right(op, both)),
     )
 
 
@@ -187,19 +187,16 @@ def _run(op: Op, function: Call, grads: list[Tensor] | None = None, copied: bool
     return *(result.detach() for result in results), *gradients
 
 
-def _right(op: Op, grads: list[Tensor] | None) -> Callable[[], dict[str, tuple[Tensor, Tensor]]]:
+def _right(op: Op, both: bool) -> Callable[[], dict[str, tuple[Tensor, Tensor]]]:
     """Return a function, run once, of the reference's results in float64 and in the inputs' dtypes, by name."""
 
     @functools.cache
     def right() -> dict[str, tuple[Tensor, Tensor]]:
-        inputs = {name: t.double() if t.is_floating_point() else t for name, t in op.inputs.items()}
-        options = {name: torch.float64 if name == "out_dtype" else value for name, value in op.options.items()}
-        doubled = None if grads is None else [g.double() for g in grads]
-        exact = _run(op._replace(inputs=inputs, options=options), op.reference, doubled)
-        labels = [f"result {i}" for i in range(len(exact))]
-        if grads is not None:
-            labels[len(grads) :] = [f"gradient of {name}" for name in op.leaves]
-        eager = _run(op, op.reference, grads, copied=op.in_place)
+        leaves = op.leaves if both else ()
+        how = {"leaves": leaves, "in_place": op.in_place, **op.options}
+        exact = results_of(op.reference, op.inputs, dtype=torch.float64, **how)
+        eager = results_of(op.reference, op.inputs, **how)
+        labels = [f"result {i}" for i in range(len(exact) - len(leaves))] + [f"gradient of {name}" for name in leaves]
         return dict(zip(labels, zip(exact, eager, strict=True), strict=True))
 
     return right
