@@ -15,7 +15,7 @@ import torch
 from bench import rows
 from bench.campaign.state import Campaign, release
 from bench.instruments.calls import calls_of
-from bench.instruments.graph import Graphed
+from bench.instruments.graph import CaptureFailedError, Graphed
 from bench.ops import describe, shapes_of
 from fastmask.presets import PRESETS
 
@@ -169,7 +169,10 @@ def under(settings: Settings, call: Callable[[], Any], device: torch.device) -> 
     if device.type != "cuda":
         return call_under
     graphed = Graphed(call_under)
-    graphed()
+    try:
+        graphed()
+    except CaptureFailedError as error:
+        raise RuntimeError(str(error)) from error  # a failure of this width, which the next process does not try again
     return graphed
 
 
