@@ -75,8 +75,8 @@ report: venv
 	$(BIN)/python -m bench.report --out docs/measured.md --readme README.md
 
 kernels: venv
-	$(BIN)/python -m bench.compile --out bench/results/compiled.md
-	$(BIN)/python -m bench.traffic --out bench/results/traffic.md
+	$(BIN)/python -m bench.instruments.compile --out bench/results/compiled.md
+	$(BIN)/python -m bench.instruments.traffic --out bench/results/traffic.md
 
 # Python itself is not checked, so the checks must be loaded before it; it leaks by design.
 sanitize: venv

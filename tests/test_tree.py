@@ -63,6 +63,17 @@ def test_nothing_imports_upward():
         assert not late, f"{path.relative_to(ROOT)} imports {late}"
 
 
+def test_benches_import_one_way():
+    order = ["rows", "ops", "report", "baselines", "instruments", "train", "data", "campaign", "conftest"]
+    rank = {name: i for i, name in enumerate(order)}
+    for path in (ROOT / "bench").rglob("*.py"):
+        part = path.relative_to(ROOT / "bench").parts[0].removesuffix(".py")
+        if part != "__init__":
+            used = {name.split(".")[1] for name in imported(path) if name.startswith("bench.")} - {part}
+            late = {name for name in used if rank[name] > rank[part]}
+            assert not late, f"{path.relative_to(ROOT)} imports {late}"
+
+
 def test_numbers_of_a_process_stay_in_its_file():
     """But for files of weights of earlier versions, and published ones, which state no process."""
     for path in (ROOT / "fastmask").rglob("*.py"):

@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench import rows
 from bench.campaign.gate import network_is_right
 from bench.campaign.state import Campaign, peak_tflops, release
-from bench.train.steps import config_of, makers, stacks_of
+from bench.train.steps import config_of, stacks_of
+from bench.train.steps import steps as steps_of
 from fastmask.cost.work import memory_of
 from fastmask.diffusion.masking import GROUP
 from fastmask.models.counts import num_parameters
@@ -170,7 +171,7 @@ class Together:
         self.key = key(size, image_size, form, campaign)
         self.name = f"{size} {image_size} {form}, batch {batch}"
         there = stacks_of(campaign.device, form, batch)
-        self.made = makers(size, image_size, form, batch, campaign.device, stacks=there, bf16=not campaign.miniature)
+        self.made = steps_of(size, image_size, form, batch, campaign.device, stacks=there, bf16=not campaign.miniature)
         self.resident = 16 * num_parameters(network(size, image_size, form))
         self.rounds = {"rounds": 2, "warmup": 1} if campaign.miniature else {"rounds": 7, "warmup": 1}
         self.calls: dict[str, Callable[[], Any]] = {}

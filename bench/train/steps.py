@@ -50,25 +50,12 @@ class Step(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """A case, and the calls to time.
+    """A case, and its stacks, which are not built yet.
 
     Attributes:
         case: preset, image size, form, batch, precision.
-        variants: by name, a `Step` of each stack, and "products", the lower bound of ours.
-        forward_gmac: GMAC of the forward pass of one image.
-    """
-
-    case: dict[str, Any]
-    variants: dict[str, Callable[[], Any]]
-    forward_gmac: float
-
-
-class Makers(NamedTuple):
-    """A case whose stacks are not built yet.
-
-    Attributes:
-        case: preset, image size, form, batch, precision.
-        makers: by name, functions that build the call to time, which allocates memory, and compiles at its first call.
+        makers: by name, functions that build the call to time, which allocates memory, and compiles at its first call:
+            a `Step` of each stack, and "products", the lower bound of ours.
         forward_gmac: GMAC of the forward pass of one image.
     """
 
@@ -97,21 +84,6 @@ def steps(
     stacks: Sequence[str] = STACKS,
     bf16: bool = False,
 ) -> Steps:
-    """Build the training steps of a case; arguments as in `makers`."""
-    found = makers(size, image_size, form, batch, device, stacks=stacks, bf16=bf16)
-    return Steps(found.case, {name: make() for name, make in found.makers.items()}, found.forward_gmac)
-
-
-def makers(
-    size: str,
-    image_size: int,
-    form: str,
-    batch: int,
-    device: torch.device,
-    *,
-    stacks: Sequence[str] = STACKS,
-    bf16: bool = False,
-) -> Makers:
     """Return functions that build the training steps of a case.
 
     Ours run under the trainer's numerics, the plain baseline under PyTorch's defaults; deterministic algorithms would
@@ -187,7 +159,7 @@ def makers(
         "batch": batch,
         "precision": precision,
     }
-    return Makers(case, found, forward_macs(model, keep) / 1e9)
+    return Steps(case, found, forward_macs(model, keep) / 1e9)
 
 
 @contextlib.contextmanager

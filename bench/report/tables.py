@@ -1,7 +1,10 @@
 """Formatting of tables, as Markdown and as aligned columns for a terminal."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+from fastmask.files import atomic_write
 
 Measured = Sequence[tuple[dict[str, Any], str, dict[str, Any]]]  # case, variant and figures, as in rows
 
@@ -14,6 +17,12 @@ def line(cells: Iterable[str]) -> str:
 def header(columns: list[str]) -> list[str]:
     """Return the two header lines of a table."""
     return [line(columns), "|" + " --- |" * len(columns)]
+
+
+def write_table(path: Path, head: str, lines: Iterable[str]) -> None:
+    """Write a line that says what a table is, and the table, to a file atomically."""
+    with atomic_write(path) as partial:
+        partial.write_text("\n".join([head, "", *lines]) + "\n")
 
 
 def aligned(rows: Sequence[Sequence[str] | str], gap: int = 2) -> list[str]:

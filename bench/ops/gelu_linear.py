@@ -1,8 +1,9 @@
 """gelu_linear, the second half of a block's MLP, with the weight already in the matmul dtype."""
 
 import functools
+from collections.abc import Iterator
 
-from bench.kernels._cases import Op, Shapes
+from bench.ops._description import Description, Op, Shapes, bare_shapes
 from fastmask.kernels import gelu_linear
 from fastmask.kernels.gelu_linear import gelu_linear_reference
 
@@ -29,9 +30,10 @@ def op(shapes: Shapes) -> Op:
     )
 
 
-FORMS = {"mlp": op}
+def launches(widths: list[int]) -> Iterator[tuple[str, Op]]:
+    """Every dtype, at one width: the launches are the same at all."""
+    for dtype, shapes in bare_shapes(1152):
+        yield dtype, op(shapes)
 
 
-def bench_gelu_linear(kernel_case, timed):
-    kernel_case.check()
-    timed(kernel_case)
+DESCRIPTION = Description(forms={"mlp": op}, launches=launches, narrow={"_gelu_fwd_kernel": 0, "_gelu_bwd_kernel": 0})

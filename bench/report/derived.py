@@ -3,22 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bench.compare import key, machine_of
+from bench.report.compare import key, machine_of
 from bench.rows import Row
 from fastmask.gpus import gpu_named
 
 SIZES = ("s2", "b2", "l2", "xl2", "h2")
-
-
 FORMS = ("dense", "masked-0.5", "masked-0.75")
-
-
 PLAIN = ("plain eager", "plain compiled")
-
-
 STACKS = (*PLAIN, "ours", "ours compiled")
-
-
 MORE_STACKS = ("ours packed", "ours graphs")  # shown where they were measured
 
 

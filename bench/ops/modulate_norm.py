@@ -1,6 +1,7 @@
 """modulate_norm between two blocks: "layer" as in this network, from fp32 tokens to the matmul dtype.
 
-"rms" as in networks with 16-bit tokens, with all tensors in one dtype, as Liger's kernel requires.
+"rms" as in networks with 16-bit tokens, with all tensors in one dtype, as Liger's kernel requires. The launches at
+other widths are those of `norm_linear`.
 """
 
 import functools
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels._cases import Op, Shapes, absent
+from bench.ops._description import Description, Op, Shapes, absent
 from fastmask.kernels import modulate_norm
 from fastmask.kernels.modulate_norm import modulate_norm_reference
 
@@ -37,6 +38,8 @@ def op(shapes: Shapes, norm: str) -> Op:
         kernel="modulate_norm",
         options={"norm": norm, "eps": EPS, "out_dtype": shapes.dtype},
         others={"apex": apex(shapes.device)} if norm == "layer" else {"liger": liger(shapes.device)},
+        statistics=8 * shapes.batch * shapes.keep,
+        unread=("shift",),
         compile_on_cpu=True,
     )
 
@@ -67,9 +70,8 @@ def liger(device: torch.device) -> Any:
     return lambda x, shift, scale, **_: function.apply(x, None, scale, shift, EPS, 0.0, "gemma", False)
 
 
-FORMS = {norm: functools.partial(op, norm=norm) for norm in ("layer", "rms")}
-
-
-def bench_modulate_norm(kernel_case, timed):
-    kernel_case.check()
-    timed(kernel_case)
+DESCRIPTION = Description(
+    forms={norm: functools.partial(op, norm=norm) for norm in ("layer", "rms")},
+    counted=functools.partial(op, norm="layer"),
+    narrow={"_modulate_norm_fwd_kernel": 0, "_modulate_norm_bwd_kernel": 2},  # the statistics of a row
+)

@@ -1,17 +1,20 @@
-"""`python -m bench.compile`: compiles every Triton kernel as the presets launch it ahead of time, without a GPU.
+"""`python -m bench.instruments.compile`: compiles every Triton kernel ahead of time, without a GPU.
 
-The launchers run on tensors without data, and their launches are compiled for sm_80, sm_90 and sm_100 instead. The
+As the presets' steps launch it, and as other networks do, by the ops' descriptions. The launchers run on tensors
+without data, and their launches are compiled for sm_80, sm_90 and sm_100 instead. The
 machine code shows registers, shared memory, spilled bytes and the widths of global loads. A spill is an error, and so
 is a row kernel with loads narrower than 128 bits, except for its few scalars.
 """
 
 import argparse
 import collections
+import functools
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bench.launches import CASES, SCALARS, WIDTHS
-from bench.tables import header, line
-from fastmask.files import atomic_write
+from bench.instruments.calls import calls_of
+from bench.instruments.preset_launches import preset_cases, with_precision
+from bench.ops import OPS, WIDTHS, describe
+from bench.report.tables import header, line, write_table
 
 ARCHITECTURES = (80, 90, 100)
 _WARP_ROW = 129  # shorter rows do not fill a warp's 128-bit loads
@@ -101,7 +105,7 @@ class Source(NamedTuple):
 
     def scalars(self) -> int | None:
         """Return the allowed number of loads narrower than 128 bits; None: any number."""
-        constants, allowed = self.named_constants(), SCALARS.get(self.kernel.__name__)
+        constants, allowed = self.named_constants(), _narrow().get(self.kernel.__name__)
         if allowed is None or constants.get("D", _WARP_ROW) < _WARP_ROW:
             return None
         return allowed + 2 * (constants.get("PACKED") is True)  # where a sample begins and ends
@@ -164,16 +168,31 @@ def complaint(made: Compiled, scalars: int | None) -> str:
     return ""
 
 
+@functools.cache
+def _narrow() -> dict[str, int]:
+    """The allowed numbers of narrow loads of all ops, by kernel."""
+    return {kernel: count for op in OPS for kernel, count in describe(op).narrow.items()}
+
+
+def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield a label and a launcher call for each launch: of the presets' steps, then those of the descriptions."""
+    widths = list(WIDTHS)
+    yield from preset_cases(widths)
+    for name in OPS:
+        for label, op in describe(name).launches(widths):
+            for call in itertools.chain(*calls_of(op)):
+                yield label, with_precision(call, "fp32")
+
+
 def sources() -> Iterator[tuple[str, Source]]:
     """Yield each distinct source once, with the label of its case."""
     seen = set()
-    for cases in CASES:
-        for label, call in cases(list(WIDTHS)):
-            for launch in recorded(call):
-                source = source_of(launch)
-                if source.key() not in seen:
-                    seen.add(source.key())
-                    yield " ".join([label, *source.traits(label)]), source
+    for label, call in cases():
+        for launch in recorded(call):
+            source = source_of(launch)
+            if source.key() not in seen:
+                seen.add(source.key())
+                yield " ".join([label, *source.traits(label)]), source
 
 
 def rows(cases: str, architectures: list[int]) -> Iterator[tuple[list[str], str]]:
@@ -197,7 +216,7 @@ def rows(cases: str, architectures: list[int]) -> Iterator[tuple[list[str], str]
 
 def main() -> int:
     """Compile and print the table; return 1 if a kernel has an error."""
-    parser = argparse.ArgumentParser(prog="python -m bench.compile", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.instruments.compile", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--case", default="", help="regular expression that matches the beginning of the case names")
     parser.add_argument("--out", type=Path, help="also write the table to this file, as Markdown")
@@ -221,9 +240,8 @@ def main() -> int:
         parser.error(f"no case begins with {options.case!r}: the table in bench/results/compiled.md lists them")
     sys.stdout.write(f"{len(lines) - 2} kernels compiled, {failed} wrong\n")
     if options.out:
-        head = f"Compiled with triton {triton.__version__} by `python -m bench.compile`; no GPU was used.\n\n"
-        with atomic_write(options.out) as partial:
-            partial.write_text(head + "\n".join(lines) + "\n")
+        by = f"triton {triton.__version__} by `python -m bench.instruments.compile`"
+        write_table(options.out, f"Compiled with {by}; no GPU was used.", lines)
     return 1 if failed else 0
 
 

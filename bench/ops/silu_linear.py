@@ -2,7 +2,7 @@
 
 import functools
 
-from bench.kernels._cases import Op, Shapes
+from bench.ops._description import Description, Op, Shapes
 from fastmask.kernels import silu_linear
 from fastmask.kernels.silu_linear import silu_linear_reference
 
@@ -29,9 +29,4 @@ def op(shapes: Shapes) -> Op:
     )
 
 
-FORMS = {"modulation": op}
-
-
-def bench_silu_linear(kernel_case, timed):
-    kernel_case.check()
-    timed(kernel_case)
+DESCRIPTION = Description(forms={"modulation": op})

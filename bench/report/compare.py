@@ -1,8 +1,8 @@
-"""`python -m bench.compare A.jsonl B.jsonl`: compares two sets of measured rows, and marks significant differences.
+"""`python -m bench.report.compare A.jsonl B.jsonl`: compares two sets of measured rows, and marks what differs.
 
-Or two commits of one file: `python -m bench.compare FILE --commit-a X --commit-b Y`. Rows are joined by bench, case and
-variant; the last row of each counts. A difference is significant if the intervals from the 20th to the 80th percentile
-do not overlap. Rows of different devices or thread counts are marked and get no verdict.
+Or two commits of one file: `python -m bench.report.compare FILE --commit-a X --commit-b Y`. Rows are joined by bench,
+case and variant; the last row of each counts. A difference is significant if the intervals from the 20th to the 80th
+percentile do not overlap. Rows of different devices or thread counts are marked and get no verdict.
 """
 
 import argparse
@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.report.tables import header, line
 from bench.rows import Row, read
-from bench.tables import header, line
 
 Key = tuple[str, str, str, bool]
 
@@ -128,7 +128,7 @@ def checked(path: Path) -> list[Row]:
 def main() -> int:
     """Print the comparison as Markdown."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
+        prog="python -m bench.report.compare", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
     )
     parser.add_argument("a", type=Path, help="file of rows")
     parser.add_argument("b", type=Path, nargs="?", help="rows to compare with; default: two commits of the first file")
@@ -143,7 +143,7 @@ def main() -> int:
         b = of_commit(b, options.commit_b) if options.commit_b else b
         lines = table(latest(a), latest(b))
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"bench.compare: error: {error}\n")
+        sys.stderr.write(f"bench.report.compare: error: {error}\n")
         return 2
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

@@ -4,11 +4,10 @@
 over the samples, ours is `torch.nn.attention.varlen` on a GPU.
 """
 
-import itertools
+from collections.abc import Callable
+from typing import Any
 
-import torch
-
-from bench.kernels._cases import Op, Shapes
+from bench.ops._description import Description, Op, Shapes
 from fastmask.kernels import attention
 from fastmask.kernels._attention_backends import refusal
 from fastmask.kernels.attention import attention_reference
@@ -21,18 +20,17 @@ def dense(shapes: Shapes) -> Op:
 def packed(shapes: Shapes) -> Op:
     batch, keep = shapes.batch, shapes.keep
     counts = [keep + round((2 * b + 1 - batch) / batch * keep / 2) for b in range(batch)]
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=shapes.device)
-    return _op(shapes, counts, (sum(counts),), {"cu_seqlens": cu_seqlens, "max_seqlen": max(counts)})
+    return _op(shapes, counts, (sum(counts),), {"cu_seqlens": shapes.cu_seqlens(counts), "max_seqlen": max(counts)})
 
 
-def _op(shapes: Shapes, counts: list[int], tokens: tuple[int, ...], options: dict) -> Op:
+def _op(shapes: Shapes, counts: list[int], tokens: tuple[int, ...], options: dict[str, Any]) -> Op:
     qkv = shapes.normal(*tokens, 3, shapes.heads, shapes.width // shapes.heads)
     q = qkv.select(-3, 0)
     reasons = {name: refusal(name, q, packed=bool(options)) for name in ("torch", "flash-attn", "xformers")}
     # Only the backends that are chosen automatically; the network's own packed tokens are in 16 bits.
     refused = reasons["torch"] if reasons["torch"] and reasons["flash-attn"] else ""
 
-    def taken(function, **chosen):
+    def taken(function: Callable[..., Any], **chosen: Any) -> Callable[..., Any]:
         return lambda qkv, **options: function(*qkv.unbind(-3), **options, **chosen)
 
     others = {name: reasons[name] or taken(attention, backend=name) for name in ("flash-attn", "xformers")}
@@ -57,9 +55,4 @@ def _op(shapes: Shapes, counts: list[int], tokens: tuple[int, ...], options: dic
     )
 
 
-FORMS = {"dense": dense, "packed": packed}
-
-
-def bench_attention(kernel_case, timed):
-    kernel_case.check()
-    timed(kernel_case)
+DESCRIPTION = Description(forms={"dense": dense, "packed": packed})

@@ -1,36 +1,29 @@
-"""`python -m bench.model`: operations, bytes and memory of a preset, and predicted throughput and cost on GPUs.
+"""`python -m bench.instruments.model`: operations, bytes and memory of a preset, predicted throughput and cost on GPUs.
 
 The formulas are in `fastmask/cost/work.py`. `--count` compares them with the operators of a step on tensors without
 data. Nothing here is measured.
 """
 
 import argparse
-import collections
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from bench.tables import header, line
+from bench.instruments.memory import fake_forward
+from bench.instruments.operators import Operators
+from bench.ops import pixels_of
+from bench.report.tables import header, line
 from fastmask.cost.predict import ASSUMED, Assumptions, predict_run
 from fastmask.cost.work import RESERVE, memory_of, work_of
 from fastmask.cost.workload import workload_of
-from fastmask.diffusion import Denoiser, MaskedDenoising, Objective
 from fastmask.diffusion.masking import kept_count
-from fastmask.diffusion.objective import TOTAL
 from fastmask.gpus import GPUS, Gpu
-from fastmask.kernels import Mask
 from fastmask.models.counts import forward_macs, num_parameters
 from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
 from fastmask.training.config import TrainConfig, build_model, preset_config
-
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
 class Count(NamedTuple):
@@ -41,43 +34,23 @@ class Count(NamedTuple):
     other_bytes: float
 
 
-class _Operators(TorchDispatchMode):
-    """Counts operators that are not views, and the bytes that they read and write, each tensor once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches = 0
-        self.moved: collections.Counter[bool] = collections.Counter()  # by whether the operator is a matmul
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        read = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        storages = {t.untyped_storage()._cdata for t in read.values()}
-        is_view = all(t.untyped_storage()._cdata in storages for t in written) and not func._schema.is_mutable
-        if written and not is_view and "empty" not in func.name():
-            self.launches += 1
-            self.moved[func.name() in _PRODUCTS] += sum(_bytes(t) for t in (*read.values(), *written))
-        return out
-
-
-def count_step(preset: str, precision: str) -> Count:
+def count_step(preset: str, precision: str, checkpoint_blocks: bool = False) -> Count:
     """Count the operators of a training step with fused kernels, from batches of four and eight images.
 
     Args:
         preset: name of a preset of latents.
         precision: "fp32", or "bf16" for autocast.
+        checkpoint_blocks: recompute the blocks in backward.
     """
-    four, eight = (_operators(preset, precision, batch) for batch in (4, 8))
+    four, eight = (_operators(preset, precision, batch, checkpoint_blocks) for batch in (4, 8))
     products, others = ((eight.moved[kind] - four.moved[kind]) / 4 for kind in (True, False))
     return Count(four.launches, products, others)
 
 
 def network(config: TrainConfig) -> MaskDiT:
     """Return the network of a preset, without its weights."""
-    pixels = config.data.data == "digits"
     with torch.device("meta"):
-        return build_model(config, 1 if pixels else 4, config.data.image_size // (1 if pixels else 8))
+        return build_model(config, *pixels_of(config))
 
 
 def counts(config: TrainConfig, model: MaskDiT, precision: str, size: float) -> Iterator[tuple[str, str]]:
@@ -154,7 +127,7 @@ def main() -> None:
     try:
         table = list(predictions(options.preset, options.precision, gpus, options.gpus, assumed, options.price))
     except ValueError as error:
-        sys.stderr.write(f"bench.model: error: {options.preset}: {error}\n")
+        sys.stderr.write(f"bench.instruments.model: error: {options.preset}: {error}\n")
         sys.exit(2)
     lines = [f"{options.preset}, {precision}, with the fused kernels, counted by formula (GB = 10^9 bytes):", ""]
     lines += header(["quantity", "value"])
@@ -182,7 +155,7 @@ def main() -> None:
 
 def _arguments() -> tuple[argparse.Namespace, Assumptions]:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.model", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
+        prog="python -m bench.instruments.model", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
     )
     parser.add_argument("--preset", default="xl2-in256", choices=PRESETS)
     parser.add_argument(
@@ -210,32 +183,10 @@ def _arguments() -> tuple[argparse.Namespace, Assumptions]:
     return options, ASSUMED._replace(products=options.products, bandwidth=options.bandwidth, mfu=options.mfu)
 
 
-def _operators(preset: str, precision: str, batch: int) -> _Operators:
-    config = preset_config(preset, PRESETS)
-    size = config.data.image_size // 8
-    with FakeTensorMode():
-        model = build_model(config, 4, size)
-        model.impl = "fused"
-        objective = Objective(Denoiser(model, config.process), [MaskedDenoising()])
-        keep = kept_count(model.length, config.masking.mask_ratio)
-        mask = None
-        if keep < model.length:
-            ids = (torch.zeros(batch, length, dtype=torch.int32) for length in (keep, model.length))
-            mask = Mask(*ids)
-        images, t = torch.randn(batch, 4, size, size), torch.rand(batch)
-        labels, noise = torch.zeros(batch, dtype=torch.int64), torch.randn_like(images)
-        with _Operators() as operators:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-                loss = objective(images, labels, mask, t, noise)[TOTAL]
-            loss.mean().backward()
-    return operators
-
-
-def _bytes(t: Tensor) -> int:
-    values = 1
-    for length, stride in zip(t.shape, t.stride(), strict=True):
-        values *= length if stride else 1  # an expanded dimension is read once
-    return values * t.element_size()
+def _operators(preset: str, precision: str, batch: int, checkpoint_blocks: bool) -> Operators:
+    with fake_forward(preset, "fused", precision, batch, checkpoint_blocks) as (_, forward), Operators() as counted:
+        forward().backward()  # type: ignore[no-untyped-call]
+    return counted
 
 
 def _one_ratio(config: TrainConfig) -> bool:

@@ -1,19 +1,15 @@
-"""`python -m bench.report`: tables and plots of the committed rows of `bench/results/*.jsonl`.
+"""The tables of the report, from rows.
 
 All measured figures go through `Rows` and `cell`, which return "not measured" without a row. Two times are compared
 only if they are from one run, or else from the same code on the same machine. A loader and a training step only have to
 share the machine.
 """
 
-import argparse
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from bench.compare import checked, machine_of, time_of
-from bench.derived import (
+from bench.report.compare import machine_of, time_of
+from bench.report.derived import (
     FORMS,
     MORE_STACKS,
     PLAIN,
@@ -31,15 +27,11 @@ from bench.derived import (
     rate,
     size_of,
 )
-from bench.rows import RESULTS, ROOT, Row
-from bench.tables import header, line
-from fastmask.files import atomic_write
+from bench.report.tables import header, line
+from bench.rows import Row
 from fastmask.gpus import GPUS, gpu_named
 
 NOT_MEASURED = "not measured"
-
-
-README_MARKS = ("<!-- measured: python -m bench.report --readme README.md -->", "<!-- end of measured -->")
 
 
 # Published figures, for context; never in a table with measured ones.
@@ -62,26 +54,6 @@ GOALS = [
 def cell(form: str, value: Callable[..., float], *rows: Row | None) -> str:
     """Format a figure computed from rows, or "not measured" if a row is missing."""
     return NOT_MEASURED if any(row is None for row in rows) else form.format(value(*rows))
-
-
-def committed(folder: Path) -> tuple[list[Row], list[str]]:
-    """Return the committed rows of a folder (all rows outside git), and a note for each file with uncommitted rows."""
-    rows, notes = [], []
-    if not folder.is_dir() and folder != RESULTS:
-        raise ValueError(f"{folder} is no folder")
-    for path in sorted(folder.glob("*.jsonl")):
-        found = checked(path)
-        git = ["git", "-C", str(folder)]
-        inside = subprocess.run([*git, "rev-parse"], capture_output=True, check=False).returncode == 0
-        if inside:
-            shown = subprocess.run([*git, "show", f"HEAD:./{path.name}"], capture_output=True, text=True, check=False)
-            known = set(shown.stdout.splitlines())
-            lines = path.read_text().splitlines()
-            found = [row for row, stored in zip(found, lines, strict=True) if stored in known]
-            if len(found) < len(lines):
-                notes.append(f"{path.name}: {len(lines) - len(found)} of {len(lines)} rows are not committed, left out")
-        rows += found
-    return rows, notes
 
 
 def per_machine(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
@@ -157,17 +129,6 @@ def summary(rows: Rows) -> Iterator[str]:
             yield line([*cells, *against_dense(rows, row), products_alone(rows, row, "{:.0%}")])
     if not found:
         yield from ("", f"Training steps: {NOT_MEASURED}")
-
-
-def write_readme(path: Path, rows: Rows) -> None:
-    """Replace the text between the marks in a README; a ValueError if it has none."""
-    text = path.read_text()
-    start, end = (text.find(mark) for mark in README_MARKS)
-    if start < 0 or end < start:
-        raise ValueError(f"{path} has no lines {README_MARKS[0]} and {README_MARKS[1]}")
-    middle = "\n".join([README_MARKS[0], *summary(rows), "", ""])
-    with atomic_write(path) as partial:
-        partial.write_text(text[:start] + middle + text[end:])
 
 
 def kernels(rows: Rows) -> Iterator[str]:
@@ -281,42 +242,6 @@ def report(rows: Rows) -> list[str]:
     return [*lines, *goals(rows), *published()]
 
 
-def main() -> int:
-    """Print or write the report, and draw the plots that have rows."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the rows")
-    parser.add_argument("--out", type=Path, help="write the Markdown to this file instead of printing it")
-    parser.add_argument("--readme", type=Path, help="insert the summary between the marks of this file")
-    parser.add_argument("--plots", type=Path, default=ROOT / "docs", help="folder of the plots")
-    parser.add_argument("--no-plots", action="store_true")
-    options = parser.parse_args()
-    try:
-        found, notes = committed(options.results)
-        rows = Rows(found)
-        text = "\n".join(report(rows)) + "\n"
-        if options.readme:
-            write_readme(options.readme, rows)
-        if options.out:
-            with atomic_write(options.out) as partial:
-                partial.write_text(text)
-        else:
-            sys.stdout.write(text)
-        if not options.no_plots:
-            from bench.plots import draw  # noqa: PLC0415  (matplotlib is slow to import)
-
-            notes += draw(rows, options.plots)
-    except (ValueError, OSError, KeyError) as error:
-        said = f"a row has no {error}" if isinstance(error, KeyError) else error
-        sys.stderr.write(f"bench.report: error: {said}\n")
-        return 2
-    except ImportError as error:
-        notes.append(f"no plots: {error}")
-    sys.stderr.writelines(f"bench.report: {note}\n" for note in notes)
-    return 0
-
-
 def _order(row: Row) -> tuple[Any, ...]:
     case = row["case"]
     form = FORMS.index(case["form"]) if case["form"] in FORMS else len(FORMS)
@@ -343,7 +268,3 @@ def _sources(rows: list[Row]) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     dates = [row["date"][:10] for row in rows]
     return f"torch {', '.join(dict.fromkeys(row['torch'] for row in rows))}; {min(dates)} to {max(dates)}; at {commits}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,55 +5,30 @@ update runs over all parameters. Each op of this library that the step calls is 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
+from bench.instruments.calls import Calls, OpCall
+from bench.ops import pixels_of
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.masking import kept_count, parse_per_sample
 from fastmask.diffusion.objective import TOTAL
 from fastmask.kernels import sample_mask
-from fastmask.kernels._dispatch import _TRITON_OPS, _launcher
-from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
 from fastmask.training.config import TrainConfig, build_model, preset_config
 from fastmask.training.optim import AdamWEMA
-
-Case = tuple[str, Callable[[], Any]]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Samples with unequal numbers of kept tokens, packed: the launches are the same for any such range.
 _PER_SAMPLE = "uniform(0.25,0.75)"
 
 
-class _Calls(TorchDispatchMode):
-    """Records the distinct calls of this library's ops that have a Triton kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple[str, tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("fastmask::")
-        if name in _TRITON_OPS:
-            with unset_fake_temporarily():
-                bare = tree_map(lambda t: _without_data(t) if isinstance(t, Tensor) else t, args)
-            self.calls.setdefault(f"{name}{bare}", (name, bare))
-        return func(*args, **(kwargs or {}))
-
-    def launches(self, precision: str) -> Iterator[Callable[[], Any]]:
-        """Yield a call of each op's launcher."""
-        for name, args in self.calls.values():
-            yield functools.partial(_launch, name, args, precision)
-
-
-def preset_cases(widths: list[int]) -> Iterator[Case]:
+def preset_cases(widths: list[int]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield a label and a launcher call for each launch of the presets with these widths."""
     updated = set()
     for name in PRESETS:
@@ -64,30 +39,54 @@ def preset_cases(widths: list[int]) -> Iterator[Case]:
         # "auto" is bf16 on GPUs that support it, and fp32 on others.
         for precision in ("bf16", "fp32") if config.machine.precision == "auto" else (config.machine.precision,):
             for form, calls in _passes(config, precision):
-                for call in calls.launches(precision):
-                    yield f"{name} {precision} {form}", call
+                for call in _distinct(calls):
+                    yield f"{name} {precision} {form}", with_precision(call, precision)
         if sizes not in updated:
             updated.add(sizes)
             for form, calls in _updates(config):
-                for call in calls.launches("fp32"):
-                    yield f"{name} {form}", call
+                for call in _distinct(calls):
+                    yield f"{name} {form}", with_precision(call, "fp32")
 
 
-def _passes(config: TrainConfig, precision: str) -> Iterator[tuple[str, _Calls]]:
+def with_precision(call: OpCall, precision: str) -> Callable[[], Any]:
+    """Return the launch of a call under the precision of fp32 matmuls."""
+
+    def launch() -> Any:
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+        try:
+            return call.launch()
+        finally:
+            matmul.fp32_precision = before
+
+    return launch
+
+
+def _distinct(calls: Calls) -> Iterator[OpCall]:
+    """Yield each call once, with tensors without data in place of fake ones."""
+    seen = set()
+    for call in calls.calls:
+        bare = OpCall(call.name, tree_map_only(Tensor, _without_data, call.args))
+        if repr(bare) not in seen:
+            seen.add(repr(bare))
+            yield bare
+
+
+def _passes(config: TrainConfig, precision: str) -> Iterator[tuple[str, Calls]]:
     """Yield the calls of a micro-batch that keeps all positions, the preset's number, and unequal numbers."""
-    length = (_side(config) // config.network.patch_size) ** 2
+    length = (pixels_of(config)[1] // config.network.patch_size) ** 2
     for keep in sorted({length, kept_count(length, config.masking.mask_ratio)}, reverse=True):
         yield f"K={keep}", _pass(config, precision, keep, "constant")
         if keep < length:
             yield "packed", _pass(config, precision, keep, _PER_SAMPLE)
 
 
-def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> _Calls:
+def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> Calls:
     network = dataclasses.replace(config.network, depth=1, decoder_depth=min(1, config.network.decoder_depth))
-    config = config.replace(network=network)
+    config = dataclasses.replace(config, network=network)
     batch, dtype = config.micro_batch, _DTYPES.get(precision)
-    with FakeTensorMode(), _Calls() as calls:
-        model = _network(config)
+    with FakeTensorMode(), Calls() as calls:
+        model = build_model(config, *pixels_of(config))
         model.impl = "fused"
         objective = Objective(Denoiser(model, config.process), [MaskedDenoising()])
         images = torch.empty(batch, model.in_channels, model.input_size, model.input_size)
@@ -115,11 +114,11 @@ def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> _C
     return calls
 
 
-def _updates(config: TrainConfig) -> Iterator[tuple[str, _Calls]]:
+def _updates(config: TrainConfig) -> Iterator[tuple[str, Calls]]:
     """Yield the calls of the optimizer steps, with a gradient of the mask token in masked ones."""
     for masked in (True, False) if config.network.decoder_depth else (False,):
-        with FakeTensorMode(), _Calls() as calls:
-            model = _network(config)
+        with FakeTensorMode(), Calls() as calls:
+            model = build_model(config, *pixels_of(config))
             for name, parameter in model.named_parameters():
                 parameter.grad = torch.empty_like(parameter) if masked or name != "mask_token" else None
             averages = [(config.ema.ema_decay, [torch.empty_like(p) for p in model.parameters()])]
@@ -127,26 +126,5 @@ def _updates(config: TrainConfig) -> Iterator[tuple[str, _Calls]]:
         yield "masked update" if masked else "update", calls
 
 
-def _side(config: TrainConfig) -> int:
-    return config.data.image_size // 8 if _of_latents(config) else config.data.image_size
-
-
-def _network(config: TrainConfig) -> MaskDiT:
-    return build_model(config, 4 if _of_latents(config) else 1, _side(config))
-
-
-def _of_latents(config: TrainConfig) -> bool:
-    return config.data.data != "digits"  # the digits are pixels
-
-
 def _without_data(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-
-
-def _launch(name: str, args: tuple[Any, ...], precision: str) -> None:
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if precision == "tf32" else "ieee"
-    try:
-        _launcher(name, _TRITON_OPS[name])(*args)
-    finally:
-        matmul.fp32_precision = before

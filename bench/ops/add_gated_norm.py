@@ -1,17 +1,19 @@
 """add_gated_norm as in a block: fp32 residual, branch and modulations in the matmul dtype."""
 
 import functools
+from collections.abc import Iterator
 
 import torch
 
-from bench.kernels._cases import Op, Shapes
+from bench.ops._description import Description, Op, Shapes, bare_shapes
 from fastmask.kernels import add_gated_norm
 from fastmask.kernels.add_gated_norm import add_gated_norm_reference
 
 
-def op(shapes: Shapes) -> Op:
+def op(shapes: Shapes, per_token: bool = False) -> Op:
     tokens = shapes.batch, shapes.keep, shapes.width
-    gate, shift, scale = (shapes.normal(shapes.batch, shapes.width) for _ in range(3))
+    modulation = tokens if per_token else (shapes.batch, shapes.width)
+    gate, shift, scale = (shapes.normal(*modulation) for _ in range(3))
     return Op(
         name="add_gated_norm",
         shape=f"B={shapes.batch} K={shapes.keep} D={shapes.width}",
@@ -28,13 +30,23 @@ def op(shapes: Shapes) -> Op:
         fused=functools.partial(add_gated_norm, impl="fused"),
         kernel="add_gated_norm",
         options={"out_dtype": shapes.dtype},
+        statistics=8 * shapes.batch * shapes.keep,
+        unread=("shift",),
         compile_on_cpu=True,
     )
 
 
-FORMS = {"layer": op}
+def launches(widths: list[int]) -> Iterator[tuple[str, Op]]:
+    """A modulation per token, and no gradient of the residual, as after the last block; others are `norm_linear`'s."""
+    width = max(widths)
+    _, shapes = next(bare_shapes(width))
+    per_token = op(shapes._replace(batch=32), per_token=True)
+    yield f"D={width} per token", per_token._replace(fused=lambda **inputs: per_token.fused(**inputs)[1])
 
 
-def bench_add_gated_norm(kernel_case, timed):
-    kernel_case.check()
-    timed(kernel_case)
+DESCRIPTION = Description(
+    forms={"layer": op},
+    counted=op,
+    launches=launches,
+    narrow={"_add_gated_norm_fwd_kernel": 0, "_add_gated_norm_bwd_kernel": 2},  # the statistics of a row
+)

@@ -1,4 +1,4 @@
-"""`python -m bench.memory`: exact bytes saved for backward, per image and by kind, without data or a GPU.
+"""`python -m bench.instruments.memory`: exact bytes saved for backward, per image and by kind, without data or a GPU.
 
 The passes run on fake tensors, whose ops only compute shapes. Tensors saved by autograd are counted once per storage,
 without parameters and tensors derived from them, as the difference between batches of eight and four images. Peak
@@ -169,7 +169,7 @@ def table(preset: str, checkpoint_blocks: bool) -> Iterator[str]:
 
 def main() -> None:
     """Print the report."""
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.instruments.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="xl2-in256", choices=PRESETS)
     parser.add_argument("--checkpoint-blocks", action="store_true", help="recompute the blocks in backward")
     options = parser.parse_args()

@@ -11,8 +11,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from bench.compare import machine_of
-from bench.derived import (
+from bench.report.compare import machine_of
+from bench.report.derived import (
     FORMS,
     SIZES,
     STACKS,
