@@ -165,14 +165,16 @@ def _functions(op: Op, both: bool, device: torch.device, compiler: bool) -> dict
     """Return the function of each variant, or the reason why it is missing."""
     found: dict[str, Call | str] = {"reference": op.reference}
     if device.type == "cuda" or (both and op.compile_on_cpu):
-        found["compiled"] = compiled(op.reference, device) if compiler else ""
+        found["compiled"] = compiled(op.reference, device)
     else:
         found["compiled"] = "on a CPU only forward+backward of the norms, the loss and gelu are, to save time"
     kernels = [row for row in backends() if row.device == device.type and row.op.startswith(op.kernel)]
     gaps = [row.reason for row in kernels if row.kernel == "none" and op.kernel]
     found["ours"] = gaps[0] if gaps else op.fused
     found |= op.others  # which can have a reason of their own why "compiled" is missing
-    return {name: function for name, function in found.items() if compiler or name != "compiled"}
+    if not compiler:
+        del found["compiled"]
+    return found
 
 
 def _run(op: Op, function: Call, grads: list[Tensor] | None = None, copied: bool = False) -> tuple[Tensor, ...]:
