@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from fastmask.cli import parse, pick_device, run_command
 from fastmask.console import say
-from fastmask.diffusion import draw_samples
+from fastmask.diffusion import Sampling, draw_samples
 from fastmask.diffusion.weights import Kind, load_maskdit
 from fastmask.files import atomic_write
 from fastmask.grid import save_grid
@@ -37,10 +36,8 @@ class SampleConfig:
     """Class labels, used cyclically. Default: all classes."""
     unconditional: bool = False
     """Sample without labels and without guidance."""
-    cfg_scale: float = 1.5
-    """Classifier-free guidance scale; 1 disables guidance."""
-    num_steps: int = 40
-    """Number of steps of the solver."""
+    sampling: Sampling = Sampling()  # noqa: RUF009  (immutable)
+    """Solver and guidance."""
     batch_size: int = 256
     """Number of samples per batch."""
     seed: int = 0
@@ -65,9 +62,8 @@ def main(argv: Sequence[str]) -> None:
     samples = draw_samples(
         net,
         labels,
+        config.sampling if guided else config.sampling.unguided(),
         seed=config.seed,
-        num_steps=config.num_steps,
-        cfg_scale=config.cfg_scale if guided else None,
         batch=config.batch_size,
     )
     write(out, samples, labels, columns)
@@ -83,10 +79,7 @@ def check(config: SampleConfig) -> None:
         raise ValueError(f"--out {config.out}: drawing images needs pillow: pip install pillow, or name an .npz")
     if config.num_samples < 1 or config.batch_size < 1:
         raise ValueError("--num-samples and --batch-size must be at least 1")
-    if config.num_steps < 2:
-        raise ValueError(f"--num-steps must be at least 2, not {config.num_steps}")
-    if not 0 <= config.cfg_scale < math.inf:
-        raise ValueError(f"--cfg-scale must be a number of at least 0, not {config.cfg_scale}")
+    config.sampling.check()
     if config.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {config.seed}")
     if config.unconditional and config.classes:

@@ -12,7 +12,7 @@ from util import files_of_at_most, small_net
 
 from fastmask.cli import run_command
 from fastmask.convert import main as convert_main
-from fastmask.diffusion import draw_samples
+from fastmask.diffusion import Sampling, draw_samples
 from fastmask.diffusion.weights import save_weights
 from fastmask.evaluate import main as evaluate_main
 from fastmask.grid import save_grid
@@ -29,7 +29,7 @@ def weights(tmp_path):
 
 
 def sample(source, out, *flags):
-    sample_main([str(source), "--out", str(out), "--num-steps", "2", "--device", "cpu", *flags])
+    sample_main([str(source), "--out", str(out), "--sample-steps", "2", "--device", "cpu", *flags])
     if out.suffix == ".npz":
         with np.load(out) as file:
             assert file.files == ["samples", "labels"]
@@ -41,7 +41,9 @@ def test_an_npz_holds_what_the_sampler_gives(weights, tmp_path):
     samples, labels = sample(weights, tmp_path / "out.npz", "--num-samples", "7", "--seed", "3", "--cfg-scale", "2")
     assert samples.dtype == np.float32
     assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
-    exact = draw_samples(small_net(**SHALLOW), torch.from_numpy(labels), seed=3, num_steps=2, cfg_scale=2.0)
+    exact = draw_samples(
+        small_net(**SHALLOW), torch.from_numpy(labels), Sampling(sample_steps=2, cfg_scale=2.0), seed=3
+    )
     np.testing.assert_allclose(samples, exact.numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -107,7 +109,7 @@ def run_dir(original, tmp_path):
 
 def of(net, count=2):
     labels = torch.arange(count)
-    return draw_samples(net, labels, seed=0, num_steps=2, cfg_scale=1.5).numpy()
+    return draw_samples(net, labels, Sampling(sample_steps=2), seed=0).numpy()
 
 
 def assert_drawn(source, out, net, *flags):
@@ -152,7 +154,7 @@ def test_an_average_of_a_short_run_is_said(tmp_path, capsys):
 def test_without_labels(weights, tmp_path):
     samples, labels = sample(weights, tmp_path / "a.npz", "--num-samples", "3", "--unconditional", "--cfg-scale", "9")
     assert labels.tolist() == [5, 5, 5]
-    exact = draw_samples(small_net(**SHALLOW), torch.full((3,), 5), seed=0, num_steps=2)
+    exact = draw_samples(small_net(**SHALLOW), torch.full((3,), 5), Sampling(sample_steps=2, cfg_scale=1), seed=0)
     np.testing.assert_allclose(samples, exact.numpy(), rtol=1e-4, atol=1e-4)
 
 
@@ -177,7 +179,8 @@ def test_heads_of_a_file_that_does_not_state_them(tmp_path):
         (["--weights", "average"], "--weights"),
         (["--num-samples", "0"], "--num-samples and --batch-size must be at least 1"),
         (["--batch-size", "0"], "--num-samples and --batch-size must be at least 1"),
-        (["--num-steps", "1"], "--num-steps must be at least 2, not 1"),
+        (["--sample-steps", "1"], "--sample-steps must be at least 2, not 1"),
+        (["--num-steps", "9"], "--num-steps is called --sample-steps now"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["--out", "samples.gif"], r"--out samples\.gif: samples are written as \.png or \.npz"),
@@ -237,7 +240,17 @@ def test_what_drawing_needs_is_looked_for_before_the_work(monkeypatch, weights, 
 
 @pytest.mark.parametrize("name", ["a.png", "a.npz"])
 def test_a_full_disk_is_one_line(weights, tmp_path, name, monkeypatch, capfd):
-    flags = [str(weights), "--out", str(tmp_path / name), "--num-samples", "16", "--num-steps", "2", "--device", "cpu"]
+    flags = [
+        str(weights),
+        "--out",
+        str(tmp_path / name),
+        "--num-samples",
+        "16",
+        "--sample-steps",
+        "2",
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(sys, "argv", ["sample", *flags])
     with pytest.raises(SystemExit) as stop, files_of_at_most(512):
         run_command("fastmask.sample", sample_main)

@@ -6,7 +6,7 @@ from fastmask.diffusion.edm import EDM, EDMPrecond
 from fastmask.diffusion.flow import RectifiedFlow
 from fastmask.diffusion.objective import MaskedDenoising, Objective, Pass, Term
 from fastmask.diffusion.process import Coefficients, Process
-from fastmask.diffusion.sampling import draw_samples, sample
+from fastmask.diffusion.sampling import Sampling, draw_batch, draw_samples, sample
 from fastmask.diffusion.solvers import SOLVERS
 
 __all__ = [
@@ -20,8 +20,10 @@ __all__ = [
     "Pass",
     "Process",
     "RectifiedFlow",
+    "Sampling",
     "Term",
     "TrainingDraws",
+    "draw_batch",
     "draw_samples",
     "sample",
     "training_draws",

@@ -19,7 +19,7 @@ from fastmask.data import Dataset, batches
 from fastmask.data.images.replacing import BadImages
 from fastmask.data.loader import Batch
 from fastmask.data.store.verify import verifier_of
-from fastmask.diffusion import Denoiser, draw_samples
+from fastmask.diffusion import Denoiser, Sampling, draw_samples
 from fastmask.files import Presence, atomic_write, locked
 from fastmask.gpus import Gpu, gpu_named
 from fastmask.models.counts import forward_macs
@@ -422,8 +422,8 @@ def sample_grid(net: Denoiser, config: TrainConfig) -> tuple[Tensor, int]:
     columns = num_classes if 1 < num_classes <= 16 else 8
     index = torch.arange(8 * columns)
     labels = index % columns if columns == num_classes else index * num_classes // len(index)
-    scale = config.cfg_scale if num_classes else None
-    samples = draw_samples(net, labels, seed=config.seed, num_steps=config.sample_steps, cfg_scale=scale)
+    sampling = Sampling(sample_steps=config.sample_steps, cfg_scale=config.cfg_scale)
+    samples = draw_samples(net, labels, sampling if num_classes else sampling.unguided(), seed=config.seed)
     return samples, columns
 
 
