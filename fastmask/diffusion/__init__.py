@@ -5,6 +5,7 @@ from fastmask.diffusion.draws import TrainingDraws, training_draws
 from fastmask.diffusion.edm import EDM, EDMPrecond
 from fastmask.diffusion.flow import RectifiedFlow
 from fastmask.diffusion.objective import MaskedDenoising, Objective, Pass, Term
+from fastmask.diffusion.origin import LatentSpace, Origin
 from fastmask.diffusion.process import Coefficients, Process
 from fastmask.diffusion.sampling import Sampling, draw_batch, draw_samples, sample
 from fastmask.diffusion.solvers import SOLVERS
@@ -15,8 +16,10 @@ __all__ = [
     "Coefficients",
     "Denoiser",
     "EDMPrecond",
+    "LatentSpace",
     "MaskedDenoising",
     "Objective",
+    "Origin",
     "Pass",
     "Process",
     "RectifiedFlow",

@@ -1,6 +1,7 @@
 """Training loop: state, stages, checkpointing, logging."""
 
 import contextlib
+import dataclasses
 import json
 import resource
 import signal
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from fastmask.console import get_console, say, without_secrets
 from fastmask.data import Dataset, batches
+from fastmask.data.dataset import origin_of
 from fastmask.data.images.replacing import BadImages
 from fastmask.data.loader import Batch
 from fastmask.data.store.verify import verifier_of
-from fastmask.diffusion import Denoiser, Sampling, draw_samples
+from fastmask.diffusion import Denoiser, Origin, Sampling, draw_samples
 from fastmask.files import Presence, atomic_write, locked
+from fastmask.generation.decoding import Pictures
 from fastmask.gpus import Gpu, gpu_named
 from fastmask.models.counts import forward_macs
 from fastmask.ranks import Ranks, all_max, all_sum
@@ -73,10 +76,12 @@ class Run:
         self.run_dir, device = Path(config.run_dir), torch.device(config.device)
         newest = None if fresh else newest_good(self.run_dir, say)
         self.fingerprint = dataset.fingerprint()
-        self.changes = [] if fresh else open_run(config, newest, ranks, self.fingerprint)
+        self.changes = [] if fresh else open_run(config, newest, ranks, self.fingerprint, origin_of(dataset))
         self._verifier = None if fresh else verifier_of(dataset, ranks)
         channels, size, _ = dataset.shape
         self.net = Denoiser(build_model(config, channels, size), config.process).to(device)
+        self.net.origin = origin_of(dataset)
+        self._pictures = Pictures(self.net, config.run_dir)
         shard(self.net.model, config.parallel, DTYPES.get(config.precision), device, ranks)
         self.ema = EMA(self.net, config.ema_decay, warmup=not config.init)
         self.profiles = [PowerEMA(self.net, width) for width in config.ema_widths]
@@ -320,7 +325,10 @@ class Run:
         try:
             with self.ema.applied(self.net), eager():
                 samples, columns = sample_grid(self.net, config)
-            report.picture(self.step, self.run_dir / "samples" / f"step-{self.step:08d}.png", samples, columns)
+            if not self.ranks.rank:
+                images, kind = self._pictures(samples, torch.device(config.device))
+                name = f"step-{self.step:08d}{kind}.png"
+                report.picture(self.step, self.run_dir / "samples" / name, images, columns)
         except (ValueError, OSError, RuntimeError) as error:  # a failed grid must not end the run
             say(f"no samples of step {self.step} were drawn: {error}")
 
@@ -427,7 +435,9 @@ def sample_grid(net: Denoiser, config: TrainConfig) -> tuple[Tensor, int]:
     return samples, columns
 
 
-def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint: str) -> list[dict[str, Any]]:
+def open_run(
+    config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint: str, origin: Origin
+) -> list[dict[str, Any]]:
     """Create the run folder, write `run.json`, and return the list of changes since the run began.
 
     Args:
@@ -435,6 +445,7 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint
         newest: the checkpoint to resume from, if there is one.
         ranks: rank and world size; rank 0 writes.
         fingerprint: hash of the dataset's content, which identifies it at any path.
+        origin: the dataset's VAE and names of classes.
 
     Raises:
         ValueError: the folder holds another run.
@@ -462,6 +473,7 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint
         said = {
             "config": config.recorded(),
             "fingerprint": fingerprint,
+            "origin": dataclasses.asdict(origin),
             "changes": changes,
             "versions": versions(),
             "command": [without_secrets(argument) for argument in sys.argv],
