@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fastmask.generation.outputs import Arrays, Folder, Grid, Latents, Output
 from fastmask.generation.parts import run_job
 from fastmask.generation.strip import ROWS, draw_strip
 from fastmask.grid import to_uint8
-from fastmask.ranks import Ranks, own_device, process_group
+from fastmask.ranks import Ranks, own_device, process_group, signal_if_torchrun_dies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class SampleConfig:
 def main(argv: Sequence[str]) -> None:
     """Parse the arguments, draw the samples and write them."""
     ranks = Ranks.from_environment()
+    signal_if_torchrun_dies(signal.SIGTERM)
     get_console().quiet = ranks.rank > 0
     config = parse(SampleConfig, argv, prog="python -m fastmask.sample", description="Draw samples.")
     check(config)

@@ -110,16 +110,16 @@ def test_no_churn_is_heun(process):
 @pytest.mark.parametrize("churn", [4.0, 1e9])
 def test_churn_keeps_the_distribution(process, churn):
     """Normal data of deviation 0.5 around 0.3: the samples' mean and deviation, and that the noise was replaced."""
-    count, steps = 50_000, 256
+    count, steps = 20_000, 128
     start = random_normal(0, torch.arange(count), 1, 6).view(-1, 1, 1, 1).double()
     net = GaussianDenoiser(mean=(0.3,), process=process)
     fresh = lambda step: random_normal(0, torch.arange(count), 1, 8 + 256 * step).view(-1, 1, 1, 1)  # noqa: E731
     solver = functools.partial(stochastic_heun, churn=churn, noise=fresh)
     labels = torch.zeros(count, dtype=torch.int64)
     drawn = sample(net, start, labels, process.times(steps), solver=solver).flatten()
-    # Five deviations of the mean and of the relative deviation of so many samples, and the steps' own error of 0.3 %.
+    # Five deviations of the mean and of the relative deviation of so many samples, and the steps' own error of 1 %.
     assert abs(float(drawn.mean()) - 0.3) < 5 * 0.5 / math.sqrt(count)
-    assert abs(float(drawn.std()) / 0.5 - 1) < 5 / math.sqrt(2 * count) + 0.003
+    assert abs(float(drawn.std()) / 0.5 - 1) < 5 / math.sqrt(2 * count) + 0.01
     assert float(torch.corrcoef(torch.stack([drawn, start.flatten()]))[0, 1]) < 0.15  # without churn it is 1
 
 
