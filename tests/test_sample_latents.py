@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from util import small_net
 from vaes import small_vae
 
 from fastmask.data.vae import Autoencoder
 from fastmask.diffusion import LatentSpace, Origin, Sampling, draw_samples
 from fastmask.diffusion.weights import load_maskdit, save_weights
+from fastmask.generation.decoding import Pictures
 from fastmask.generation.outputs import Output
 from fastmask.grid import save_pixels, to_uint8
 from fastmask.prepare import main as prepare
@@ -235,6 +237,26 @@ def test_vaes_that_do_not_serve(trained, tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             main([str(weights), "--out", str(out), *flag])
+
+
+@pytest.mark.parametrize(("blocks", "channels"), [(4, 4), (5, 16), (6, 32)], ids=["f8c4", "f16c16", "f32c32"])
+def test_latents_of_any_number_of_channels(tmp_path, blocks, channels):
+    sizes = {"block_out_channels": (4,) * blocks, "latent_channels": channels}
+    kinds = {
+        f"{way}_block_types": (f"{kind}Block2D",) * blocks
+        for way, kind in (("down", "DownEncoder"), ("up", "UpDecoder"))
+    }
+    small_vae(**sizes, **kinds).save_pretrained(tmp_path / "vae")
+    net = small_net(depth=1, in_channels=channels, input_size=4)
+    net.origin = Origin(latents=LatentSpace(vae=str(tmp_path / "vae")))
+    save_weights(tmp_path / "weights.safetensors", net)
+    out, side = tmp_path / "a.png", 4 * 2 ** (blocks - 1)
+    main([str(tmp_path / "weights.safetensors"), "--out", str(out), "--num-samples", "5", "--sample-steps", "2"])
+    with Image.open(out) as image:
+        assert image.size == (5 * side, side)
+        assert np.asarray(image).std() > 1
+    images, kind = Pictures(net, "runs/a")(torch.randn(2, channels, 4, 4), CPU)
+    assert (images.shape, kind) == ((2, 3, side, side), "")
 
 
 def test_weights_without_a_record(trained, tmp_path):

@@ -22,6 +22,7 @@ from fastmask.models.stack import all_blocks
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "none", "block"]
 
+_COMPILES = 64
 _HASHED = 256  # values of each tensor in the digest of a network
 
 
@@ -64,6 +65,9 @@ class Model:
         class_names: one name per class; empty if they have none.
         num_classes: number of classes; 0: it was trained without labels.
         device: its device.
+
+    Raises:
+        ValueError: bf16 on a GPU without it, or a VAE for a network of pixels.
     """
 
     def __init__(
@@ -76,8 +80,12 @@ class Model:
         self.class_names = list(net.origin.class_names) if net.origin else []
         on_gpu = self.device.type == "cuda"
         has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "bf16" and on_gpu and not has_bf16:
+            raise ValueError(f"--precision bf16: {torch.cuda.get_device_name(self.device)} has no bf16: give fp32")
         self._autocast = precision == "bf16" or (precision == "auto" and has_bf16)
         if compile == "block" or (compile == "auto" and on_gpu):
+            # Dynamo raises beyond this limit of shapes: each stack's, with and without guidance, and those of a guide.
+            torch._dynamo.config.recompile_limit = max(_COMPILES, torch._dynamo.config.recompile_limit)
             for block in all_blocks(net.model.stacks):
                 block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
 

@@ -1,5 +1,6 @@
 """The Python API."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -119,6 +120,9 @@ def test_precision(model, monkeypatch):
         monkeypatch.setattr(torch, "compile", lambda function, **options: function)
         assert Model(model.net, "a")._autocast == (not emulated)
         assert not Model(model.net, "a", precision="fp32")._autocast
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+        with contextlib.nullcontext() if not emulated else pytest.raises(ValueError, match="Tesla T4 has no bf16"):
+            Model(model.net, "a", precision="bf16")
 
 
 def test_blocks_are_compiled_where_asked(model, monkeypatch):
