@@ -46,6 +46,7 @@ def test_values_and_defaults():
         (["x", "y"], "Unrecognized options: y"),
         (["x", "--mirror"], "--mirror is called --flip now"),
         (["x", "--no-mirror=1"], "--no-mirror is called --no-flip now"),
+        (["x", "--num-steps", "9"], "--num-steps is called --sample-steps now"),
         (["x", "--steps", "2.5"], "--steps: invalid literal for int() with base 10: '2.5'"),
         (["x", "--steps"], "--steps"),
         (["x", "--rate", "fast"], "--rate: could not convert string to float: 'fast'"),

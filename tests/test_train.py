@@ -248,6 +248,8 @@ def test_synthetic_latents_and_no_classes(tmp_path):
     flags = ["--data", "synthetic", "--image-size", "64", "--num-classes", "0", "--micro-batch-size", "4"]
     run(tmp_path, *flags, "--sample-every", "2", "--sample-steps", "2", steps=2, unmask=1)
     assert "model.y_embedder.embedding_table.weight" not in weights(tmp_path)
+    (grid,) = (tmp_path / "samples").iterdir()
+    assert grid.name == "step-00000002-latents.png"  # no VAE decodes random latents
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from fastmask.console import get_console, say
 from fastmask.data import Dataset, batches
+from fastmask.data.dataset import origin_of
 from fastmask.data.images.replacing import BadImages
 from fastmask.data.loader import Batch
 from fastmask.data.store.verify import verifier_of
 from fastmask.diffusion import Denoiser, Sampling, draw_samples
 from fastmask.files import Presence, locked
+from fastmask.generation.decoding import Pictures
 from fastmask.gpus import Gpu, gpu_named
 from fastmask.models.counts import forward_macs
 from fastmask.ranks import Ranks, all_max, all_sum
@@ -70,10 +72,12 @@ class Run:
         self.run_dir, device = Path(config.run_dir), torch.device(config.machine.device)
         newest = None if fresh else newest_good(self.run_dir, say)
         self.fingerprint = dataset.fingerprint()
-        self.changes = [] if fresh else open_run(config, newest, ranks, self.fingerprint)
+        self.changes = [] if fresh else open_run(config, newest, ranks, self.fingerprint, origin_of(dataset))
         self._verifier = None if fresh else verifier_of(dataset, ranks)
         channels, size, _ = dataset.shape
         self.net = Denoiser(build_model(config, channels, size), config.process).to(device)
+        self.net.origin = origin_of(dataset)
+        self._pictures = Pictures(self.net, config.run_dir)
         shard(self.net.model, config.machine.parallel, DTYPES.get(config.machine.precision), device, ranks)
         self.ema = EMA(self.net, config.ema.ema_decay, warmup=not config.init)
         self.profiles = [PowerEMA(self.net, width) for width in config.ema.ema_widths]
@@ -326,7 +330,10 @@ class Run:
         try:
             with self.ema.applied(self.net), eager():
                 samples, columns = sample_grid(self.net, config.sampling, config.seed)
-            report.picture(self.step, self.run_dir / "samples" / f"step-{self.step:08d}.png", samples, columns)
+            if not self.ranks.rank:
+                images, kind = self._pictures(samples, torch.device(config.machine.device))
+                name = f"step-{self.step:08d}{kind}.png"
+                report.picture(self.step, self.run_dir / "samples" / name, images, columns)
         except (ValueError, OSError, RuntimeError) as error:  # a failed grid must not end the run
             say(f"no samples of step {self.step} were drawn: {error}")
 
@@ -428,12 +435,5 @@ def sample_grid(net: Denoiser, sampling: Sampling, seed: int) -> tuple[Tensor, i
     columns = num_classes if 1 < num_classes <= 16 else 8
     index = torch.arange(8 * columns)
     labels = index % columns if columns == num_classes else index * num_classes // len(index)
-    samples = draw_samples(
-        net,
-        labels,
-        seed=seed,
-        num_steps=sampling.sample_steps,
-        cfg_scale=sampling.cfg_scale if num_classes else None,
-        solver=sampling.solver,
-    )
+    samples = draw_samples(net, labels, sampling if num_classes else sampling.unguided(), seed=seed)
     return samples, columns
