@@ -97,6 +97,7 @@ def open_run(
             "config": config.recorded(),
             "fingerprint": fingerprint,
             "origin": dataclasses.asdict(origin),
+            "world_size": ranks.count,
             "changes": changes,
             "versions": versions(),
             "command": [without_secrets(argument) for argument in sys.argv],
