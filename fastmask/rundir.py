@@ -16,6 +16,7 @@ FILES = (*(f"{part}.safetensors" for part in (*PARTS, "profiles")), "state.json"
 SUMS = "SHA256SUMS"
 FORMAT = 2  # format 1, not recorded in `state.json`, had no checksums
 
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
 _SOURCES = "a run folder, one of its checkpoints/step-N, or a .safetensors or .pt file of weights"
 _MOST_SHOWN = 6
 _NOTABLE = 0.1  # share of the initial weights in an EMA; above this, warn
@@ -79,6 +80,15 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"version of fastmask wrote it"
         )
     return state
+
+
+def is_source(source: str | os.PathLike[str]) -> bool:
+    """Return whether a path looks like a run folder, a checkpoint or a file of weights, and not like images."""
+    path = Path(source)
+    if path.is_dir():
+        named = (*FILES, SUMS, "checkpoints", "snapshots", "run.json")
+        return path.name in ("checkpoints", "snapshots") or any((path / name).exists() for name in named)
+    return path.name.endswith(_WEIGHTS) or not path.exists()
 
 
 def locate(source: str | os.PathLike[str]) -> Place:
