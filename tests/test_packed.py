@@ -176,7 +176,7 @@ def test_a_packed_step_is_one_graph_for_every_draw():
     objective = objective_of(network())
     images, labels = torch.randn(GROUP, 3, 8, 8), torch.arange(GROUP) % 5
     way = parse_per_sample("uniform(0.2,0.8)", 0.5)
-    settings = {"length": LENGTH, "keep": 8, "num_classes": 5, "label_drop": 0.1, "per_sample": way}
+    settings = {"length": LENGTH, "keep": 8, "drop": objective.net.model.drop, "label_drop": 0.1, "per_sample": way}
 
     def step(seed, offset):
         return objective(images, *training_draws(EDM(), images, labels, seed=seed, offset=offset, **settings))

@@ -9,7 +9,6 @@ import resource
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmask import EDM, EDMPrecond, MaskDiT
+from fastmask.models.condition import ClassConditional
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -93,12 +93,17 @@ def batch_of(net, batch=3, dtype=torch.float32):
     return images, labels, torch.linspace(0.1, 3.0, batch, dtype=dtype), torch.randn_like(images)
 
 
+class _Classes(ClassConditional):
+    """What sampling asks of a network."""
+
+
 class GaussianDenoiser:
     """The exact denoiser of N(mean[label], deviation^2) data; keeps what it was asked."""
 
     def __init__(self, deviation=0.5, mean=(0.0, 0.0), num_classes=0, process=EDM()):  # noqa: B008  (immutable)
         self.variance, self.mean, self.process = deviation**2, torch.tensor(mean), process
-        self.model = SimpleNamespace(num_classes=num_classes, pos_embed=torch.empty(0))
+        self.model = _Classes()
+        self.model.num_classes, self.model.pos_embed = num_classes, torch.empty(0)
         self.asked = []
 
     def __call__(self, x, t, labels):

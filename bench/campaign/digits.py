@@ -81,7 +81,7 @@ def _train(config: TrainConfig, device: torch.device, bf16: bool) -> list[float]
             labels[ids].to(device),
             seed=config.seed,
             offset=offset,
-            num_classes=config.data.num_classes,
+            drop=net.model.drop,
             label_drop=config.objective.label_drop,
             length=length,
             keep=kept_count(length, config.masking.ratio_at(step, config.max_steps)),

@@ -141,13 +141,13 @@ def network_error(device: torch.device) -> float:
     plain = PlainDiT(8, 2, 1, config.network.width, config.network.depth, config.network.num_heads, 10, *decoder)
     plain.load_state_dict(model.state_dict())
     images, labels = torch.randn(4, 1, 8, 8, device=device) / 2, torch.arange(4, device=device)
-    draws = training_draws(EDM(), images, labels, length=16, keep=8, num_classes=10, label_drop=0.1, seed=1, offset=0)
+    draws = training_draws(EDM(), images, labels, length=16, keep=8, drop=model.drop, label_drop=0.1, seed=1, offset=0)
 
     def loss_and_gradients(impl: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
         model.impl = impl
         objective = Objective(Denoiser(model, EDM()), [MaskedDenoising()]).to(device, dtype)
         values, sigma, noise = (tensor.to(dtype) for tensor in (images, draws.t, draws.noise))
-        total = objective(values, draws.labels, draws.mask, sigma, noise)[TOTAL]
+        total = objective(values, draws.condition, draws.mask, sigma, noise)[TOTAL]
         names, parameters = zip(*objective.named_parameters(), strict=True)
         return total.detach(), dict(zip(names, torch.autograd.grad(total.sum(), parameters), strict=True))
 
@@ -157,7 +157,7 @@ def network_error(device: torch.device) -> float:
     indices = [ids.long() for ids in draws.mask[:2]]
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # for its convolution
         noise = draws.noise * draws.t[:, None, None, None]
-        loss = PlainLoss(plain).to(device)(images, draws.labels, draws.t, noise, *indices).detach()
+        loss = PlainLoss(plain).to(device)(images, draws.condition, draws.t, noise, *indices).detach()
     blocks = config.network.depth + config.network.decoder_depth
     forward, both = network_steps(blocks), network_steps(blocks, backward=True)
     errors = network_errors_over_bound(by_ours, gradients, both, eager=by_eager)

@@ -98,7 +98,7 @@ def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> Ca
             torch.empty(batch, dtype=torch.int64),
             seed=seed,
             offset=offset,
-            num_classes=config.data.num_classes,
+            drop=model.drop,
             label_drop=config.objective.label_drop,
             length=model.length,
             keep=keep,

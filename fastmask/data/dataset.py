@@ -21,6 +21,7 @@ from fastmask.data.store.reader import StoreDataset
 from fastmask.data.store.remote import RemoteStore, is_url
 from fastmask.data.vae import Autoencoder
 from fastmask.diffusion.origin import LatentSpace, Origin
+from fastmask.models.condition import Condition
 
 _CPU = torch.device("cpu")
 
@@ -45,8 +46,8 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return the stored form of the samples (B, ...), and their labels (B,) int64."""
+    def read(self, ids: NDArray[np.int64]) -> tuple[Tensor, Condition]:
+        """Return the stored form of the samples (B, ...), and their condition, such as labels (B,) int64."""
         ...
 
     def fingerprint(self) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
@@ -26,8 +27,9 @@ from fastmask.data.images.reader import as_it_is, end_with_parent
 from fastmask.data.images.replacing import Bad, BadImages
 from fastmask.data.order import shuffled
 from fastmask.data.store.verify import Verifier
+from fastmask.models.condition import Condition
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Condition]  # samples as stored, and their condition
 
 
 def sample_ids(seed: int, offset: int, count: int, size: int) -> NDArray[np.int64]:
@@ -56,7 +58,7 @@ def batches(
     verifier: Verifier | None = None,
     bad_images: BadImages | None = None,
 ) -> Generator[Batch, None, None]:
-    """Yield samples ``start`` .. ``stop - 1`` of a run, as stored, and their labels, in order, on a device.
+    """Yield samples ``start`` .. ``stop - 1`` of a run, as stored, and their condition, in order, on a device.
 
     With several ranks, each step's samples are split among them in rank order. The workers end with the thread that
     requests the first batch.
@@ -121,11 +123,11 @@ def batches(
         source.close()
 
 
-def _telling(parts: Iterator[tuple[Tensor, Tensor, Bad]], told: "collections.deque[Bad]") -> Iterator[Batch]:
+def _telling(parts: Iterator[tuple[Tensor, Condition, Bad]], told: "collections.deque[Bad]") -> Iterator[Batch]:
     """Yield batches, and queue the images that could not be read for `batches`."""
-    for stored, labels, bad in parts:
+    for stored, condition, bad in parts:
         told.append(bad)
-        yield stored, labels
+        yield stored, condition
 
 
 class _Source(Iterator[Any]):
@@ -170,14 +172,14 @@ def to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         moved = None
         if batch is not None:
             with torch.cuda.stream(copies):
-                moved = tuple(tensor.to(device, non_blocking=True) for tensor in batch), copies.record_event()
+                moved = tree_map(lambda tensor: tensor.to(device, non_blocking=True), batch), copies.record_event()
         if ahead is not None:
-            (stored, labels), copied = ahead
+            (stored, condition), copied = ahead
             computing = torch.cuda.current_stream(device)
             computing.wait_event(copied)
-            for tensor in (stored, labels):
+            for tensor in tree_leaves((stored, condition)):
                 tensor.record_stream(computing)  # its memory is reused only after the computation
-            yield stored, labels
+            yield stored, condition
         ahead = moved
 
 

@@ -1,5 +1,6 @@
 """Random draws of training, each a function of the seed and the global index of the sample only."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,16 +9,17 @@ from torch import Tensor
 from fastmask.diffusion.masking import GROUP, RatioPerSample
 from fastmask.diffusion.process import Process
 from fastmask.kernels import Mask, random_normal, random_uniform, sample_mask
+from fastmask.models.condition import Condition
 
 # Streams of the counter-based generator; stream 0 is sample_mask's, 4 and 5 the data's, 6 sampling's, 7 masking's. The
 # noise that sampling adds in step i has stream 8 + 256 i.
-_TIME_STREAM, _NOISE_STREAM, _LABEL_STREAM = 1, 2, 3
+_TIME_STREAM, _NOISE_STREAM, _DROP_STREAM = 1, 2, 3
 
 
 class TrainingDraws(NamedTuple):
     """Random draws of a batch: the arguments of `Objective` after the images, in order."""
 
-    labels: Tensor
+    condition: Condition
     mask: Mask | None
     t: Tensor
     noise: Tensor
@@ -26,17 +28,17 @@ class TrainingDraws(NamedTuple):
 def training_draws(
     process: Process,
     images: Tensor,
-    labels: Tensor,
+    condition: Condition,
     *,
     length: int,
     keep: int,
-    num_classes: int,
+    drop: Callable[[Condition, Tensor], Condition],
     label_drop: float = 0.0,
     per_sample: RatioPerSample | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
 ) -> TrainingDraws:
-    """Draw times, noise, masks and label dropout for a batch, without a host sync.
+    """Draw times, noise, masks and dropout of the condition for a batch, without a host sync.
 
     With ``seed`` and ``offset`` the draws are the same on every device, for any batch size and order of batches.
     Without them every call takes a new seed from the device's torch generator, reproducible with ``torch.manual_seed``.
@@ -45,11 +47,11 @@ def training_draws(
     Args:
         process: the process, which maps normal draws to times.
         images: shape (B, C, H, W).
-        labels: int64, shape (B,).
+        condition: the condition, on the device of the images.
         length: L.
         keep: K; equal to L means no mask.
-        num_classes: the label that means no label.
-        label_drop: probability of dropping a label.
+        drop: drops the condition of chosen samples: `drop` of the network.
+        label_drop: probability of dropping the condition of a sample.
         per_sample: distribution of K per sample; ignored if ``keep`` is L. The batch size and the offset must then be
             multiples of `fastmask.diffusion.masking.GROUP` (not checked for a tensor offset).
         seed: the run's seed, an int, or int64 of shape () on the device of the images.
@@ -57,8 +59,8 @@ def training_draws(
             with overlapping sample indices share draws, so a training loop increases the offset by B per call.
 
     Returns:
-        Labels (B,) with some dropped, the mask (None when nothing is dropped), times (B,) and unit noise of the shape
-        of the images, both float32.
+        The condition with that of some samples dropped, the mask (None when nothing is dropped), times (B,) and unit
+        noise of the shape of the images, both float32.
 
     Raises:
         ValueError: a seed without an offset or vice versa; a ratio per sample for a batch that does not consist of
@@ -74,8 +76,7 @@ def training_draws(
     sample = torch.arange(batch, dtype=torch.int64, device=device) + offset
     t = process.draw(random_normal(seed, sample, 1, _TIME_STREAM)[:, 0])
     noise = random_normal(seed, sample, images.shape[1:].numel(), _NOISE_STREAM).view(images.shape)
-    drop = random_uniform(seed, sample, 1, _LABEL_STREAM)[:, 0] < label_drop
-    labels = labels.masked_fill(drop, num_classes)
+    chosen = random_uniform(seed, sample, 1, _DROP_STREAM)[:, 0] < label_drop
     kept: int | Tensor = keep
     mask, total = None, None
     if keep < length:
@@ -85,4 +86,4 @@ def training_draws(
             kept = per_sample.keep(seed, sample, process.log_snr(t), length)
             total = per_sample.total(batch, length)
         mask = sample_mask(batch, length, kept, seed=seed, offset=offset, device=device, total=total)
-    return TrainingDraws(labels, mask, t, noise)
+    return TrainingDraws(drop(condition, chosen), mask, t, noise)

@@ -8,15 +8,16 @@ from torch import Tensor
 
 from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.solvers import Denoise
+from fastmask.models.condition import Condition, count_of, joined
 
-Net = Callable[[Tensor, Tensor, Tensor], Tensor]
+Net = Callable[[Tensor, Tensor, Condition], Tensor]
 
 ALL_LEVELS = (0.0, math.inf)
 
 
 def guided(
     net: Denoiser,
-    labels: Tensor,
+    condition: Condition,
     cfg_scale: float,
     *,
     interval: tuple[float, float] = ALL_LEVELS,
@@ -24,43 +25,45 @@ def guided(
 ) -> Denoise:
     """Return the guided denoiser D_weak + scale * (D - D_weak), for float64 states.
 
-    D_weak is the network without a label, evaluated in one batch with D, or another model with the same label
+    D_weak is the network without a condition, evaluated in one batch with D, or another model with the same condition
     (autoguidance, arXiv 2406.02507).
 
     Args:
         net: the denoiser.
-        labels: int64, shape (B,).
+        condition: what the network is told: labels, int64, shape (B,).
         cfg_scale: guidance scale; 1 evaluates only D.
         interval: noise levels b/a, (low, high], in which guidance applies (arXiv 2404.07724); elsewhere only D is
             evaluated.
-        guide: the other model; None is the network without a label.
+        guide: the other model; None is the network without a condition.
 
     Raises:
-        ValueError: guidance by the label for a network without classes, or a guide that does not fit the network.
+        ValueError: guidance by the condition for a network without one, or a guide that does not fit the network.
     """
-    num_classes, dtype = net.model.num_classes, net.model.pos_embed.dtype
+    dtype, twice = net.model.pos_embed.dtype, condition
     if guide is not None:
         check_guide(net, guide)
-    elif cfg_scale != 1 and not num_classes:
-        raise ValueError(
-            "guidance needs a network with classes (num_classes above 0), or another model as a guide: leave cfg_scale "
-            "out, or give it 1"
-        )
+    elif cfg_scale != 1:
+        if not net.model.conditional:
+            raise ValueError(
+                "guidance needs a network with classes (num_classes above 0), or another model as a guide: leave "
+                "cfg_scale out, or give it 1"
+            )
+        chosen = torch.ones(count_of(condition), dtype=torch.bool, device=net.model.pos_embed.device)
+        twice = joined(condition, net.model.drop(condition, chosen))
     low, high = interval
-    twice = torch.cat([labels, torch.full_like(labels, num_classes)])
 
-    def evaluate(net: Net, inputs: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def evaluate(net: Net, inputs: Tensor, t: Tensor, condition: Condition) -> Tensor:
         times = torch.full((len(inputs),), float(t), dtype=inputs.dtype, device=inputs.device)
-        return net(inputs, times, labels).double()
+        return net(inputs, times, condition).double()
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         inputs = x.to(dtype)
         if cfg_scale == 1 or not low < net.process.level(t) <= high:
-            return evaluate(net, inputs, t, labels)
+            return evaluate(net, inputs, t, condition)
         if guide is None:
             strong, weak = evaluate(net, inputs.repeat(2, 1, 1, 1), t, twice).chunk(2)
         else:
-            strong, weak = (evaluate(model, inputs, t, labels) for model in (net, guide))
+            strong, weak = (evaluate(model, inputs, t, condition) for model in (net, guide))
         return weak + cfg_scale * (strong - weak)
 
     return denoise

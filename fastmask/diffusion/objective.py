@@ -11,6 +11,7 @@ from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.process import Coefficients
 from fastmask.fields import check_at_least, check_share
 from fastmask.kernels import Mask, masked_loss
+from fastmask.models.condition import Condition
 
 TOTAL = "loss"  # name of the weighted sum
 
@@ -112,12 +113,14 @@ class Objective(nn.Module):
             raise ValueError(f"an objective is a sum of terms whose losses have different names, not {names}")
         self.names = (TOTAL, *self.weights)
 
-    def forward(self, images: Tensor, labels: Tensor, mask: Mask | None, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, condition: Condition, mask: Mask | None, t: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
         """Return the losses of a batch by name, each of shape (B,).
 
         Args:
             images: clean images, shape (B, C, H, W).
-            labels: int64, shape (B,); ``num_classes`` means no label.
+            condition: what the network is told: labels, int64, shape (B,); ``num_classes`` means no label.
             mask: positions that the encoder sees; None is all.
             t: time of each sample, shape (B,).
             noise: unit noise, shape (B, C, H, W).
@@ -128,13 +131,13 @@ class Objective(nn.Module):
         process = self.net.process
         _check_shapes(t, len(images), [images], [noise])
         noised, coefficients = process.noised(images, noise, t), process.coefficients(t)
-        raw = self.net.raw_tokens(noised, coefficients, labels, mask)
+        raw = self.net.raw_tokens(noised, coefficients, condition, mask)
         return self._losses(Pass(images, noised, raw, coefficients, mask))
 
     def mixed(
         self,
         images: Sequence[Tensor],
-        labels: Tensor,
+        condition: Condition,
         masks: Sequence[Mask | None],
         t: Tensor,
         noise: Sequence[Tensor],
@@ -143,13 +146,13 @@ class Objective(nn.Module):
 
         Args:
             images: clean images, each tensor of one size: (B1, C, H1, W1), (B2, C, H2, W2), ..
-            labels: int64, concatenated over the tensors of ``images``, shape (B1 + B2 + ..,).
+            condition: of the samples of all tensors of ``images``, one after the other; labels: shape (B1 + B2 + ..,).
             masks: a mask, or None, for each tensor of ``images``.
-            t: times, same shape as ``labels``.
+            t: times, concatenated over the tensors of ``images``, shape (B1 + B2 + ..,).
             noise: unit noise, same shapes as ``images``.
 
         Returns:
-            The losses by name, each with the shape of ``labels``.
+            The losses by name, each with the shape of ``t``.
 
         Raises:
             ValueError: empty lists, lists of different lengths, or shapes that do not fit the network.
@@ -164,7 +167,7 @@ class Objective(nn.Module):
         coefficients = process.coefficients(t)
         split = [Coefficients(*parts) for parts in zip(*(torch.split(c, sizes) for c in coefficients), strict=True)]
         noised = [process.noised(*part) for part in zip(images, noise, torch.split(t, sizes), strict=True)]
-        raw = self.net.mixed_raw_tokens(noised, coefficients, labels, masks)
+        raw = self.net.mixed_raw_tokens(noised, coefficients, condition, masks)
         losses = [self._losses(Pass(*size)) for size in zip(images, noised, raw, split, masks, strict=True)]
         return {name: torch.cat([part[name] for part in losses]) for name in self.names}
 

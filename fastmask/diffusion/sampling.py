@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastmask.diffusion.denoiser import Denoiser, check_labels
+from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.guidance import ALL_LEVELS, guided
 from fastmask.diffusion.solvers import SOLVERS, Denoise, Solver, stochastic_heun
 from fastmask.kernels import random_normal
+from fastmask.models.condition import Condition, count_of, moved, part_of
 
 # Streams of the counter-based generator; all streams are listed in draws.py.
 _LATENT_STREAM, _CHURN_STREAM = 6, 8
@@ -69,7 +70,7 @@ class Sampling:
 def sample(
     net: Denoiser,
     noise: Tensor,
-    labels: Tensor,
+    condition: Condition,
     times: Tensor,
     *,
     cfg_scale: float | None = None,
@@ -83,11 +84,11 @@ def sample(
     Args:
         net: the denoiser.
         noise: unit noise, shape (B, C, H, W).
-        labels: int64, shape (B,).
+        condition: what the network is told: labels, int64, shape (B,).
         times: solver times, from `Process.times`, float64, shape (N + 1,).
         cfg_scale: guidance scale; None or 1 disables guidance.
         interval: noise levels (low, high] in which guidance applies.
-        guide: a weaker model that guides, in place of the network without a label.
+        guide: a weaker model that guides, in place of the network without a condition.
         solver: a key of `SOLVERS`, or a function like these.
         watch: called after each evaluation with the time, the state and the denoised images; for pictures.
 
@@ -95,22 +96,19 @@ def sample(
         Shape (B, C, H, W), float64: the state is in float64, the network runs in its own precision.
 
     Raises:
-        ValueError: an unknown solver, labels of another shape or out of range, guidance for a network without classes,
-            or a guide that does not fit the network.
+        ValueError: an unknown solver, labels of another shape or out of range, guidance for a network without a
+            condition, or a guide that does not fit the network.
     """
     if isinstance(solver, str):
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
         solver = SOLVERS[solver]
-    if labels.shape != noise.shape[:1]:
-        raise ValueError(f"labels must have shape ({noise.shape[0]},) for this noise, not {tuple(labels.shape)}")
+    net.model.check_condition(condition, len(noise))
     if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all() or times[-1] != 0:
         raise ValueError(f"times must fall to 0, in a tensor of shape (N + 1,), not {times.tolist()}")
     if cfg_scale is not None and not math.isfinite(cfg_scale):
         raise ValueError(f"cfg_scale must be a number, not {cfg_scale}")
-    if net.model.num_classes:
-        check_labels(labels, net.model.num_classes)
-    denoise = guided(net, labels, 1.0 if cfg_scale is None else cfg_scale, interval=interval, guide=guide)
+    denoise = guided(net, condition, 1.0 if cfg_scale is None else cfg_scale, interval=interval, guide=guide)
     times = times.cpu()
     _, b = net.process.mix(times[0])
     return solver(_watched(denoise, watch) if watch else denoise, net.process, b * noise.double(), times)
@@ -118,7 +116,7 @@ def sample(
 
 def draw_batch(
     net: Denoiser,
-    labels: Tensor,
+    condition: Condition,
     sampling: Sampling,
     *,
     seed: int,
@@ -126,7 +124,7 @@ def draw_batch(
     guide: Denoiser | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Return samples ``first``, ``first`` + 1, .., one per label, drawn in one batch.
+    """Return samples ``first``, ``first`` + 1, .., one for each in the condition, drawn in one batch.
 
     All randomness is a function of the seed, the index of the sample and the step. So a sample does not depend on the
     batch, but for the rounding of matmuls, which can differ between batch sizes; in batches of one size, at the same
@@ -134,7 +132,7 @@ def draw_batch(
 
     Args:
         net: the denoiser.
-        labels: int64, shape (B,), on any device.
+        condition: what the network is told: labels, int64, shape (B,), on any device.
         sampling: solver and guidance.
         seed: seed of the noise.
         first: index of the first sample.
@@ -150,8 +148,8 @@ def draw_batch(
     sampling.check()
     model = net.model
     shape = (model.in_channels, model.input_size, model.input_size)
-    labels = labels.to(model.pos_embed.device)
-    index = torch.arange(first, first + len(labels), device=labels.device)
+    device = model.pos_embed.device
+    index = torch.arange(first, first + count_of(condition), device=device)
 
     def normal(stream: int) -> Tensor:
         return random_normal(seed, index, math.prod(shape), stream).view(-1, *shape)
@@ -163,7 +161,7 @@ def draw_batch(
     drawn = sample(
         net,
         normal(_LATENT_STREAM),
-        labels,
+        moved(condition, device),
         net.process.times(sampling.sample_steps),
         cfg_scale=sampling.cfg_scale,
         interval=sampling.interval,
@@ -176,18 +174,18 @@ def draw_batch(
 
 def draw_samples(
     net: Denoiser,
-    labels: Tensor,
+    condition: Condition,
     sampling: Sampling,
     *,
     seed: int,
     batch: int = 256,
     guide: Denoiser | None = None,
 ) -> Tensor:
-    """Return one sample per label, drawn by `draw_batch` in batches.
+    """Return one sample for each in the condition, drawn by `draw_batch` in batches.
 
     Args:
         net: the denoiser.
-        labels: int64, shape (N,).
+        condition: what the network is told: labels, int64, shape (N,).
         sampling: solver and guidance.
         seed: seed of the noise.
         batch: batch size.
@@ -196,11 +194,12 @@ def draw_samples(
     Returns:
         float32 on the CPU, shape (N, C, H, W).
     """
-    if not len(labels) or batch < 1:
-        raise ValueError(f"at least one label and a batch of at least 1 are needed, not {len(labels)} and {batch}")
+    count = count_of(condition)
+    if not count or batch < 1:
+        raise ValueError(f"at least one sample and a batch of at least 1 are needed, not {count} and {batch}")
     parts = [
-        draw_batch(net, labels[first : first + batch], sampling, seed=seed, first=first, guide=guide).cpu()
-        for first in range(0, len(labels), batch)
+        draw_batch(net, part_of(condition, first, first + batch), sampling, seed=seed, first=first, guide=guide).cpu()
+        for first in range(0, count, batch)
     ]
     return torch.cat(parts)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.kernels import Impl, Mask, embed_kept_patches, restore_tokens
+from fastmask.models.condition import ClassConditional, Condition, is_readable
 from fastmask.models.layers import (
     Block,
     LabelEmbedding,
@@ -70,7 +71,7 @@ class MaskDiTConfig:
         return MaskDiT(input_size, in_channels=channels, num_classes=num_classes, **dataclasses.asdict(self))
 
 
-class MaskDiT(nn.Module):
+class MaskDiT(ClassConditional, nn.Module):
     """The network F, from noised images and conditions to raw patch tokens.
 
     With ``decoder_depth=0`` it is a plain DiT without masking: the blocks, then the head.
@@ -159,14 +160,14 @@ class MaskDiT(nn.Module):
         return Stack(self.blocks, self.decoder_layer, "kept"), Stack(self.decoder_blocks, self.final_layer, "all")
 
     def forward(
-        self, x: Tensor, c_noise: Tensor, labels: Tensor, mask: Mask | None = None, image_scale: Tensor | None = None
+        self, x: Tensor, c_noise: Tensor, labels: Condition, mask: Mask | None = None, image_scale: Tensor | None = None
     ) -> Tensor:
         """Return F(image_scale * x), raw tokens of all positions.
 
         Args:
             x: noised images, shape (B, C, input_size, input_size).
             c_noise: time conditioning, shape (B,), from the coefficients of a process.
-            labels: int64, shape (B,).
+            labels: the condition: int64, shape (B,); ``num_classes`` means no label.
             mask: positions that the encoder sees; None is all. Samples can keep unequal numbers of positions.
             image_scale: scale of each image, shape (B,); None is 1.
 
@@ -182,7 +183,7 @@ class MaskDiT(nn.Module):
         self,
         images: Sequence[Tensor],
         c_noise: Tensor,
-        labels: Tensor,
+        labels: Condition,
         masks: Sequence[Mask | None],
         image_scale: Tensor | None = None,
     ) -> list[Tensor]:
@@ -201,8 +202,8 @@ class MaskDiT(nn.Module):
         """
         self._check(images, c_noise, labels, masks)
         condition = self.t_embedder(c_noise)
-        if self.num_classes:
-            condition = condition + self.y_embedder(labels)
+        if self.conditional:
+            condition = condition + self.embed_condition(labels)
         counts = [len(x) for x in images]
         scales = [None] * len(counts) if image_scale is None else torch.split(image_scale, counts)
         embedded = [self._embed(x, mask, scale) for x, mask, scale in zip(images, masks, scales, strict=True)]
@@ -213,6 +214,11 @@ class MaskDiT(nn.Module):
         kept = run_stack(encoder, embedded, masks, *options)
         restored = [self._restore(part, x, mask) for part, x, mask in zip(kept, images, masks, strict=True)]
         return run_stack(decoder, restored, [None] * len(counts), *options)
+
+    def embed_condition(self, labels: Condition) -> Tensor:
+        """Return the embedding of the condition, (B, D), which is added to that of the time."""
+        embedding: Tensor = self.y_embedder(labels)
+        return embedding
 
     def _embed(self, x: Tensor, mask: Mask | None, image_scale: Tensor | None) -> Tensor:
         """Embed the kept patches of images of one size: (B, K, D), or packed (N, D)."""
@@ -246,7 +252,9 @@ class MaskDiT(nn.Module):
             return table[0]
         return sincos_position(rows, columns, table.shape[2])[0].to(table)
 
-    def _check(self, images: Sequence[Tensor], c_noise: Tensor, labels: Tensor, masks: Sequence[Mask | None]) -> None:
+    def _check(
+        self, images: Sequence[Tensor], c_noise: Tensor, labels: Condition, masks: Sequence[Mask | None]
+    ) -> None:
         p = self.patch_size
         if not images or len(masks) != len(images):
             raise ValueError(f"a list of images needs a list of as many masks, not {len(images)} and {len(masks)}")
@@ -259,10 +267,7 @@ class MaskDiT(nn.Module):
         batch = sum(x.shape[0] for x in images)
         if c_noise.shape != (batch,):
             raise ValueError(f"c_noise must have shape ({batch},), not {tuple(c_noise.shape)}")
-        if self.num_classes and (labels.shape != (batch,) or labels.dtype not in (torch.int32, torch.int64)):
-            raise ValueError(
-                f"labels must be int64 of shape ({batch},), not {labels.dtype} of shape {tuple(labels.shape)}"
-            )
+        self.check_condition(labels, batch, values=is_readable(labels))
         if any(mask is not None for mask in masks) and not self.decoder_blocks:
             raise ValueError(
                 "a network without a decoder (decoder_depth=0) cannot fill in dropped patches: pass no mask"

@@ -461,11 +461,13 @@ def memory_used(device: torch.device) -> int:
 def sample_grid(net: Denoiser, sampling: Sampling, seed: int) -> tuple[Tensor, int]:
     """Return samples (N, C, H, W), from the same noise at every call, and the number of columns of the grid.
 
-    With at most 16 classes each column is a class; with more, the classes are spread evenly.
+    With at most 16 classes each column is a class; with more, the classes are spread evenly. A network
+    without classes draws without a condition.
     """
     num_classes = net.model.num_classes
     columns = num_classes if 1 < num_classes <= 16 else 8
     index = torch.arange(8 * columns)
+    if not num_classes:
+        return draw_samples(net, net.model.no_condition(len(index)), sampling.unguided(), seed=seed), columns
     labels = index % columns if columns == num_classes else index * num_classes // len(index)
-    samples = draw_samples(net, labels, sampling if num_classes else sampling.unguided(), seed=seed)
-    return samples, columns
+    return draw_samples(net, labels, sampling, seed=seed), columns

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastmask.data import Dataset
 from fastmask.data.loader import Batch
 from fastmask.diffusion import Denoiser, Objective, ObjectiveConfig, TrainingDraws, training_draws
 from fastmask.diffusion.masking import RatioPerSample
 from fastmask.diffusion.objective import TOTAL
+from fastmask.models.condition import Condition
 from fastmask.models.stack import all_blocks
 from fastmask.ranks import Ranks
 from fastmask.training.ema import EMA
@@ -94,7 +96,7 @@ class TrainingStep:
         self.update(keep)
 
     def gradients(self, batches: Iterator[Batch], first_sample: int, keep: int) -> None:
-        """Draw noise, masks and label dropout, and run the forward and backward passes of a step.
+        """Draw noise, masks and dropout of the condition, and run the forward and backward passes of a step.
 
         Args:
             batches: this rank's micro-batches.
@@ -149,17 +151,17 @@ class TrainingStep:
             loss = losses[TOTAL].sum() * (self._ranks.count / self._batch_size)
             self.scaler.scale(loss).backward()
 
-    def _draw(self, stored: Tensor, labels: Tensor, keep: int) -> tuple[Tensor, TrainingDraws]:
+    def _draw(self, stored: Tensor, condition: Condition, keep: int) -> tuple[Tensor, TrainingDraws]:
         """Return clean images and their random draws."""
-        sample = torch.arange(len(labels), device=labels.device) + self._offset
+        sample = torch.arange(len(stored), device=stored.device) + self._offset
         images = self._dataset.to_images(stored, self._seed, sample)
         draws = training_draws(
             self._net.process,
             images,
-            labels,
+            condition,
             length=self._net.model.length,
             keep=keep,
-            num_classes=self._net.model.num_classes,
+            drop=self._net.model.drop,
             label_drop=self._label_drop,
             per_sample=self._per_sample,
             seed=self._seed,
@@ -180,7 +182,12 @@ class TrainingStep:
         batch = next(batches)
         self.data_wait_s += time.perf_counter() - since
         if self._graphs and self._buffers is not None:
-            for buffer, tensor in zip(self._buffers, batch, strict=True):
+            for buffer, tensor in zip(tree_leaves(self._buffers), tree_leaves(batch), strict=True):
+                if buffer.shape != tensor.shape:  # copying would repeat it if it can
+                    raise ValueError(
+                        f"a batch holds a tensor of shape {tuple(tensor.shape)} where those before had "
+                        f"{tuple(buffer.shape)}, which CUDA graphs cannot read: give --cuda-graphs off"
+                    )
                 buffer.copy_(tensor)
         else:
             self._buffers = batch

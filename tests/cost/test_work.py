@@ -131,7 +131,7 @@ def test_high_water_is_what_the_gpu_says(checkpoint_blocks):
                 labels,
                 seed=0,
                 offset=offset,
-                num_classes=config.data.num_classes,
+                drop=model.drop,
                 label_drop=0.1,
                 length=model.length,
                 keep=kept_count(model.length, config.masking.mask_ratio),

@@ -1,5 +1,7 @@
+import contextlib
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 
 from fastmask.data import batches, sample_ids
 from fastmask.data.images.dataset import ImageDataset
+from fastmask.data.loader import to_gpu
 from fastmask.data.sources.open import open_source
 
 CPU = torch.device("cpu")
@@ -138,3 +141,40 @@ def test_the_ranks_and_their_parts_make_up_every_step(ranks, batch_size):
 def test_a_step_must_divide():
     with pytest.raises(ValueError, match="a step of 10 samples does not divide into batches of 4 on 2 ranks"):
         ids_of(step_size=10, ranks=2)
+
+
+class Nested(Numbers):
+    """A dataset whose condition is a dict of tensors and a tuple of them."""
+
+    def read(self, ids):
+        stored, labels = super().read(ids)
+        return stored, {"a": stored[:, None] + torch.arange(2), "b": (labels, -stored)}
+
+
+def assert_nested(parts, stop):
+    given = [Nested(10).read(sample_ids(0, first, min(4, stop - first), 10)) for first in range(0, stop, 4)]
+    for (stored, condition), (ids, expected) in zip(parts, given, strict=True):
+        assert torch.equal(stored, ids)
+        assert condition.keys() == expected.keys()
+        for ours, theirs in zip((condition["a"], *condition["b"]), (expected["a"], *expected["b"]), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_condition_comes_along_whatever_it_is(num_workers):
+    settings = {"batch_size": 4, "seed": 0, "start": 0, "stop": 10, "num_workers": num_workers, "device": CPU}
+    assert_nested(batches(Nested(10), **settings), 10)
+
+
+def test_all_tensors_of_a_condition_are_copied_to_a_gpu(monkeypatch):
+    """On a CPU, with streams that do nothing: each tensor is told which stream computes with it."""
+    told = []
+    stream = SimpleNamespace(record_event=lambda: "copied", wait_event=told.append)
+    for name, value in {"Stream": stream, "stream": contextlib.nullcontext(), "current_stream": stream}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, by: told.append(tensor.data_ptr()))
+    given = [Nested(10).read(sample_ids(0, first, 4, 10)) for first in (0, 4)]
+    copied = list(to_gpu(iter(given), CPU))
+    assert_nested(copied, 8)
+    tensors = [[stored, condition["a"], *condition["b"]] for stored, condition in copied]
+    assert told == [x for part in tensors for x in ("copied", *(tensor.data_ptr() for tensor in part))]

@@ -16,14 +16,18 @@ SEEDED = {"seed": 3, "offset": 0}
 LENGTH = 16
 
 
+def unlabelled(labels, chosen):
+    return labels.masked_fill(chosen, 5)
+
+
 def draws(images, labels=None, process=PROCESS, **settings):
     labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
-    return training_draws(process, images, labels, **{"length": LENGTH, "keep": 8, "num_classes": 5, **settings})
+    return training_draws(process, images, labels, **{"length": LENGTH, "keep": 8, "drop": unlabelled, **settings})
 
 
 def tensors(drawn):
     """What was drawn, by name."""
-    named = {"labels": drawn.labels, "t": drawn.t, "noise": drawn.noise}
+    named = {"condition": drawn.condition, "t": drawn.t, "noise": drawn.noise}
     mask = {} if drawn.mask is None else {"ids_keep": drawn.mask.ids_keep, "ids_restore": drawn.mask.ids_restore}
     return {**named, **mask}
 
@@ -47,7 +51,7 @@ def test_distribution_of_the_draws(by):
     assert stats.kstest(log_t.numpy(), "norm", (-0.4, 0.8)).pvalue > 0.01
     assert stats.kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
     # Times, noise, mask and dropped labels come from streams of their own.
-    columns = torch.cat([log_t[:, None], noise, drawn.mask.dropped[:, :3], drawn.labels[:, None]], dim=1)
+    columns = torch.cat([log_t[:, None], noise, drawn.mask.dropped[:, :3], drawn.condition[:, None]], dim=1)
     correlation = torch.corrcoef(columns.T)
     between_masked = correlation[5:8, 5:8].clone()
     correlation[5:8, 5:8] = 0  # two of four positions are dropped: these exclude one another
@@ -79,9 +83,9 @@ def test_labels_are_dropped_at_the_rate():
     batch = 20_000
     images, labels = torch.zeros(batch, 1, 2, 2), torch.arange(batch) % 5
     for drop in ({}, {"label_drop": 0.0}):
-        assert torch.equal(draws(images, labels, **drop, **SEEDED).labels, labels)
-    assert torch.equal(draws(images, labels, label_drop=1.0, **SEEDED).labels, torch.full_like(labels, 5))
-    dropped = draws(images, labels, label_drop=0.1, **SEEDED).labels
+        assert torch.equal(draws(images, labels, **drop, **SEEDED).condition, labels)
+    assert torch.equal(draws(images, labels, label_drop=1.0, **SEEDED).condition, torch.full_like(labels, 5))
+    dropped = draws(images, labels, label_drop=0.1, **SEEDED).condition
     kept = dropped != 5
     assert torch.equal(dropped[kept], labels[kept])
     assert abs((~kept).double().mean() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / batch)
@@ -130,7 +134,7 @@ def test_one_draw_does_not_change_the_others():
     images = torch.zeros(6, 1, 8, 8)
     whole = draws(images, **SEEDED)
     assert_same(draws(images, process=EDM(p_mean=0.3), **SEEDED)._replace(t=whole.t), whole)
-    assert_same(draws(images, label_drop=1.0, **SEEDED)._replace(labels=whole.labels), whole)
+    assert_same(draws(images, label_drop=1.0, **SEEDED)._replace(condition=whole.condition), whole)
     assert_same(draws(images, keep=LENGTH, **SEEDED)._replace(mask=whole.mask), whole)
 
 
@@ -152,7 +156,7 @@ def test_without_a_seed_every_call_draws_anew(keep):
     for one, other in ((0, 1), (1, 2), (0, 2)):
         expected = tensors(calls[other])
         same = [name for name, value in tensors(calls[one]).items() if torch.equal(value, expected[name])]
-        assert same == ["labels"]
+        assert same == ["condition"]
     torch.manual_seed(7)
     for call in calls:
         assert_same(draws(images, keep=keep), call)

@@ -110,7 +110,7 @@ def test_solvers_converge_at_their_order(solver, order, fewest):
 def test_a_network_is_trained_and_sampled_by_it():
     net = flow_net(shift=2.0)
     images, labels, _, _ = batch_of(net)
-    draws = training_draws(net.process, images, labels, length=16, keep=5, num_classes=5, seed=1, offset=0)
+    draws = training_draws(net.process, images, labels, length=16, keep=5, drop=net.model.drop, seed=1, offset=0)
     losses = Objective(net, [MaskedDenoising()])(images, *draws)
     losses["loss"].mean().backward()
     assert all(p.grad.isfinite().all() for p in net.parameters())

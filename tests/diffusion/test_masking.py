@@ -308,7 +308,7 @@ def drawn(batch=2 * GROUP, seed=3, offset=5 * GROUP, per_sample=WAYS[1], keep=8,
         torch.arange(batch) % 5,
         length=16,
         keep=keep,
-        num_classes=5,
+        drop=lambda labels, chosen: labels.masked_fill(chosen, 5),
         label_drop=0.1,
         per_sample=per_sample,
         seed=seed,
@@ -323,7 +323,7 @@ def flat(draws):
 @pytest.mark.parametrize("way", WAYS[:2], ids=str)
 def test_draws_with_a_ratio_per_sample(way):
     draws, plain = drawn(per_sample=way), drawn(per_sample=None)
-    for name in ("labels", "t", "noise"):
+    for name in ("condition", "t", "noise"):
         assert torch.equal(getattr(draws, name), getattr(plain, name)), name
     keep = way.keep(3, torch.arange(2 * GROUP) + 5 * GROUP, EDM().log_snr(draws.t), 16)
     assert torch.equal(draws.mask.num_kept, keep)

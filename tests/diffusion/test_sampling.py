@@ -32,8 +32,8 @@ def test_noise_is_not_written():
 
 @pytest.mark.parametrize("labels", [[0], [0, 0, 0], [[0], [0]]])
 def test_labels_of_another_shape(labels):
-    with pytest.raises(ValueError, match=r"labels must have shape \(2,\) for this noise, not "):
-        sample(GaussianDenoiser(), torch.randn(2, 1, 2, 2), torch.tensor(labels), EDM().times(3))
+    with pytest.raises(ValueError, match=r"labels must be int64 of shape \(2,\), not "):
+        sample(small_net(), torch.randn(2, 3, 8, 8), torch.tensor(labels), EDM().times(3))
 
 
 @pytest.mark.parametrize("label", [-1, 6])
@@ -71,7 +71,7 @@ def test_what_cannot_be_drawn():
     with pytest.raises(ValueError, match="cfg_scale must be a number, not nan"):
         sample(small_net(), noise, label, times, cfg_scale=float("nan"))
     for labels, batch in (([], 4), ([0], 0)):
-        with pytest.raises(ValueError, match="at least one label and a batch of at least 1"):
+        with pytest.raises(ValueError, match="at least one sample and a batch of at least 1"):
             draw_samples(small_net(), torch.tensor(labels, dtype=torch.int64), Sampling(), seed=0, batch=batch)
 
 

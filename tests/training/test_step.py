@@ -175,7 +175,7 @@ def losses_in_float64(steps: int) -> list[float]:
     for step in range(steps):
         images, labels = next(training.data)
         draws = training_draws(
-            EDM(), images, labels, length=16, keep=8, num_classes=config.data.num_classes,
+            EDM(), images, labels, length=16, keep=8, drop=net.model.drop,
             label_drop=config.objective.label_drop, seed=config.seed, offset=step * config.batch_size,
         )  # fmt: skip
         doubles = draws._replace(t=draws.t.double(), noise=draws.noise.double())
