@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastmask.diffusion import EDM, Denoiser, EDMPrecond, RectifiedFlow
+from fastmask.diffusion import EDM, VP, Denoiser, EDMPrecond, RectifiedFlow
 from fastmask.kernels import Mask
 from fastmask.models.maskdit import MaskDiT
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fastmask.diffusion.weights import load_maskdit
 
 __version__ = "0.1.0"
-__all__ = ["EDM", "Denoiser", "EDMPrecond", "Mask", "MaskDiT", "RectifiedFlow", "load_maskdit"]
+__all__ = ["EDM", "VP", "Denoiser", "EDMPrecond", "Mask", "MaskDiT", "RectifiedFlow", "load_maskdit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,10 +9,12 @@ from fastmask.diffusion.objective import MaskedDenoising, Objective, ObjectiveCo
 from fastmask.diffusion.process import Coefficients, Process
 from fastmask.diffusion.sampling import Sampling, draw_samples, sample
 from fastmask.diffusion.solvers import SOLVERS
+from fastmask.diffusion.vp import VP
 
 __all__ = [
     "EDM",
     "SOLVERS",
+    "VP",
     "Coefficients",
     "Denoiser",
     "EDMPrecond",
