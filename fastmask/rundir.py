@@ -16,6 +16,8 @@ FILES = (*(f"{part}.safetensors" for part in (*PARTS, "profiles")), "state.json"
 SUMS = "SHA256SUMS"
 FORMAT = 2  # format 1, not recorded in `state.json`, had no checksums
 
+# Names of weights in a folder of diffusers, or in `transformer/` of its pipelines.
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _SOURCES = "a run folder, one of its checkpoints/step-N, or a .safetensors or .pt file of weights"
 _MOST_SHOWN = 6
 _NOTABLE = 0.1  # share of the initial weights in an EMA; above this, warn
@@ -85,7 +87,8 @@ def locate(source: str | os.PathLike[str]) -> Place:
     """Resolve a path to weights.
 
     Args:
-        source: a run folder, a checkpoint of one (`checkpoints/step-N`), the folder that holds these, or a file.
+        source: a run folder, a checkpoint of one (`checkpoints/step-N`), the folder that holds these, a folder in
+            diffusers' format, which means its file of weights, or a file.
 
     Raises:
         ValueError: none of these; the message lists what was found.
@@ -99,6 +102,10 @@ def locate(source: str | os.PathLike[str]) -> Place:
             return Place(_run_of(full, path), path)
         if any((path / name).exists() for name in ("checkpoints", "snapshots", "run.json")):
             return Place(run=path)
+        for folder in (path / "transformer", path):
+            for name in DIFFUSERS_WEIGHTS:
+                if (folder / name).is_file():
+                    return Place(file=folder / name)
         raise ValueError(f"{path} holds no weights but {listing(path)}: name {_SOURCES}")
     if path.exists():
         if path.name in FILES and (full.parent / SUMS).exists():
