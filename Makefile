@@ -60,7 +60,8 @@ NO_IMAGES := tests/data/test_order.py $(addprefix tests/data/foreign/test_,npy.p
 	$(addprefix tests/data/store/test_,remote.py remote_hostile.py stalls.py writer.py manifest.py schema.py)
 test-dali: .venv-dali/.done
 	.venv-dali/bin/python -m pytest -n 2 --dist worksteal -p no:benchmark -m 'not once' \
-		$(addprefix --ignore=,$(NO_IMAGES)) tests/data tests/test_prepare.py tests/test_bench_stores.py
+		$(addprefix --ignore=,$(NO_IMAGES)) tests/data tests/test_prepare.py tests/test_sample_latents.py \
+		tests/diffusion/test_solvers.py tests/test_bench_stores.py
 
 lint: venv
 	$(BIN)/ruff check .
@@ -75,8 +76,8 @@ report: venv
 	$(BIN)/python -m bench.report --out docs/measured.md --readme README.md
 
 kernels: venv
-	$(BIN)/python -m bench.compile --out bench/results/compiled.md
-	$(BIN)/python -m bench.traffic --out bench/results/traffic.md
+	$(BIN)/python -m bench.instruments.compile --out bench/results/compiled.md
+	$(BIN)/python -m bench.instruments.traffic --out bench/results/traffic.md
 
 # Python itself is not checked, so the checks must be loaded before it; it leaks by design.
 sanitize: venv

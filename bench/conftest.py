@@ -1,8 +1,8 @@
 """Shared fixtures of the benchmarks: options, threads, machine info, progress, and the tables of the session.
 
 Each kernel case is checked, then all its variants are timed in turn. The tables, and skipped variants with the reason,
-are printed at the end of the session, training steps last. Each variant has a pytest-benchmark entry (`bench.entries`),
-so its table, `--benchmark-json` and `--benchmark-compare` use the same times.
+are printed at the end of the session, training steps last. Each variant has a pytest-benchmark entry
+(`bench.report.entries`), so its table, `--benchmark-json` and `--benchmark-compare` use the same times.
 """
 
 import importlib.metadata
@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from bench import rows
-from bench.entries import Entries, replayed
-from bench.kernels import figures, forms, make
-from bench.kernels._cases import PRESET, shapes_of
-from bench.progress import Progress, PytestScreen
-from bench.tables import kernels, loaders
+from bench.instruments.cases import PRESET, figures, forms, make
+from bench.instruments.progress import Progress, PytestScreen
+from bench.ops import OPS, shapes_of
+from bench.report.entries import Entries, replayed
+from bench.report.tables import kernels, loaders
 from bench.train.table import Table
 
 ROUNDS = {"cuda": 50, "cpu": 10}
@@ -52,9 +52,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_report_header():
-    shapes = shapes_of(PRESET[_device().type], _device())
+    device = rows.default_device()
+    shapes = shapes_of(PRESET[device.type], device)
     dtype = str(shapes.dtype).removeprefix("torch.")
-    return f"kernel benches: {shapes.preset}, batch {shapes.batch}, {dtype}, on {rows.machine(_device())['device']}"
+    return f"kernel benches: {shapes.preset}, batch {shapes.batch}, {dtype}, on {rows.machine(device)['device']}"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -63,16 +64,15 @@ def _threads():
 
 
 def pytest_generate_tests(metafunc):
-    """Parametrize each kernel benchmark with the forms and directions of its op."""
+    """Parametrize the kernel benchmark with every form and direction of every op."""
     if "kernel_case" in metafunc.fixturenames:
-        op = metafunc.module.__name__.rpartition("bench_")[2]
-        chosen = [(op, form, direction) for form, direction in forms(op)]
-        metafunc.parametrize("kernel_case", chosen, indirect=True, ids=["-".join(choice[1:]) for choice in chosen])
+        chosen = [(op, form, direction) for op in OPS for form, direction in forms(op)]
+        metafunc.parametrize("kernel_case", chosen, indirect=True, ids=map("-".join, chosen))
 
 
 @pytest.fixture
 def kernel_case(request, missing):
-    made = make(*request.param, PRESET[_device().type], _device(), None)
+    made = make(*request.param, PRESET[rows.default_device().type], rows.default_device())
     for variant, reason in made.missing.items():
         missing(variant, reason, f"{made.op} {made.direction}")
     return made
@@ -130,7 +130,7 @@ def noted(benchmark, entries, run_id, request):
 @pytest.fixture(scope="session")
 def bandwidth():
     """Bytes per second of a plain copy, once per session."""
-    return rows.copy_bandwidth(_device())
+    return rows.copy_bandwidth(rows.default_device())
 
 
 @pytest.fixture
@@ -139,10 +139,10 @@ def timed(benchmark, entries, bandwidth, run_id, progress, request):
 
     def run(case):
         off = benchmark.disabled
-        times = {"rounds": 1 if off else ROUNDS[_device().type], "warmup": 0 if off else WARMUP}
+        times = {"rounds": 1 if off else ROUNDS[rows.default_device().type], "warmup": 0 if off else WARMUP}
         name = f"{case.op} {case.direction}"
         with progress.of(name, times["warmup"] * len(case.variants)) as told:
-            taken = rows.take(case.variants, _device(), progress=told, **times)
+            taken = rows.take(case.variants, rows.default_device(), progress=told, **times)
         what = {name: getattr(case, name) for name in ("op", "direction", "shape", "dtype", "preset")}
         versions = {"torch": torch.__version__, "triton": _triton(), "commit": rows.commit()}
         about = {**what, **versions, "copy_gb_per_s": round(bandwidth / 1e9, 2)}
@@ -154,7 +154,7 @@ def timed(benchmark, entries, bandwidth, run_id, progress, request):
             request.config.stash[_MEASURED].append((what, variant, found))
             if request.config.getoption("rows"):
                 row = {"bench": "kernel", "case": what, "variant": variant, **found, "triton": _triton(), "run": run_id}
-                rows.append(row, _device())
+                rows.append(row, rows.default_device())
 
     return run
 
@@ -173,7 +173,7 @@ def pytest_terminal_summary(terminalreporter, config):
         "kernels: median [20th, 80th percentile]": kernels(config.stash[_MEASURED]),
         "not run": absent,
         "loaders: images/s, and ms [20th, 80th percentile] of a batch": loaders(config.stash[_LOADED]),
-        f"training steps on {rows.machine(_device())['device']}": [*config.stash[_STEPS].lines()],
+        f"training steps on {rows.machine(rows.default_device())['device']}": [*config.stash[_STEPS].lines()],
     }
     for title, lines in sections.items():
         if lines:
@@ -186,10 +186,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
     machine_info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-
-
-def _device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _triton():

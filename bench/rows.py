@@ -94,6 +94,11 @@ def copy_bandwidth(device: torch.device, size: int = 2**28) -> float:
     return 2 * size / (timing.median_ms / 1e3)
 
 
+def default_device() -> torch.device:
+    """Return what is measured here: the GPU, or the CPU of a machine without one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Describe the machine: device, versions, threads and, on a GPU, driver and clocks.
 

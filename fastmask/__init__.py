@@ -9,15 +9,23 @@ from fastmask.models.maskdit import MaskDiT
 
 if TYPE_CHECKING:
     from fastmask.diffusion.weights import load_maskdit
+    from fastmask.generation.model import load
+    from fastmask.grid import to_pil
 
 __version__ = "0.1.0"
-__all__ = ["EDM", "VP", "Denoiser", "EDMPrecond", "Mask", "MaskDiT", "RectifiedFlow", "load_maskdit"]
+__all__ = ["EDM", "VP", "Denoiser", "EDMPrecond", "Mask", "MaskDiT", "RectifiedFlow", "load", "load_maskdit", "to_pil"]
+
+# Imported when they are first used: they need more than torch, which is all that the network needs.
+_LATE = {
+    "load": "fastmask.generation.model",
+    "load_maskdit": "fastmask.diffusion.weights",
+    "to_pil": "fastmask.grid",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_maskdit` lazily: it needs safetensors, while the network needs only torch."""
-    if name != "load_maskdit":
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = importlib.import_module("fastmask.diffusion.weights").load_maskdit
+    found = getattr(importlib.import_module(_LATE[name]), name)
     globals()[name] = found
     return found

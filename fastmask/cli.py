@@ -16,7 +16,7 @@ from fastmask.console import without_secrets
 
 T = TypeVar("T")
 
-_RENAMED = {"--mirror": "--flip", "--no-mirror": "--no-flip"}
+_RENAMED = {"--mirror": "--flip", "--no-mirror": "--no-flip", "--num-steps": "--sample-steps"}
 _FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _BOX = re.compile(r"[\u2500-\u257f]|^ *-{3,} *$")  # box-drawing characters, or hyphens if the output is not UTF-8
@@ -36,10 +36,6 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
         ValueError: an unknown flag (suggests similar ones) or an invalid value.
         SystemExit: after `--help`, with code 0.
     """
-    for argument in argv:
-        name = argument.split("=")[0]
-        if name in _RENAMED:
-            raise ValueError(f"{name} is called {_RENAMED[name]} now")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -49,7 +45,11 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(_one_line(said.getvalue())) from None
+        message = _one_line(said.getvalue())
+        for name in (argument.split("=")[0] for argument in argv):
+            if name in _RENAMED and message.startswith("Unrecognized") and name in message:
+                raise ValueError(f"{name} is called {_RENAMED[name]} now") from None
+        raise ValueError(message) from None
 
 
 def pick_device(name: str) -> torch.device:

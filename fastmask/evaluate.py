@@ -11,7 +11,7 @@ import tyro
 from fastmask.cli import fail, parse, run_command
 from fastmask.console import say
 from fastmask.data.in_memory import load_digits
-from fastmask.diffusion import draw_samples
+from fastmask.diffusion import Sampling, draw_samples
 from fastmask.diffusion.weights import load_maskdit
 from fastmask.files import atomic_write
 from fastmask.ranks import require_one_process
@@ -62,9 +62,8 @@ def main(argv: Sequence[str]) -> None:
     # Sample as many digits as there are held-out scans, and compare them.
     real = load_digits()
     labels = torch.arange(len(real.held_out_labels)) % 10
-    samples = draw_samples(net, labels, seed=config.seed, num_steps=config.num_steps, cfg_scale=config.cfg_scale).clamp(
-        -1, 1
-    )
+    sampling = Sampling(sample_steps=config.num_steps, cfg_scale=config.cfg_scale)
+    samples = draw_samples(net, labels, sampling, seed=config.seed).clamp(-1, 1)
     summary = {
         **judge(rows_of(samples), labels.numpy(), real),
         "images_per_s": round(float(np.median([line["images_per_s"] for line in stats])), 1),

@@ -13,16 +13,17 @@ from types import FrameType
 
 import torch
 
-from fastmask.cli import parse, run_command
+from fastmask.cli import parse, pick_device, run_command
 from fastmask.console import say
-from fastmask.cost.plan import print_plan, workload_of
+from fastmask.cost.plan import print_plan
 from fastmask.cost.work import RESERVE
+from fastmask.cost.workload import workload_of
 from fastmask.data import Dataset
 from fastmask.files import locked
 from fastmask.help import show_help
 from fastmask.models.counts import num_parameters
 from fastmask.presets import PRESETS
-from fastmask.ranks import Ranks, from_first, is_lost_rank, process_group, signal_if_torchrun_dies
+from fastmask.ranks import Ranks, from_first, is_lost_rank, own_device, process_group, signal_if_torchrun_dies
 from fastmask.training.checkpoint import Checkpointer, checkpoints
 from fastmask.training.config import (
     TrainConfig,
@@ -105,12 +106,12 @@ def _help_of(preset: TrainConfig) -> list[str]:
 
 def resolve_machine(config: TrainConfig, ranks: Ranks = Ranks()) -> TrainConfig:  # noqa: B008  (immutable)
     """Return the configuration with "auto" and empty fields resolved: run folder, device, precision, micro-batch, .."""
-    machine = config.machine.resolved(ranks, config.batch_size)
-    kind = torch.device(machine.device).type
-    optimizer = resolve_optimizer(config.optim.optimizer, torch.device(machine.device))
+    device = own_device(pick_device(config.machine.device), ranks)
+    machine = config.machine.resolved(device, ranks, config.batch_size)
+    optimizer = resolve_optimizer(config.optim.optimizer, device)
     if config.optim.optimizer == "auto":
         has = "a" if optimizer == "adamw_ema" else "no"
-        say(f"optimizer {optimizer}, since adamw_ema has {has} kernel on {kind}")
+        say(f"optimizer {optimizer}, since adamw_ema has {has} kernel on {device.type}")
     run_dir = config.run_dir or f"runs/{_run_name(config)}"
     return dataclasses.replace(config, machine=machine).replace(run_dir=run_dir, optimizer=optimizer)
 

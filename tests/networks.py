@@ -1,6 +1,6 @@
 """Networks of the presets, without data."""
 
-from bench.model import network
+from bench.instruments.model import network
 from fastmask.presets import PRESETS
 from fastmask.training.config import preset_config
 

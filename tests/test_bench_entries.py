@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from bench import tables
+from bench.report import tables
 from bench.rows import ROOT
 
 CONFTEST = """
 import pytest
-from bench.entries import Entries, replayed
+from bench.report.entries import Entries, replayed
 
 def pytest_collection_modifyitems(items):
     for item in items:

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from bench import model
+from bench.instruments import model
 from fastmask.cli import run_command
 from fastmask.train import main as train
 from fastmask.training.report import console
 
 
 def said(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["bench.model", *argv])
+    monkeypatch.setattr(sys, "argv", ["bench.instruments.model", *argv])
     model.main()
     return capsys.readouterr().out
 
@@ -54,7 +54,7 @@ def test_an_assumed_share_of_the_peak(monkeypatch, capsys):
     ],
 )
 def test_bad_input_is_one_line(monkeypatch, capsys, argv, said):
-    monkeypatch.setattr(sys, "argv", ["bench.model", *argv])
+    monkeypatch.setattr(sys, "argv", ["bench.instruments.model", *argv])
     with pytest.raises(SystemExit) as stop:
         model.main()
     captured = capsys.readouterr()
@@ -66,7 +66,7 @@ def test_bad_input_is_one_line(monkeypatch, capsys, argv, said):
 
 def test_too_little_memory(monkeypatch, capsys):
     monkeypatch.setitem(model.GPUS, "h100", model.GPUS["h100"]._replace(memory=16e9))
-    monkeypatch.setattr(sys, "argv", ["bench.model", "--gpu", "h100"])
+    monkeypatch.setattr(sys, "argv", ["bench.instruments.model", "--gpu", "h100"])
     with pytest.raises(SystemExit):
         model.main()
     assert "too little memory for any batch: 16.1 GB are taken before the first image" in capsys.readouterr().err

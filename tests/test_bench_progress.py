@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from bench import rows
-from bench.progress import Progress, duration
+from bench.instruments.progress import Progress, duration
 
 CPU = torch.device("cpu")
 SESSION = """
 import time
-from bench.progress import Progress, PytestScreen
+from bench.instruments.progress import Progress, PytestScreen
 
 def bench_steps(request):
     screen = PytestScreen(request.config)

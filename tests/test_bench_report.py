@@ -7,10 +7,12 @@ import sys
 
 import pytest
 
-from bench import plots, report
-from bench.derived import Rows
-from bench.model import network
-from bench.report import NOT_MEASURED, PUBLISHED, cell, committed, kernels, loaders, steps, summary
+from bench.instruments.model import network
+from bench.report import __main__ as report
+from bench.report import plots, sections
+from bench.report.__main__ import committed
+from bench.report.derived import Rows
+from bench.report.sections import NOT_MEASURED, PUBLISHED, cell, kernels, loaders, steps, summary
 from fastmask.diffusion.masking import kept_count
 from fastmask.models.counts import forward_macs
 from fastmask.presets import PRESETS
@@ -154,22 +156,22 @@ def reading(images_per_s, variant, bench="store", **more):
 
 def test_a_store_stands_beside_files_and_a_copy():
     rows = [reading(600, "StoreDataset"), reading(100, "DataLoader over .npy"), reading(2400, "copy")]
-    by_reader = {row["reader"]: row for row in tables(report.stores(Rows(rows)))}
+    by_reader = {row["reader"]: row for row in tables(sections.stores(Rows(rows)))}
     ours = by_reader["StoreDataset"]
     assert (ours["images/s"], ours["against files of .npy"], ours["of a plain copy"]) == ("600", "6.00x", "25.0%")
     assert by_reader["copy"]["of a plain copy"] == ""
-    (alone,) = tables(report.stores(Rows(rows[:1])))
+    (alone,) = tables(sections.stores(Rows(rows[:1])))
     assert (alone["against files of .npy"], alone["of a plain copy"]) == (NOT_MEASURED, NOT_MEASURED)
-    (long,) = tables(report.stores(Rows([reading(600, "StoreDataset", own_mib=494.3, grown_mib=0.2)])))
+    (long,) = tables(sections.stores(Rows([reading(600, "StoreDataset", own_mib=494.3, grown_mib=0.2)])))
     assert (long["memory"], long["grown by"], long["of a plain copy"]) == ("494 MiB", "0.2 MiB", "")
 
 
 def test_preparing_stands_beside_its_decoder():
     rows = [reading(100, "Pillow", "decoding"), reading(90, "prepare, Pillow", "decoding")]
-    (row,) = tables(report.decoding(Rows(rows)))
+    (row,) = tables(sections.decoding(Rows(rows)))
     assert (row["decoder"], row["images/s"], row["prepare, images/s"]) == ("Pillow", "100", "90")
     assert row["prepare / decoder"] == "0.90x"
-    (row,) = tables(report.decoding(Rows(rows[:1])))
+    (row,) = tables(sections.decoding(Rows(rows[:1])))
     assert row["prepare / decoder"] == NOT_MEASURED
 
 
@@ -183,7 +185,7 @@ def test_loaders_have_a_table_per_machine():
 
 
 def test_without_rows_nothing_is_a_figure(tmp_path):
-    lines = report.report(Rows([]))
+    lines = sections.report(Rows([]))
     text = "\n".join(lines)
     start = text.index("### Published")
     goals = tables(text[:start].splitlines())
@@ -202,13 +204,13 @@ def test_without_rows_nothing_is_a_figure(tmp_path):
 def test_a_row_that_is_gone_takes_its_figures_with_it(gone):
     """Each figure that differs between two rows' reports is missing where the row is."""
     missing = MEASURED[gone]
-    rest = "\n".join(report.report(Rows(MEASURED[:gone] + MEASURED[gone + 1 :])))
-    other = "\n".join(report.report(Rows([*MEASURED[:gone], _scaled(missing), *MEASURED[gone + 1 :]])))
-    whole = "\n".join(report.report(Rows(MEASURED)))
+    rest = "\n".join(sections.report(Rows(MEASURED[:gone] + MEASURED[gone + 1 :])))
+    other = "\n".join(sections.report(Rows([*MEASURED[:gone], _scaled(missing), *MEASURED[gone + 1 :]])))
+    whole = "\n".join(sections.report(Rows(MEASURED)))
     changed = set(whole.splitlines()) - set(other.splitlines())
     assert changed  # the row is used
     assert not changed & set(rest.splitlines())
-    assert report.time_of(missing) not in rest
+    assert sections.time_of(missing) not in rest
 
 
 def _scaled(row):
@@ -244,14 +246,14 @@ def test_only_what_belongs_together_is_compared():
 def test_goals_take_the_best_row_of_an_h100():
     rows = [step(125.0), step(100.0, variant="ours compiled"), step(50.0, variant="plain eager")]
     rows += [step(10.0, device="NVIDIA H100 PCIe"), step(10.0, optimizer=False)]
-    goal = next(r for r in tables(report.goals(Rows(rows))))
+    goal = next(r for r in tables(sections.goals(Rows(rows))))
     assert goal["measured, images/s"] == "1,000"
     assert goal["of the goal"] == "82%"
     assert goal["row"] == "ours compiled, batch 100, aaaa"
 
 
 def test_goals_know_the_operations():
-    for form, side, _, gmac in report.GOALS:
+    for form, side, _, gmac in sections.GOALS:
         config = preset_config(f"{'dit-' if form == 'dense' else ''}xl2-in{side}", PRESETS)
         model = network(config)
         assert forward_macs(model, kept_count(model.length, config.masking.mask_ratio)) / 1e9 == pytest.approx(

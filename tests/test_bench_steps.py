@@ -1,5 +1,6 @@
 """The steps' bench: its table from fixed rows, what is timed in turn, and what a session prints and stores."""
 
+import functools
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from bench import rows
-from bench.progress import Progress
+from bench.instruments.progress import Progress
 from bench.train import bench_step
 from bench.train.steps import Steps
 from bench.train.table import Table, name_of
@@ -118,8 +119,8 @@ def measured(monkeypatch):
 
     def run(makers, rounds=2):
         def made(size, image_size, form, batch, device, *, stacks, bf16):
-            variants = {stack: makers[form](form, stack) for stack in stacks}
-            return Steps(case_of(form, size, batch), variants, GMAC[form])
+            built = {stack: functools.partial(makers[form], form, stack) for stack in stacks}
+            return Steps(case_of(form, size, batch), built, GMAC[form])
 
         monkeypatch.setattr(bench_step, "steps", made)
         screen = SimpleNamespace(seconds=0.0, show=said.append, end=said.append)

@@ -6,8 +6,8 @@ from fake_gpu import Cuda
 
 from bench.campaign import kernels, table
 from bench.campaign.state import Campaign, DeviceLostError
-from bench.kernels import _graph
-from bench.kernels._graph import Graphed
+from bench.instruments import graph as _graph
+from bench.instruments.graph import Graphed
 
 CPU = torch.device("cpu")
 KEY = {"preset": "digits", "file": "masked_loss", "form": "masked", "direction": "forward_backward"}
@@ -34,7 +34,7 @@ def compiler(monkeypatch):
         return call
 
     calls = Calls()
-    monkeypatch.setattr("bench.kernels._cases.compiled", compiled)
+    monkeypatch.setattr("bench.instruments.cases.compiled", compiled)
     return calls
 
 

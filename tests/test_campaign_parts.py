@@ -1,5 +1,6 @@
 """The parts of the campaign: what each refuses to time, and what it stores."""
 
+import contextlib
 import functools
 import itertools
 import re
@@ -12,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench import rows
 from bench.campaign import digits, gate, steps, table, tune
 from bench.campaign.state import Campaign
-from bench.kernels import shapes_of
-from bench.kernels._cases import case_of
+from bench.instruments.cases import case_of
+from bench.ops import attention, describe, shapes_of
 from fastmask.kernels import backends, modulate_norm
 from fastmask.kernels._attention_backends import refusal
 
@@ -28,7 +29,7 @@ def campaign(tmp_path):
 @pytest.fixture
 def norm_op():
     shapes = shapes_of("digits", CPU)._replace(batch=2, keep=3, width=16)
-    return gate.module_of("modulate_norm").FORMS["layer"](shapes)
+    return describe("modulate_norm").forms["layer"](shapes)
 
 
 def test_the_gate_passes_what_is_right_and_catches_what_is_not(norm_op):
@@ -51,16 +52,18 @@ def test_the_gate_passes_what_is_right_and_catches_what_is_not(norm_op):
 
 def test_the_gate_judges_what_changes_its_inputs():
     """Each call gets inputs of its own: the reference's must not be those that the kernel has changed."""
-    op = gate.module_of("adamw_ema").op(shapes_of("digits", CPU)._replace(width=16))
+    op = describe("adamw_ema").forms["block"](shapes_of("digits", CPU)._replace(width=16))
     before = {name: t.clone() for name, t in op.inputs.items()}
     assert gate.judge(op, op.fused) <= 1
     assert all(torch.equal(t, before[name]) for name, t in op.inputs.items())
 
-    def filled(params, exp_avgs, exp_avg_sqs, average, **others):
-        return [t.fill_(1e6) for t in (params, exp_avgs, exp_avg_sqs, average)]
+    changed = ("params", "exp_avgs", "exp_avg_sqs", "averages0")
 
-    def still(params, exp_avgs, exp_avg_sqs, average, **others):
-        return [params, exp_avgs, exp_avg_sqs, average]
+    def still(**inputs):
+        return [t for name in changed for key, t in inputs.items() if key.startswith(f"{name}.")]
+
+    def filled(**inputs):
+        return [t.fill_(1e6) for t in still(**inputs)]
 
     for wrong in (filled, still):
         assert gate.judge(op, wrong) > 1e3, wrong.__name__
@@ -74,17 +77,17 @@ def refused_as_on_a_gpu(name, q, packed):
 def test_a_form_that_the_op_refuses_is_left_out(campaign, monkeypatch, capsys):
     """Attention of packed fp32 tokens has no kernel on a GPU, by design."""
     monkeypatch.setattr(gate, "OPS", ("attention",))
-    monkeypatch.setattr(gate.module_of("attention"), "refusal", refused_as_on_a_gpu)
+    monkeypatch.setattr(attention, "refusal", refused_as_on_a_gpu)
     case, shapes = next(gate.sets(campaign))
     assert shapes.dtype == torch.float32
     gate.check_ops(campaign, case, shapes)
     (row,) = campaign.rows
     assert set(row["errors_over_allowed"]) == {"attention dense"}
     assert "attention packed is not checked: torch takes float16, bfloat16 for packed" in capsys.readouterr().out
-    packed = case_of(gate.module_of("attention").packed(shapes), "forward", shapes)
+    packed = case_of(attention.packed(shapes), "forward", shapes)
     assert "ours" not in packed.variants
     assert packed.missing["ours"].startswith("torch takes float16, bfloat16 for packed tokens")
-    half = gate.module_of("attention").packed(shapes._replace(dtype=torch.bfloat16))
+    half = attention.packed(shapes._replace(dtype=torch.bfloat16))
     assert callable(half.fused)
 
 
@@ -172,8 +175,16 @@ def test_the_best_settings_share_their_warps():
 
 
 def test_tuning_times_the_launchers_under_each_setting(campaign, monkeypatch):
-    seen = []
-    monkeypatch.setattr(rows, "measure", functools.partial(measure_once, seen))
+    seen, inside = [], tune.settings_for_all
+
+    @contextlib.contextmanager
+    def noted(settings):
+        with inside(settings):
+            seen.append(launcher().row_settings(16))
+            yield
+
+    monkeypatch.setattr(tune, "settings_for_all", noted)
+    monkeypatch.setattr(rows, "measure", measure_once)
     tune.tune(campaign, 16)
     kept = {(row["variant"], row["case"]["op"], row["case"]["direction"]) for row in campaign.rows}
     assert len(kept) == len(campaign.rows) == 8
@@ -197,8 +208,9 @@ def launcher():
     return sys.modules["fastmask.kernels._triton.modulate_norm"]
 
 
-def measure_once(seen, variants, device, **options):
-    seen.append(launcher().row_settings(16))
+def measure_once(variants, device, **options):
+    for call in variants.values():
+        call()
     return {name: rows.Timing(1.0 + i, 1.0, 2.0, 1) for i, name in enumerate(variants)}
 
 

@@ -62,17 +62,17 @@ class Machine:
             monkeypatch.setattr(module, "time", self.clock)
         monkeypatch.setattr("bench.campaign.state.time", self.clock)
         monkeypatch.setattr(command, "time_box", self.clock.time_box)
-        monkeypatch.setattr(steps, "makers", self.makers)
+        monkeypatch.setattr(steps, "steps_of", self.steps)
         monkeypatch.setattr(steps, "stacks_of", lambda device, form, batch: made.stacks_of(GPU, form, batch))
         monkeypatch.setattr(steps, "network_is_right", lambda campaign: True)
         properties = SimpleNamespace(total_memory=150e9)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
-    def makers(self, size, image_size, form, batch, device, *, stacks, bf16):
+    def steps(self, size, image_size, form, batch, device, *, stacks, bf16):
         case = {"preset": made.config_of(size, image_size, form).preset, "image_size": image_size, "form": form}
         case |= {"batch": batch, "precision": "bf16"}
         found = {name: lambda name=name: self.made(name, batch) for name in [*stacks, "products"]}
-        return made.Makers(case, found, 65.45)
+        return made.Steps(case, found, 65.45)
 
     def made(self, name, batch):
         class Stack:
@@ -417,14 +417,14 @@ def test_ours_run_under_the_numerics_of_the_trainer_and_plain_under_pytorchs(mon
         def finish(self):
             pass
 
-    monkeypatch.setattr(made, "TrainingStep", Ours)
+    monkeypatch.setattr(made, "build_step", Ours)
     monkeypatch.setattr(made.PlainTrainer, "gradients", lambda *_: note("plain"))
     monkeypatch.setattr(made.PlainTrainer, "update", lambda *_: note("plain"))
     monkeypatch.setattr(made, "products", lambda step, device: note("made") or (lambda: note("products")))
     found = made.steps("s2", 32, "masked-0.5", 2, CPU, stacks=["plain eager", "ours"])
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    for call in found.variants.values():
-        call()
+    for make in found.makers.values():
+        make()()
     trainer = {(True, False)}
     assert seen == {"ours": trainer, "products": trainer, "made": {before}, "plain": {before}}
     assert before != (True, False)

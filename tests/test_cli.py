@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import tyro
 
+from fastmask import train
 from fastmask.cli import fail, parse, pick_device, run_command
 
 
@@ -44,6 +46,7 @@ def test_values_and_defaults():
         (["x", "y"], "Unrecognized options: y"),
         (["x", "--mirror"], "--mirror is called --flip now"),
         (["x", "--no-mirror=1"], "--no-mirror is called --no-flip now"),
+        (["x", "--num-steps", "9"], "--num-steps is called --sample-steps now"),
         (["x", "--steps", "2.5"], "--steps: invalid literal for int() with base 10: '2.5'"),
         (["x", "--steps"], "--steps"),
         (["x", "--rate", "fast"], "--rate: could not convert string to float: 'fast'"),
@@ -63,6 +66,18 @@ def test_mistakes_are_one_line(argv, message, encoding, capsys, monkeypatch):
     assert "\n" not in str(error.value)
     assert "---" not in str(error.value)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sigma-data", "-1"], "--sigma-data must be a number above 0, not -1.0"),
+        (["--preset", "digits-flow", "--t-std", "nan"], "--t-std must be between 0 and 2.0, not nan"),
+    ],
+)
+def test_what_a_dataclass_refuses_names_the_flag(argv, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        train.main(argv)
 
 
 def test_help_describes_the_flags(capsys):

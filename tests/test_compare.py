@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bench.compare import latest, main, of_commit, verdict
+from bench.report.compare import latest, main, of_commit, verdict
 
 CASE = {"preset": "s2-in256", "image_size": 256, "form": "dense", "batch": 4, "precision": "fp32"}
 
@@ -33,7 +33,7 @@ def write(path, *rows):
 
 
 def run(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["bench.compare", *argv])
+    monkeypatch.setattr(sys, "argv", ["bench.report.compare", *argv])
     code = main()
     captured = capsys.readouterr()
     return code, captured.out, captured.err

@@ -20,8 +20,17 @@ def test_kernel_examples_run(impl, monkeypatch):
     monkeypatch.setattr("fastmask.kernels._dispatch.default_impl", lambda device: impl)
     scope = {}
     exec(compile(examples("kernels.md"), "docs/kernels.md", "exec"), scope)
-    assert scope["h"].shape == (16, 32)
+    assert scope["h"].shape == scope["restored"].shape == (2, 16, 32)
     assert scope["raw"].grad.any()
+    for copy, param in zip(scope["copies"], scope["params"], strict=True):
+        torch.testing.assert_close(copy.float(), param, rtol=2**-7, atol=0)  # the interpreter truncates
+
+
+def test_images_of_several_sizes_give_gradients():
+    scope = {}
+    exec(compile(examples("training.md"), "docs/training.md", "exec"), scope)
+    assert scope["losses"]["loss"].shape == (5,)
+    assert all(p.grad is not None for p in scope["model"].parameters() if p.requires_grad)
 
 
 def test_the_block_of_the_page_is_a_dit_block():

@@ -10,9 +10,10 @@ import torch
 from fake_gpu import Cuda
 
 from bench import rows
-from bench.kernels import OPS, _graph, all_cases, cases, figures
-from bench.kernels._cases import Op, case_of, shapes_of
-from bench.kernels._graph import CaptureFailedError, Graphed
+from bench.instruments import graph as _graph
+from bench.instruments.cases import all_cases, case_of, cases, figures
+from bench.instruments.graph import CaptureFailedError, Graphed
+from bench.ops import OPS, Op, shapes_of
 from fastmask.kernels.modulate_norm import modulate_norm_reference
 
 CPU = torch.device("cpu")
@@ -22,8 +23,8 @@ CPU = torch.device("cpu")
 def everything():
     """Every case of the digits; the compiler is left out, which takes a minute."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.kernels._cases.compiled", lambda function, _: function)
-        patch.setattr("bench.kernels._cases.CPU_BATCH", 2)
+        patch.setattr("bench.instruments.cases.compiled", lambda function, _: function)
+        patch.setattr("bench.ops._description.CPU_BATCH", 2)
         return list(all_cases(CPU, "digits"))
 
 
@@ -39,7 +40,8 @@ def op_of(fused, reference=modulate_norm_reference, **changed) -> Op:
 
 
 def test_every_op_with_a_bench_is_known_and_the_other_way_round():
-    assert {path.stem for path in (rows.ROOT / "bench" / "kernels").glob("bench_*.py")} == {f"bench_{op}" for op in OPS}
+    described = {path.stem for path in (rows.ROOT / "bench" / "ops").glob("[!_]*.py")} - {"bench_ops"}
+    assert described == set(OPS)
     kernels = {path.stem for path in (rows.ROOT / "fastmask" / "kernels").glob("[!_]*.py")}
     assert kernels - {"patches", "philox"} == set(OPS)
 
@@ -59,7 +61,7 @@ def test_what_is_missing_has_a_reason(everything):
 
 
 def test_without_interpreted_kernels_ours_is_missing_on_a_cpu(monkeypatch):
-    monkeypatch.setattr("bench.kernels._cases.compiled", lambda function, _: function)
+    monkeypatch.setattr("bench.instruments.cases.compiled", lambda function, _: function)
     monkeypatch.setattr("fastmask.kernels._dispatch._interpreting", lambda: False)
     for case in cases("masked_loss", "digits", CPU):
         assert "ours" not in case.variants
@@ -155,17 +157,16 @@ def test_a_session_reports_what_it_ran_and_a_red_gate_gives_no_number(tmp_path):
     sabotage.write_text(
         "from pathlib import Path\n"
         "from bench import rows\n"
-        "from bench.kernels import _gate\n"
+        "from bench.instruments import cases\n"
         "rows.RESULTS = Path(__file__).parent / 'results'\n"
-        "right = _gate.fault\n"
-        "_gate.fault = lambda actual, *rest: 'sabotaged' if actual.is_floating_point() else right(actual, *rest)\n"
+        "right = cases.fault\n"
+        "cases.fault = lambda actual, *rest: 'sabotaged' if actual.is_floating_point() else right(actual, *rest)\n"
     )
-    benches = [f"bench/kernels/bench_{op}.py" for op in ("sample_mask", "restore_tokens")]
     command = [sys.executable, "-m", "pytest", "-p", "sabotage", "--benchmark-only", "--rows", "-p", "no:cacheprovider"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
     environment |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{rows.ROOT}", "FASTMASK_NATIVE": str(tmp_path / "none.so")}
     done = subprocess.run(
-        [*command, *benches, "-k", "sample_mask or gather-forward", f"--benchmark-json={tmp_path / 'stored.json'}"],
+        [*command, "bench/ops", "-k", "sample_mask or gather-forward", f"--benchmark-json={tmp_path / 'stored.json'}"],
         cwd=rows.ROOT,
         env=environment,
         capture_output=True,
@@ -186,7 +187,7 @@ def test_a_session_reports_what_it_ran_and_a_red_gate_gives_no_number(tmp_path):
     assert {"bench", "case", "variant", "median_ms", "least_bytes", "commit", "triton", "run"} <= set(stored[0])
     entries = json.loads((tmp_path / "stored.json").read_text())["benchmarks"]
     assert {entry["name"]: entry["stats"]["median"] * 1e3 for entry in entries} == {
-        f"bench_sample_mask[equal-forward-{row['variant']}]": pytest.approx(row["median_ms"]) for row in stored
+        f"bench_op[sample_mask-equal-forward-{row['variant']}]": pytest.approx(row["median_ms"]) for row in stored
     }
 
 
@@ -209,7 +210,7 @@ def test_a_call_that_waits_for_the_gpu_is_refused_or_launched():
     """In a process of its own: before torch 2.12 the failed capture would stay with the tests after this one."""
     program = """
 import torch
-from bench.kernels._graph import RECOVERS, CaptureFailedError, Graphed
+from bench.instruments.graph import RECOVERS, CaptureFailedError, Graphed
 x = torch.ones(4, device="cuda")
 graphed = Graphed(lambda: (x * x.sum().item(),))
 try:

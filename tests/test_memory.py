@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.memory import Live, per_image
+from bench.instruments.memory import Live, per_image
 
 
 @pytest.mark.parametrize(("precision", "most"), [("bf16", 150e6), ("fp32", 255e6)])

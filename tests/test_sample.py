@@ -12,10 +12,10 @@ from util import files_of_at_most, small_net
 
 from fastmask.cli import run_command
 from fastmask.convert import main as convert_main
-from fastmask.diffusion import draw_samples
+from fastmask.diffusion import Sampling, draw_samples
 from fastmask.diffusion.weights import save_weights
 from fastmask.evaluate import main as evaluate_main
-from fastmask.grid import save_grid
+from fastmask.grid import save_pixels, to_uint8
 from fastmask.sample import main as sample_main
 from fastmask.training.checkpoint import Checkpointer
 
@@ -29,26 +29,29 @@ def weights(tmp_path):
 
 
 def sample(source, out, *flags):
-    sample_main([str(source), "--out", str(out), "--num-steps", "2", "--device", "cpu", *flags])
+    sample_main([str(source), "--out", str(out), "--sample-steps", "2", "--device", "cpu", *flags])
     if out.suffix == ".npz":
         with np.load(out) as file:
-            assert file.files == ["samples", "labels"]
-            return file["samples"], file["labels"]
+            assert file.files == ["arr_0", "labels"]
+            return file["arr_0"], file["labels"]
     return None
 
 
 def test_an_npz_holds_what_the_sampler_gives(weights, tmp_path):
     samples, labels = sample(weights, tmp_path / "out.npz", "--num-samples", "7", "--seed", "3", "--cfg-scale", "2")
-    assert samples.dtype == np.float32
+    assert (samples.dtype, samples.shape, labels.dtype) == (np.uint8, (7, 8, 8, 3), np.int64)
     assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
-    exact = draw_samples(small_net(**SHALLOW), torch.from_numpy(labels), seed=3, num_steps=2, cfg_scale=2.0)
-    np.testing.assert_allclose(samples, exact.numpy(), rtol=1e-4, atol=1e-4)
+    assert samples.std() > 10
+    exact = draw_samples(
+        small_net(**SHALLOW), torch.from_numpy(labels), Sampling(sample_steps=2, cfg_scale=2.0), seed=3
+    )
+    assert np.array_equal(samples, to_uint8(exact))
 
 
 def test_a_png_is_a_grid_of_the_same(weights, tmp_path):
     samples, _ = sample(weights, tmp_path / "out.npz", "--num-samples", "10")
     sample(weights, tmp_path / "deep" / "out.png", "--num-samples", "10")
-    expected = save_grid(tmp_path / "expected.png", torch.from_numpy(samples), 5)  # a column per class
+    expected = save_pixels(tmp_path / "expected.png", torch.from_numpy(samples), 5)  # a column per class
     with Image.open(tmp_path / "deep" / "out.png") as image:
         assert np.array_equal(np.asarray(image), expected)
 
@@ -58,7 +61,7 @@ def test_the_seed_decides(weights, tmp_path):
     same, _ = sample(weights, tmp_path / "b.npz", "--num-samples", "3", "--seed", "0")
     other, _ = sample(weights, tmp_path / "c.npz", "--num-samples", "3", "--seed", "1")
     assert np.array_equal(first, same)
-    assert not np.isclose(first, other).any(axis=(1, 2, 3)).all()
+    assert (first != other).any(axis=(1, 2, 3)).all()
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
@@ -66,7 +69,9 @@ def test_samples_do_not_depend_on_the_batch_size(weights, tmp_path):
     whole, labels = sample(weights, tmp_path / "a.npz", "--num-samples", "7")
     parts, same = sample(weights, tmp_path / "b.npz", "--num-samples", "7", "--batch-size", "3")
     assert np.array_equal(labels, same)
-    np.testing.assert_allclose(parts, whole, rtol=1e-3, atol=1e-3)
+    # The rounding of matmuls of another size moves a value to the next level, rarely.
+    assert np.abs(parts.astype(int) - whole).max() <= 1
+    assert (parts != whole).mean() < 0.01
 
 
 def test_chosen_classes_come_in_turn(weights, tmp_path):
@@ -80,8 +85,7 @@ def test_chosen_classes_come_in_turn(weights, tmp_path):
 def test_a_network_without_classes(tmp_path):
     save_weights(tmp_path / "weights.safetensors", small_net(num_classes=0, **SHALLOW))
     samples, labels = sample(tmp_path / "weights.safetensors", tmp_path / "a.npz", "--num-samples", "3")
-    assert samples.shape == (3, 3, 8, 8)
-    assert np.isfinite(samples).all()
+    assert samples.shape == (3, 8, 8, 3)
     assert labels.tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="was trained without labels: leave --classes out"):
         sample(tmp_path / "weights.safetensors", tmp_path / "b.npz", "--classes", "0")
@@ -107,12 +111,12 @@ def run_dir(original, tmp_path):
 
 def of(net, count=2):
     labels = torch.arange(count)
-    return draw_samples(net, labels, seed=0, num_steps=2, cfg_scale=1.5).numpy()
+    return to_uint8(draw_samples(net, labels, Sampling(sample_steps=2), seed=0)).numpy()
 
 
 def assert_drawn(source, out, net, *flags):
     samples, _ = sample(source, out, "--num-samples", "2", *flags)
-    np.testing.assert_allclose(samples, of(net), rtol=1e-4, atol=1e-4)
+    assert np.array_equal(samples, of(net))
 
 
 @pytest.mark.parametrize("source", ["", "checkpoints", "checkpoints/step-00000002"])
@@ -121,7 +125,7 @@ def test_a_run_or_its_checkpoint_gives_averaged_or_raw_weights(run_dir, tmp_path
     assert_drawn(run_dir / source, tmp_path / "a.npz", ema)
     assert_drawn(run_dir / source, tmp_path / "b.npz", ema, "--weights", "ema")
     assert_drawn(run_dir / source, tmp_path / "c.npz", raw, "--weights", "raw")
-    assert not np.allclose(of(ema), of(raw))
+    assert not np.array_equal(of(ema), of(raw))
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(run_dir, tmp_path, capsys):
@@ -150,10 +154,40 @@ def test_an_average_of_a_short_run_is_said(tmp_path, capsys):
 
 
 def test_without_labels(weights, tmp_path):
-    samples, labels = sample(weights, tmp_path / "a.npz", "--num-samples", "3", "--unconditional", "--cfg-scale", "9")
+    samples, labels = sample(weights, tmp_path / "a.npz", "--num-samples", "3", "--unconditional")
     assert labels.tolist() == [5, 5, 5]
-    exact = draw_samples(small_net(**SHALLOW), torch.full((3,), 5), seed=0, num_steps=2)
-    np.testing.assert_allclose(samples, exact.numpy(), rtol=1e-4, atol=1e-4)
+    exact = draw_samples(small_net(**SHALLOW), torch.full((3,), 5), Sampling(sample_steps=2, cfg_scale=1), seed=0)
+    assert np.array_equal(samples, to_uint8(exact))
+    with pytest.raises(ValueError, match="guidance goes by labels, and these samples have none: leave --cfg-scale"):
+        sample(weights, tmp_path / "b.npz", "--unconditional", "--cfg-scale", "2")
+
+
+def test_solver_and_guidance_of_the_command_line(weights, tmp_path):
+    flags = ["--solver", "dpmpp-2m", "--guidance-interval", "0.1", "2", "--cfg-scale", "3"]
+    samples, _ = sample(weights, tmp_path / "a.npz", "--num-samples", "3", *flags)
+    chosen = Sampling(sample_steps=2, solver="dpmpp-2m", cfg_scale=3, guidance_interval=(0.1, 2))
+    assert np.array_equal(
+        samples, to_uint8(draw_samples(small_net(**SHALLOW), torch.tensor([0, 1, 2]), chosen, seed=0))
+    )
+    churned, _ = sample(weights, tmp_path / "b.npz", "--num-samples", "3", "--churn", "2")
+    plain, _ = sample(weights, tmp_path / "c.npz", "--num-samples", "3")
+    assert (churned != plain).any()
+
+
+def test_another_model_guides(weights, tmp_path):
+    save_weights(tmp_path / "weak.safetensors", small_net(seed=1, **SHALLOW))
+    guide = ["--guide", str(tmp_path / "weak.safetensors"), "--num-samples", "2"]
+    nets = [small_net(seed=seed, **SHALLOW) for seed in (0, 1)]
+    for flags, label in (([], [0, 1]), (["--unconditional"], [5, 5])):
+        samples, _ = sample(weights, tmp_path / "a.npz", "--cfg-scale", "2", *guide, *flags)
+        chosen = Sampling(sample_steps=2, cfg_scale=2)
+        exact = draw_samples(nets[0], torch.tensor(label), chosen, seed=0, guide=nets[1])
+        assert np.array_equal(samples, to_uint8(exact))
+    with pytest.raises(ValueError, match="a guide needs guidance: give a --cfg-scale other than 1, or leave --guide"):
+        sample(weights, tmp_path / "b.npz", "--cfg-scale", "1", *guide)
+    save_weights(tmp_path / "weak.safetensors", small_net(num_classes=4, **SHALLOW))
+    with pytest.raises(ValueError, match="the guide knows 4 classes, and the network 5"):
+        sample(weights, tmp_path / "b.npz", *guide)
 
 
 def test_heads_of_a_file_that_does_not_state_them(tmp_path):
@@ -177,11 +211,21 @@ def test_heads_of_a_file_that_does_not_state_them(tmp_path):
         (["--weights", "average"], "--weights"),
         (["--num-samples", "0"], "--num-samples and --batch-size must be at least 1"),
         (["--batch-size", "0"], "--num-samples and --batch-size must be at least 1"),
-        (["--num-steps", "1"], "--num-steps must be at least 2, not 1"),
+        (["--sample-steps", "1"], "--sample-steps must be at least 2, not 1"),
+        (["--num-steps", "9"], "--num-steps is called --sample-steps now"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
-        (["--out", "samples.gif"], r"--out samples\.gif: samples are written as \.png or \.npz"),
-        (["--out", "samples"], r"--out samples: samples are written as \.png or \.npz"),
+        (["--out", "samples.gif"], r"--out samples\.gif: samples are written as \.png, \.npz, or into a folder"),
+        (["--out", "docs"], r"--out docs exists already: name another folder, or delete it"),
+        (["--latents"], r"--latents: latents are written as \.npz, and --out is "),
+        (["--strip", "a.gif"], r"--strip a\.gif: the denoising is drawn as \.png"),
+        (
+            ["--classes", "gold fish"],
+            r"--classes gold fish: .*weights\.safetensors records no names of classes: give num",
+        ),
+        (["--guidance-interval", "2", "1"], "--guidance-interval must be two noise levels"),
+        (["--guide", "no/run"], "no/run does not exist"),
+        (["--precision", "fp8"], "--precision"),
         (["--cfgscale", "2"], "did you mean --cfg-scale"),
     ],
     ids=" ".join,
@@ -203,21 +247,12 @@ def test_sources_that_hold_no_network(tmp_path):
             sample_main([str(source)])
 
 
-@pytest.mark.parametrize("channels", [2, 16])
-def test_latents_are_drawn_as_previews(tmp_path, channels):
-    save_weights(tmp_path / "weights.safetensors", small_net(in_channels=channels, **SHALLOW))
-    sample(tmp_path / "weights.safetensors", tmp_path / "out.png", "--num-samples", "5")
-    with Image.open(tmp_path / "out.png") as image:
-        assert image.size == (5 * 32, 32)
-        assert np.asarray(image).std() > 5
-
-
 def test_what_it_says(weights, tmp_path, capsys):
     sample(weights, tmp_path / "a.png", "--num-samples", "2")
     assert capsys.readouterr() == (f"2 samples: {tmp_path / 'a.png'}\n", "")
 
 
-@pytest.mark.parametrize("command", [sample_main, evaluate_main, convert_main])
+@pytest.mark.parametrize("command", [evaluate_main, convert_main])
 def test_several_processes_are_refused(monkeypatch, tmp_path, command):
     """Each would do all of the work, and write the same file."""
     for rank in "01":
@@ -230,24 +265,28 @@ def test_several_processes_are_refused(monkeypatch, tmp_path, command):
 
 def test_what_drawing_needs_is_looked_for_before_the_work(monkeypatch, weights, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("fastmask.sample.load_maskdit", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("fastmask.sample.load", lambda *args, **kwargs: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=r"a\.png: drawing images needs pillow: pip install pillow, or name an \.npz"):
         sample(weights, tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.npz"])
+@pytest.mark.parametrize("name", ["a.png", "a.npz", "folder"])
 def test_a_full_disk_is_one_line(weights, tmp_path, name, monkeypatch, capfd):
-    flags = [str(weights), "--out", str(tmp_path / name), "--num-samples", "16", "--num-steps", "2", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["sample", *flags])
-    with pytest.raises(SystemExit) as stop, files_of_at_most(512):
+    flags = ["--out", str(tmp_path / name), "--num-samples", "16", "--sample-steps", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["sample", str(weights), *flags])
+    with pytest.raises(SystemExit) as stop, files_of_at_most(128):
         run_command("fastmask.sample", sample_main)
     assert stop.value.code == 2
-    assert capfd.readouterr().err == f"fastmask.sample: error: [Errno 27] File too large: '{tmp_path / name}'\n"
-    assert sorted(tmp_path.iterdir()) == [weights]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"fastmask.sample: error: [Errno 27] File too large: '{tmp_path / name}.parts/")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / f"{name}.parts", weights]
+    sample_main([str(weights), *flags])  # with room, the same command ends
+    assert sorted(tmp_path.iterdir()) == [tmp_path / name, weights]
 
 
 def test_a_mistake_is_code_2():
     command = [sys.executable, "-m", "fastmask.sample", "x", "--out", "a.gif"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "fastmask.sample: error: --out a.gif: samples are written as .png or .npz\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fastmask.sample: error: --out a.gif: samples are written as .png, .npz, or into a folder")

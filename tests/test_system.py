@@ -29,11 +29,11 @@ def test_networks_and_weights_work_anywhere(tmp_path):
 from pathlib import Path
 from fastmask import EDMPrecond, MaskDiT, kernels, load_maskdit
 from fastmask.diffusion.weights import save_weights
-from fastmask.diffusion import draw_samples
+from fastmask.diffusion import Sampling, draw_samples
 import fastmask.sample
 net = EDMPrecond(MaskDiT(8, 2, 3, 16, 1, 2, 5, 12, 1, 2))
 save_weights(Path(sys.argv[1]), net)
-print(draw_samples(load_maskdit(Path(sys.argv[1])), torch.tensor([1]), seed=0, num_steps=2).shape)
+print(draw_samples(load_maskdit(Path(sys.argv[1])), torch.tensor([1]), Sampling(sample_steps=2), seed=0).shape)
 """
     done = run_hidden(
         code.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])"), str(tmp_path / "w.safetensors")

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_ops_move_within_a_tenth_of_the_least_possible():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.traffic"]
+    command = [sys.executable, "-m", "bench.instruments.traffic"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()[2:]]
     assert len({row[0] for row in rows}) == 6

@@ -248,6 +248,8 @@ def test_synthetic_latents_and_no_classes(tmp_path):
     flags = ["--data", "synthetic", "--image-size", "64", "--num-classes", "0", "--micro-batch-size", "4"]
     run(tmp_path, *flags, "--sample-every", "2", "--sample-steps", "2", steps=2, unmask=1)
     assert "model.y_embedder.embedding_table.weight" not in weights(tmp_path)
+    (grid,) = (tmp_path / "samples").iterdir()
+    assert grid.name == "step-00000002-latents.png"  # no VAE decodes random latents
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_synthetic_latents_and_no_classes(tmp_path):
         (["--shift", "3"], "--shift is a flag of process flow, and preset digits trains process edm"),
         (["--preset", "digits-flow", "--p-mean=0"], "--p-mean is a flag of process edm, and preset digits-flow trains"),
         (["--preset", "digits-flow", "--shift", "0"], "shift must be between 0.01 and 100, not 0.0"),
-        (["--sigma-data", "0"], "sigma_data must be a number above 0, not 0.0"),
+        (["--sigma-data", "0"], "--sigma-data must be a number above 0, not 0.0"),
         (["--precision", "fp8"], "invalid choice 'fp8'"),
         (["--mask-ratio", "1"], "mask_ratio must be at least 0 and below 1"),
         (["--batch-size", "0"], "batch_size must be at least 1, not 0"),

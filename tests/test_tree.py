@@ -51,8 +51,9 @@ def test_a_kernel_file_belongs_to_an_op():
 def test_nothing_imports_upward():
     """A folder or module may import only from those before it."""
     order = ["console", "files", "fields", "cli", "help", "described", "kernels", "testing", "grid", "ranks", "gpus"]
-    order += ["tensorfile", "rundir", "models", "diffusion", "data", "training", "cost", "evaluation", "presets"]
-    order += ["prepare", "sample", "evaluate", "convert", "train"]
+    order += ["tensorfile", "rundir", "models", "diffusion", "data", "generation", "training", "cost", "evaluation"]
+    order += ["reporting", "presets"]
+    order += ["prepare", "sample", "evaluate", "convert", "report", "train"]
     rank = {name: i for i, name in enumerate(order)}
     for path in (ROOT / "fastmask").rglob("*.py"):
         part = path.relative_to(ROOT / "fastmask").parts[0].removesuffix(".py")
@@ -61,6 +62,17 @@ def test_nothing_imports_upward():
         used = {name.split(".")[1] for name in imported(path) if name.startswith("fastmask.")} - {part}
         late = {name for name in used if rank[name] > rank[part]}
         assert not late, f"{path.relative_to(ROOT)} imports {late}"
+
+
+def test_benches_import_one_way():
+    order = ["rows", "ops", "report", "baselines", "instruments", "train", "data", "campaign", "conftest"]
+    rank = {name: i for i, name in enumerate(order)}
+    for path in (ROOT / "bench").rglob("*.py"):
+        part = path.relative_to(ROOT / "bench").parts[0].removesuffix(".py")
+        if part != "__init__":
+            used = {name.split(".")[1] for name in imported(path) if name.startswith("bench.")} - {part}
+            late = {name for name in used if rank[name] > rank[part]}
+            assert not late, f"{path.relative_to(ROOT)} imports {late}"
 
 
 def test_numbers_of_a_process_stay_in_its_file():

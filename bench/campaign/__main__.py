@@ -15,8 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
-import torch
-
 from bench import rows
 from bench.campaign import STARTED, device, digits, gate, kernels, steps, table, tune
 from bench.campaign.clock import TimeUp, share, time_box
@@ -56,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the campaign and return the exit code: 1 if something failed, 2 for a wrong argument, 130 if interrupted."""
     # Options, device and the file of rows.
     options = parse(argv)
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = rows.default_device()
     if options.record_digits:
         made = digits.record()
         sys.stdout.write(f"{digits.RECORD}: {made['means']}, {made['seconds']} s\n")

@@ -17,8 +17,7 @@ from torch import Tensor
 from bench import rows
 from bench.baselines.plain import PlainDiT, PlainLoss
 from bench.campaign.state import Campaign, release
-from bench.kernels import OPS, shapes_of
-from bench.kernels._cases import Op, Shapes
+from bench.ops import OPS, Op, Shapes, describe, shapes_of
 from fastmask.diffusion import EDM, Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.objective import TOTAL
 from fastmask.models.maskdit import MaskDiTConfig
@@ -94,7 +93,7 @@ def check_ops(campaign: Campaign, case: dict[str, Any], shapes: Shapes) -> None:
     """
     errors = {}
     for op in OPS:
-        for form, make in module_of(op).FORMS.items():
+        for form, make in describe(op).forms.items():
             if campaign.failed_now("check", **case, op=op, form=form):
                 continue  # it failed in the previous process
             with campaign.attempt("check", **{**case, "op": op, "form": form}):
@@ -170,11 +169,6 @@ def fused_runs(device: torch.device) -> bool:
     """Return whether our kernels run on a device: on a GPU, or in the interpreter."""
     backends = importlib.import_module("fastmask.kernels").backends()
     return all(row.kernel != "none" for row in backends if row.device == device.type)
-
-
-def module_of(op: str) -> Any:
-    """Return the bench module of an op."""
-    return importlib.import_module(f"bench.kernels.bench_{op}")
 
 
 def run_tests(campaign: Campaign) -> None:

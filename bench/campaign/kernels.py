@@ -1,4 +1,4 @@
-"""The kernel benchmarks of `bench.kernels` at the presets' shapes: quick variants first, then the compiled reference.
+"""The kernel benchmarks of `bench.ops` at the presets' shapes: quick variants first, then the compiled reference.
 
 Compiling and tuning the reference takes by far the longest, so it comes last if time is short.
 """
@@ -10,9 +10,10 @@ import torch
 
 from bench import rows
 from bench.campaign.state import Campaign, DeviceLostError, release
-from bench.kernels import OPS, Case, figures, forms
-from bench.kernels import make as make_case
-from bench.kernels._graph import CaptureFailedError
+from bench.instruments.cases import Case, figures, forms
+from bench.instruments.cases import make as make_case
+from bench.instruments.graph import CaptureFailedError
+from bench.ops import OPS
 
 # preset, and whether to include the compiled reference
 _PASSES = (("xl2-in256", False), ("xl2-in256", True), ("b2-in256", False), ("s2-in256", False), ("xl2-in512", False))
@@ -56,7 +57,7 @@ def measure(campaign: Campaign, key: dict[str, Any], compiled: bool, bandwidth: 
     """Check a case, time the variants that pass in turn, and store a row for each."""
     torch.set_float32_matmul_precision("highest")
     refused = {row["variant"]: row["reason"] for row in campaign.find("uncaptured", torch=torch.__version__, **key)}
-    where = key["file"], key["form"], key["direction"], key["preset"], campaign.device, None
+    where = key["file"], key["form"], key["direction"], key["preset"], campaign.device
     case = make_case(*where, compiler=compiled, refused=refused)
     times = {"rounds": 2, "warmup": 1} if campaign.miniature else {"rounds": 30, "warmup": 3}
     try:

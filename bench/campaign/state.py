@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench import rows
-from bench.kernels._graph import CaptureFailedError
+from bench.instruments.graph import CaptureFailedError
 from fastmask.gpus import gpu_named
 
 
@@ -38,9 +38,10 @@ def peak_tflops(device_name: str) -> int | None:
 def code_hash() -> str:
     """Return a hash of the measured and the measuring code; rows of other code do not count as done."""
     digest = hashlib.sha256()
-    folders = ("fastmask", "bench/kernels", "bench/train", "bench/baselines")
+    folders = ("fastmask", "bench/ops", "bench/train", "bench/baselines")
     paths = [path for folder in folders for path in (rows.ROOT / folder).rglob("*.py")]
-    for path in sorted([*paths, rows.ROOT / "bench" / "rows.py"]):
+    paths += [rows.ROOT / "bench" / name for name in ("rows.py", "instruments/cases.py", "instruments/graph.py")]
+    for path in sorted(paths):
         digest.update(path.relative_to(rows.ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench import rows
 from bench.campaign.gate import network_is_right
 from bench.campaign.state import Campaign, peak_tflops, release
-from bench.train.steps import config_of, makers, stacks_of
+from bench.train.steps import config_of, stacks_of
+from bench.train.steps import steps as steps_of
 from fastmask.cost.work import memory_of
 from fastmask.diffusion.masking import GROUP
 from fastmask.models.counts import num_parameters
@@ -119,7 +120,7 @@ def first_batch(campaign: Campaign, size: str, image_size: int, form: str, waiti
     case = key(size, image_size, form, campaign)
     too_large = [row["case"]["batch"] for row in campaign.find("too large", **case) if row["variant"] in waiting]
     earlier = [row["case"]["batch"] for row in campaign.find("step", **case)]
-    needed = memory_of(network(size, image_size, form), config_of(size, image_size, form).mask_ratio, "bf16")
+    needed = memory_of(network(size, image_size, form), config_of(size, image_size, form).masking.mask_ratio, "bf16")
     fits = needed.largest_batch(torch.cuda.get_device_properties(campaign.device).total_memory)
     batch = _START[size] * 256**2 // image_size**2
     while batch > 1 and batch > fits:
@@ -170,7 +171,7 @@ class Together:
         self.key = key(size, image_size, form, campaign)
         self.name = f"{size} {image_size} {form}, batch {batch}"
         there = stacks_of(campaign.device, form, batch)
-        self.made = makers(size, image_size, form, batch, campaign.device, stacks=there, bf16=not campaign.miniature)
+        self.made = steps_of(size, image_size, form, batch, campaign.device, stacks=there, bf16=not campaign.miniature)
         self.resident = 16 * num_parameters(network(size, image_size, form))
         self.rounds = {"rounds": 2, "warmup": 1} if campaign.miniature else {"rounds": 7, "warmup": 1}
         self.calls: dict[str, Callable[[], Any]] = {}

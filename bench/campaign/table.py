@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.campaign.state import latest
+from bench.report.tables import header, line
 from bench.rows import Row
-from bench.tables import header, line
 from fastmask.files import atomic_write
 
 

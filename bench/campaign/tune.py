@@ -14,6 +14,9 @@ import torch
 
 from bench import rows
 from bench.campaign.state import Campaign, release
+from bench.instruments.calls import calls_of
+from bench.instruments.graph import CaptureFailedError, Graphed
+from bench.ops import describe, shapes_of
 from fastmask.presets import PRESETS
 
 OPS = ("modulate_norm", "add_gated_norm")
@@ -75,17 +78,14 @@ def tune(campaign: Campaign, width: int) -> None:
     times: dict[tuple[int, int], dict[tuple[str, str], float]] = {}
     for warps, count in candidates(present, _ROWS[:2] if campaign.miniature else _ROWS):
         chosen = present._replace(num_warps=warps, rows_forward=count, rows_backward=count)
-        with settings_for_all(chosen):
-            variants = {key: captured(call, campaign.device) for key, call in calls.items()}
-            timed = rows.measure(variants, campaign.device, **quick)
+        variants = {key: under(chosen, call, campaign.device) for key, call in calls.items()}
+        timed = rows.measure(variants, campaign.device, **quick)
         times[warps, count] = {key: timing.median_ms for key, timing in timed.items()}
     best = winner(present, times)
     # The best one against the table's, in turn.
     compared: dict[tuple[str, str, str], Callable[[], Any]] = {}
     for name, settings in (("present", present), ("winner", best)):
-        with settings_for_all(settings):
-            for key, call in calls.items():
-                compared[(name, *key)] = captured(call, campaign.device, settings)
+        compared |= {(name, *key): under(settings, call, campaign.device) for key, call in calls.items()}
     final = rows.measure(compared, campaign.device, **(quick if campaign.miniature else {"rounds": 30}))
     total = {name: sum(t.median_ms for key, t in final.items() if key[0] == name) for name in ("present", "winner")}
     if total["winner"] > _MARGIN * total["present"]:
@@ -134,23 +134,15 @@ def winner(present: Settings, times: dict[tuple[int, int], dict[tuple[str, str],
     return present._replace(num_warps=warps, rows_forward=forward, rows_backward=backward)
 
 
-def launches(
-    width: int, samples: int, tokens: int, device: torch.device
-) -> dict[tuple[str, str], Callable[[], tuple[torch.Tensor, ...]]]:
-    """Return the launches of both ops in both directions, as in a block: fp32 residual, other tensors bf16 on a GPU."""
-    low = torch.bfloat16 if device.type == "cuda" else torch.float32
-    x, branch, grad = (torch.randn(samples * tokens, width, device=device) for _ in range(3))
-    branch, grad = branch.to(low), grad.to(low)
-    shift, scale, gate = torch.randn(samples, 6 * width, device=device).to(low)[:, : 3 * width].chunk(3, dim=1)
-    stats = torch.stack([x.mean(1), (x.var(1, correction=0) + 1e-6).rsqrt()])
-    norm, gated = (importlib.import_module(f"fastmask.kernels._triton.{op}") for op in OPS)
-    both = (shift, scale, None, False)
-    return {
-        ("modulate_norm", "forward"): lambda: norm.launch_fwd(x, *both, 1e-6, low),
-        ("modulate_norm", "backward"): lambda: norm.launch_bwd(grad, x, stats, *both, True),
-        ("add_gated_norm", "forward"): lambda: gated.launch_fwd(x, branch, gate, *both, 1e-6, low),
-        ("add_gated_norm", "backward"): lambda: gated.launch_bwd(x, grad, x, stats, branch, gate, *both, True),
-    }
+def launches(width: int, samples: int, tokens: int, device: torch.device) -> dict[tuple[str, str], Callable[[], Any]]:
+    """Return the launches of both ops in both directions, as in a block: with a Linear, whose input they recompute."""
+    shapes = shapes_of("xl2-in256", device)._replace(width=width, batch=samples, keep=tokens)
+    found: dict[tuple[str, str], Callable[[], Any]] = {}
+    for make in describe("norm_linear").forms.values():
+        op = make(shapes)
+        for direction, (call,) in zip(DIRECTIONS, calls_of(op), strict=True):
+            found[op.kernel, direction] = call.launch
+    return found
 
 
 @contextlib.contextmanager
@@ -167,30 +159,21 @@ def settings_for_all(settings: Settings) -> Iterator[None]:
             module.row_settings = function
 
 
-def captured(call: Callable[[], Any], device: torch.device, settings: Settings | None = None) -> Callable[[], Any]:
-    """Return the CUDA graph replay of a call, which excludes the launch overhead of Python.
+def under(settings: Settings, call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """Return a call under these settings: on a GPU the replay of its graph, which was captured under them."""
 
-    On a CPU it returns the call itself, under ``settings`` if given.
-    """
+    def call_under() -> Any:
+        with settings_for_all(settings):
+            return call()
+
     if device.type != "cuda":
-        if settings is None:
-            return call
-
-        def under() -> Any:
-            with settings_for_all(settings):
-                return call()
-
-        return under
-    with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()  # compiles, which is not allowed during capture
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-    return graph.replay
+        return call_under
+    graphed = Graphed(call_under)
+    try:
+        graphed()
+    except CaptureFailedError as error:
+        raise RuntimeError(str(error)) from error  # a failure of this width, which the next process does not try again
+    return graphed
 
 
 def short(settings: Settings) -> str:

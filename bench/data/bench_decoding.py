@@ -30,7 +30,7 @@ PHOTOS, BATCH, SHARDS = 512, 32, 4
 HEIGHT, WIDTH, SIZE = 375, 500, 256
 TIMES = {"rounds": 3, "warmup": 1}
 TOLERANCE = 1, 3  # levels of 255: maximum on a CPU (these sides are not halved), mean for nvJPEG
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = rows.default_device()
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ def source(request, tmp_path_factory):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def bench_loader(benchmark, source, num_workers, noted, progress):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = rows.default_device()
     dataset = opened(source)
     with contextlib.closing(training_batches(dataset, num_workers, device)) as parts:
         check(source, len(dataset), *next(parts))

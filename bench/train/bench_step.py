@@ -15,7 +15,7 @@ import torch
 from test_baselines import check_golden
 
 from bench import rows
-from bench.progress import Measurement, Progress
+from bench.instruments.progress import Measurement, Progress
 from bench.train.steps import FORMS, STACKS, Step, freed, stacks_of, steps
 from bench.train.table import PRODUCTS, name_of, shown
 from fastmask.diffusion.masking import GROUP
@@ -102,7 +102,7 @@ def bench_step(benchmark, recorded, shared, step_table, progress, request, size,
         pytest.skip(f"{size} takes minutes a case on a CPU: give --full")
     selected = {item.name for item in request.session.items}
     forms = [other for other in FORMS if f"bench_step[{size}-{other}]" in selected] if size in IN_TURN else [form]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = rows.default_device()
     stacks = {form: chosen(device, form) for form in forms}
     rounds = 0 if benchmark.disabled else ROUNDS[size]
     turn = f"{size} {', '.join(forms)}"
@@ -115,7 +115,7 @@ def bench_step(benchmark, recorded, shared, step_table, progress, request, size,
 
 def bench_packed(benchmark, recorded, step_table, progress):
     """Samples with unequal numbers of kept patches, packed, compared with equal numbers of the same sum."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = rows.default_device()
     rounds = 0 if benchmark.disabled else ROUNDS["s2"]
     stacks = {"masked-0.5": ["ours", "ours packed"]}
     turn = f"s2 masked-0.5, batch {GROUP}"
@@ -176,7 +176,8 @@ def _measured(
         cases[form] = steps(size, IMAGE_SIZE, form, batch, device, stacks=names, bf16=device.type == "cuda")
     calls: dict[tuple[str, str, str], Callable[[], Any]] = {}
     for form, case in cases.items():
-        for stack, step in case.variants.items():
+        for stack, make in case.makers.items():
+            step = make()
             parts = {"gradients": step.gradients, "update": step.update} if isinstance(step, Step) else {"": step}
             calls |= {(form, stack, part): call for part, call in parts.items()}
 
@@ -188,7 +189,7 @@ def _measured(
     times = {"rounds": rounds, "warmup": 1} if rounds else {"rounds": 1, "warmup": 0}
     taken = rows.take(calls, device, progress=tell, **times)
     phases = {
-        form: {stack: [taken[key] for key in calls if key[:2] == (form, stack)] for stack in case.variants}
+        form: {stack: [taken[key] for key in calls if key[:2] == (form, stack)] for stack in case.makers}
         for form, case in cases.items()
     }
     return {form: Form(case.case, case.forward_gmac, phases[form], turn) for form, case in cases.items()}

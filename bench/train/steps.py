@@ -18,11 +18,10 @@ from fastmask.models.counts import forward_macs
 from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
 from fastmask.ranks import Ranks
-from fastmask.training.config import TrainConfig, build_model, preset_config
+from fastmask.training.config import TrainConfig, build_model, build_step, preset_config
 from fastmask.training.ema import EMA
 from fastmask.training.numerics import set_numerics
 from fastmask.training.optim import make_optimizer
-from fastmask.training.run import make_step
 
 FORMS = {"dense": None, "masked-0.5": 0.5, "masked-0.75": 0.75}
 _PRODUCTS = ("fastmask::silu_linear_fwd", "fastmask::silu_linear_bwd")
@@ -51,25 +50,12 @@ class Step(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """A case, and the calls to time.
+    """A case, and its stacks, which are not built yet.
 
     Attributes:
         case: preset, image size, form, batch, precision.
-        variants: by name, a `Step` of each stack, and "products", the lower bound of ours.
-        forward_gmac: GMAC of the forward pass of one image.
-    """
-
-    case: dict[str, Any]
-    variants: dict[str, Callable[[], Any]]
-    forward_gmac: float
-
-
-class Makers(NamedTuple):
-    """A case whose stacks are not built yet.
-
-    Attributes:
-        case: preset, image size, form, batch, precision.
-        makers: by name, functions that build the call to time, which allocates memory, and compiles at its first call.
+        makers: by name, functions that build the call to time, which allocates memory, and compiles at its first call:
+            a `Step` of each stack, and "products", the lower bound of ours.
         forward_gmac: GMAC of the forward pass of one image.
     """
 
@@ -98,21 +84,6 @@ def steps(
     stacks: Sequence[str] = STACKS,
     bf16: bool = False,
 ) -> Steps:
-    """Build the training steps of a case; arguments as in `makers`."""
-    found = makers(size, image_size, form, batch, device, stacks=stacks, bf16=bf16)
-    return Steps(found.case, {name: make() for name, make in found.makers.items()}, found.forward_gmac)
-
-
-def makers(
-    size: str,
-    image_size: int,
-    form: str,
-    batch: int,
-    device: torch.device,
-    *,
-    stacks: Sequence[str] = STACKS,
-    bf16: bool = False,
-) -> Makers:
     """Return functions that build the training steps of a case.
 
     Ours run under the trainer's numerics, the plain baseline under PyTorch's defaults; deterministic algorithms would
@@ -156,7 +127,7 @@ def makers(
     # One builder for each of our stacks, and one for the baseline's.
     def ours(trained: _Trained, **how: Any) -> Step:
         changed = config.replace(**{"compile": "none", "cuda_graphs": "off", **how})
-        step = make_step(trained.net, _Held(), changed, trained.optimizer, [trained.ema], Ranks())
+        step = build_step(changed, trained.net, _Held(), trained.optimizer, [trained.ema], Ranks())
         data, offset = itertools.repeat(batch_of()), itertools.count(0, batch)
 
         def update() -> None:
@@ -188,7 +159,7 @@ def makers(
         "batch": batch,
         "precision": precision,
     }
-    return Makers(case, found, forward_macs(model, keep) / 1e9)
+    return Steps(case, found, forward_macs(model, keep) / 1e9)
 
 
 @contextlib.contextmanager

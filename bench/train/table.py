@@ -8,9 +8,9 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from bench.derived import FORMS, MORE_STACKS, PLAIN, STACKS, Rows, bound, dense_of, faster, rate, size_of
+from bench.report.derived import FORMS, MORE_STACKS, PLAIN, STACKS, Rows, bound, dense_of, faster, rate, size_of
+from bench.report.tables import aligned, digits, times
 from bench.rows import Row
-from bench.tables import aligned, digits, times
 
 PRODUCTS = "products"  # name in rows for the matmuls and attention of a step, timed alone
 _WIDTH = 79

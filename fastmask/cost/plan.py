@@ -4,26 +4,15 @@ import torch
 from rich.table import Table
 
 from fastmask.console import say
-from fastmask.cost.predict import ASSUMED, Workload, predict_run
+from fastmask.cost.predict import ASSUMED, predict_run
 from fastmask.cost.work import RESERVE
+from fastmask.cost.workload import Workload, workload_of
 from fastmask.diffusion.masking import kept_count
 from fastmask.gpus import GPUS
 from fastmask.models.counts import forward_macs, num_parameters
 from fastmask.models.maskdit import MaskDiT
 from fastmask.training.config import TrainConfig
 from fastmask.training.report import console
-
-
-def workload_of(config: TrainConfig) -> Workload:
-    """Return what the cost of a run depends on."""
-    return Workload(
-        config.masking,
-        config.max_steps,
-        config.batch_size,
-        config.micro_batch,
-        averages=1 + len(config.ema.ema_widths),
-        checkpoint_blocks=config.machine.activation_checkpointing == "block",
-    )
 
 
 def print_plan(config: TrainConfig, model: MaskDiT) -> None:

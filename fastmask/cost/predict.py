@@ -5,8 +5,8 @@ All speeds are predictions, not measurements, from published peak rates and the 
 
 from typing import NamedTuple
 
-from fastmask.cost.work import RESERVE, Memory, Work, memory_of, work_of
-from fastmask.diffusion import Masking
+from fastmask.cost.work import RESERVE, Work, work_of
+from fastmask.cost.workload import Workload
 from fastmask.gpus import Gpu
 from fastmask.models.maskdit import MaskDiT
 
@@ -62,31 +62,6 @@ def step_seconds(
     )
     others = batch * work.other_bytes + parts * work.cast_bytes + (parts - 1) * work.accumulate_bytes
     return max(products + others / rate, parts * work.launches * assumed.launch_s) + work.update_bytes / rate
-
-
-class Workload(NamedTuple):
-    """What the cost of a run depends on, besides its network and the machine.
-
-    Attributes:
-        masking: mask ratios.
-        max_steps: number of steps.
-        batch_size: global batch size.
-        micro_batch: images per forward pass of a process.
-        averages: number of EMAs of the weights.
-        checkpoint_blocks: whether backward recomputes the blocks.
-    """
-
-    masking: Masking
-    max_steps: int
-    batch_size: int
-    micro_batch: int
-    averages: int = 1
-    checkpoint_blocks: bool = False
-
-    def memory(self, model: MaskDiT, precision: str) -> Memory:
-        """Return the memory at the lowest mask ratio of the run, at which a step takes the most."""
-        ratio = self.masking.lowest_ratio(self.max_steps)
-        return memory_of(model, ratio, precision, averages=self.averages, checkpoint_blocks=self.checkpoint_blocks)
 
 
 class Run(NamedTuple):

@@ -20,6 +20,7 @@ from fastmask.data.store.manifest import MANIFEST, UNFINISHED
 from fastmask.data.store.reader import StoreDataset
 from fastmask.data.store.remote import RemoteStore, is_url
 from fastmask.data.vae import Autoencoder
+from fastmask.diffusion.origin import LatentSpace, Origin
 
 _CPU = torch.device("cpu")
 
@@ -36,6 +37,11 @@ class Dataset(Protocol):
     shape: tuple[int, int, int]
     num_classes: int
     class_names: list[str]
+
+    @property
+    def latents(self) -> LatentSpace | None:
+        """The latents that the network's input is of; None for pixels."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -60,6 +66,13 @@ class Dataset(Protocol):
             float32, shape (B, C, H, W).
         """
         ...
+
+
+def origin_of(dataset: Dataset) -> Origin:
+    """Return what is recorded of a dataset with the weights that are trained on it."""
+    names = tuple(dataset.class_names)
+    numbers = all(name == str(label) for label, name in enumerate(names))
+    return Origin(latents=dataset.latents, class_names=() if numbers else names)
 
 
 def open_data(

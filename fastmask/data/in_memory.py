@@ -14,6 +14,7 @@ from fastmask.data.fingerprint import fingerprint_of, of_arrays
 from fastmask.data.images.pixels import images_of, resize_all
 from fastmask.data.latents import DOWNSAMPLING, SCALE, Record, ScaledBy, Scaling, all_finite, latents_of, number_or_list
 from fastmask.data.sources.npz import Arrays, images_refused, read_npz
+from fastmask.diffusion.origin import LatentSpace
 from fastmask.kernels import random_normal, random_uniform
 
 
@@ -39,6 +40,7 @@ class ImageArray:
         self.shape = (images.shape[3], image_size, image_size)
         self.num_classes = int(arrays.get("num_classes", 0))
         self.class_names = [str(label) for label in range(self.num_classes)]
+        self.latents = None
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -102,6 +104,7 @@ class Moments:
         self.shape = (moments.shape[1] // 2, side, side)
         self.num_classes = int(arrays.get("num_classes", 0))
         self.class_names = [str(label) for label in range(self.num_classes)]
+        self.latents = LatentSpace(scale=scaled_by.scale, shift=scaled_by.shift)
         self._downsampling = downsampling
 
     def __len__(self) -> int:
@@ -206,6 +209,7 @@ class Synthetic:
         self.shape = (_CHANNELS, side, side)
         self.num_classes = num_classes
         self.class_names = [str(label) for label in range(num_classes)]
+        self.latents = LatentSpace()
 
     def __len__(self) -> int:
         return _SYNTHETIC_SAMPLES
@@ -271,6 +275,7 @@ class Digits:
         self.shape = (1, 8, 8)
         self.num_classes = 10 if num_classes is None else num_classes
         self.class_names = [str(digit) for digit in range(self.num_classes)]
+        self.latents = None
         if not self.num_classes:
             self._labels = torch.zeros_like(self._labels)
 

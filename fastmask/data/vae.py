@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastmask.data.latents import Scaling
+from fastmask.diffusion.origin import LatentSpace
 
 
 class Autoencoder:
@@ -26,6 +27,7 @@ class Autoencoder:
         scale: scale for training, (latent - shift) * scale; one number for all channels or one for each.
         shift: see scale.
         scaling: applies scale and shift.
+        space: its latents, as they are recorded with weights.
         precision: "bfloat16 on cuda" or "float32 on cpu".
         sha256: SHA-256 of the weights: their names in sorted order, each followed by its values in float32.
 
@@ -38,7 +40,8 @@ class Autoencoder:
             diffusers = importlib.import_module("diffusers")
         except ModuleNotFoundError as error:
             raise ValueError(
-                "latents need diffusers: pip install diffusers (--space pixel stores pixels without)"
+                "a VAE needs diffusers: pip install diffusers (--space pixel prepares without, --latents samples "
+                "without)"
             ) from error
         # Model names are NAME or OWNER/NAME; anything else is not looked up on the hub.
         if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or " " in name):
@@ -66,6 +69,7 @@ class Autoencoder:
                 raise ValueError(f"--vae {name}: latents_mean and latents_std of its configuration do not fit it")
             self.scale, self.shift = [settings.scaling_factor / std for std in deviations], list(means)
         self.scaling = Scaling(self.scale, self.shift)
+        self.space = LatentSpace(vae=name, sha256=self.sha256, scale=self.scale, shift=self.shift)
 
     def side(self, image_size: int) -> int:
         """Return the latent side for an image side; a ValueError if it is not an integer."""

@@ -6,8 +6,9 @@ from fastmask.diffusion.edm import EDM, EDMPrecond
 from fastmask.diffusion.flow import RectifiedFlow
 from fastmask.diffusion.masking import Masking
 from fastmask.diffusion.objective import MaskedDenoising, Objective, ObjectiveConfig, Pass, Term
+from fastmask.diffusion.origin import LatentSpace, Origin
 from fastmask.diffusion.process import Coefficients, Process
-from fastmask.diffusion.sampling import Sampling, draw_samples, sample
+from fastmask.diffusion.sampling import Sampling, draw_batch, draw_samples, sample
 from fastmask.diffusion.solvers import SOLVERS
 from fastmask.diffusion.vp import VP
 
@@ -18,16 +19,19 @@ __all__ = [
     "Coefficients",
     "Denoiser",
     "EDMPrecond",
+    "LatentSpace",
     "MaskedDenoising",
     "Masking",
     "Objective",
     "ObjectiveConfig",
+    "Origin",
     "Pass",
     "Process",
     "RectifiedFlow",
     "Sampling",
     "Term",
     "TrainingDraws",
+    "draw_batch",
     "draw_samples",
     "sample",
     "training_draws",

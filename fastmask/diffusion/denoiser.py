@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastmask.diffusion.origin import Origin
 from fastmask.diffusion.process import Coefficients, Process
 from fastmask.kernels import Mask, unpatchify
 from fastmask.models.maskdit import MaskDiT
@@ -16,10 +17,14 @@ class Denoiser(nn.Module):
     Args:
         model: the network F.
         process: the process, which gives the coefficients.
+
+    Attributes:
+        origin: what it was trained on; None if that is not known. Files of weights record it.
     """
 
     def __init__(self, model: MaskDiT, process: Process) -> None:
         super().__init__()
+        self.origin: Origin | None = None
         self.model = model
         self.process = process
 

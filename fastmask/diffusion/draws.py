@@ -9,7 +9,8 @@ from fastmask.diffusion.masking import GROUP, RatioPerSample
 from fastmask.diffusion.process import Process
 from fastmask.kernels import Mask, random_normal, random_uniform, sample_mask
 
-# Streams of the counter-based generator; stream 0 is sample_mask's, 4 and 5 the data's, 6 sampling's, 7 masking's.
+# Streams of the counter-based generator; stream 0 is sample_mask's, 4 and 5 the data's, 6 sampling's, 7 masking's. The
+# noise that sampling adds in step i has stream 8 + 256 i.
 _TIME_STREAM, _NOISE_STREAM, _LABEL_STREAM = 1, 2, 3
 
 

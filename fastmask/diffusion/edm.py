@@ -62,9 +62,9 @@ class EDM(Process):
             weight=total / (variance * data),
         )
 
-    def slope(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        """Return (x - D) / sigma (equation 3 with a constant scale)."""
-        return (x - denoised) / t
+    def time_at(self, level: Tensor) -> Tensor:
+        """Return the levels themselves."""
+        return level
 
     def times(self, num_steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
         """Return the sampler's noise levels (equation 5) and 0, float64, shape (num_steps + 1,).

@@ -47,9 +47,9 @@ class RectifiedFlow(Process):
         one = torch.ones_like(t)
         return Coefficients(c_in=one, c_noise=t, c_skip=one, c_out=-t, weight=t.square().reciprocal())
 
-    def slope(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        """Return the velocity (x - D) / t."""
-        return (x - denoised) / t
+    def time_at(self, level: Tensor) -> Tensor:
+        """Return the times at which t / (1 - t) is the level."""
+        return level / (1 + level)
 
     def times(self, num_steps: int) -> Tensor:
         """Return even times from 1 to 0, shifted."""

@@ -1,42 +1,78 @@
-"""Classifier-free guidance (arXiv 2207.12598)."""
+"""Guidance: classifier-free (arXiv 2207.12598), within an interval of noise levels, or by another model."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.solvers import Denoise
+
+Net = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+ALL_LEVELS = (0.0, math.inf)
 
 
 def guided(
-    net: Callable[[Tensor, Tensor, Tensor], Tensor],
+    net: Denoiser,
     labels: Tensor,
     cfg_scale: float,
-    num_classes: int,
-    dtype: torch.dtype,
+    *,
+    interval: tuple[float, float] = ALL_LEVELS,
+    guide: Denoiser | None = None,
 ) -> Denoise:
-    """Return the guided denoiser D_none + scale * (D_label - D_none), for float64 states.
+    """Return the guided denoiser D_weak + scale * (D - D_weak), for float64 states.
+
+    D_weak is the network without a label, evaluated in one batch with D, or another model with the same label
+    (autoguidance, arXiv 2406.02507).
 
     Args:
-        net: a `Denoiser` or a callable with its arguments.
+        net: the denoiser.
         labels: int64, shape (B,).
-        cfg_scale: guidance scale; 1 evaluates only D_label.
-        num_classes: the label that means no label.
-        dtype: input dtype of the network.
+        cfg_scale: guidance scale; 1 evaluates only D.
+        interval: noise levels b/a, (low, high], in which guidance applies (arXiv 2404.07724); elsewhere only D is
+            evaluated.
+        guide: the other model; None is the network without a label.
 
     Raises:
-        ValueError: guidance for a network without classes.
+        ValueError: guidance by the label for a network without classes, or a guide that does not fit the network.
     """
-    if cfg_scale != 1 and not num_classes:
-        raise ValueError("guidance needs a network with classes (num_classes above 0): leave cfg_scale out")
-    none = torch.full_like(labels, num_classes)
+    num_classes, dtype = net.model.num_classes, net.model.pos_embed.dtype
+    if guide is not None:
+        check_guide(net, guide)
+    elif cfg_scale != 1 and not num_classes:
+        raise ValueError(
+            "guidance needs a network with classes (num_classes above 0), or another model as a guide: leave cfg_scale "
+            "out, or give it 1"
+        )
+    low, high = interval
+    twice = torch.cat([labels, torch.full_like(labels, num_classes)])
+
+    def evaluate(net: Net, inputs: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        times = torch.full((len(inputs),), float(t), dtype=inputs.dtype, device=inputs.device)
+        return net(inputs, times, labels).double()
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        inputs, times = x.to(dtype), t.to(dtype).expand(x.shape[0])
-        if cfg_scale == 1:
-            return net(inputs, times, labels).double()
-        both = net(inputs.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, none])).double()
-        labelled, unlabelled = both.chunk(2)
-        return unlabelled + cfg_scale * (labelled - unlabelled)
+        inputs = x.to(dtype)
+        if cfg_scale == 1 or not low < net.process.level(t) <= high:
+            return evaluate(net, inputs, t, labels)
+        if guide is None:
+            strong, weak = evaluate(net, inputs.repeat(2, 1, 1, 1), t, twice).chunk(2)
+        else:
+            strong, weak = (evaluate(model, inputs, t, labels) for model in (net, guide))
+        return weak + cfg_scale * (strong - weak)
 
     return denoise
+
+
+def check_guide(net: Denoiser, guide: Denoiser) -> None:
+    """Raise a ValueError unless a model can guide another: same images, classes (or none) and kind of process."""
+    ours, theirs = net.model, guide.model
+    shapes = [(model.in_channels, model.input_size, model.input_size) for model in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the guide draws images of shape {shapes[1]}, and the network of {shapes[0]}")
+    if theirs.num_classes not in (0, ours.num_classes):
+        raise ValueError(f"the guide knows {theirs.num_classes} classes, and the network {ours.num_classes}")
+    if type(net.process) is not type(guide.process):
+        raise ValueError(f"the guide is of process {guide.process.name}, and the network of {net.process.name}")

@@ -63,14 +63,8 @@ class Process(abc.ABC):
         """Return the coefficients at times above 0, shape (B,)."""
 
     @abc.abstractmethod
-    def slope(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        """Return dx/dt of the probability flow ODE at one time, shape ().
-
-        Args:
-            x: the state, shape (B, C, H, W).
-            denoised: D(x; t), the same shape.
-            t: the time, above 0.
-        """
+    def time_at(self, level: Tensor) -> Tensor:
+        """Return the times of finite noise levels b/a, of any shape: the inverse of `level`."""
 
     @abc.abstractmethod
     def times(self, num_steps: int) -> Tensor:
@@ -84,6 +78,24 @@ class Process(abc.ABC):
         """Return noised images in the dtype of ``images``; images and unit noise are (B, C, H, W), times (B,)."""
         a, b = (factor[:, None, None, None] for factor in self.mix(t))
         return (a * images + b * noise).to(images.dtype)
+
+    def slope(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
+        """Return dx/dt of the probability flow ODE at one time, shape ().
+
+        (x - D) / t is a' D + b' (x - a D) / b for b(t) = t and a(t) = 1 - k t, whose paths are straight: k = 0 is EDM,
+        k = 1 rectified flow. Other processes override it.
+
+        Args:
+            x: the state, shape (B, C, H, W).
+            denoised: D(x; t), the same shape.
+            t: the time, above 0.
+        """
+        return (x - denoised) / t
+
+    def level(self, t: Tensor) -> Tensor:
+        """Return the noise level b/a at times of any shape, infinite where a is 0."""
+        a, b = self.mix(t)
+        return b / a
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Return the log-SNR, ln(a^2 / b^2), at times of any shape."""

@@ -1,35 +1,68 @@
 """Sampling from a denoiser."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastmask.diffusion.denoiser import Denoiser, check_labels
-from fastmask.diffusion.guidance import guided
-from fastmask.diffusion.solvers import SOLVERS
-from fastmask.fields import check_at_least
+from fastmask.diffusion.guidance import ALL_LEVELS, guided
+from fastmask.diffusion.solvers import SOLVERS, Denoise, Solver, stochastic_heun
 from fastmask.kernels import random_normal
 
-_LATENT_STREAM = 6  # stream of the counter-based generator; all streams are listed in draws.py
+# Streams of the counter-based generator; all streams are listed in draws.py.
+_LATENT_STREAM, _CHURN_STREAM = 6, 8
+
+Watch = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
     """Solver and guidance, with one set of defaults for training grids, sampling and evaluation."""
 
-    solver: Literal["heun", "euler"] = "heun"
-    """Solver of the probability flow ODE."""
+    solver: Literal["heun", "euler", "dpmpp-2m"] = "heun"
+    """Solver of the probability flow ODE: heun (two evaluations of the network per step), euler, or DPM-Solver++(2M)
+    (second-order too, one evaluation per step)."""
     sample_steps: int = 40
     """Number of solver steps."""
     cfg_scale: float = 1.5
     """Classifier-free guidance scale; 1 disables guidance."""
+    guidance_interval: tuple[float, ...] = ()
+    """Two noise levels sigma, low and high, between which guidance applies, such as 0.28 2.9; steps outside take one
+    evaluation for a guided step's two. Default: all levels."""
+    churn: float = 0.0
+    """Noise added in every step (S_churn of EDM's stochastic sampler, solver heun); 0 is deterministic."""
 
     def check(self) -> None:
-        """Raise a ValueError for the first invalid field."""
-        check_at_least(self, sample_steps=2, cfg_scale=0)
+        """Raise a ValueError for the first invalid field; it names the flag."""
+        if self.solver not in SOLVERS:
+            raise ValueError(f"--solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
+        if self.sample_steps < 2:
+            raise ValueError(f"--sample-steps must be at least 2, not {self.sample_steps}")
+        for flag, value in (("--cfg-scale", self.cfg_scale), ("--churn", self.churn)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{flag} must be a number of at least 0, not {value}")
+        if self.churn and self.solver != "heun":
+            raise ValueError(f"--churn belongs to solver heun, not {self.solver}: leave one of them out")
+        given = self.guidance_interval
+        if given and not (len(given) == 2 and 0 <= given[0] < given[1]):
+            shown = " ".join(f"{level:g}" for level in given)
+            raise ValueError(f"--guidance-interval must be two noise levels, 0 or more, that rise, not {shown}")
+        if given and self.cfg_scale == 1:
+            raise ValueError("--guidance-interval limits guidance, which --cfg-scale 1 disables: leave one of them out")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Noise levels (low, high] in which guidance applies."""
+        return (self.guidance_interval[0], self.guidance_interval[1]) if self.guidance_interval else ALL_LEVELS
+
+    def unguided(self) -> "Sampling":
+        """Return the same without guidance, for a network without classes."""
+        return dataclasses.replace(self, cfg_scale=1.0, guidance_interval=())
 
 
 @torch.no_grad()
@@ -40,9 +73,12 @@ def sample(
     times: Tensor,
     *,
     cfg_scale: float | None = None,
-    solver: str = "heun",
+    interval: tuple[float, float] = ALL_LEVELS,
+    guide: Denoiser | None = None,
+    solver: str | Solver = "heun",
+    watch: Watch | None = None,
 ) -> Tensor:
-    """Integrate the probability flow ODE from unit noise, with classifier-free guidance.
+    """Integrate from unit noise to images, with guidance.
 
     Args:
         net: the denoiser.
@@ -50,66 +86,133 @@ def sample(
         labels: int64, shape (B,).
         times: solver times, from `Process.times`, float64, shape (N + 1,).
         cfg_scale: guidance scale; None or 1 disables guidance.
-        solver: a key of `SOLVERS`.
+        interval: noise levels (low, high] in which guidance applies.
+        guide: a weaker model that guides, in place of the network without a label.
+        solver: a key of `SOLVERS`, or a function like these.
+        watch: called after each evaluation with the time, the state and the denoised images; for pictures.
 
     Returns:
         Shape (B, C, H, W), float64: the state is in float64, the network runs in its own precision.
 
     Raises:
-        ValueError: an unknown solver, labels of another shape or out of range, or guidance for a network without
-            classes.
+        ValueError: an unknown solver, labels of another shape or out of range, guidance for a network without classes,
+            or a guide that does not fit the network.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
+    if isinstance(solver, str):
+        if solver not in SOLVERS:
+            raise ValueError(f"unknown solver {solver!r}: choose from {', '.join(SOLVERS)}")
+        solver = SOLVERS[solver]
     if labels.shape != noise.shape[:1]:
         raise ValueError(f"labels must have shape ({noise.shape[0]},) for this noise, not {tuple(labels.shape)}")
     if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all() or times[-1] != 0:
         raise ValueError(f"times must fall to 0, in a tensor of shape (N + 1,), not {times.tolist()}")
     if cfg_scale is not None and not math.isfinite(cfg_scale):
         raise ValueError(f"cfg_scale must be a number, not {cfg_scale}")
-    num_classes = net.model.num_classes
-    if num_classes:
-        check_labels(labels, num_classes)
-    denoise = guided(net, labels, 1.0 if cfg_scale is None else cfg_scale, num_classes, net.model.pos_embed.dtype)
-    times = times.to(noise.device)
+    if net.model.num_classes:
+        check_labels(labels, net.model.num_classes)
+    denoise = guided(net, labels, 1.0 if cfg_scale is None else cfg_scale, interval=interval, guide=guide)
+    times = times.cpu()
     _, b = net.process.mix(times[0])
-    return SOLVERS[solver](denoise, net.process, b * noise.double(), times)
+    return solver(_watched(denoise, watch) if watch else denoise, net.process, b * noise.double(), times)
+
+
+def draw_batch(
+    net: Denoiser,
+    labels: Tensor,
+    sampling: Sampling,
+    *,
+    seed: int,
+    first: int = 0,
+    guide: Denoiser | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """Return samples ``first``, ``first`` + 1, .., one per label, drawn in one batch.
+
+    All randomness is a function of the seed, the index of the sample and the step. So a sample does not depend on the
+    batch, but for the rounding of matmuls, which can differ between batch sizes; in batches of one size, at the same
+    position, it has the same bits.
+
+    Args:
+        net: the denoiser.
+        labels: int64, shape (B,), on any device.
+        sampling: solver and guidance.
+        seed: seed of the noise.
+        first: index of the first sample.
+        guide: as in `sample`.
+        watch: as in `sample`.
+
+    Returns:
+        float32 on the network's device, shape (B, C, H, W).
+
+    Raises:
+        ValueError: an invalid field of ``sampling``, and as in `sample`.
+    """
+    sampling.check()
+    model = net.model
+    shape = (model.in_channels, model.input_size, model.input_size)
+    labels = labels.to(model.pos_embed.device)
+    index = torch.arange(first, first + len(labels), device=labels.device)
+
+    def normal(stream: int) -> Tensor:
+        return random_normal(seed, index, math.prod(shape), stream).view(-1, *shape)
+
+    solver: str | Solver = sampling.solver
+    if sampling.churn:
+        fresh = functools.partial(_churn_noise, normal)
+        solver = functools.partial(stochastic_heun, churn=sampling.churn, noise=fresh)
+    drawn = sample(
+        net,
+        normal(_LATENT_STREAM),
+        labels,
+        net.process.times(sampling.sample_steps),
+        cfg_scale=sampling.cfg_scale,
+        interval=sampling.interval,
+        guide=guide,
+        solver=solver,
+        watch=watch,
+    )
+    return drawn.float()
 
 
 def draw_samples(
     net: Denoiser,
     labels: Tensor,
+    sampling: Sampling,
     *,
     seed: int,
-    num_steps: int = 40,
-    cfg_scale: float | None = None,
     batch: int = 256,
-    solver: str = "heun",
+    guide: Denoiser | None = None,
 ) -> Tensor:
-    """Return one sample per label, drawn by `sample` in batches.
+    """Return one sample per label, drawn by `draw_batch` in batches.
 
     Args:
         net: the denoiser.
         labels: int64, shape (N,).
-        seed: seed of the noise; sample i depends on the seed and i only, not on the batch size.
-        num_steps: number of solver steps.
-        cfg_scale: guidance scale; None or 1 disables guidance.
+        sampling: solver and guidance.
+        seed: seed of the noise.
         batch: batch size.
-        solver: a key of `SOLVERS`.
+        guide: as in `sample`.
 
     Returns:
         float32 on the CPU, shape (N, C, H, W).
     """
     if not len(labels) or batch < 1:
         raise ValueError(f"at least one label and a batch of at least 1 are needed, not {len(labels)} and {batch}")
-    model = net.model
-    device = model.pos_embed.device
-    shape = (model.in_channels, model.input_size, model.input_size)
-    drawn, times = [], net.process.times(num_steps)
-    for start in range(0, len(labels), batch):
-        part = labels[start : start + batch].to(device)
-        index = torch.arange(start, start + len(part), device=device)
-        noise = random_normal(seed, index, math.prod(shape), _LATENT_STREAM).view(-1, *shape)
-        samples = sample(net, noise, part, times, cfg_scale=cfg_scale, solver=solver)
-        drawn.append(samples.float().cpu())
-    return torch.cat(drawn)
+    parts = [
+        draw_batch(net, labels[first : first + batch], sampling, seed=seed, first=first, guide=guide).cpu()
+        for first in range(0, len(labels), batch)
+    ]
+    return torch.cat(parts)
+
+
+def _churn_noise(normal: Callable[[int], Tensor], step: int) -> Tensor:
+    return normal(_CHURN_STREAM + 256 * step)
+
+
+def _watched(denoise: Denoise, watch: Watch) -> Denoise:
+    def watched(x: Tensor, t: Tensor) -> Tensor:
+        denoised = denoise(x, t)
+        watch(t, x, denoised)
+        return denoised
+
+    return watched

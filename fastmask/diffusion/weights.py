@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmask.console import say
 from fastmask.described import from_json, to_json
-from fastmask.diffusion import EDM, Denoiser, Process
+from fastmask.diffusion import EDM, Denoiser, Origin, Process
 from fastmask.diffusion.foreign import ForeignKind, read_file, read_source
 from fastmask.diffusion.processes import PROCESSES
 from fastmask.models.layers import sincos_position
@@ -88,6 +88,7 @@ def load_maskdit(
         if not isinstance(source, Mapping):
             say(f"{what} states no diffusion process: it is read as {process}")
     net = Denoiser(model, process)
+    net.origin = _origin(stated, what)
     found = {f"model.{name}": tensor for name, tensor in tensors.items()}
     check_same_shapes(net.state_dict(), found, what)
     found = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in found.items()}
@@ -155,6 +156,8 @@ def save_weights(
         "network": to_json(net.model.config),
         "process": to_json(net.process),
     }
+    if net.origin is not None:
+        stated["origin"] = net.origin.to_json()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or net.state_dict()).items()}
     save_tensors(path, tensors, with_checksum(tensors, stated) if checksum else stated)
 
@@ -293,6 +296,13 @@ def _process(stated: Mapping[str, str], what: str) -> Process | None:
         return EDM(sigma_data=float(stated["sigma_data"])) if "sigma_data" in stated else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: the process that its metadata state cannot be built: {error}") from error
+
+
+def _origin(stated: Mapping[str, str], what: str) -> Origin | None:
+    try:
+        return Origin.from_json(stated["origin"]) if "origin" in stated else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} states no data that it was trained on: {error}") from error
 
 
 def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:

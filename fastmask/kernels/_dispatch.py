@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 Impl = Literal["fused", "reference"]
 ANY_DEVICE = "plain PyTorch, the same on every device"
@@ -51,7 +50,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _PUBLIC_OPS: dict[str, _PublicOp] = {}
 _TRITON_OPS: dict[str, str] = {}  # op to launcher
-_NATIVE_OPS: set[str] = set()
+_NATIVE_OPS: dict[str, Callable[..., bool] | None] = {}  # op with a native kernel to what that takes
 _NATIVE = Path(os.environ.get("FASTMASK_NATIVE") or Path(__file__).with_name("_native.so"))  # another build, to test it
 # TRITON_INTERPRET=1, which triton reads, takes precedence over native kernels.
 _NATIVE_LOADED = _NATIVE.exists() and os.environ.get("TRITON_INTERPRET") != "1"
@@ -59,34 +58,34 @@ if _NATIVE_LOADED:
     torch.ops.load_library(str(_NATIVE))  # type: ignore[no-untyped-call]
 
 
-def define_op(schema: str, *, fake: Callable[..., Any], launcher: str) -> Any:
-    """Define an op with a Triton kernel, an optional native kernel and a fake, and return its overload.
+def define_op(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    launcher: str = "",
+    native: Callable[..., bool] | None = None,
+) -> Any:
+    """Define an op with a Triton kernel, a native CPU kernel (if built) or both, and return its overload.
 
     Args:
         schema: name, arguments and results, in PyTorch's schema language.
         fake: returns empty results with the correct shapes, strides and dtypes.
-        launcher: `module:function` in `fastmask.kernels._triton`, imported at the first call of the op.
+        launcher: `module:function` in `fastmask.kernels._triton`, imported at the first call of the op; empty: it has
+            no Triton kernel.
+        native: returns whether the native kernel takes a call, and is faster than the reference, from what the public
+            function passes to `resolve_impl`; None for a backward, which follows its forward.
     """
     name, arguments = schema.split("(", 1)
     qualified = f"fastmask::{name}"
     torch.library.define(qualified, f"({arguments}")
-    torch.library.impl(qualified, "CUDA", lambda *args: _on_gpu(name, launcher, args))
+    if launcher:
+        torch.library.impl(qualified, "CUDA", lambda *args: _on_gpu(name, launcher, args))
+        _TRITON_OPS[name] = launcher
     if _NATIVE_LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
-        _NATIVE_OPS.add(name)
-    else:
+        _NATIVE_OPS[name] = native
+    elif launcher:
         torch.library.impl(qualified, "CPU", lambda *args: _interpreted(name, launcher)(*args))
     torch.library.register_fake(qualified, fake)
-    _TRITON_OPS[name] = launcher
-    return getattr(torch.ops.fastmask, name).default
-
-
-def define_native_op(schema: str, *, fake: Callable[..., Any]) -> Any:
-    """Define an op with a native CPU kernel only (if built), and return its overload."""
-    name, arguments = schema.split("(", 1)
-    torch.library.define(f"fastmask::{name}", f"({arguments}")
-    if _NATIVE_LOADED and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmask::{name}", "CPU"):
-        _NATIVE_OPS.add(name)
-    torch.library.register_fake(f"fastmask::{name}", fake)
     return getattr(torch.ops.fastmask, name).default
 
 
@@ -94,7 +93,7 @@ def public_op(*kernels: str, otherwise: str = "") -> Callable[[_Function], _Func
     """Decorator that registers a public function in the table of `backends`.
 
     Args:
-        kernels: names of the ops that it calls, from `define_op` or `define_native_op`.
+        kernels: names of the ops that it calls, from `define_op`.
         otherwise: what runs without these kernels, if the fused form does not require them.
     """
 
@@ -108,26 +107,31 @@ def public_op(*kernels: str, otherwise: str = "") -> Callable[[_Function], _Func
 def default_impl(device: torch.device | str) -> Impl:
     """Return the default implementation on a device: "fused" on a GPU, "reference" elsewhere.
 
-    On a CPU, an op with a native kernel for its tensors is fused too, see `native_takes`.
+    On a CPU, an op with a native kernel for its tensors is fused too, see `define_op`.
     """
     return "fused" if torch.device(device).type == "cuda" else "reference"
 
 
-def native_takes(op: str, *tensors: Tensor) -> bool:
-    """Return whether an op has a native CPU kernel for these tensors; the width is the last dimension of the first."""
-    width = tensors[0].shape[-1]
-    return op in _NATIVE_OPS and width % 8 == 0 and 0 < width <= 8192 and all(_is_native(tensor) for tensor in tensors)
+def has_native(op: str) -> bool:
+    """Return whether an op has a native CPU kernel here."""
+    return op in _NATIVE_OPS
 
 
-def resolve_impl(impl: Impl | None, device: torch.device, native: bool = False) -> Impl:
-    """Return ``impl``, or for None the default of the device, "fused" on a CPU if ``native``.
+def takes_native(op: str, device: torch.device, *args: Any) -> bool:
+    """Return whether the native kernel of an op takes a call: its ``native`` of `define_op` for these arguments."""
+    native = _NATIVE_OPS.get(op) if device.type == "cpu" else None
+    return native is not None and native(*args)
+
+
+def resolve_impl(impl: Impl | None, op: str, device: torch.device, *args: Any) -> Impl:
+    """Return ``impl``, or for None "fused" where `takes_native` is true, else the default of the device.
 
     Raises:
         ValueError: an unknown ``impl``.
     """
     check_impl(impl)
     if impl is None:
-        return "fused" if native else default_impl(device)
+        return "fused" if takes_native(op, device, *args) else default_impl(device)
     return impl
 
 
@@ -167,14 +171,10 @@ def _backend(name: str, device: str) -> Backend:
         if in_triton and installed and _interpreting():
             fault = _interpreter_fault()
             return Backend(name, device, "none" if fault else "triton", fault or "interpreted: TRITON_INTERPRET=1")
-        if kernels and _NATIVE_OPS.issuperset(kernels):
+        if kernels and _NATIVE_OPS.keys() >= set(kernels):
             return Backend(name, device, "native", "this library, AVX2 or AVX-512 where the processor has them")
         missing = 'no native kernel: impl="reference" runs'
     return Backend(name, device, "torch", otherwise) if otherwise else Backend(name, device, "none", missing)
-
-
-def _is_native(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _on_gpu(name: str, launcher: str, args: tuple[Any, ...]) -> Any:

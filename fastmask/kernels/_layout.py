@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmask.kernels._dispatch import _NATIVE_OPS
+from fastmask.kernels._dispatch import has_native
 
 MAX_WIDTH = 8192
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,6 +26,13 @@ def debug_indices(enabled: bool = True) -> None:
     """
     global _debug
     _debug = enabled
+
+
+def native_rows(*tensors: Tensor | None) -> bool:
+    """Return whether native kernels of rows take these tensors; their width is the last dimension of the first one."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    width = given[0].shape[-1]
+    return width % 8 == 0 and 0 < width <= MAX_WIDTH and all(is_supported(tensor.dtype) for tensor in given)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -67,7 +74,7 @@ def _looks_at(ids: Tensor, op: str) -> bool:
 
     Native kernels check them themselves.
     """
-    return has_values(ids, anywhere=_debug) and (_debug or op not in _NATIVE_OPS)
+    return has_values(ids, anywhere=_debug) and (_debug or not has_native(op))
 
 
 class Rows(NamedTuple):
@@ -208,10 +215,15 @@ def check_devices(device: torch.device, **others: Tensor | None) -> None:
             raise ValueError(f"{name} must be on {device}, like the rest, not on {tensor.device}")
 
 
+def is_supported(dtype: torch.dtype) -> bool:
+    """Return whether the kernels support a dtype."""
+    return dtype in _DTYPES
+
+
 def check_dtype(name: str, value: Tensor | torch.dtype) -> None:
     """Raise a ValueError for a dtype that the kernels do not support."""
     dtype = value.dtype if isinstance(value, Tensor) else value
-    if dtype not in _DTYPES:
+    if not is_supported(dtype):
         raise ValueError(
             f'the fused kernels take float32, bfloat16 and float16, and {name} is {dtype}: impl="reference" '
             f"takes any floating dtype"

@@ -8,9 +8,9 @@ from fastmask.kernels._layout import check_devices
 
 def product_dtype(device: torch.device, weight: Tensor) -> torch.dtype:
     """Return the dtype of a matmul: autocast's if it is enabled for the device, else the dtype of the weight."""
-    if torch.is_autocast_enabled(device.type) and weight.dtype != torch.float64:  # autocast ignores float64
-        return torch.get_autocast_dtype(device.type)
-    return weight.dtype
+    if weight.dtype == torch.float64 or device.type == "meta":  # autocast ignores the one, and does not know the other
+        return weight.dtype
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
 
 
 def product_operands(device: torch.device, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

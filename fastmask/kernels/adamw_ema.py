@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, check_impl, define_op, public_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, check_impl, define_op, public_op, resolve_impl
 
 _COPY_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -71,6 +71,7 @@ _adamw_ema = define_op(
     "Tensor? found_inf, float beta1, float beta2, float eps, float weight_decay) -> ()",
     fake=lambda *_: None,
     launcher="adamw_ema:launch",
+    native=lambda param: param.dtype == torch.float32,
 )
 
 
@@ -139,8 +140,7 @@ def adamw_ema(
     check_impl(impl)
     if not params:
         return
-    native = "adamw_ema" in _NATIVE_OPS and params[0].device.type == "cpu" and params[0].dtype == torch.float32
-    if resolve_impl(impl, params[0].device, native) == "reference":
+    if resolve_impl(impl, "adamw_ema", params[0].device, params[0]) == "reference":
         adamw_ema_reference(
             params,
             grads,

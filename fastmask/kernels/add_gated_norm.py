@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
-from fastmask.kernels._layout import Rows, as_rows, check_devices, check_dtype, check_tokens, per_token
+from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
+from fastmask.kernels._layout import Rows, as_rows, check_devices, check_dtype, check_tokens, native_rows, per_token
 from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_reference
 
 
@@ -78,6 +78,7 @@ add_gated_norm_fwd = define_op(
     "bool rms, float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
     fake=_fwd_fake,
     launcher="add_gated_norm:launch_fwd",
+    native=native_rows,
 )
 add_gated_norm_bwd = define_op(
     "add_gated_norm_bwd(Tensor? grad_new, Tensor grad_h, Tensor x_new, Tensor stats, Tensor branch, Tensor gate, "
@@ -163,7 +164,7 @@ def add_gated_norm(
     """
     check_arguments(x, branch, gate, shift, scale, norm, cu_seqlens)
     out_dtype = out_dtype or x.dtype
-    if resolve_impl(impl, x.device, native_takes("add_gated_norm_fwd", x, branch, gate, shift, scale)) == "reference":
+    if resolve_impl(impl, "add_gated_norm_fwd", x.device, x, branch, gate, shift, scale) == "reference":
         return add_gated_norm_reference(
             x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype
         )

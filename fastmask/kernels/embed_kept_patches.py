@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
 from fastmask.kernels._layout import (
     MAX_WIDTH,
     check_bounds,
@@ -29,6 +29,7 @@ from fastmask.kernels._layout import (
     check_devices,
     check_dtype,
     check_index_range,
+    native_rows,
     needs_gradient,
     position_table,
     sample_of_row,
@@ -104,12 +105,17 @@ def _bwd_images_fake(grad: Tensor, images: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(images)
 
 
+def _native(position: Tensor, image_scale: Tensor | None, *others: Tensor | None) -> bool:
+    return native_rows(position, image_scale, *others) and not needs_gradient(position, image_scale)
+
+
 embed_kept_patches_fwd = define_op(
     "embed_kept_patches_fwd(Tensor images, Tensor weight, Tensor bias, Tensor position, Tensor? ids_keep, "
     "Tensor? image_scale, Tensor? cu_seqlens, ScalarType dtype, ScalarType out_dtype, Tensor? shift, "
     "Tensor? scale, bool rms, float eps) -> (Tensor, Tensor, Tensor)",
     fake=_fwd_fake,
     launcher="embed_kept_patches:launch_fwd",
+    native=_native,
 )
 embed_kept_patches_bwd = define_op(
     "embed_kept_patches_bwd(Tensor grad, Tensor images, Tensor weight, Tensor? ids_keep, Tensor? image_scale, "
@@ -229,8 +235,8 @@ def embed_kept_patches(
     _check_shapes(images, weight, others, patch_size)
     position = position_table(position)
     _check_indices(ids_keep, cu_seqlens, images, position.shape[0])
-    native = _is_native(position, image_scale, images, weight, bias, shift, scale)
-    if resolve_impl(impl, images.device, native) == "reference":
+    tensors = position, image_scale, images, weight, bias, shift, scale
+    if resolve_impl(impl, "embed_kept_patches_fwd", images.device, *tensors) == "reference":
         return embed_kept_patches_reference(
             images, weight, bias, position, ids_keep, patch_size=patch_size, image_scale=image_scale,
             cu_seqlens=cu_seqlens, shift=shift, scale=scale, norm=norm, eps=eps,
@@ -296,12 +302,6 @@ def _check_indices(ids_keep: Tensor | None, cu_seqlens: Tensor | None, images: T
         raise ValueError(f"ids_keep of shape {tuple(ids_keep.shape)} keeps more than the {length} positions of images")
     if ids_keep is not None and ids_keep.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"ids_keep must be int32 or int64, not {ids_keep.dtype} of shape {tuple(ids_keep.shape)}")
-
-
-def _is_native(position: Tensor, image_scale: Tensor | None, *others: Tensor | None) -> bool:
-    """Return whether a native kernel supports the tensors and all requested gradients."""
-    given = [position, *(tensor for tensor in (image_scale, *others) if tensor is not None)]
-    return native_takes("embed_kept_patches_fwd", *given) and not needs_gradient(position, image_scale)
 
 
 def _check_fused(tensors: dict[str, Tensor | None], width: int) -> None:

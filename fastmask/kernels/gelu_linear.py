@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
-from fastmask.kernels._layout import check_dtype
+from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
+from fastmask.kernels._layout import check_dtype, native_rows
 from fastmask.kernels._matmul import check_linear, linear_gradients, product_dtype, product_operands
 
 
@@ -29,6 +29,7 @@ gelu_fwd = define_op(
     "gelu_fwd(Tensor x, ScalarType? out_dtype=None) -> Tensor",
     fake=lambda x, out_dtype=None: torch.empty_like(x, dtype=out_dtype),
     launcher="gelu_linear:launch_fwd",
+    native=native_rows,
 )
 gelu_bwd = define_op(
     "gelu_bwd(Tensor grad, Tensor x) -> (Tensor, Tensor)",
@@ -72,7 +73,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = 
         BackendUnavailableError: no fused kernel on this device.
     """
     check_linear(x, weight, bias)
-    if resolve_impl(impl, x.device, native_takes("gelu_fwd", x, weight, bias)) == "reference":
+    if resolve_impl(impl, "gelu_fwd", x.device, x, weight, bias) == "reference":
         return gelu_linear_reference(x, weight, bias)
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         check_dtype(name, tensor)

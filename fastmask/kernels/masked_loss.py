@@ -24,8 +24,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, _is_native, define_op, public_op, resolve_impl
-from fastmask.kernels._layout import check_bounds, check_cu_seqlens, check_devices, check_dtype
+from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
+from fastmask.kernels._layout import (
+    check_bounds,
+    check_cu_seqlens,
+    check_devices,
+    check_dtype,
+    is_supported,
+    needs_gradient,
+)
 from fastmask.kernels.patches import patchify
 from fastmask.kernels.sample_mask import Mask
 
@@ -99,11 +106,21 @@ def _bwd_fake(
     return torch.empty_like(raw)
 
 
+def _native(raw: Tensor, images: Tensor, noised: Tensor, *coefficients: Tensor) -> bool:
+    return (
+        raw.shape[2] <= MAX_VALUES
+        and all(is_supported(tensor.dtype) for tensor in (raw, images, noised))
+        and all(tensor.dtype == torch.float32 for tensor in coefficients)
+        and not needs_gradient(images, noised, *coefficients)
+    )
+
+
 masked_loss_fwd = define_op(
     "masked_loss_fwd(Tensor raw, Tensor images, Tensor noised, Tensor c_skip, Tensor c_out, Tensor weight, "
     "Tensor? ids_restore, Tensor? cu_seqlens, SymInt num_kept, SymInt patch_size) -> (Tensor, Tensor)",
     fake=_fwd_fake,
     launcher="masked_loss:launch_fwd",
+    native=_native,
 )
 masked_loss_bwd = define_op(
     "masked_loss_bwd(Tensor grad_denoising, Tensor grad_reconstruction, Tensor raw, Tensor images, Tensor noised, "
@@ -191,7 +208,7 @@ def masked_loss(
     _check_images(raw, images, noised, coefficients, patch_size)
     if mask is not None:
         _check_mask(mask, raw)
-    if resolve_impl(impl, raw.device, _native_takes(raw, images, noised, coefficients)) == "reference":
+    if resolve_impl(impl, "masked_loss_fwd", raw.device, raw, images, noised, *coefficients.values()) == "reference":
         return masked_loss_reference(raw, images, noised, c_skip, c_out, weight, mask, patch_size=patch_size)
     _check_fused(raw, images, noised, coefficients)
     ids_restore, cu_seqlens, num_kept = None, None, raw.shape[1]
@@ -269,23 +286,8 @@ def _check_fused(raw: Tensor, images: Tensor, noised: Tensor, coefficients: Mapp
             f'impl="reference" takes any'
         )
     for name, tensor in (("images", images), ("noised", noised), *coefficients.items()):
-        if _wants_grad(tensor):
+        if needs_gradient(tensor):
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} requires grad, and the fused form is differentiable in raw "
                 f'alone: detach it, or pass impl="reference"'
             )
-
-
-def _wants_grad(tensor: Tensor) -> bool:
-    return tensor.requires_grad and torch.is_grad_enabled()
-
-
-def _native_takes(raw: Tensor, images: Tensor, noised: Tensor, coefficients: Mapping[str, Tensor]) -> bool:
-    """Return whether the native CPU kernels support these tensors and all requested gradients."""
-    return (
-        "masked_loss_fwd" in _NATIVE_OPS
-        and all(_is_native(tensor) for tensor in (raw, images, noised, *coefficients.values()))
-        and all(tensor.dtype == torch.float32 for tensor in coefficients.values())
-        and raw.shape[2] <= MAX_VALUES
-        and not any(_wants_grad(tensor) for tensor in (images, noised, *coefficients.values()))
-    )

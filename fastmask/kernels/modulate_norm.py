@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
-from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens, per_token
+from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
+from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens, native_rows, per_token
 
 Norm = Literal["layer", "rms"]
 
@@ -74,6 +74,7 @@ modulate_norm_fwd = define_op(
     "ScalarType out_dtype) -> (Tensor, Tensor)",
     fake=_fwd_fake,
     launcher="modulate_norm:launch_fwd",
+    native=native_rows,
 )
 modulate_norm_bwd = define_op(
     "modulate_norm_bwd(Tensor grad_h, Tensor x, Tensor stats, Tensor shift, Tensor scale, Tensor? cu_seqlens, "
@@ -152,7 +153,7 @@ def modulate_norm(
     check_tokens("x", x, cu_seqlens)
     check_devices(x.device, shift=shift, scale=scale, cu_seqlens=cu_seqlens)
     out_dtype = out_dtype or x.dtype
-    if resolve_impl(impl, x.device, native_takes("modulate_norm_fwd", x, shift, scale)) == "reference":
+    if resolve_impl(impl, "modulate_norm_fwd", x.device, x, shift, scale) == "reference":
         return modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype)
     rows = as_rows(x, cu_seqlens, {"shift": shift, "scale": scale})
     check_dtype("out_dtype", out_dtype)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, native_takes, public_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, public_op, resolve_impl
 from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens
 from fastmask.kernels._matmul import check_linear, linear_gradients, product_dtype, product_operands
 from fastmask.kernels.add_gated_norm import (
@@ -133,7 +133,7 @@ def modulated_linear(
     check_tokens("x", x, cu_seqlens)
     check_devices(x.device, shift=shift, scale=scale, cu_seqlens=cu_seqlens)
     check_linear(x, weight, bias)
-    if resolve_impl(impl, x.device, native_takes("modulate_norm_fwd", x, shift, scale, weight, bias)) == "reference":
+    if resolve_impl(impl, "modulate_norm_fwd", x.device, x, shift, scale, weight, bias) == "reference":
         dtype = product_dtype(x.device, weight)
         h = modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype)
         return F.linear(h, *product_operands(x.device, weight, bias))
@@ -187,10 +187,8 @@ def add_gated_linear(
     """
     check_arguments(x, branch, gate, shift, scale, norm, cu_seqlens)
     check_linear(x, weight, bias)
-    if (
-        resolve_impl(impl, x.device, native_takes("add_gated_norm_fwd", x, branch, gate, shift, scale, weight, bias))
-        == "reference"
-    ):
+    tensors = x, branch, gate, shift, scale, weight, bias
+    if resolve_impl(impl, "add_gated_norm_fwd", x.device, *tensors) == "reference":
         dtype = product_dtype(x.device, weight)
         x, h = add_gated_norm_reference(
             x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, native_takes, public_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
 from fastmask.kernels._layout import (
     as_rows,
     check_bounds,
@@ -30,6 +30,7 @@ from fastmask.kernels._layout import (
     check_index_range,
     check_permutations,
     check_tokens,
+    native_rows,
     needs_gradient,
     num_samples,
     position_table,
@@ -110,11 +111,16 @@ def _gather_bwd_fake(grad: Tensor, ids_keep: Tensor, cu_seqlens: Tensor | None, 
     return grad.new_empty((batch, length, grad.shape[-1]))
 
 
+def _native(x: Tensor, mask_token: Tensor, position: Tensor, shift: Tensor | None, scale: Tensor | None) -> bool:
+    return native_rows(x, mask_token, position, shift, scale) and not needs_gradient(position)
+
+
 restore_tokens_fwd = define_op(
     "restore_tokens_fwd(Tensor x, Tensor mask_token, Tensor position, Tensor ids_restore, Tensor? cu_seqlens, "
     "Tensor? shift, Tensor? scale, bool rms, float eps) -> (Tensor, Tensor, Tensor)",
     fake=_fwd_fake,
     launcher="restore_tokens:launch_fwd",
+    native=_native,
 )
 restore_tokens_bwd = define_op(
     "restore_tokens_bwd(Tensor grad_restored, Tensor? grad_norm, Tensor mask_token, Tensor ids_restore, "
@@ -126,6 +132,7 @@ gather_tokens_fwd = define_op(
     "gather_tokens_fwd(Tensor x, Tensor ids_keep, Tensor? cu_seqlens) -> Tensor",
     fake=_gather_fwd_fake,
     launcher="restore_tokens:launch_gather_fwd",
+    native=native_rows,
 )
 gather_tokens_bwd = define_op(
     "gather_tokens_bwd(Tensor grad, Tensor ids_keep, Tensor? cu_seqlens, SymInt batch, SymInt length) -> Tensor",
@@ -223,7 +230,7 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
         check_cu_seqlens(cu_seqlens)
         _check_shape("cu_seqlens", cu_seqlens, (x.shape[0] + 1,), x)
         check_bounds(cu_seqlens, ids_keep.shape[0], "entries of ids_keep", x.shape[1])
-    if resolve_impl(impl, x.device, native_takes("gather_tokens_fwd", x)) == "reference":
+    if resolve_impl(impl, "gather_tokens_fwd", x.device, x) == "reference":
         return gather_tokens_reference(x, ids_keep, cu_seqlens=cu_seqlens)
     check_index_range("ids_keep", ids_keep, x.shape[1], "gather_tokens_fwd")
     rows = as_rows(x, cu_seqlens, {})
@@ -298,7 +305,8 @@ def restore_tokens(
     if shift is not None and scale is not None:
         _check_shape("shift", shift, (batch, width), x)
         _check_shape("scale", scale, (batch, width), x)
-    if resolve_impl(impl, x.device, _is_native(x, mask_token, position, shift, scale)) == "reference":
+    tensors = x, mask_token, position, shift, scale
+    if resolve_impl(impl, "restore_tokens_fwd", x.device, *tensors) == "reference":
         return restore_tokens_reference(
             x, mask_token, position, ids_restore, cu_seqlens=cu_seqlens, shift=shift, scale=scale, norm=norm, eps=eps
         )
@@ -318,12 +326,6 @@ def restore_tokens(
     out = _RestoreTokens.apply(rows.x, *fixed, shift, scale, norm == "rms", float(eps))  # type: ignore[no-untyped-call]
     shape = (*ids_restore.shape, width)
     return out.view(shape) if shift is None else (out[0].view(shape), out[1].view(shape))
-
-
-def _is_native(x: Tensor, mask_token: Tensor, position: Tensor, shift: Tensor | None, scale: Tensor | None) -> bool:
-    """Return whether a native kernel supports the tensors and all requested gradients."""
-    given = [x, mask_token, position, *(tensor for tensor in (shift, scale) if tensor is not None)]
-    return native_takes("restore_tokens_fwd", *given) and not needs_gradient(position)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmask.kernels._dispatch import _NATIVE_OPS, Impl, define_op, public_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
 from fastmask.kernels._layout import has_values, sample_of_row
 from fastmask.kernels.philox import philox_words
 
@@ -94,6 +94,7 @@ sample_mask_fwd = define_op(
     "int stream) -> (Tensor, Tensor)",
     fake=_fwd_fake,
     launcher="sample_mask:launch_fwd",
+    native=lambda length: length <= MAX_LENGTH,
 )
 
 
@@ -145,8 +146,7 @@ def sample_mask(
     for name, value in (("keep", keep), ("seed", seed), ("offset", offset)):
         if isinstance(value, Tensor) and not _is_on(value, device):
             raise ValueError(f"{name} must be on {device}, not on {value.device}")
-    native = "sample_mask_fwd" in _NATIVE_OPS and device.type == "cpu" and length <= MAX_LENGTH
-    if resolve_impl(impl, device, native) == "reference":
+    if resolve_impl(impl, "sample_mask_fwd", device, length) == "reference":
         return sample_mask_reference(batch, length, keep, seed=seed, offset=offset, device=device, total=total)
     if length > MAX_LENGTH:
         raise ValueError(

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, check_impl, define_native_op, native_takes, public_op
+from fastmask.kernels._dispatch import Impl, check_impl, define_op, public_op, takes_native
+from fastmask.kernels._layout import native_rows
 from fastmask.kernels._matmul import check_linear, product_dtype
 
 MAX_ROWS = 16  # above this a GEMM is as fast
@@ -25,11 +26,17 @@ def silu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(F.silu(x), weight, bias)
 
 
-silu_linear_fwd = define_native_op(
+def _native(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    few = 0 < x.shape[0] <= MAX_ROWS and product_dtype(x.device, weight) == torch.float32
+    return few and native_rows(x) and all(t.dtype == torch.float32 for t in (x, weight, bias))
+
+
+silu_linear_fwd = define_op(
     "silu_linear_fwd(Tensor x, Tensor weight, Tensor bias) -> Tensor",
     fake=lambda x, weight, bias: x.new_empty((x.shape[0], weight.shape[0])),
+    native=_native,
 )
-silu_linear_bwd = define_native_op(
+silu_linear_bwd = define_op(
     "silu_linear_bwd(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
     fake=lambda grad, x, weight: (torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])),
 )
@@ -73,9 +80,7 @@ def silu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = 
     check_linear(x, weight, bias)
     check_impl(impl)
     tensors = x, weight, bias
-    few = 0 < x.shape[0] <= MAX_ROWS and product_dtype(x.device, weight) == torch.float32
-    native = few and native_takes("silu_linear_fwd", *tensors) and all(t.dtype == torch.float32 for t in tensors)
-    if not native or impl == "reference":
+    if impl == "reference" or not takes_native("silu_linear_fwd", x.device, *tensors):
         return silu_linear_reference(x, weight, bias)
     y: Tensor = _SiluLinear.apply(*(t.contiguous() for t in tensors))  # type: ignore[no-untyped-call]
     return y

@@ -8,17 +8,22 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from fastmask.console import without_secrets
+from fastmask.data import Dataset
 from fastmask.data.config import DataConfig
-from fastmask.diffusion import EDM, Masking, ObjectiveConfig, Sampling
+from fastmask.diffusion import EDM, Denoiser, Masking, ObjectiveConfig, Sampling
 from fastmask.diffusion.processes import PROCESSES, AnyProcess
 from fastmask.fields import check_at_least, fixed, free, unknown
 from fastmask.models.maskdit import MaskDiT, MaskDiTConfig
 from fastmask.models.networks import NETWORKS, AnyNetwork
-from fastmask.training.ema import EMAConfig
+from fastmask.ranks import Ranks
+from fastmask.training.ema import EMA, EMAConfig
 from fastmask.training.machine import MachineConfig
 from fastmask.training.monitor import DivergenceConfig
 from fastmask.training.optim import OptimConfig
+from fastmask.training.step import TrainingStep
 
 _KINDS: dict[str, Mapping[str, Any]] = {"process": PROCESSES, "network": NETWORKS}
 
@@ -143,6 +148,30 @@ class TrainConfig(RunConfig):
 def build_model(config: TrainConfig, channels: int, size: int) -> MaskDiT:
     """Return a freshly initialised network for inputs of shape (channels, size, size)."""
     return config.network.build(channels, size, config.data.num_classes)
+
+
+def build_step(
+    config: TrainConfig,
+    net: Denoiser,
+    dataset: Dataset,
+    optimizer: torch.optim.Optimizer,
+    emas: Sequence[EMA],
+    ranks: Ranks,
+) -> TrainingStep:
+    """Return the training step; the other arguments are those of `TrainingStep`."""
+    return TrainingStep(
+        net,
+        dataset,
+        optimizer,
+        emas,
+        ranks,
+        machine=config.machine,
+        objective=config.objective,
+        per_sample=config.masking.per_sample,
+        batch_size=config.batch_size,
+        grad_clip=config.optim.grad_clip,
+        seed=config.seed,
+    )
 
 
 def fit_stages(config: TrainConfig, preset: TrainConfig, given: Collection[str] = ()) -> TrainConfig:

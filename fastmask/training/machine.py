@@ -5,10 +5,9 @@ from typing import Literal
 
 import torch
 
-from fastmask.cli import pick_device
 from fastmask.console import say
 from fastmask.fields import check_at_least, free
-from fastmask.ranks import Ranks, own_device
+from fastmask.ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,18 +43,17 @@ class MachineConfig:
         """Return the images per forward pass, for a batch size."""
         return min(self.micro_batch_size or batch_size, batch_size)
 
-    def resolved(self, ranks: Ranks, batch_size: int) -> "MachineConfig":
+    def resolved(self, device: torch.device, ranks: Ranks, batch_size: int) -> "MachineConfig":
         """Return the configuration of this process without "auto" and 0.
 
         Args:
+            device: the device of this process.
             ranks: rank and world size.
             batch_size: global batch size.
 
         Raises:
             ValueError: this machine cannot do what is asked, or the batch does not divide among the processes.
         """
-        device = own_device(pick_device(self.device), ranks)
-        precision = self._precision(device)
         share, rest = divmod(batch_size, ranks.count)
         if rest:
             raise ValueError(f"batch_size {batch_size} does not divide among {ranks.count} processes")
@@ -67,7 +65,7 @@ class MachineConfig:
         return dataclasses.replace(
             self,
             device=str(device),
-            precision=precision,
+            precision=self._precision(device),
             micro_batch_size=micro,
             compile=self._compile(device, ranks),
             cuda_graphs=self._cuda_graphs(device, ranks),

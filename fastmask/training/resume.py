@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmask.console import say, without_secrets
+from fastmask.diffusion import Origin
 from fastmask.files import atomic_write
 from fastmask.ranks import Ranks
 from fastmask.training.checkpoint import read_state, step_of
@@ -57,7 +58,9 @@ def changes_of(
     return {name: pair for name, pair in changed.items() if "free" not in rules[name]}
 
 
-def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint: str) -> list[dict[str, Any]]:
+def open_run(
+    config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint: str, origin: Origin
+) -> list[dict[str, Any]]:
     """Create the run folder, write `run.json`, and return the list of changes since the run began.
 
     Args:
@@ -65,6 +68,7 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint
         newest: the checkpoint to resume from, if there is one.
         ranks: rank and world size; rank 0 writes.
         fingerprint: hash of the dataset's content, which identifies it at any path.
+        origin: the dataset's VAE and names of classes.
 
     Raises:
         ValueError: the folder holds another run.
@@ -92,6 +96,8 @@ def open_run(config: TrainConfig, newest: Path | None, ranks: Ranks, fingerprint
         said = {
             "config": config.recorded(),
             "fingerprint": fingerprint,
+            "origin": dataclasses.asdict(origin),
+            "world_size": ranks.count,
             "changes": changes,
             "versions": versions(),
             "command": [without_secrets(argument) for argument in sys.argv],

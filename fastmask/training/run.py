@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from fastmask.console import get_console, say
 from fastmask.data import Dataset, batches
+from fastmask.data.dataset import origin_of
 from fastmask.data.images.replacing import BadImages
 from fastmask.data.loader import Batch
 from fastmask.data.store.verify import verifier_of
 from fastmask.diffusion import Denoiser, Sampling, draw_samples
 from fastmask.files import Presence, locked
+from fastmask.generation.decoding import Pictures
 from fastmask.gpus import Gpu, gpu_named
 from fastmask.models.counts import forward_macs
 from fastmask.ranks import Ranks, all_max, all_sum
@@ -30,7 +32,7 @@ from fastmask.training.checkpoint import (
     newest_good,
     step_of,
 )
-from fastmask.training.config import TrainConfig, build_model
+from fastmask.training.config import TrainConfig, build_model, build_step
 from fastmask.training.ema import EMA, PowerEMA
 from fastmask.training.monitor import DivergedError, check_spike
 from fastmask.training.optim import learning_rate, make_optimizer
@@ -38,7 +40,7 @@ from fastmask.training.parallel import shard
 from fastmask.training.profiling import profile_steps
 from fastmask.training.report import Report
 from fastmask.training.resume import open_run
-from fastmask.training.step import DTYPES, TrainingStep, eager
+from fastmask.training.step import DTYPES, eager
 
 _ROLLBACKS = 3  # per checkpoint; after that, other samples are unlikely to help
 _RECENT = 10  # number of reports whose median loss defines a spike
@@ -70,16 +72,18 @@ class Run:
         self.run_dir, device = Path(config.run_dir), torch.device(config.machine.device)
         newest = None if fresh else newest_good(self.run_dir, say)
         self.fingerprint = dataset.fingerprint()
-        self.changes = [] if fresh else open_run(config, newest, ranks, self.fingerprint)
+        self.changes = [] if fresh else open_run(config, newest, ranks, self.fingerprint, origin_of(dataset))
         self._verifier = None if fresh else verifier_of(dataset, ranks)
         channels, size, _ = dataset.shape
         self.net = Denoiser(build_model(config, channels, size), config.process).to(device)
+        self.net.origin = origin_of(dataset)
+        self._pictures = Pictures(self.net, config.run_dir)
         shard(self.net.model, config.machine.parallel, DTYPES.get(config.machine.precision), device, ranks)
         self.ema = EMA(self.net, config.ema.ema_decay, warmup=not config.init)
         self.profiles = [PowerEMA(self.net, width) for width in config.ema.ema_widths]
         averages = [self.ema, *self.profiles]
         self.optimizer = make_optimizer(self.net, config.optim, averages)
-        self.training = make_step(self.net, dataset, config, self.optimizer, averages, ranks)
+        self.training = build_step(config, self.net, dataset, self.optimizer, averages, ranks)
         self.stages = config.masking.stages(self.net.model.length, config.max_steps)
         self.step, self.samples = 0, 0
         self.recent: list[float] = []
@@ -326,33 +330,12 @@ class Run:
         try:
             with self.ema.applied(self.net), eager():
                 samples, columns = sample_grid(self.net, config.sampling, config.seed)
-            report.picture(self.step, self.run_dir / "samples" / f"step-{self.step:08d}.png", samples, columns)
+            if not self.ranks.rank:
+                images, kind = self._pictures(samples, torch.device(config.machine.device))
+                name = f"step-{self.step:08d}{kind}.png"
+                report.picture(self.step, self.run_dir / "samples" / name, images, columns)
         except (ValueError, OSError, RuntimeError) as error:  # a failed grid must not end the run
             say(f"no samples of step {self.step} were drawn: {error}")
-
-
-def make_step(
-    net: Denoiser,
-    dataset: Dataset,
-    config: TrainConfig,
-    optimizer: torch.optim.Optimizer,
-    emas: Sequence[EMA],
-    ranks: Ranks,
-) -> TrainingStep:
-    """Return the training step of a configuration; the other arguments are those of `TrainingStep`."""
-    return TrainingStep(
-        net,
-        dataset,
-        optimizer,
-        emas,
-        ranks,
-        machine=config.machine,
-        objective=config.objective,
-        per_sample=config.masking.per_sample,
-        batch_size=config.batch_size,
-        grad_clip=config.optim.grad_clip,
-        seed=config.seed,
-    )
 
 
 class Watch:
@@ -452,12 +435,5 @@ def sample_grid(net: Denoiser, sampling: Sampling, seed: int) -> tuple[Tensor, i
     columns = num_classes if 1 < num_classes <= 16 else 8
     index = torch.arange(8 * columns)
     labels = index % columns if columns == num_classes else index * num_classes // len(index)
-    samples = draw_samples(
-        net,
-        labels,
-        seed=seed,
-        num_steps=sampling.sample_steps,
-        cfg_scale=sampling.cfg_scale if num_classes else None,
-        solver=sampling.solver,
-    )
+    samples = draw_samples(net, labels, sampling if num_classes else sampling.unguided(), seed=seed)
     return samples, columns

@@ -1,9 +1,9 @@
 import pytest
 from networks import preset_network
 
-from fastmask.cost.plan import workload_of
 from fastmask.cost.predict import ASSUMED, predict_run, step_seconds
 from fastmask.cost.work import Memory, Work, work_of
+from fastmask.cost.workload import workload_of
 from fastmask.gpus import GPUS
 
 MFU = ASSUMED._replace(mfu=0.5)

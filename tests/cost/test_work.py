@@ -6,19 +6,18 @@ import pytest
 import torch
 from networks import preset_network
 
-import bench.model
-from bench.memory import high_water, per_image
-from bench.model import count_step
-from fastmask.cost.plan import workload_of
+from bench.instruments.memory import high_water, per_image
+from bench.instruments.model import count_step
 from fastmask.cost.predict import ASSUMED, predict_run
 from fastmask.cost.work import RESERVE, memory_of, work_of
+from fastmask.cost.workload import workload_of
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
 from fastmask.gpus import GPUS
 from fastmask.models.counts import num_parameters
 from fastmask.presets import PRESETS
-from fastmask.training.config import preset_config
+from fastmask.training.config import build_model, preset_config
 from fastmask.training.ema import EMA
 from fastmask.training.optim import make_optimizer
 
@@ -87,20 +86,12 @@ def test_high_water_is_that_of_a_step(probe, name, precision, checkpoint_blocks)
     assert kept == pytest.approx(between, rel=0.03)
 
 
-def test_recomputation_is_work_too(probe, monkeypatch):
-    build = bench.model.build_model
-
-    def build_checkpointing(*args):
-        model = build(*args)
-        model.checkpoint_blocks = True
-        return model
-
-    monkeypatch.setattr(bench.model, "build_model", build_checkpointing)
+def test_recomputation_is_work_too(probe):
     found = []
     for depth in (1, 2):
         config, model = probe("b2-in256", depth)
         work = work_of(model, config.masking.mask_ratio, "bf16", checkpoint_blocks=True)
-        counted = count_step("probe", "bf16")
+        counted = count_step("probe", "bf16", checkpoint_blocks=True)
         assert work.launches == counted.launches
         found.append((work, counted))
     for part in ("matmul_bytes", "other_bytes"):
@@ -124,7 +115,7 @@ def test_high_water_is_what_the_gpu_says(checkpoint_blocks):
     config = config.replace(ema_widths=(0.1,))
     before = torch.cuda.memory_allocated()
     with device:
-        net = Denoiser(bench.model.build_model(config, 4, 32), config.process)
+        net = Denoiser(build_model(config, 4, 32), config.process)
     model = net.model
     model.checkpoint_blocks = checkpoint_blocks
     averages = [EMA(net, config.ema.ema_decay), EMA(net, 0.99)]
@@ -166,14 +157,14 @@ def test_memory_by_part():
     memory, n = memory_of(model, 0.5, "bf16"), num_parameters(model)
     assert memory[:5] == (4 * n, 4 * n, 8 * n, 4 * n, 2 * n)
     assert memory_of(model, 0.5, "tf32").copy == 0
-    assert memory.activations / 1e6 == pytest.approx(147.1, abs=0.2)  # counted: `python -m bench.memory`
+    assert memory.activations / 1e6 == pytest.approx(147.1, abs=0.2)  # counted: `python -m bench.instruments.memory`
     most = memory.largest_batch(80e9)
     assert memory.fixed + most * memory.per_image <= 80e9 * (1 - RESERVE) < memory.fixed + (most + 1) * memory.per_image
     assert memory.largest_batch(1e9) == 0
     assert memory_of(model, 0.75, "bf16").activations < memory.activations
     assert memory_of(model, 0.5, "bf16", averages=3) == memory._replace(ema=12 * n)
     blocks = memory_of(model, 0.5, "bf16", checkpoint_blocks=True)
-    assert blocks.activations / 1e6 == pytest.approx(32.7, abs=0.1)  # `python -m bench.memory --checkpoint-blocks`
+    assert blocks.activations / 1e6 == pytest.approx(32.7, abs=0.1)  # the same with --checkpoint-blocks
     assert memory.recomputed == 0 < blocks.recomputed < memory.activations / 30
     assert blocks.largest_batch(80e9) > 3 * most
 

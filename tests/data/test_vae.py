@@ -139,5 +139,5 @@ def test_without_diffusers(monkeypatch):
         raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(ValueError, match=r"need diffusers: pip install diffusers \(--space pixel"):
+    with pytest.raises(ValueError, match=r"needs diffusers: pip install diffusers \(--space pixel"):
         Autoencoder("any", CPU)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from util import small_net
 
-from fastmask.diffusion import EDM, draw_samples
+from fastmask.diffusion import EDM, Sampling, draw_samples
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.7])
@@ -52,8 +52,8 @@ def test_too_few_steps(num_steps):
     message = f"num_steps must be at least 2, not {num_steps}"
     with pytest.raises(ValueError, match=message):
         EDM().times(num_steps)
-    with pytest.raises(ValueError, match=message):
-        draw_samples(small_net(), torch.tensor([0]), seed=0, num_steps=num_steps)
+    with pytest.raises(ValueError, match=f"--sample-steps must be at least 2, not {num_steps}"):
+        draw_samples(small_net(), torch.tensor([0]), Sampling(sample_steps=num_steps), seed=0)
 
 
 @pytest.mark.parametrize("levels", [{"sigma_min": 0.0}, {"sigma_min": -1.0}, {"sigma_max": 0.001}, {"rho": 0.0}])

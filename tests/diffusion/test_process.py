@@ -28,6 +28,9 @@ class Cosine(Process):
     def coefficients(self, t):
         return Coefficients(torch.ones_like(t), t, 1 / t.cos(), -t.tan(), 1 / t.tan().square())
 
+    def time_at(self, level):
+        return level.atan()
+
     def slope(self, x, denoised, t):
         return -t.sin() * denoised + t.cos() * (x - t.cos() * denoised) / t.sin()
 
@@ -66,4 +69,4 @@ def test_solvers_follow_it(solver):
     ends = [SOLVERS[solver](lambda x, t: point, process, noise, process.times(n)) for n in (20, 200)]
     errors = [relative_error(end, point) for end in ends]
     assert errors[1] < 1e-2
-    assert errors[1] < errors[0] / 5
+    assert errors[1] <= errors[0] / 5  # DPM-Solver++ is exact here

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.compile import ARCHITECTURES, Compiled, complaint
+from bench.instruments.compile import ARCHITECTURES, Compiled, complaint
 
 ROOT = Path(__file__).parent.parent.parent
 KERNELS = ROOT / "fastmask" / "kernels" / "_triton"
-# What is compiled, and which launchers were called to find it; after the table of `bench.compile` itself.
+# What is compiled, and which launchers were called to find it; after the table of `bench.instruments.compile` itself.
 LISTING = """
 import functools, importlib, inspect, json, pkgutil
 from fastmask.kernels import _triton
@@ -33,7 +33,7 @@ for info in pkgutil.iter_modules(_triton.__path__):
         if name.startswith("launch") and inspect.isfunction(value):
             setattr(module, name, counted(f"{info.name}.{name}", value))
 
-from bench import compile as bench
+from bench.instruments import compile as bench
 found = list(bench.sources())  # which takes a while: once for both
 bench.sources = lambda: iter(found)
 code = bench.main()
@@ -151,13 +151,13 @@ def test_what_is_wrong_is_said():
     ],
 )
 def test_mistakes_get_code_2(arguments, environment, message):
-    done = run("-m", "bench.compile", *arguments, **environment)
+    done = run("-m", "bench.instruments.compile", *arguments, **environment)
     assert done.returncode == 2
     assert message in done.stderr
 
 
 def test_a_case_that_is_not_there_is_refused():
-    empty = "import bench.compile as b; b.sources = lambda: iter(()); b.main()"
+    empty = "import bench.instruments.compile as b; b.sources = lambda: iter(()); b.main()"
     done = run("-c", empty, "--case", "another")
     assert done.returncode == 2
     assert "no case begins with 'another'" in done.stderr

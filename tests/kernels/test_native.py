@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from calls import CALLS
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastmask.kernels
 from fastmask.kernels import (
     Mask,
     backends,
@@ -135,3 +138,66 @@ def test_nan_and_infinity_pass_through():
     assert gelu_bwd(torch.ones(16), x)[0][0].isnan()
     h, _ = modulate_norm_fwd(x[None], torch.zeros(1, 16), torch.zeros(1, 16), None, False, 1e-6, torch.float32)
     assert h.isnan().all()
+
+
+NATIVE = [row.op for row in backends() if row.kernel == "native"]
+
+
+class Called(TorchDispatchMode):
+    """Records whether an op of this library was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.fused |= func.namespace == "fastmask"
+        return func(*args, **(kwargs or {}))
+
+
+def wide(given):
+    return {
+        name: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for name, t in given.items()
+    }
+
+
+def with_gradient(*names):
+    return lambda given: {name: t.requires_grad_() if name in names else t for name, t in given.items()}
+
+
+def odd_width(given):
+    return {name: t[..., :5] if name in ("x", "branch", "gate", "shift", "scale") else t for name, t in given.items()}
+
+
+REFERENCE = [
+    *((op, wide) for op in NATIVE if op not in ("adamw_ema", "sample_mask")),
+    *((op, odd_width) for op in ("add_gated_norm", "gather_tokens", "modulate_norm")),
+    ("silu_linear", lambda given: given | {"x": given["x"].repeat(6, 1)}),  # 18 rows
+    ("silu_linear", lambda given: {name: t.bfloat16() for name, t in given.items()}),
+    ("masked_loss", lambda given: given | {"c_out": given["c_out"].bfloat16()}),
+    ("adamw_ema", lambda given: given | {name: [t.double() for t in given[name]] for name in ("params", "grads")}),
+    ("sample_mask", lambda given: given | {"length": 16385}),
+    *(("embed_kept_patches", with_gradient(name)) for name in ("position", "image_scale")),
+    *(("masked_loss", with_gradient(name)) for name in ("images", "noised", "c_skip", "c_out", "weight")),
+    ("restore_tokens", with_gradient("position")),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("op", NATIVE)
+def test_a_native_kernel_is_the_default_where_it_takes_the_call(op, packed):
+    with Called() as called:
+        getattr(fastmask.kernels, op)(**CALLS[op](packed))
+    assert called.fused
+
+
+@pytest.mark.parametrize(("op", "change"), REFERENCE)
+def test_elsewhere_the_reference_is(op, change):
+    given = change(CALLS[op](False))
+    with Called() as called:
+        getattr(fastmask.kernels, op)(**given)
+    assert not called.fused
+    if any(isinstance(t, torch.Tensor) and t.requires_grad for t in given.values()):
+        with torch.no_grad(), Called() as called:
+            getattr(fastmask.kernels, op)(**given)
+        assert called.fused

@@ -17,10 +17,9 @@ from fastmask.data.loader import Batch
 from fastmask.diffusion import EDM, Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.models.maskdit import MaskDiTConfig
 from fastmask.ranks import Ranks
-from fastmask.training.config import TrainConfig, build_model
+from fastmask.training.config import TrainConfig, build_model, build_step
 from fastmask.training.ema import EMA, PowerEMA
 from fastmask.training.optim import make_optimizer
-from fastmask.training.run import make_step
 
 SMALL = TrainConfig.of(
     data="synthetic",
@@ -54,7 +53,7 @@ class Training:
         self.net = Denoiser(build_model(config, *dataset.shape[:2]), EDM()).to(device)
         self.emas = [EMA(self.net, config.ema.ema_decay), PowerEMA(self.net, 0.1)]
         self.optimizer = make_optimizer(self.net, config.optim, self.emas)
-        self.step = make_step(self.net, dataset, config, self.optimizer, self.emas, Ranks())
+        self.step = build_step(config, self.net, dataset, self.optimizer, self.emas, Ranks())
         self.data: Iterator[Batch] = batches(
             dataset, batch_size=config.micro_batch, seed=0, start=0, stop=10**6, num_workers=0, device=device
         )

@@ -50,6 +50,7 @@ class ImageDataset:
         side = vae.side(image_size) if vae else image_size
         self.shape = (vae.channels if vae else source.channels, side, side)
         self.num_classes = len(self.class_names)
+        self.latents = vae.space if vae else None
         self._count, self._size, self._flip = len(source), image_size, flip
         self._decode = ImageReader(source, image_size)
         self._keep_jpegs = ImageReader(source, image_size, keep_jpegs=True)

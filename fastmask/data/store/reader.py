@@ -17,6 +17,7 @@ from fastmask.data.foreign.npy import parse_header
 from fastmask.data.images.pixels import images_of
 from fastmask.data.latents import ScaledBy, Scaling, all_finite, latents_of
 from fastmask.data.store.manifest import DATA_OFFSET, Manifest, Shard, StoredFile, first_few, read_manifest, sha256_of
+from fastmask.diffusion.origin import LatentSpace
 from fastmask.files import open_regular
 
 _OPEN_SHARDS = 256  # mapped at the same time; each takes two file descriptors
@@ -69,6 +70,14 @@ class StoreDataset:
         self.num_classes = manifest.num_classes if num_classes is None else num_classes
         self.class_names = manifest.class_names[: self.num_classes]
         self.class_names += [str(label) for label in range(len(self.class_names), self.num_classes)]
+
+    @property
+    def latents(self) -> LatentSpace | None:
+        """The latents that the input is of, None for pixels."""
+        stored = self.manifest
+        if stored.kind == "pixels":
+            return None
+        return LatentSpace(vae=stored.vae, sha256=stored.vae_sha256, scale=stored.scale, shift=stored.shift)
 
     def __len__(self) -> int:
         return self.manifest.count * self._copies
