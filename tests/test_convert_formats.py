@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from plain_dit import SIZES, PlainDiT
 from test_folder import draw_elsewhere
 from test_train import run, weights
-from util import golden, small_net
+from util import files_of_at_most, golden, small_net
 
 from fastmask import VP, load_maskdit
 from fastmask.cli import run_command
@@ -78,9 +79,32 @@ def test_a_run_becomes_a_folder_that_draws_the_same(run_dir, tmp_path, capsys):
     torch.testing.assert_close(drawn, exact, rtol=0, atol=1e-4)
 
 
+def test_an_upload_is_asked_for(run_dir, tmp_path, monkeypatch, capsys):
+    calls = []
+    hub = types.SimpleNamespace(create_repo=lambda name, exist_ok: calls.append(name))
+    hub.upload_folder = lambda repo_id, folder_path: calls.append(folder_path) or f"https://hub/{repo_id}"
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    main([str(run_dir), "--out", str(tmp_path / "a")])
+    assert calls == []
+    main([str(run_dir), "--out", str(tmp_path / "b"), "--push-to-hub", "me/it"])
+    assert calls == ["me/it", str(tmp_path / "b")]
+    assert said(capsys).endswith("uploaded: https://hub/me/it")
+
+
 def test_raw_weights_and_a_checkpoint(run_dir, tmp_path):
     main([str(run_dir / "checkpoints"), "--weights", "raw", "--out", str(tmp_path / "a.safetensors")])
     assert_same(load_maskdit(tmp_path / "a.safetensors").state_dict(), weights(run_dir))
+
+
+@pytest.mark.parametrize("out", ["a.pt", "a.safetensors", "a"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(run_dir, tmp_path, out, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["convert", str(run_dir), "--out", str(tmp_path / out)])
+    with pytest.raises(SystemExit) as stop, files_of_at_most(5000):
+        run_command("fastmask.convert", main)
+    lines = capfd.readouterr().err
+    assert (stop.value.code, len(lines.splitlines())) == (2, 1), lines
+    assert f"--out {tmp_path / out} cannot be written: " in lines
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("how", [["--kind", "dit"], "dit:"])

@@ -19,6 +19,7 @@ _REQUIRED = {
     "attention_bias": True,
     "norm_elementwise_affine": False,
 }
+_MOST_SAMPLE = 4096
 _LARGEST_EPS = 1e-5  # of a norm of tokens whose variance is about 1
 # Names outside of the blocks, and in a block.
 _OUTER = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1"}
@@ -59,6 +60,8 @@ def from_diffusers(
             found[f"{_OUTER.get(stem, stem)}.{kind}"] = tensor
     for index in sorted(blocks):
         found |= _block(index, blocks[index], blocks[min(blocks)])
+    if found["x_embedder.proj.weight"].ndim != 4:
+        raise ValueError(f"{FIRST} has shape {tuple(found['x_embedder.proj.weight'].shape)}")
     width, side = found["x_embedder.proj.weight"].shape[0], int(config["sample_size"]) // patch
     found["pos_embed"] = sincos_position(side, side, width)
     converted, notes = from_dit(found)
@@ -85,24 +88,33 @@ def _check(config: Mapping[str, Any]) -> tuple[int, int]:
     numbers = [config.get(name) for name in ("num_attention_heads", "patch_size", "sample_size")]
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError("its config.json lacks a usable num_attention_heads, patch_size or sample_size")
+    if config["sample_size"] > _MOST_SAMPLE or config["sample_size"] % config["patch_size"]:
+        raise ValueError(f"its sample_size is {config['sample_size']}, and its patch_size {config['patch_size']}")
     return numbers[0], numbers[1]  # type: ignore[return-value]
 
 
 def _block(index: int, block: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a block's weights under DiT's names; those of the embedders are in the first block's."""
     found: dict[str, Tensor] = {}
+    missing = [name for name in first if name.startswith("norm1.emb.") and name not in block]
+    if missing:
+        raise ValueError(f"transformer_blocks.{index}.{missing[0]} is missing")
     for name, tensor in block.items():
         stem, _, kind = name.rpartition(".")
         embedder = _EMBEDDERS.get(stem.removeprefix("norm1.emb."))
         if embedder:
-            if name not in first or not torch.equal(tensor, first[name]):
+            copy = first.get(name, tensor.new_empty(0))
+            if tensor.dtype != copy.dtype or not torch.equal(tensor, copy):
                 raise ValueError(f"transformer_blocks.{index}.{name} differs from the copy in the first block")
             found[f"{embedder}.{kind}"] = tensor
         elif not stem.startswith("attn1.to_") or stem == "attn1.to_out.0":
             found[f"blocks.{index}.{_INNER.get(stem, stem)}.{kind}"] = tensor
     for kind in ("weight", "bias"):
         parts = [block.get(f"attn1.to_{part}.{kind}") for part in "qkv"]
-        if any(part is None for part in parts):
-            raise ValueError(f"transformer_blocks.{index} lacks a {kind} of attn1.to_q, to_k or to_v")
-        found[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat(parts)  # type: ignore[arg-type]
+        joined = [part for part in parts if part is not None and part.ndim]
+        if len({part.shape for part in joined}) != 1 or len(joined) != len(parts):
+            raise ValueError(
+                f"transformer_blocks.{index} lacks a {kind} of attn1.to_q, to_k or to_v, or they differ in shape"
+            )
+        found[f"blocks.{index}.attn.qkv.{kind}"] = torch.cat(joined)
     return found

@@ -48,8 +48,10 @@ def from_dit(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
     if other:
         raise ValueError(f"it has {other}, which a DiT does not have")
     found, notes = dict(weights), []
+    if found["x_embedder.proj.weight"].ndim != 4:
+        raise ValueError(f"x_embedder.proj.weight has shape {tuple(found['x_embedder.proj.weight'].shape)}")
     width, channels, patch, _ = found["x_embedder.proj.weight"].shape
-    table, rows = found.get(_TABLE), len(found[_HEAD[1]])
+    table, rows = found.get(_TABLE), found[_HEAD[1]].numel()
     if found[_TIME_BIAS].shape != (width,) or found[_HEAD[0]].shape != (rows, width):
         raise ValueError(f"{_TIME_BIAS} or {_HEAD[0]} has another shape than those of a width of {width}")
     if table is not None:

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastmask import VP, load_maskdit
 from fastmask.kernels import unpatchify
@@ -79,6 +80,8 @@ def test_its_frequencies_are_not_those_of_dit():
         ({"attention_bias": False}, "its attention_bias is False"),
         ({"norm_eps": 1e-3}, "its norm_eps is 0.001, and at most 1e-05 is read"),
         ({"num_attention_heads": "2"}, "lacks a usable num_attention_heads"),
+        ({"sample_size": 10**9}, "its sample_size is 1000000000, and its patch_size 2"),
+        ({"sample_size": 9}, "its sample_size is 9, and its patch_size 2"),
     ],
     ids=str,
 )
@@ -99,6 +102,20 @@ def test_weights_that_are_not_read(model):
     lacking = {name: tensor for name, tensor in weights.items() if name != "proj_out_2.bias"}
     with pytest.raises(ValueError, match=r"final_layer\.linear\.bias is missing"):
         from_diffusers(lacking, config)
+
+
+def test_tensors_of_other_shapes_are_refused(tmp_path, model):
+    """Whichever it is."""
+    weights, config = parts(model)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in weights:
+        for tensor in (None, torch.tensor(1.0), torch.ones(3), torch.ones(2, 3, 1)):
+            changed = {key: value for key, value in weights.items() if key != name}
+            changed |= {} if tensor is None else {name: tensor}
+            save_file(changed, tmp_path / "diffusion_pytorch_model.safetensors")
+            with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors") as error:
+                load_maskdit(tmp_path)
+            assert "\n" not in str(error.value)
 
 
 def test_another_schedule_of_the_pipeline_is_refused(tmp_path, model):

@@ -110,3 +110,18 @@ def test_other_architectures_are_refused(sizes, extra, message):
         return
     with pytest.raises(ValueError, match=message):
         load_maskdit(weights, num_heads=2, kind="dit")
+
+
+@pytest.mark.parametrize("kind", ["dit", "sit"])
+def test_tensors_of_other_shapes_are_refused(kind):
+    """Whichever it is."""
+    weights = PlainDiT(**SIZES).state_dict()
+    for name in weights:
+        for tensor in (None, torch.tensor(1.0), torch.ones(3), torch.ones(2, 3, 1)):
+            changed = {key: value for key, value in weights.items() if key != name}
+            changed |= {} if tensor is None else {name: tensor}
+            if (name, tensor) == ("y_embedder.embedding_table.weight", None):
+                continue  # a network without classes
+            with pytest.raises(ValueError, match="the given mapping") as error:
+                load_maskdit(changed, num_heads=2, kind=kind)
+            assert "\n" not in str(error.value)
