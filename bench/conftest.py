@@ -20,7 +20,7 @@ from bench.instruments.cases import PRESET, figures, forms, make
 from bench.instruments.progress import Progress, PytestScreen
 from bench.ops import OPS, shapes_of
 from bench.report.entries import Entries, replayed
-from bench.report.tables import kernels, loaders
+from bench.report.tables import kernels, loaders, sampling
 from bench.train.table import Table
 
 ROUNDS = {"cuda": 50, "cpu": 10}
@@ -29,6 +29,7 @@ _MEASURED = pytest.StashKey[list]()
 _MISSING = pytest.StashKey[list]()
 _LOADED = pytest.StashKey[list]()
 _STEPS = pytest.StashKey[Table]()
+_SAMPLED = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
@@ -38,7 +39,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[_MEASURED], config.stash[_MISSING], config.stash[_LOADED] = [], [], []
-    config.stash[_STEPS] = Table()
+    config.stash[_STEPS], config.stash[_SAMPLED] = Table(), []
     # Fewer columns of pytest-benchmark's table by default, to fit a terminal.
     config.option.benchmark_columns = config.option.benchmark_columns or ["min", "median", "rounds"]
 
@@ -127,6 +128,23 @@ def noted(benchmark, entries, run_id, request):
     return note
 
 
+@pytest.fixture
+def sampled(benchmark, entries, run_id, request):
+    """Record and store a sampler's times, unless benchmarks are disabled."""
+
+    def record(case, variant, times, device):
+        timing = rows.timing(times)
+        found = {**timing._asdict(), "images_per_s": round(case["batch"] / timing.median_ms * 1e3, 4), "run": run_id}
+        entries.add(variant, times, group=f"sampling, {case['size']}", about={**case, **found})
+        if benchmark.disabled:
+            return
+        request.config.stash[_SAMPLED].append((case, variant, found))
+        if request.config.getoption("rows"):
+            rows.append({"bench": "sampling", "case": case, "variant": variant, **found}, device)
+
+    return record
+
+
 @pytest.fixture(scope="session")
 def bandwidth():
     """Bytes per second of a plain copy, once per session."""
@@ -173,6 +191,7 @@ def pytest_terminal_summary(terminalreporter, config):
         "kernels: median [20th, 80th percentile]": kernels(config.stash[_MEASURED]),
         "not run": absent,
         "loaders: images/s, and ms [20th, 80th percentile] of a batch": loaders(config.stash[_LOADED]),
+        "sampling: ms [20th, 80th percentile] of a batch": sampling(config.stash[_SAMPLED]),
         f"training steps on {rows.machine(rows.default_device())['device']}": [*config.stash[_STEPS].lines()],
     }
     for title, lines in sections.items():

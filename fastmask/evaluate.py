@@ -1,93 +1,294 @@
-"""`python -m fastmask.evaluate RUN`: evaluates the generated digits of a run against real ones, with figures."""
+"""`python -m fastmask.evaluate SOURCE`: compares samples of a network, or a folder of images, with real images."""
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
-from fastmask.cli import fail, parse, run_command
+from fastmask.cli import fail, parse, pick_device, run_command
 from fastmask.console import say
-from fastmask.data.in_memory import load_digits
-from fastmask.diffusion import Sampling, draw_samples
-from fastmask.diffusion.weights import load_maskdit
+from fastmask.diffusion import Sampling
+from fastmask.diffusion.foreign import split_kind
+from fastmask.diffusion.weights import Kind
+from fastmask.evaluation.compare import FEW
+from fastmask.evaluation.evaluator import Draws, Evaluator, Outcome, check_shape, own_extractor
+from fastmask.evaluation.features import Dinov2, Extractor, Inception
+from fastmask.evaluation.images import ImageSet, Statistics, holds_statistics, open_images
 from fastmask.files import atomic_write
-from fastmask.ranks import require_one_process
-from fastmask.rundir import find_checkpoint, locate, step_of
-from fastmask.training.report import read_stats
+from fastmask.generation.model import Model, load
+from fastmask.ranks import Ranks, own_device, require_one_process
+from fastmask.rundir import find_checkpoint, is_source, locate, read_state, step_of
+from fastmask.training.report import read_stats, versions
 
 try:
-    from fastmask.evaluation.digits import draw_digits, draw_loss, judge, rows_of
+    from fastmask.evaluation.figures import draw_comparison, draw_loss
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    fail("fastmask.evaluate", f"{error.name} is not installed: pip install matplotlib scipy scikit-learn")
+    fail("fastmask.evaluate", f"{error.name} is not installed: pip install matplotlib scikit-learn")
+
+_FID_SAMPLES = 50_000
+_OWN_SAMPLES = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Arguments of the evaluation."""
 
-    run_dir: tyro.conf.Positional[str]
-    """Folder of a run on the digits dataset, or one of its checkpoints/step-N."""
-    cfg_scale: float = 2.0
-    """Classifier-free guidance scale; 1 disables guidance."""
-    num_steps: int = 18
-    """Number of steps of the solver."""
+    source: tyro.conf.Positional[str]
+    """What to evaluate: a run folder, a checkpoint or weights, which are sampled; or a folder or .npz of images."""
+    reference: str = ""
+    """Real images: a dataset, as --data of training takes them, an .npz of ADM's evaluator, or statistics (`mu`,
+    `sigma`). Default: the dataset of the run, with a part held out."""
+    extractor: Literal["classifier", "inception", "dinov2"] = "classifier"
+    """Features that are compared: of a classifier trained on the dataset itself, of Inception v3 (FID), or of
+    DINOv2."""
+    extractor_weights: str = ""
+    """Weights of inception or dinov2. Default: their cache; nothing is downloaded."""
+    num_samples: int = 0
+    """Number of samples. 0: 50,000 for inception and dinov2; for classifier the number of held-out images."""
+    weights: Kind = "ema"
+    """Weights to sample with: the averaged weights (ema) or the trained ones (raw)."""
+    sampling: Sampling = Sampling()  # noqa: RUF009  (immutable)
+    """Solver and guidance."""
     seed: int = 0
-    """Seed of the noise."""
+    """Seed of the noise; sample i depends on the seed and i only."""
+    batch_size: int = 256
+    """Number of samples per batch."""
+    vae: str = ""
+    """Folder or name of a diffusers AutoencoderKL that decodes latents, for inception and dinov2. Default: the VAE that
+    the run recorded."""
+    extrapolate: bool = False
+    """Add the Frechet distance extrapolated to infinitely many samples."""
+    image_size: int = 0
+    """Side to which images of a folder are resized and cropped. 0: their own, or the network's."""
+    out: str = ""
+    """File of the results. Default: evaluation.json in the run folder, or here."""
+    device: str = "auto"
+    """Device: cuda or cpu. auto: the GPU if there is one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """The network under evaluation, and the run that it is from, if there is one."""
+
+    model: Model
+    decoded: bool
+    checkpoint: Path | None = None
+    run_dir: Path | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def batches(self, draws: Draws) -> Iterator[Tensor]:
+        """Yield samples, as the extractor takes them."""
+        model = self.model
+        ids = list(range(max(model.num_classes, 1)))
+        sampling = draws.sampling if model.num_classes else draws.sampling.unguided()
+
+        def draw(first: int, count: int) -> Tensor:
+            samples = model.draw(ids, first, count, sampling, seed=draws.seed)
+            return model.decoder(samples) if self.decoded else samples
+
+        return draws.batches(draw)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Evaluate a run, and write `summary.json`, `digits.png` and `loss.png` to its folder."""
-    description = "Evaluate a run on the digits dataset."
+    """Evaluate, print the metrics, and write them with their protocol, and pictures, to files."""
+    description = "Compare samples of a network, or a folder of images, with real images."
     config = parse(EvaluateConfig, argv, prog="python -m fastmask.evaluate", description=description)
     require_one_process("fastmask.evaluate")
-    place = locate(config.run_dir)
-    if place.run is None or place.file:
-        raise ValueError(f"{config.run_dir} is not the folder of a run: name the --run-dir that it was trained with")
-    run_dir, checkpoint = place.run, find_checkpoint(place, ("ema.safetensors", "state.json"), say)
-    net = load_maskdit(checkpoint).eval()
-    model = net.model
-    if (model.in_channels, model.input_size, model.num_classes) != (1, 8, 10):
-        raise ValueError(
-            f"{run_dir} was not trained on the digits and their labels: this command knows no other data yet"
+    check(config)
+    device = own_device(pick_device(config.device), Ranks())
+    if is_source(config.source):
+        subject = _subject(config, device)
+        evaluator = _evaluator_of_network(config, subject, device)
+        draws = Draws(config.sampling, _count(config, evaluator), config.seed, config.batch_size)
+        batches, labels = subject.batches(draws), draws.labels(subject.model.num_classes)
+    else:
+        subject, images = None, open_images(config.source, config.image_size)
+        reference = _reference(config, images.shape[1])
+        if isinstance(reference, ImageSet):
+            images = images.like(reference)
+        learned = reference.split()[0] if isinstance(reference, ImageSet) else None
+        evaluator = Evaluator(_extractor(config, learned, device), reference)
+        batches, labels = (part for part, _ in images.batches(config.batch_size)), images.labels()
+    outcome = evaluator.images(batches, labels, extrapolate=config.extrapolate)
+    _write(config, subject, evaluator, outcome)
+
+
+def check(config: EvaluateConfig) -> None:
+    """Raise a ValueError for the first invalid argument, before anything is read."""
+    config.sampling.check()
+    for flag, value, lowest in (
+        ("--num-samples", config.num_samples, 0),
+        ("--batch-size", config.batch_size, 1),
+        ("--image-size", config.image_size, 0),
+        ("--seed", config.seed, 0),
+    ):
+        if value < lowest:
+            raise ValueError(f"{flag} must be at least {lowest}, not {value}")
+    if config.extractor_weights and config.extractor == "classifier":
+        raise ValueError("--extractor-weights are those of inception or dinov2: give --extractor")
+    if not is_source(config.source) and not config.reference:
+        raise ValueError(f"{config.source} holds images, which are compared with real ones: name these by --reference")
+
+
+def _subject(config: EvaluateConfig, device: torch.device) -> _Subject:
+    place = locate(split_kind(config.source)[1])
+    checkpoint = None
+    if not place.file and (place.run or place.checkpoint):
+        name = f"{'ema' if config.weights == 'ema' else 'model'}.safetensors"
+        checkpoint = find_checkpoint(place, (name, "state.json"), say)
+    model = load(checkpoint or config.source, weights=config.weights, device=device, vae=config.vae, compile="auto")
+    decoded = config.extractor != "classifier" and model.decoder.from_latents
+    if decoded:
+        model.decoder.load(device)  # what is missing is missed before the work
+    if checkpoint is None:
+        return _Subject(model, decoded)
+    return _Subject(model, decoded, checkpoint, place.run, read_state(checkpoint).get("config", {}))
+
+
+def _evaluator_of_network(config: EvaluateConfig, subject: _Subject, device: torch.device) -> Evaluator:
+    """Open the real images, and return the evaluator; a ValueError if something is missing or does not fit."""
+    run, model = subject.config, subject.model.net.model
+    encodes = run.get("data_source") == "images"  # the run's dataset are images, which a VAE encodes
+    training = None
+    if "data" in run and (encodes or not subject.decoded):
+        vae = run["vae"] if encodes and not subject.decoded else ""
+        training = open_images(run["data"], run["image_size"], run["num_classes"] or None, vae, device)
+    if config.reference:
+        reference = _reference(config, run.get("image_size") or model.input_size)
+        learned = training or (reference.split()[0] if isinstance(reference, ImageSet) else None)
+    elif training is not None:
+        training, reference = training.split()
+        learned = training
+    elif subject.decoded:
+        raise ValueError(f"{config.source} was trained on latents: name the real images by --reference")
+    else:
+        raise ValueError(f"{config.source} names no dataset to compare its samples with: name one by --reference")
+    if not subject.decoded and isinstance(reference, ImageSet):
+        check_shape((model.in_channels, model.input_size, model.input_size), reference)
+    return Evaluator(_extractor(config, learned, device), reference, training)
+
+
+def _reference(config: EvaluateConfig, side: int) -> ImageSet | Statistics:
+    path = Path(config.reference)
+    if holds_statistics(path) and config.extractor == "inception":
+        return Statistics(path)
+    return open_images(config.reference, side if path.is_dir() else 0)
+
+
+def _extractor(config: EvaluateConfig, training: ImageSet | None, device: torch.device) -> Extractor:
+    if config.extractor == "inception":
+        return Inception(config.extractor_weights, device)
+    if config.extractor == "dinov2":
+        return Dinov2(config.extractor_weights, device)
+    if training is None:
+        raise ValueError("--extractor classifier learns from images, not from statistics: name images by --reference")
+    return own_extractor(training, device)
+
+
+def _count(config: EvaluateConfig, evaluator: Evaluator) -> int:
+    if config.num_samples:
+        return config.num_samples
+    if config.extractor != "classifier":
+        return _FID_SAMPLES
+    assert isinstance(evaluator.reference, ImageSet)
+    return min(len(evaluator.reference), _OWN_SAMPLES)
+
+
+def _write(config: EvaluateConfig, subject: _Subject | None, evaluator: Evaluator, outcome: Outcome) -> None:
+    """Write the metrics with their protocol and the figures, and print what was found."""
+    run_dir = subject.run_dir if subject else None
+    out = Path(config.out) if config.out else (run_dir or Path()) / "evaluation.json"
+    results: dict[str, Any] = {**outcome.metrics}
+    figures = [out.with_name("comparison.png")]
+    if subject and subject.checkpoint and run_dir:
+        step = step_of(subject.checkpoint)
+        results["step"] = step
+        stats = read_stats(run_dir, step)
+        if stats:
+            results["images_per_s"] = round(float(np.median([line["images_per_s"] for line in stats])), 1)
+            results["train_s"] = round(stats[-1]["train_s"], 1)
+            figures.append(out.with_name("loss.png"))
+            draw_loss(figures[-1], stats)
+    results["protocol"] = _protocol(config, subject, evaluator, outcome.samples)
+    with atomic_write(out) as partial:
+        partial.write_text(json.dumps(results, indent=2) + "\n")
+    if outcome.images.shape[1] in (1, 3) and isinstance(evaluator.reference, ImageSet):
+        real, real_labels = next(evaluator.reference.batches(len(outcome.images)))
+        known = real_labels if evaluator.reference.num_classes else None
+        names = evaluator.reference.dataset.class_names
+        draw_comparison(figures[0], outcome.images, outcome.labels, real, known, names)
+    else:
+        figures.pop(0)
+    for line in lines_of(outcome.metrics, evaluator, outcome.samples):
+        say(line)
+    for path in (out, *figures):
+        say(f"wrote {path}")
+
+
+def lines_of(metrics: dict[str, float], evaluator: Evaluator, count: int) -> list[str]:
+    """Return the metrics in sentences for the console."""
+    names = evaluator.extractor.names
+    frechet = names["frechet"]
+    title = "Frechet distance" if frechet == "frechet" else frechet.upper().replace("_", " ")
+    first = f"{title} {metrics[frechet]:.2f} of {count:,} images to {evaluator.reference.name}"
+    if "frechet_held_out" in metrics:
+        first += f" (of training images: {metrics['frechet_held_out']:.2f})"
+    lines = [first]
+    if count < FEW:
+        bias = metrics[f"{frechet}_bias"]
+        lines.append(
+            f"with fewer than {FEW:,} images this distance is too large, here by about {bias:.2g}: compare it at equal "
+            f"numbers only (--extrapolate estimates its limit)"
         )
-    step = step_of(checkpoint)
-    stats = read_stats(run_dir, step)
-    if not stats:
-        raise ValueError(f"{run_dir} reported nothing up to its checkpoint of step {step}: train on to its next report")
-    # Sample as many digits as there are held-out scans, and compare them.
-    real = load_digits()
-    labels = torch.arange(len(real.held_out_labels)) % 10
-    sampling = Sampling(sample_steps=config.num_steps, cfg_scale=config.cfg_scale)
-    samples = draw_samples(net, labels, sampling, seed=config.seed).clamp(-1, 1)
-    summary = {
-        **judge(rows_of(samples), labels.numpy(), real),
-        "images_per_s": round(float(np.median([line["images_per_s"] for line in stats])), 1),
-        "train_s": round(stats[-1]["train_s"], 1),
-        "cfg_scale": config.cfg_scale,
-        "num_steps": config.num_steps,
-        "step": step,
+    if f"{frechet}_infinity" in metrics:
+        lines.append(f"extrapolated to infinitely many images: {metrics[f'{frechet}_infinity']:.2f}")
+    if "agreement" in metrics:
+        lines.append(
+            f"agreement {metrics['agreement']:.1%} of generated images with their class (the classifier reads "
+            f"{metrics['classifier_accuracy']:.1%} of real ones)"
+        )
+    if "distance_ratio" in metrics:
+        lines.append(
+            f"distance ratio {metrics['distance_ratio']:.2f} (1: as far from the training images as held-out ones are; "
+            f"near 0: copies)"
+        )
+    others = [
+        name
+        for name in ("sfid", "is", names["kernel"], "precision", "recall", "density", "coverage")
+        if name in metrics
+    ]
+    if others:
+        lines.append("  |  ".join(f"{name.replace('_', ' ')} {metrics[name]:.4g}" for name in others))
+    return lines
+
+
+def _protocol(config: EvaluateConfig, subject: _Subject | None, evaluator: Evaluator, count: int) -> dict[str, Any]:
+    """Return everything that another evaluation must have in common for its numbers to be comparable."""
+    reference = evaluator.reference
+    protocol: dict[str, Any] = {
+        "source": str(subject.checkpoint or config.source) if subject else config.source,
+        "samples": count,
+        "extractor": evaluator.extractor.name,
+        "extractor_sha256": evaluator.extractor.sha256,
+        "reference": reference.name,
+        "reference_images": len(reference) if isinstance(reference, ImageSet) else None,
+        "reference_fingerprint": reference.fingerprint(),
+        "images": "8-bit, resized and centre-cropped as in ADM",
+        "versions": versions(),
     }
-    # Write and print the results.
-    with atomic_write(run_dir / "summary.json") as partial:
-        partial.write_text(json.dumps(summary, indent=2) + "\n")
-    draw_digits(run_dir / "digits.png", samples.numpy(), labels.numpy(), real)
-    draw_loss(run_dir / "loss.png", stats)
-    say(
-        f"agreement {summary['agreement']:.1%} (the classifier reads {summary['classifier_accuracy']:.1%} of held-out "
-        f"scans)  |  distance ratio {summary['distance_ratio']:.2f} (1: as far from the training scans as held-out "
-        f"ones)  |  {summary['images_per_s']:,.0f} images/s in training",
-    )
-    say(
-        f"Frechet distance to the held-out scans {summary['frechet']:.2f} (of as many training scans: "
-        f"{summary['frechet_held_out']:.2f})  |  trained {summary['train_s']:.0f} s",
-    )
-    for name in ("summary.json", "digits.png", "loss.png"):
-        say(f"wrote {run_dir / name}")
+    if subject:
+        protocol |= {"weights": config.weights, "seed": config.seed, **dataclasses.asdict(config.sampling)}
+        if subject.decoded:
+            protocol["vae_sha256"] = subject.model.decoder.digest
+    return protocol
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Presets: one row per training run, with the differences from the defaults of `TrainConfig`.
 
 Sources: [M] MaskDiT, arXiv 2306.09305, section 4 and its released recipe; [D] DiT, arXiv 2212.09748, tables 1 and 4;
-[F] rectified flow, arXiv 2403.03206; [S] SiT, arXiv 2401.08740.
+[F] rectified flow, arXiv 2403.03206; [S] SiT, arXiv 2401.08740, table 1 and section 3.
 With the published 512 x 8 decoder, masking half the patches saves operations only in wide networks, so the S and B rows
 use a proportional decoder, about half the encoder's width and a quarter of its depth. The published decoder is
 `--decoder-width 512 --decoder-depth 8 --decoder-num-heads 16`.
@@ -41,7 +41,8 @@ _IN512: dict[str, Any] = {"data": "data/in512", "image_size": 512, "num_classes"
 _MASKED: dict[str, Any] = {"mask_ratio": 0.5, "batch_size": 1024, "lr": 1e-4}  # [M]
 _UNMASK: dict[str, Any] = {"mask_ratio": 0.0, "batch_size": 512, "lr": 5e-5, "precision": "tf32"}  # [M]
 _DIT: dict[str, Any] = {"mask_ratio": 0.0, "batch_size": 256, "lr": 1e-4}  # [D, section 4], with EDM's loss
-_FLOW: dict[str, Any] = {"process": RectifiedFlow()}  # logit-normal times [F, section 3.1]
+_SIT: dict[str, Any] = {**_DIT, "process": RectifiedFlow(t_uniform=True)}  # [S], a linear path and its velocity
+_FLOW: dict[str, Any] = {**_MASKED, "process": RectifiedFlow()}  # [M], with the process and times of [F]
 _FROM_256: dict[str, Any] = {"init": "runs/xl2-in256"}
 _FROM_512: dict[str, Any] = {"init": "runs/xl2-in512"}
 _LONG: dict[str, Any] = {"checkpoint_every": 10_000, "sample_every": 50_000}
@@ -53,7 +54,7 @@ _DIGITS |= {"warmup_steps": 100, "betas": (0.9, 0.99), "ema_decay": 0.995, "samp
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "digits":           {**_DIGITS},
-    "digits-flow":      {**_DIGITS, **_FLOW},
+    "digits-flow":      {**_DIGITS, "process": RectifiedFlow()},  # logit-normal times [F, section 3.1]
     # name              network                 data       recipe      steps
     "s2-in256":         {**_masked(_S, _DEC_S),  **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
     "b2-in256":         {**_masked(_B, _DEC_B),  **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
@@ -68,7 +69,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dit-l2-in256":     {**_dense(_L),           **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
     "dit-xl2-in256":    {**_dense(_XL),          **_IN256, **_DIT,    "max_steps": 7_000_000, **_LONG},  # [D, table 2]
     "dit-xl2-in256-vp": {**_dense(_XL),          **_IN256, **_DIT,    "max_steps": 7_000_000, **_LONG, "process": VP()},
-    "sit-xl2-in256":    {**_dense(_XL),          **_IN256, **_DIT,    "max_steps": 7_000_000, **_LONG, **_FLOW},  # [S]
     "dit-xl2-in512":    {**_dense(_XL),          **_IN512, **_DIT,    "max_steps": 3_000_000, **_LONG},  # [D, table 3]
+    "sit-b2-in256":     {**_dense(_B),           **_IN256, **_SIT,    "max_steps":   400_000, **_LONG},  # [S]
+    "sit-xl2-in256":    {**_dense(_XL),          **_IN256, **_SIT,    "max_steps": 7_000_000, **_LONG},  # [S]
+    "flow-b2-in256":    {**_masked(_B, _DEC_B),  **_IN256, **_FLOW,   "max_steps": 2_000_000, **_LONG},  # decoder: ours
+    "flow-xl2-in256":   {**_masked(_XL, _DEC),   **_IN256, **_FLOW,   "max_steps": 2_000_000, **_LONG},  # [M; F]
 }
 # fmt: on

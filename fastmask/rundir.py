@@ -18,6 +18,7 @@ FORMAT = 2  # format 1, not recorded in `state.json`, had no checksums
 
 # Names of weights in a folder of diffusers, or in `transformer/` of its pipelines.
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
 _SOURCES = "a run folder, one of its checkpoints/step-N, or a .safetensors or .pt file of weights"
 _MOST_SHOWN = 6
 _NOTABLE = 0.1  # share of the initial weights in an EMA; above this, warn
@@ -83,6 +84,16 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def is_source(source: str | os.PathLike[str]) -> bool:
+    """Return whether a path looks like a run folder, a checkpoint or a file of weights, and not like images."""
+    path = Path(source)
+    if path.is_dir():
+        named = (*FILES, SUMS, "checkpoints", "snapshots", "run.json")
+        is_run = path.name in ("checkpoints", "snapshots") or any((path / name).exists() for name in named)
+        return is_run or _diffusers_weights(path) is not None
+    return path.name.endswith(_WEIGHTS) or not path.exists()
+
+
 def locate(source: str | os.PathLike[str]) -> Place:
     """Resolve a path to weights.
 
@@ -102,10 +113,9 @@ def locate(source: str | os.PathLike[str]) -> Place:
             return Place(_run_of(full, path), path)
         if any((path / name).exists() for name in ("checkpoints", "snapshots", "run.json")):
             return Place(run=path)
-        for folder in (path / "transformer", path):
-            for name in DIFFUSERS_WEIGHTS:
-                if (folder / name).is_file():
-                    return Place(file=folder / name)
+        weights = _diffusers_weights(path)
+        if weights:
+            return Place(file=weights)
         raise ValueError(f"{path} holds no weights but {listing(path)}: name {_SOURCES}")
     if path.exists():
         if path.name in FILES and (full.parent / SUMS).exists():
@@ -260,6 +270,12 @@ def listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
     return f"{', '.join(names[:_MOST_SHOWN])}{more}" if names else "nothing"
+
+
+def _diffusers_weights(path: Path) -> Path | None:
+    """Return the weights of the transformer in a folder of diffusers, None if there are none."""
+    files = (folder / name for folder in (path / "transformer", path) for name in DIFFUSERS_WEIGHTS)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _run_of(checkpoint: Path, path: Path) -> Path | None:

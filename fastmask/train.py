@@ -19,6 +19,8 @@ from fastmask.cost.plan import print_plan
 from fastmask.cost.work import RESERVE
 from fastmask.cost.workload import workload_of
 from fastmask.data import Dataset
+from fastmask.evaluation.evaluator import Draws, Evaluator
+from fastmask.evaluation.images import open_images
 from fastmask.files import locked
 from fastmask.help import show_help
 from fastmask.models.counts import num_parameters
@@ -36,7 +38,7 @@ from fastmask.training.monitor import DivergedError
 from fastmask.training.numerics import set_numerics
 from fastmask.training.optim import resolve_optimizer
 from fastmask.training.report import console
-from fastmask.training.run import LOCK, Run, exit_code
+from fastmask.training.run import LOCK, Evaluate, Run, exit_code
 
 _NAME = "python -m fastmask.train"
 
@@ -201,7 +203,7 @@ def train(
     # The lock is held until the last checkpoint is on disk.
     with contextlib.ExitStack() as held:
         from_first(ranks, lambda: held.enter_context(locked(run_dir / LOCK)))
-        run = Run(config, dataset, ranks)
+        run = Run(config, dataset, ranks, evaluate=evaluation_of(config, ranks))
         if run.step >= config.max_steps:
             say(f"{run_dir}: all {run.step} steps are done")
             return
@@ -224,6 +226,20 @@ def train(
                 ) from error
     if not ranks.rank:  # only rank 0 has waited for the last checkpoint to be written
         say(f"trained {config.max_steps} steps: {checkpoints(run_dir)[-1]}")
+
+
+def evaluation_of(config: TrainConfig, ranks: Ranks) -> Evaluate | None:
+    """Return the evaluation of a run, None without one. Rank 0 evaluates; sharded weights take all ranks to sample."""
+    if not config.evaluate_every or (ranks.rank and config.machine.parallel == "ddp"):
+        return None
+    data, device = config.data, torch.device(config.machine.device)
+    draws = Draws(config.sampling, config.evaluate_samples, config.seed)
+    if ranks.rank:
+        return lambda net: draws.discard(net)
+    vae = data.vae if data.data_source == "images" else ""
+    images = open_images(data.data, data.image_size, data.num_classes or None, vae, device)
+    evaluator = Evaluator.of_dataset(images, device)
+    return lambda net: evaluator.network(net, draws).metrics
 
 
 def introduce(run: Run, dataset: Dataset) -> None:

@@ -175,6 +175,20 @@ def test_preparing_stands_beside_its_decoder():
     assert row["prepare / decoder"] == NOT_MEASURED
 
 
+def test_samplers_stand_beside_the_plain_loop_of_their_run():
+    case = {"size": "b2", "image_size": 256, "batch": 4, "precision": "fp32", "solver": "heun", "sample_steps": 6}
+    rows = [
+        {"bench": "sampling", "case": case, "variant": name, **base(median, H100), "run": "s"}
+        for name, median in (("plain", 3000.0), ("ours", 2000.0), ("ours interval", 1500.0))
+    ]
+    plain, ours, interval = tables(sections.sampling(Rows(rows)))
+    assert (plain["images/s"], plain["against the plain loop"]) == ("1.33", "")
+    assert (ours["against the plain loop"], interval["against the plain loop"]) == ("1.50x", "2.00x")
+    assert interval["steps"] == "6 of heun"
+    (alone,) = tables(sections.sampling(Rows(rows[1:2])))
+    assert alone["against the plain loop"] == NOT_MEASURED
+
+
 def test_loaders_have_a_table_per_machine():
     lines = list(loaders(Rows([loader(500.0), loader(250.0, device="NVIDIA A100-SXM4-80GB"), step(125.0)])))
     assert [text for text in lines if text.startswith("###")] == [

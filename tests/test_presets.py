@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastmask.diffusion import RectifiedFlow
 from fastmask.presets import PRESETS
 from fastmask.training.config import preset_config
 
@@ -32,6 +33,20 @@ def test_published_recipe():
         if row.data.data != "digits":
             assert (row.objective.label_drop, row.ema.ema_decay) == (0.1, 0.9999)
             assert (row.optim.betas, row.optim.weight_decay) == ((0.9, 0.999), 0.0)
+
+
+def test_rectified_flow_has_the_sizes_of_its_edm_rows():
+    rows = {name: preset_config(name, PRESETS) for name in PRESETS}
+    for flow, edm in (
+        ("sit-xl2-in256", "dit-xl2-in256"),
+        ("flow-xl2-in256", "xl2-in256"),
+        ("flow-b2-in256", "b2-in256"),
+    ):
+        ours, theirs = rows[flow], rows[edm]
+        assert (ours.network, ours.masking, ours.optim, ours.batch_size, ours.max_steps) == (
+            *(theirs.network, theirs.masking, theirs.optim, theirs.batch_size, theirs.max_steps),
+        )
+        assert ours.process == RectifiedFlow(t_uniform=flow.startswith("sit"))
 
 
 def test_unknown_preset_names_the_near_ones():

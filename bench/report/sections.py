@@ -208,6 +208,22 @@ def decoding(rows: Rows) -> Iterator[str]:
             yield line([*cells, cell("{:.2f}x", lambda a, b: against(b, a), row, prepare)])
 
 
+def sampling(rows: Rows) -> Iterator[str]:
+    """Yield the tables of guided sampling, one per machine."""
+    found = rows.of("sampling")
+    for machine, mine in per_machine(found):
+        yield from heading("Guided sampling", machine, mine)
+        columns = ["network", "side", "batch", "precision", "steps", "sampler", "ms (p20 to p80)", "images/s"]
+        yield from header([*columns, "against the plain loop"])
+        for row in mine:
+            case = row["case"]
+            cells = [f"{case[field]}" for field in ("size", "image_size", "batch", "precision")]
+            cells += [f"{case['sample_steps']} of {case['solver']}", row["variant"]]
+            cells += [cell("{}", time_of, row), cell("{:.3g}", rate, row)]
+            plain = rows.beside(row, "plain")
+            yield line([*cells, "" if row["variant"] == "plain" else cell("{:.2f}x", against, row, plain)])
+
+
 def goals(rows: Rows) -> Iterator[str]:
     """Yield the goals for one H100, with measured figures."""
     peak = GPUS["h100"].bf16
@@ -236,6 +252,7 @@ def report(rows: Rows) -> list[str]:
     """Return the lines of the whole report."""
     lines = ["## Measured", "", "Times in ms: median (20th to 80th percentile). Made by `python -m bench.report`."]
     parts = {"Training steps": steps(rows), "Kernels": kernels(rows), "Loaders": loaders(rows)}
+    parts |= {"Guided sampling": sampling(rows)}
     parts |= {"Reading stored moments": stores(rows), "Decoding": decoding(rows)}
     for title, part in ((title, list(part)) for title, part in parts.items()):
         lines += part or ["", f"### {title}: {NOT_MEASURED}"]

@@ -86,5 +86,18 @@ def loaders(measured: Measured) -> list[str]:
     return aligned(table) if measured else []
 
 
+def sampling(measured: Measured) -> list[str]:
+    """Return the sampling table of a session: a line per case, followed by a line per sampler."""
+    table: list[Sequence[str] | str] = [("", "images/s", "ms [p20, p80]", "against plain")]
+    plain = {str(case): found["median_ms"] for case, variant, found in measured if variant == "plain"}
+    for case, variant, found in measured:
+        name = f"{case['size']} at {case['image_size']}, batch {case['batch']}, {case['sample_steps']} steps"
+        if name not in table:
+            table.append(name)
+        gain = "" if variant == "plain" else f"{plain[str(case)] / found['median_ms']:.2f}x"
+        table.append((f"  {variant}", digits(found["images_per_s"]), times(found), gain))
+    return aligned(table) if measured else []
+
+
 def _kernel(case: dict[str, Any]) -> str:
     return f"{case['op']} {case['direction']}, {case['shape']}, {case['dtype']}"

@@ -262,16 +262,17 @@ def load_digits() -> DigitsSplit:
 
 
 class Digits:
-    """The training split of the digits, as a `Dataset`."""
+    """The training split of the digits, or the held-out scans, as a `Dataset`."""
 
-    def __init__(self, image_size: int, num_classes: int | None, flip: bool) -> None:
+    def __init__(self, image_size: int, num_classes: int | None, flip: bool, *, held_out: bool = False) -> None:
         if image_size != 8:
             raise ValueError(f"the digits are 8x8 scans: image_size must be 8, not {image_size}")
         if num_classes not in (None, 0, 10):
             raise ValueError(f"the digits have 10 classes: num_classes must be 10, or 0 for none, not {num_classes}")
         if flip:
             raise ValueError("a flipped digit is no digit: leave flip out")
-        self._images, self._labels, _, _ = load_digits()
+        split = load_digits()
+        self._images, self._labels = split[2:] if held_out else split[:2]
         self.shape = (1, 8, 8)
         self.num_classes = 10 if num_classes is None else num_classes
         self.class_names = [str(digit) for digit in range(self.num_classes)]

@@ -10,6 +10,7 @@ from fastmask.diffusion.process import Coefficients, Process, check_steps
 from fastmask.fields import recorded
 
 _MOST_LOGIT, _MOST_SHIFT = 8.0, 100.0
+_LEAST = 1e-5  # distance of uniform times from 0 and 1, where the log-SNR is not finite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +23,8 @@ class RectifiedFlow(Process):
     """Mean of logit(t) in training."""
     t_std: float = recorded(1.0)
     """Standard deviation of logit(t) in training."""
+    t_uniform: bool = recorded(False)
+    """Draw t uniformly in training, in place of logit(t) normally; --t-mean and --t-std have no effect then."""
     shift: float = recorded(1.0)
     """Shift of times toward noise, in training and in sampling: t' = shift t / (1 + (shift - 1) t)."""
 
@@ -35,8 +38,12 @@ class RectifiedFlow(Process):
             raise ValueError(f"shift must be between {1 / _MOST_SHIFT} and {_MOST_SHIFT:g}, not {self.shift}")
 
     def draw(self, normal: Tensor) -> Tensor:
-        """Return logit-normal times, shifted (arXiv 2403.03206, equations 19 and 23)."""
-        return self._shifted((normal * self.t_std + self.t_mean).sigmoid())
+        """Return logit-normal times (arXiv 2403.03206, equation 19) or uniform ones, shifted (equation 23)."""
+        if self.t_uniform:
+            t = torch.special.ndtr(normal).clamp(_LEAST, 1 - _LEAST)  # the distribution function makes them uniform
+        else:
+            t = (normal * self.t_std + self.t_mean).sigmoid()
+        return self._shifted(t)
 
     def mix(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return 1 - t and t."""

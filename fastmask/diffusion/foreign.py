@@ -23,7 +23,7 @@ from fastmask.tensorfile import choose_weights, read_weights
 
 ForeignKind = Literal["dit", "sit"]
 
-_KINDS: dict[str, tuple[Any, Process]] = {"dit": (from_dit, VP()), "sit": (from_sit, RectifiedFlow())}
+_KINDS: dict[str, tuple[Any, Process]] = {"dit": (from_dit, VP()), "sit": (from_sit, RectifiedFlow(t_uniform=True))}
 _MOST_BYTES = 1 << 20  # of a config.json
 # What the process of a DiT is in diffusers' scheduler_config.json.
 _SCHEDULE = {

@@ -139,7 +139,12 @@ def weights_for(net: Denoiser, path: Path, kind: ForeignKind | None = None) -> t
 
 
 def save_weights(
-    path: Path, net: Denoiser, weights: Mapping[str, Tensor] | None = None, *, checksum: bool = True
+    path: Path,
+    net: Denoiser,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    checksum: bool = True,
+    stated: Mapping[str, str] | None = None,
 ) -> None:
     """Write weights to a file that `load_maskdit` can read without further arguments.
 
@@ -148,14 +153,12 @@ def save_weights(
         net: the denoiser.
         weights: weights with the same names; None is the network's own.
         checksum: whether to store a checksum in the file; checkpoints have a separate checksum file.
+        stated: further metadata.
 
     Raises:
         OSError: the file cannot be written.
     """
-    stated = {
-        "network": to_json(net.model.config),
-        "process": to_json(net.process),
-    }
+    stated = {**(stated or {}), "network": to_json(net.model.config), "process": to_json(net.process)}
     if net.origin is not None:
         stated["origin"] = net.origin.to_json()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in (weights or net.state_dict()).items()}

@@ -6,6 +6,7 @@ written under a temporary name and renamed once it is on disk, so a folder with 
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastmask.console import say
@@ -49,6 +51,9 @@ __all__ = [
     "read_state",
     "step_of",
 ]
+
+
+BEST = "best.safetensors"  # in the run folder
 
 
 class Checkpointer:
@@ -144,6 +149,31 @@ class Checkpointer:
         tables = _to_host({name: t for name, t in net.state_dict().items() if name not in parameters}, self.writes)
         averages, widths = _to_host(_averages(profiles), self.writes), [profile.width for profile in profiles]
         self._begin(net, lambda: self._write_snapshots(step, net, tables, averages, widths))
+
+    def save_best(self, step: int, net: Denoiser, ema: Mapping[str, Tensor], distance: float) -> None:
+        """Start writing `best.safetensors`, EMA weights that state their step and Frechet distance.
+
+        Raises:
+            OSError: the previous write failed.
+        """
+        self.wait()
+        host = _to_host({**net.state_dict(), **ema}, self.writes)
+        stated = {"step": str(step), "frechet": repr(distance)}
+
+        def write() -> None:
+            with atomic_write(self.run_dir / BEST) as partial:
+                save_weights(partial, net, host, stated=stated)
+                _flush(partial)
+
+        self._begin(net, write)
+
+    def best(self) -> float:
+        """Return the Frechet distance of `best.safetensors`; infinity if there is none, or if it is damaged."""
+        try:
+            with safe_open(self.run_dir / BEST, "pt") as file:
+                return float(file.metadata()["frechet"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return math.inf
 
     def wait(self) -> None:
         """Wait until the pending write is on disk; ranks that do not write return at once.

@@ -55,6 +55,12 @@ class RunConfig:
     """Number of checkpoints kept on disk."""
     sample_every: int = free(0)
     """Steps between sample grids drawn with the EMA weights; 0 disables them."""
+    evaluate_every: int = free(0)
+    """Steps between evaluations of the EMA weights, by the features of a classifier of the dataset; 0 disables them."""
+    evaluate_samples: int = free(1000)
+    """Number of samples of an evaluation."""
+    keep_best: bool = free(False)
+    """Write the EMA weights of the evaluation with the smallest Frechet distance to best.safetensors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +144,9 @@ class TrainConfig(RunConfig):
     def check(self) -> None:
         """Raise a ValueError for the first invalid field, apart from what depends on the dataset."""
         check_at_least(self, max_steps=1, batch_size=1, report_every=1, checkpoint_every=1, keep_checkpoints=1)
-        check_at_least(self, sample_every=0, seed=0)
+        check_at_least(self, sample_every=0, evaluate_every=0, evaluate_samples=20, seed=0)
+        if self.keep_best and not self.evaluate_every:
+            raise ValueError("--keep-best keeps the best of the evaluations: give --evaluate-every")
         self.machine.check(self.batch_size)
         self.masking.check(max_steps=self.max_steps, micro_batch=self.micro_batch, can_mask=self.network.masked)
         for part in (self.data, self.objective, self.optim, self.ema, self.divergence, self.sampling):

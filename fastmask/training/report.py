@@ -102,6 +102,8 @@ class Report:
         if self._events:
             self._events.add_scalars(figures, step)
         shown = f"loss {figures['loss']:.4f}  {figures['images_per_s']:,.0f} images/s"
+        if "eval/frechet" in figures:
+            shown += f"  Frechet distance {figures['eval/frechet']:.3g}"
         if figures.get("bad_images"):
             shown += f"  {figures['bad_images']:,} bad images"
         stage = "masked" if figures["mask_ratio"] > 0 else "unmasked"

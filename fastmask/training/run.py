@@ -1,12 +1,13 @@
 """Training loop: state, stages, checkpointing, logging."""
 
 import contextlib
+import math
 import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from fastmask.training.step import DTYPES, eager
 
 _ROLLBACKS = 3  # per checkpoint; after that, other samples are unlikely to help
 _RECENT = 10  # number of reports whose median loss defines a spike
+Evaluate = Callable[[Denoiser], dict[str, float]]
 LOCK = ".lock"  # in the run folder, held by rank 0
 _PATIENCE = 2.0  # seconds until the lock of a killed process is released
 _FIRST_LOSSES = (1, 10)  # steps after the start that print a loss before the first report
@@ -57,6 +59,7 @@ class Run:
         dataset: the training data.
         ranks: rank and world size.
         fresh: ignore checkpoints and write nothing (for profiling).
+        evaluate: returns the metrics of the denoiser, one of which is the Frechet distance.
 
     Attributes:
         step: number of optimizer steps done.
@@ -67,8 +70,15 @@ class Run:
         fingerprint: hash of the dataset's content.
     """
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, ranks: Ranks, fresh: bool = False) -> None:
-        self.config, self.dataset, self.ranks = config, dataset, ranks
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        ranks: Ranks,
+        fresh: bool = False,
+        evaluate: Evaluate | None = None,
+    ) -> None:
+        self.config, self.dataset, self.ranks, self._evaluate_net = config, dataset, ranks, evaluate
         self.run_dir, device = Path(config.run_dir), torch.device(config.machine.device)
         newest = None if fresh else newest_good(self.run_dir, say)
         self.fingerprint = dataset.fingerprint()
@@ -132,8 +142,11 @@ class Run:
             # All ranks agree on whether to stop, then report, checkpoint and sample at the same step.
             signaled = all_max(stopped(), self.ranks)
             last = self.step == config.max_steps or signaled > 0
-            if last or self.step % config.report_every == 0:
-                watch.write(keep)
+            due = self._is_due(config.evaluate_every)
+            with watch.paused():
+                evaluation = self._evaluate(checkpointer) if due else {}
+            if last or due or self.step % config.report_every == 0:
+                watch.write(keep, evaluation)
             elif self.step - first in _FIRST_LOSSES:
                 watch.show_loss()
             self.training.finish()
@@ -321,9 +334,28 @@ class Run:
             self.training.scaler.load_state_dict(state["scaler"])
         self.training.reset()
 
+    def _is_due(self, every: int) -> bool:
+        """Return whether something is due at this step: every so many steps, if any, and at the last."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.max_steps)
+
+    def _evaluate(self, checkpointer: Checkpointer) -> dict[str, float]:
+        """Return the metrics of the EMA weights, and store them as the best if they are."""
+        metrics: dict[str, float] = {}
+        try:
+            if self._evaluate_net:
+                with self.ema.applied(self.net), eager():
+                    metrics = self._evaluate_net(self.net)
+        except (ValueError, OSError, RuntimeError) as error:  # a failed evaluation must not end the run
+            say(f"step {self.step} was not evaluated: {error}")
+        if self.config.keep_best:
+            distance = metrics.get("frechet", math.inf)
+            if all_max(int(distance < checkpointer.best()), self.ranks):  # known to rank 0
+                checkpointer.save_best(self.step, self.net, self.ema.weights, distance)
+        return {f"eval/{name}": value for name, value in metrics.items()}
+
     def _draw_samples(self, report: Report) -> None:
         config = self.config
-        if not config.sample_every or (self.step % config.sample_every and self.step != config.max_steps):
+        if not self._is_due(config.sample_every):
             return
         if self.ranks.rank and config.machine.parallel == "ddp":
             return  # DDP samples on rank 0 only; FSDP needs every rank for its shard
@@ -345,8 +377,8 @@ class Watch:
         self._run, self._report = run, report
         self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s
 
-    def write(self, keep: int) -> None:
-        """Report the steps since the last call; raises a `DivergedError` at a loss spike."""
+    def write(self, keep: int, evaluation: Mapping[str, float]) -> None:
+        """Report the steps since the last call, and an evaluation; raises a `DivergedError` at a loss spike."""
         run, config = self._run, self._run.config
         figures = {
             **run.training.tally.take(run.ranks),
@@ -366,7 +398,7 @@ class Watch:
         if gpu:
             flops = 6 * forward_macs(run.net.model, keep) * images / seconds
             figures["mfu"] = flops / (gpu.peak(config.machine.precision) * run.ranks.count)
-        self._report.write(run.step, figures, images=images, since=self._since)
+        self._report.write(run.step, {**figures, **evaluation}, images=images, since=self._since)
         self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s
 
     def show_loss(self) -> None:

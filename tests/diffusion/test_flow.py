@@ -43,6 +43,15 @@ def test_times_of_training_are_logit_normal_and_shifted(shift):
     assert stats.kstest(logit.numpy(), "norm", (-0.3, 0.8)).pvalue > 0.01
 
 
+def test_uniform_times_of_training():
+    process = RectifiedFlow(t_uniform=True, shift=3.0)
+    t = process.draw(torch.randn(20_000)).double()
+    assert stats.kstest((t / (3 - 2 * t)).numpy(), "uniform").pvalue > 0.01
+    ends = RectifiedFlow(t_uniform=True).draw(torch.tensor([-20.0, 20.0]))
+    assert ends.tolist() == pytest.approx([1e-5, 1 - 1e-5])
+    assert process.log_snr(ends).isfinite().all()
+
+
 def test_times_of_sampling_fall_to_zero():
     assert RectifiedFlow().times(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     shifted = RectifiedFlow(shift=3.0).times(4)  # t' = 3 t / (1 + 2 t)

@@ -21,7 +21,7 @@ def test_a_path_may_name_its_kind():
         assert split_kind(source) == (None, source)
 
 
-@pytest.mark.parametrize(("kind", "process"), [("dit", VP()), ("sit", RectifiedFlow())])
+@pytest.mark.parametrize(("kind", "process"), [("dit", VP()), ("sit", RectifiedFlow(t_uniform=True))])
 def test_a_file_in_whatever_wrapping(tmp_path, dit, kind, process, capsys):
     weights = {f"module._orig_mod.{name}": tensor for name, tensor in dit.state_dict().items()}
     torch.save({"model": weights, "ema": weights, "args": None}, tmp_path / "it.pt")
@@ -104,7 +104,7 @@ def test_weights_of_a_dit_start_a_run(tmp_path, dit):
     assert notes[0].startswith(dropped)
     _, notes = weights_for(EDMPrecond(model), tmp_path / "it.pt", "dit")
     assert notes[1:] == [f"{tmp_path / 'it.pt'} was trained with VP(), and continues with {EDMPrecond(model).process}"]
-    other = Denoiser(small_net(decoder_depth=0, num_classes=7).model, RectifiedFlow())
+    other = Denoiser(small_net(decoder_depth=0, num_classes=7).model, RectifiedFlow(t_uniform=True))
     weights, notes = weights_for(other, tmp_path / "it.pt", "sit")
     assert "model.y_embedder.embedding_table.weight" not in weights
     assert notes[1:] == [f"{tmp_path / 'it.pt'} is for 5 classes: the label table for 7 is freshly initialized"]

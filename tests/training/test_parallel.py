@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_train import SMALL, SPEED, assert_same_run, stats, weights
 
+from fastmask.diffusion.weights import load_maskdit
 from fastmask.train import main
 from fastmask.training.checkpoint import checkpoints
 
@@ -99,6 +100,19 @@ def test_sharded_training_equals_one_process(alone, tmp_path, parallel):
     assert_alike(tmp_path, alone)
     assert (tmp_path / "samples" / "step-00000006.png").exists()
     assert len(list((tmp_path / "snapshots").iterdir())) == 3
+
+
+def test_sharded_weights_are_evaluated_by_all_ranks(tmp_path):
+    flags = ["--evaluate-every", "3", "--evaluate-samples", "30", "--keep-best", "--sample-steps", "2"]
+    main(["--run-dir", str(tmp_path / "alone"), *FLAGS, *flags])
+    train_on_two(tmp_path / "two", *flags, "--parallel", "fsdp2")
+    for ours, theirs in zip(stats(tmp_path / "two"), stats(tmp_path / "alone"), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ("eval/frechet" in ours) == (ours["step"] % 3 == 0)
+        assert ours.get("eval/frechet", 0) == pytest.approx(theirs.get("eval/frechet", 0), rel=1e-2)
+    best = [load_maskdit(tmp_path / name / "best.safetensors").state_dict() for name in ("two", "alone")]
+    for key, tensor in best[0].items():
+        torch.testing.assert_close(tensor, best[1][key], rtol=1e-3, atol=2e-4, msg=lambda m, k=key: k + m)
 
 
 def test_accumulation_equals_the_whole_batch(alone, tmp_path):

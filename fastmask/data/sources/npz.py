@@ -15,6 +15,7 @@ from fastmask.data.store.manifest import MAX_CLASSES
 Arrays = dict[str, NDArray[Any]]
 
 _NAMES = ("images", "moments", "labels", "scale", "shift")
+_ADM = {"arr_0": "images", "arr_1": "labels"}  # names in sample files of ADM's evaluator
 _MAX_HEADER_BYTES = 1 << 16
 _BLOCK = 1 << 24
 # zipfile raises RuntimeError for encryption, and its subclass NotImplementedError for unknown compression.
@@ -24,7 +25,8 @@ _DAMAGE = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib
 def read_npz(path: Path, num_classes: int | None) -> Arrays:
     """Read `images` or `moments` of a file, and `labels` as int64 with `num_classes` (both absent without labels).
 
-    `scale` and `shift` are included if present; other arrays are skipped and reported.
+    `scale` and `shift` are included if present; other arrays are skipped and reported. Files of ADM's evaluator, with
+    `arr_0` for images and `arr_1` for labels, are read as well.
 
     Args:
         path: path of the file.
@@ -37,9 +39,10 @@ def read_npz(path: Path, num_classes: int | None) -> Arrays:
         raise ValueError(f"{path} is not an .npz file, or is cut off: write it with numpy.savez")
     try:
         with zipfile.ZipFile(path) as file:
-            headers = {name: _header(file, name, path) for name in _members(file)}
+            members = _members(file)
+            headers = {name: _header(file, member, path, name in _NAMES) for name, member in members.items()}
             _check_memory(path, [headers[name] for name in _NAMES if name in headers])
-            arrays = {name: _values(file, name, headers[name]) for name in _NAMES if name in headers}
+            arrays = {name: _values(file, members[name], headers[name]) for name in _NAMES if name in headers}
     except _DAMAGE as error:
         if str(error).startswith(str(path)):
             raise
@@ -68,12 +71,16 @@ def images_refused(path: Path, images: NDArray[Any]) -> str:
     )
 
 
-def _members(file: zipfile.ZipFile) -> list[str]:
-    """Return the names of the arrays, as given to `numpy.savez`."""
-    return [name.removesuffix(".npy") for name in file.namelist()]
+def _members(file: zipfile.ZipFile) -> dict[str, str]:
+    """Return the names of the arrays as given to `numpy.savez`, by the names of `read_npz`."""
+    names = [name.removesuffix(".npy") for name in file.namelist()]
+    renamed = (
+        {} if {"images", "moments"} & set(names) else {adm: name for adm, name in _ADM.items() if name not in names}
+    )
+    return {renamed.get(name, name): name for name in names}
 
 
-def _header(file: zipfile.ZipFile, name: str, path: Path) -> Header | None:
+def _header(file: zipfile.ZipFile, name: str, path: Path, needed: bool) -> Header | None:
     """Return the header of an array; if it is invalid, None for a member that is not needed, else a ValueError."""
     try:
         with file.open(f"{name}.npy") as member:
@@ -82,7 +89,7 @@ def _header(file: zipfile.ZipFile, name: str, path: Path) -> Header | None:
         if length != header.offset + header.bytes:
             raise ValueError(f"`{name}` has {length:,} bytes, not those of {header.dtype} of shape {header.shape}")
     except (KeyError, *_DAMAGE) as error:
-        if name not in _NAMES:
+        if not needed:
             return None
         raise ValueError(
             f"{path}: `{name}` is not a numpy array of numbers ({error}): write the file with numpy.savez"

@@ -14,7 +14,7 @@ def test_the_velocity_is_that_of_a_sit(sigma):
     """A SiT's time is 1 - t, and its velocity, image - noise, the negative of ours."""
     sit = PlainDiT(**SIZES, sigma=sigma)
     net = load_maskdit(sit.state_dict(), num_heads=2, kind="sit").eval()
-    assert net.process == RectifiedFlow()
+    assert net.process == RectifiedFlow(t_uniform=True)
     x, t = torch.randn(5, 3, 8, 8), torch.tensor([0.0, 0.03, 0.4, 0.77, 1.0])
     velocity = unpatchify(net.model(x, t, LABELS), 2, 8, 8)
     exact = sit.double()(x.double(), 1 - t.double(), LABELS)[:, :3]
