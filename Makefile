@@ -61,7 +61,8 @@ NO_IMAGES := tests/data/test_order.py $(addprefix tests/data/foreign/test_,npy.p
 test-dali: .venv-dali/.done
 	.venv-dali/bin/python -m pytest -n 2 --dist worksteal -p no:benchmark -m 'not once' \
 		$(addprefix --ignore=,$(NO_IMAGES)) tests/data tests/test_prepare.py tests/test_sample_latents.py \
-		tests/diffusion/test_solvers.py tests/test_bench_stores.py
+		tests/diffusion/test_solvers.py tests/test_bench_stores.py tests/exchange tests/test_convert_formats.py \
+		tests/models/foreign
 
 lint: venv
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastmask.diffusion import EDM, Denoiser, EDMPrecond, RectifiedFlow
+from fastmask.diffusion import EDM, VP, Denoiser, EDMPrecond, RectifiedFlow
 from fastmask.kernels import Mask
 from fastmask.models.maskdit import MaskDiT
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fastmask.grid import to_pil
 
 __version__ = "0.1.0"
-__all__ = ["EDM", "Denoiser", "EDMPrecond", "Mask", "MaskDiT", "RectifiedFlow", "load", "load_maskdit", "to_pil"]
+__all__ = ["EDM", "VP", "Denoiser", "EDMPrecond", "Mask", "MaskDiT", "RectifiedFlow", "load", "load_maskdit", "to_pil"]
 
 # Imported when they are first used: they need more than torch, which is all that the network needs.
 _LATE = {

@@ -1,8 +1,10 @@
-"""`python -m fastmask.convert`: reconstructs post-hoc EMA weights from the snapshots of a run."""
+"""`python -m fastmask.convert`: converts weights between formats, and reconstructs post-hoc EMA weights of a run."""
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -10,10 +12,13 @@ from torch import Tensor
 
 from fastmask.cli import parse, run_command
 from fastmask.console import say
-from fastmask.diffusion.weights import load_maskdit, save_weights, weights_for
+from fastmask.diffusion import Denoiser
+from fastmask.diffusion.foreign import split_kind
+from fastmask.diffusion.weights import Kind, load_maskdit, save_weights, weights_for
+from fastmask.exchange.folder import push, save_published, write_folder
 from fastmask.files import atomic_write
 from fastmask.ranks import require_one_process
-from fastmask.rundir import listing, locate, snapshots, step_of
+from fastmask.rundir import find_weights, listing, locate, snapshots, step_of
 from fastmask.training.ema import gamma_of, posthoc_coefficients
 
 _NOTABLE = 0.05  # relative residual of the reconstructed profile; above this, warn
@@ -23,25 +28,80 @@ _NOTABLE = 0.05  # relative residual of the reconstructed profile; above this, w
 class ConvertConfig:
     """Arguments of the conversion."""
 
-    run_dir: tyro.conf.Positional[str]
-    """Folder of a run trained with --ema-widths; a path to a checkpoint or a snapshot also selects the step."""
-    posthoc_ema: float
-    """Relative width of the EMA to reconstruct from the snapshots, such as 0.05."""
-    step: int = 0
-    """Last step of the EMA. 0: the step of the given checkpoint or snapshot, or the newest snapshot."""
+    source: tyro.conf.Positional[str]
+    """Weights: a run folder, one of its checkpoints, a .pt or .safetensors file, or a folder in diffusers' format. With
+    --posthoc-ema a run trained with --ema-widths; a path to a checkpoint or a snapshot also selects the step."""
     out: str = ""
-    """Output file. Empty: ema-WIDTH.safetensors in the run folder."""
+    """Output: a .safetensors or .pt file with the published parameter names, or a folder (a name without suffix) that
+    diffusers loads. Default, with --posthoc-ema: ema-WIDTH.safetensors in the run folder."""
+    kind: Literal["auto", "dit", "sit"] = "auto"
+    """What the weights are of, if their names are DiT's, which are also SiT's."""
+    num_heads: int = 0
+    """Number of encoder heads, for a file that does not record it. 0: as in the published model of that width."""
+    weights: Kind = "ema"
+    """Weights to convert: the averaged weights (ema) or the trained ones (raw)."""
+    posthoc_ema: float = 0.0
+    """Relative width of the EMA to reconstruct from the snapshots, such as 0.05. 0: none."""
+    step: int = 0
+    """Last step of that EMA. 0: the step of the given checkpoint or snapshot, or the newest snapshot."""
+    vae: str = ""
+    """For a folder: folder of a diffusers VAE, which is copied, or the name of one, which is recorded. Default: the
+    name that the run recorded."""
+    license: str = "unknown"
+    """For a folder: licence of the weights in the model card."""
+    push_to_hub: str = ""
+    """For a folder: also upload it to this model of the Hugging Face hub, such as NAME or OWNER/NAME."""
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse the arguments, reconstruct the EMA and write it."""
-    config = parse(ConvertConfig, argv, prog="python -m fastmask.convert", description="Convert weights of a run.")
+    """Parse the arguments, read or reconstruct the weights and write them."""
+    config = parse(ConvertConfig, argv, prog="python -m fastmask.convert", description="Convert weights.")
     require_one_process("fastmask.convert")
+    out = _checked_out(config)
+    if config.posthoc_ema:
+        net, line = reconstruct(config)
+        path, _ = run_and_step(config.source)
+        out = out or path / f"ema-{config.posthoc_ema:g}.safetensors"
+    else:
+        assert out
+        named, source = split_kind(config.source)
+        path = find_weights(source, config.weights == "ema", say)
+        kind = None if config.kind == "auto" else config.kind
+        full = f"{named}:{path}" if named else path
+        net = load_maskdit(full, config.num_heads or None, weights=config.weights, kind=kind)
+        line = f"the weights of {path}, with {net.process}"
+    write(net, out, path, config)
+    say(f"{out}: {line}")
+    if config.push_to_hub:
+        say(f"uploaded: {push(out, config.push_to_hub)}")
+
+
+def _checked_out(config: ConvertConfig) -> Path | None:
+    """Return the output, None for the default; a ValueError for arguments that do not fit together."""
+    suffix = Path(config.out).suffix
+    if not config.out and not config.posthoc_ema:
+        raise ValueError(
+            "name the output: --out X.safetensors, X.pt, or a folder for diffusers (a name without suffix)"
+        )
+    if suffix and suffix not in (".safetensors", ".pt") and not config.out.endswith("/"):
+        raise ValueError(
+            f"--out {config.out}: weights are written as .safetensors or .pt, or into a folder (a name without suffix)"
+        )
+    if not config.out or suffix in (".safetensors", ".pt"):
+        for flag, value in (("--vae", config.vae), ("--push-to-hub", config.push_to_hub)):
+            if value:
+                raise ValueError(f"{flag} belongs to a folder for diffusers: give --out a name without suffix")
+    if config.posthoc_ema and (config.kind != "auto" or config.weights != "ema"):
+        raise ValueError("--posthoc-ema reconstructs an average from a run's snapshots: leave --kind and --weights out")
+    if config.step and not config.posthoc_ema:
+        raise ValueError("--step belongs to --posthoc-ema: name the checkpoint of that step instead")
+    return Path(config.out) if config.out else None
+
+
+def reconstruct(config: ConvertConfig) -> tuple[Denoiser, str]:
+    """Return a network with the post-hoc EMA of a run, and a line that describes it."""
     gamma = gamma_of(config.posthoc_ema)
-    run_dir, named_step = run_and_step(config.run_dir)
-    out = Path(config.out) if config.out else run_dir / f"ema-{config.posthoc_ema:g}.safetensors"
-    if out.suffix != ".safetensors":
-        raise ValueError(f"--out {out}: weights are written as .safetensors")
+    run_dir, named_step = run_and_step(config.source)
     found = snapshots(run_dir)
     if not found:
         raise ValueError(
@@ -61,14 +121,49 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{notes[0]}, and the newest one is not")
         for name, sum_of_it in total.items():
             sum_of_it.add_(tensors[name].float(), alpha=coefficient)
-    try:
-        with atomic_write(out) as partial:
-            save_weights(partial, net, {**net.state_dict(), **total})
-    except OSError as error:
-        raise OSError(f"--out {out} cannot be written: {error.__cause__ or error}") from error
-    say(f"{out}: an average of relative width {config.posthoc_ema:g} at step {step}, from {len(used)} snapshots")
+    net.load_state_dict({**net.state_dict(), **total})
     if missed > _NOTABLE:
         say(f"the snapshots miss {missed:.0%} of its profile: more of them, or a width nearer to theirs, miss less")
+    return net, f"an average of relative width {config.posthoc_ema:g} at step {step}, from {len(used)} snapshots"
+
+
+def write(net: Denoiser, out: Path, source: Path, config: ConvertConfig) -> None:
+    """Write the weights to a file, or a folder for diffusers.
+
+    Raises:
+        OSError: the output cannot be written; names it.
+    """
+    try:
+        if out.suffix == ".safetensors":
+            with atomic_write(out) as partial:
+                save_weights(partial, net)
+        elif out.suffix == ".pt":
+            with atomic_write(out) as partial:
+                save_published(partial, net)
+        else:
+            write_folder(net, out, vae=config.vae, licence=config.license, facts=facts_of(source))
+    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+        raise OSError(f"--out {out} cannot be written: {error.__cause__ or error}") from error
+
+
+def facts_of(source: Path) -> dict[str, Any]:
+    """Return what the run folder of a file or a folder says of its training and evaluation, for the model card."""
+    place = locate(source)
+    if place.run is None:
+        return {}
+    facts: dict[str, Any] = {}
+    for name, keys in (("run.json", ("config", "versions")), ("evaluation.json", ())):
+        try:
+            content = json.loads((place.run / name).read_text())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{place.run / name} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{place.run / name} holds no mapping")
+        facts |= {key: content[key] for key in keys if isinstance(content.get(key), dict)} if keys else {}
+        facts |= {} if keys else {"evaluation": content}
+    return facts | ({"step": step_of(place.checkpoint)} if place.checkpoint else {})
 
 
 def run_and_step(source: str) -> tuple[Path, int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmask.cli import fail, parse, pick_device, run_command
 from fastmask.console import say
 from fastmask.diffusion import Sampling
+from fastmask.diffusion.foreign import split_kind
 from fastmask.diffusion.weights import Kind
 from fastmask.evaluation.compare import FEW
 from fastmask.evaluation.evaluator import Draws, Evaluator, Outcome, check_shape, own_extractor
@@ -138,7 +139,7 @@ def check(config: EvaluateConfig) -> None:
 
 
 def _subject(config: EvaluateConfig, device: torch.device) -> _Subject:
-    place = locate(config.source)
+    place = locate(split_kind(config.source)[1])
     checkpoint = None
     if not place.file and (place.run or place.checkpoint):
         name = f"{'ema' if config.weights == 'ema' else 'model'}.safetensors"

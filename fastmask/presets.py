@@ -9,7 +9,7 @@ use a proportional decoder, about half the encoder's width and a quarter of its 
 
 from typing import Any
 
-from fastmask.diffusion import RectifiedFlow
+from fastmask.diffusion import VP, RectifiedFlow
 from fastmask.models.maskdit import MaskDiTConfig
 
 # Encoders [D, table 1; H: M].
@@ -68,6 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dit-b2-in256":     {**_dense(_B),           **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
     "dit-l2-in256":     {**_dense(_L),           **_IN256, **_DIT,    "max_steps":   400_000, **_LONG},  # [D, table 4]
     "dit-xl2-in256":    {**_dense(_XL),          **_IN256, **_DIT,    "max_steps": 7_000_000, **_LONG},  # [D, table 2]
+    "dit-xl2-in256-vp": {**_dense(_XL),          **_IN256, **_DIT,    "max_steps": 7_000_000, **_LONG, "process": VP()},
     "dit-xl2-in512":    {**_dense(_XL),          **_IN512, **_DIT,    "max_steps": 3_000_000, **_LONG},  # [D, table 3]
     "sit-b2-in256":     {**_dense(_B),           **_IN256, **_SIT,    "max_steps":   400_000, **_LONG},  # [S]
     "sit-xl2-in256":    {**_dense(_XL),          **_IN256, **_SIT,    "max_steps": 7_000_000, **_LONG},  # [S]

@@ -16,6 +16,8 @@ FILES = (*(f"{part}.safetensors" for part in (*PARTS, "profiles")), "state.json"
 SUMS = "SHA256SUMS"
 FORMAT = 2  # format 1, not recorded in `state.json`, had no checksums
 
+# Names of weights in a folder of diffusers, or in `transformer/` of its pipelines.
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".pth.tar", ".ckpt", ".bin")
 _SOURCES = "a run folder, one of its checkpoints/step-N, or a .safetensors or .pt file of weights"
 _MOST_SHOWN = 6
@@ -87,7 +89,8 @@ def is_source(source: str | os.PathLike[str]) -> bool:
     path = Path(source)
     if path.is_dir():
         named = (*FILES, SUMS, "checkpoints", "snapshots", "run.json")
-        return path.name in ("checkpoints", "snapshots") or any((path / name).exists() for name in named)
+        is_run = path.name in ("checkpoints", "snapshots") or any((path / name).exists() for name in named)
+        return is_run or _diffusers_weights(path) is not None
     return path.name.endswith(_WEIGHTS) or not path.exists()
 
 
@@ -95,7 +98,8 @@ def locate(source: str | os.PathLike[str]) -> Place:
     """Resolve a path to weights.
 
     Args:
-        source: a run folder, a checkpoint of one (`checkpoints/step-N`), the folder that holds these, or a file.
+        source: a run folder, a checkpoint of one (`checkpoints/step-N`), the folder that holds these, a folder in
+            diffusers' format, which means its file of weights, or a file.
 
     Raises:
         ValueError: none of these; the message lists what was found.
@@ -109,6 +113,9 @@ def locate(source: str | os.PathLike[str]) -> Place:
             return Place(_run_of(full, path), path)
         if any((path / name).exists() for name in ("checkpoints", "snapshots", "run.json")):
             return Place(run=path)
+        weights = _diffusers_weights(path)
+        if weights:
+            return Place(file=weights)
         raise ValueError(f"{path} holds no weights but {listing(path)}: name {_SOURCES}")
     if path.exists():
         if path.name in FILES and (full.parent / SUMS).exists():
@@ -263,6 +270,12 @@ def listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
     return f"{', '.join(names[:_MOST_SHOWN])}{more}" if names else "nothing"
+
+
+def _diffusers_weights(path: Path) -> Path | None:
+    """Return the weights of the transformer in a folder of diffusers, None if there are none."""
+    files = (folder / name for folder in (path / "transformer", path) for name in DIFFUSERS_WEIGHTS)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _run_of(checkpoint: Path, path: Path) -> Path | None:

@@ -30,8 +30,8 @@ class SampleConfig:
     """Arguments of sampling."""
 
     source: tyro.conf.Positional[str]
-    """Weights: a run folder (its newest intact checkpoint), one of its checkpoints/step-N, or a .pt or .safetensors
-    file with the published parameter names."""
+    """Weights: a run folder (its newest intact checkpoint), one of its checkpoints/step-N, a .pt or .safetensors file
+    with the published parameter names, of a DiT or a SiT as dit:FILE or sit:FILE, or a folder in diffusers' format."""
     out: str = "samples.png"
     """Output: a .png grid; an .npz with `arr_0` (N, H, W, 3) uint8 and `labels`, as ADM's evaluator reads it; or a
     folder (a name without suffix) of PNGs and labels.csv. A killed command resumes from OUT.parts."""

@@ -29,9 +29,10 @@ _UNREADABLE = (
     *(SafetensorError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, LookupError, RuntimeError, EOFError),
     *(OSError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, MemoryError),
 )
-# Every network has this parameter; anything before its name is a prefix added by the file.
-_FIRST = "x_embedder.proj.weight"
+# Every network has this parameter, by one of these names; anything before it is a prefix added by the file.
+_FIRST, _FIRST_OF_DIFFUSERS = "x_embedder.proj.weight", "pos_embed.proj.weight"
 _WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_SHADOW, _TABLES = "shadow_params", ("pos_embed", "decoder_pos_embed")
 _AVERAGE = {"ema", "shadow", "averaged", "swa"}  # words that mark a name as averaged weights
 _MOST_VALUES, _MOST_LEVELS = 10**6, 8  # limits on the nested content of a file
 _MAX_NAMES_SHOWN = 6
@@ -174,7 +175,9 @@ def choose_weights(content: Any, what: str, average: bool = True) -> dict[str, T
     for name, leaf in _leaves(content, what):
         if leaves.setdefault(name, leaf) is not leaf and isinstance(leaf, Tensor):
             raise ValueError(f"{what} holds {name} twice, with and without what a wrapper adds to its name")
-    names = [name.removesuffix(_FIRST) for name in leaves if f".{name}".endswith(f".{_FIRST}")]
+    firsts = (_FIRST, _FIRST_OF_DIFFUSERS)
+    leaves = _with_named_average(leaves, what)
+    names = [name.removesuffix(first) for name in leaves for first in firsts if f".{name}".endswith(f".{first}")]
     averages = [name for name in names if _is_average(name)]
     others = [name for name in names if name not in averages]
     wanted = averages if average and averages else others
@@ -204,6 +207,33 @@ def choose_weights(content: Any, what: str, average: bool = True) -> dict[str, T
         if fault:
             raise ValueError(f"{what}: {fault}; weights are plain tensors of 16, 32 or 64-bit floats, by name")
     return found
+
+
+def _with_named_average(leaves: dict[str, Any], what: str) -> dict[str, Any]:
+    """Return the leaves with the tensors of an EMA's list ``shadow_params`` named as the network that stands beside it.
+
+    Such a list has the parameters in their order in the network, with or without the position tables, which are not
+    trained. So has a state_dict; the list is named by it if all shapes agree.
+    """
+    lists: dict[str, list[Any]] = {}
+    for name, leaf in leaves.items():
+        root, separator, _ = name.rpartition(".[")
+        if separator and root.split(".")[-1] == _SHADOW:
+            lists.setdefault(root, []).append(leaf)
+    roots = [name.removesuffix(_FIRST) for name in leaves if f".{name}".endswith(f".{_FIRST}")]
+    if len(lists) != 1 or len(roots) != 1:
+        return leaves
+    (where, average), prefix = next(iter(lists.items())), roots[0]
+    own = {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+    own = {name: leaf for name, leaf in own.items() if isinstance(leaf, Tensor) and "[" not in name}
+    tables = {name: leaf for name, leaf in own.items() if name in _TABLES}
+    for names in ([*own], [name for name in own if name not in tables]):
+        pairs = dict(zip(names, average, strict=False))
+        if len(names) == len(average) and all(own[name].shape == leaf.shape for name, leaf in pairs.items()):
+            say(f"{what}: {where} is named by the parameters of {_listed([prefix])}, whose order and shapes it has")
+            others = {name: leaf for name, leaf in leaves.items() if not name.startswith(f"{where}.[")}
+            return others | {f"{where}.{name}": leaf for name, leaf in {**tables, **pairs}.items()}
+    return leaves
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str) -> None:

@@ -69,7 +69,18 @@ def test_what_snapshots_miss_is_said(run_dir, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--posthoc-ema", "0.4"], r"above 0 and at most 0\.2887, not 0\.4"),
-        (["--posthoc-ema", "0.05", "--out", "a.pt"], "weights are written as .safetensors"),
+        (
+            ["--posthoc-ema", "0.05", "--out", "a.npz"],
+            r"--out a\.npz: weights are written as \.safetensors or \.pt, or",
+        ),
+        (["--posthoc-ema", "0.05", "--kind", "dit"], "leave --kind and --weights out"),
+        (
+            ["--posthoc-ema", "0.05", "--vae", "a/b"],
+            "--vae belongs to a folder for diffusers: give --out a name without",
+        ),
+        (["--out", "a.pt", "--push-to-hub", "me/it"], "--push-to-hub belongs to a folder for diffusers"),
+        (["--out", "a.pt", "--step", "3"], "--step belongs to --posthoc-ema: name the checkpoint of that step instead"),
+        ([], r"name the output: --out X\.safetensors, X\.pt, or a folder for diffusers"),
         (["--posthoc-ema", "0.05", "--step", "3"], "the first snapshot of .* is of step 4"),
     ],
 )

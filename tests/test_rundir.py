@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_checkpoint import Trained
 
 from fastmask.diffusion.weights import load_maskdit
-from fastmask.rundir import find_checkpoint, find_weights, locate, share_of_start, snapshots
+from fastmask.rundir import find_checkpoint, find_weights, is_source, locate, share_of_start, snapshots
 from fastmask.training.checkpoint import Checkpointer
 
 SOURCES = "name a run folder, one of its checkpoints/step-N, or a .safetensors or .pt file of weights"
@@ -68,6 +68,18 @@ def test_load_maskdit_takes_them_all(run_dir):
     stored = load_file(run_dir / "checkpoints" / "step-00000002" / "model.safetensors")
     for name, tensor in load_maskdit(str(run_dir), weights="raw").state_dict().items():
         assert torch.equal(tensor, stored[name])
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.bin"])
+def test_a_folder_of_diffusers_is_its_weights(tmp_path, name):
+    (tmp_path / "config.json").touch()
+    assert not is_source(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no weights but config\.json"):
+        locate(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert locate(tmp_path) == (None, None, tmp_path / name)
+    assert is_source(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -100,15 +100,29 @@ def test_a_training_file_without_an_average_gives_what_it_has(key, capsys):
 @pytest.mark.parametrize(
     ("content", "where"),
     [
-        ({"model": RAW, "ema": {"decay": 0.999, "shadow_params": list(RAW.values())}}, "ema.shadow_params"),
+        ({"model": RAW, "ema": {"decay": 0.999, "shadow_params": [*RAW.values()][1:]}}, "ema.shadow_params"),
+        ({"model": RAW, "ema": {"shadow_params": [*RAW.values()][::-1]}}, "ema.shadow_params"),
         ({"model": RAW, "ema": tuple(RAW.values())}, "ema"),
         ({"state_dict": RAW, "optimizer_states": [{"ema": list(RAW.values())}]}, r"optimizer_states\.\[0\]\.ema"),
         ({**prefixed("model."), "model_ema.x_embedderprojweight": torch.ones(4)}, "model_ema.x_embedderprojweight"),
     ],
-    ids=["score_sde", "list", "NeMo", "LitEma"],
+    ids=["too few", "another order", "list", "NeMo", "LitEma"],
 )
 def test_an_average_without_names_is_not_passed_over(content, where):
     refused(content, rf"it holds an average that does not say which parameters it is of \({where}\): save it by")
+    assert_is(choose_weights(content, "it", average=False), RAW)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module.model."])
+def test_a_list_of_averages_is_named_by_the_network_beside_it(prefix, trained, capsys):
+    """Of score_sde, torch_ema and diffusers: all parameters, or those that are trained, in the network's order."""
+    tables = {"pos_embed", "decoder_pos_embed"}
+    average = [tensor for name, tensor in AVERAGE.items() if not (trained and name in tables)]
+    content = {"model": prefixed(prefix), "ema": {"decay": 0.999, "shadow_params": average}, "opt": OPTIMIZER}
+    assert_is(choose_weights(content, "it"), AVERAGE)
+    said = capsys.readouterr().out
+    assert "it: ema.shadow_params is named by the parameters of model" in said
     assert_is(choose_weights(content, "it", average=False), RAW)
 
 

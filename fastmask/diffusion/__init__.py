@@ -10,10 +10,12 @@ from fastmask.diffusion.origin import LatentSpace, Origin
 from fastmask.diffusion.process import Coefficients, Process
 from fastmask.diffusion.sampling import Sampling, draw_batch, draw_samples, sample
 from fastmask.diffusion.solvers import SOLVERS
+from fastmask.diffusion.vp import VP
 
 __all__ = [
     "EDM",
     "SOLVERS",
+    "VP",
     "Coefficients",
     "Denoiser",
     "EDMPrecond",

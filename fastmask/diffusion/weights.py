@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmask.console import say
 from fastmask.described import from_json, to_json
 from fastmask.diffusion import EDM, Denoiser, Origin, Process
+from fastmask.diffusion.foreign import ForeignKind, read_file, read_source
 from fastmask.diffusion.processes import PROCESSES
 from fastmask.models.layers import sincos_position
 from fastmask.models.maskdit import MaskDiT, MaskDiTConfig
 from fastmask.models.networks import NETWORKS
-from fastmask.rundir import find_weights
-from fastmask.tensorfile import check_finite, choose_weights, read_weights, save_tensors, with_checksum
+from fastmask.tensorfile import check_finite, save_tensors, with_checksum
 
 Kind = Literal["ema", "raw"]
 
@@ -38,19 +39,24 @@ def load_maskdit(
     *,
     sigma_data: float = 0.5,
     weights: Kind = "ema",
+    kind: ForeignKind | None = None,
 ) -> Denoiser:
     """Build the network that weights with the published parameter names describe, on the CPU in fp32.
 
     Sizes are inferred from the shapes. Number of heads and process cannot be: they are read from files written by
-    fastmask, which record them, and are arguments otherwise.
+    fastmask or diffusers, which record them, and are arguments otherwise. Weights of a DiT (with the process `VP`) or a
+    SiT (with `RectifiedFlow`) become a network without a decoder.
 
     Args:
-        source: a mapping of names to tensors; a run folder (its newest intact checkpoint); a checkpoint folder; or a
-            `.safetensors` or `.pt` file. Names can have prefixes of wrappers and of the preconditioner.
+        source: a mapping of names to tensors; a run folder (its newest intact checkpoint); a checkpoint folder; a
+            `.safetensors` or `.pt` file, also as ``dit:FILE`` or ``sit:FILE``; or a folder in diffusers' format, of a
+            `DiTTransformer2DModel` or of `fastmask.convert`. Names can have prefixes of wrappers and of the
+            preconditioner.
         num_heads: number of encoder heads; None is the number of the published model of the same width.
         decoder_num_heads: number of decoder heads.
         sigma_data: standard deviation of the data, for EDM.
         weights: "ema" or "raw", for a run or a training file that has both.
+        kind: "dit" or "sit", for weights with DiT's names, which do not tell which of the two they are of.
 
     Returns:
         The denoiser in training mode, with gradients enabled.
@@ -59,14 +65,9 @@ def load_maskdit(
         ValueError: a missing, unreadable or damaged file, weights that are not a MaskDiT's or not finite, or an unknown
             number of heads.
     """
-    stated: dict[str, str] = {}
-    average = weights == "ema"
-    if isinstance(source, Mapping):
-        what, tensors = "the given mapping", choose_weights(source, "the given mapping", average)
-    else:
-        path = find_weights(source, average, say)
-        what = str(path)
-        tensors, stated = read_weights(path, average)
+    what, tensors, stated, notes = read_source(source, kind, average=weights == "ema")
+    for note in notes:
+        say(note)
     sizes = _read_sizes(tensors, what)
     _check_network(stated, sizes, what)
     num_heads = _heads(stated, "num_heads", what) or num_heads or _PUBLISHED_HEADS.get(sizes["width"])
@@ -77,7 +78,8 @@ def load_maskdit(
     decoder_num_heads = _heads(stated, "decoder_num_heads", what) or decoder_num_heads
     try:
         with torch.device("meta"):
-            model = MaskDiT(**sizes, num_heads=num_heads, decoder_num_heads=decoder_num_heads)
+            shift = _frequency_shift(stated, what)
+            model = MaskDiT(**sizes, num_heads=num_heads, decoder_num_heads=decoder_num_heads, frequency_shift=shift)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     process = _process(stated, what)
@@ -95,29 +97,34 @@ def load_maskdit(
     return net.requires_grad_()
 
 
-def weights_for(net: Denoiser, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+def weights_for(net: Denoiser, path: Path, kind: ForeignKind | None = None) -> tuple[dict[str, Tensor], list[str]]:
     """Read the weights of a file that fit a network, by its parameter names, on the CPU, and notes on what differs.
 
-    The label table is omitted for another number of classes, and the position tables for another image size; the
-    network keeps its own.
+    The label table is omitted for another number of classes, and the fixed position tables for another image size; the
+    network keeps its own. Learned position tables are interpolated.
 
     Args:
         net: the denoiser.
         path: the file.
+        kind: as in `load_maskdit`.
 
     Raises:
         ValueError: an unreadable or damaged file, weights that are not finite, or weights of another network (lists the
             differing names).
     """
-    what = str(path)
-    tensors, stated = read_weights(path)
+    what, tensors, stated, said = read_file(path, kind)
     _read_sizes(tensors, what)
     found, own = {f"model.{name}": tensor for name, tensor in tensors.items()}, net.state_dict()
     left, notes = _other_labels(own, found, what)
-    others, note = _other_positions(net, found, what)
-    left, notes = left | others, notes + note
-    found = _without(found, left)
+    others, tables, note = _other_positions(net, found, what)
+    left, notes = left | others, [*said, *notes, *note]
+    found = _without({**found, **tables}, left)
     check_same_shapes(_without(own, left), found, what)
+    if _frequency_shift(stated, what) != net.model.config.frequency_shift:
+        raise ValueError(
+            f"{what} is of another network: its frequency_shift is {_frequency_shift(stated, what)} instead of "
+            f"{net.model.config.frequency_shift}"
+        )
     for name in ("num_heads", "decoder_num_heads"):
         heads, ours = _heads(stated, name, what), getattr(net.model, name)
         if heads and heads != ours and (name == "num_heads" or net.model.decoder_blocks):
@@ -205,23 +212,38 @@ def _other_labels(own: Mapping[str, Tensor], found: Mapping[str, Tensor], what: 
     return {_LABELS}, [f"{known}: the label table for {here[1]} is freshly initialized"]
 
 
-def _other_positions(net: Denoiser, found: Mapping[str, Tensor], what: str) -> tuple[set[str], list[str]]:
-    """Return the names of the position tables and a note, if they are for another image size."""
-    own, left, side = net.state_dict(), set(), 0
-    for name in own.keys() & found.keys() & set(_POSITIONS):
+def _other_positions(
+    net: Denoiser, found: Mapping[str, Tensor], what: str
+) -> tuple[set[str], dict[str, Tensor], list[str]]:
+    """Return the names of fixed position tables for another image size, learned ones interpolated to it, and notes."""
+    own, fixed, side = net.state_dict(), set(), 0
+    learned: dict[str, Tensor] = {}
+    now = net.model.input_size
+    for name in sorted(own.keys() & found.keys() & set(_POSITIONS)):
         if found[name].shape == own[name].shape or found[name].ndim != 3:
             continue
         side = math.isqrt(found[name].shape[1])
         table = sincos_position(side, side, own[name].shape[2])
         if found[name].shape != table.shape:
             continue  # another network: reported by the comparison of all shapes
-        if not (found[name].float() - table).abs().max() <= _SAME_POSITION:
-            raise ValueError(f"{what}: {name} is not the fixed table of sines, so it serves no other size of images")
-        left.add(name)
-    if not left:
-        return left, []
-    now, before = net.model.input_size, side * net.model.patch_size
-    return left, [f"{what} is for images of {before} x {before}: the position tables for {now} x {now} are recomputed"]
+        if (found[name].float() - table).abs().max() <= _SAME_POSITION:
+            fixed.add(name)
+        else:
+            learned[name] = _interpolated(found[name].float(), side, now // net.model.patch_size)
+    notes, sized = [], f"{what} is for images of {side * net.model.patch_size} x {side * net.model.patch_size}"
+    if fixed:
+        notes.append(f"{sized}: the position tables for {now} x {now} are recomputed")
+    if learned:
+        names = ", ".join(name.removeprefix("model.") for name in learned)
+        notes.append(f"{sized}: {names}, which is no fixed table of sines, is interpolated to {now} x {now}")
+    return fixed, learned, notes
+
+
+def _interpolated(table: Tensor, before: int, now: int) -> Tensor:
+    """Return a position table (1, before^2, width) at the grid points of another size, by bicubic interpolation."""
+    grid = table.view(1, before, before, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(grid, (now, now), mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1).reshape(1, now * now, -1)
 
 
 def _without(weights: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
@@ -237,6 +259,11 @@ def _heads(stated: Mapping[str, str], name: str, what: str) -> int:
     if text and not re.fullmatch(r"[1-9]\d{0,4}", text):
         raise ValueError(f"{what} states {name} {text!r}, which is no number of heads")
     return int(text or 0)
+
+
+def _frequency_shift(stated: Mapping[str, str], what: str) -> int:
+    """Return the shift of the time embedding's frequencies, which no shape tells; 0 where a file states no network."""
+    return _network(stated, what).frequency_shift if "network" in stated else 0
 
 
 def _check_network(stated: Mapping[str, str], sizes: Mapping[str, Any], what: str) -> None:
@@ -294,7 +321,6 @@ def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:
         raise ValueError(
             f"{what} is no MaskDiT: it lacks a usable x_embedder.proj.weight, pos_embed, mask_token or label table"
         ) from None
-    _refuse_dit(weights, patch_size**2 * in_channels, what)
     return {
         "input_size": math.isqrt(length) * patch_size,
         "patch_size": patch_size,
@@ -306,27 +332,6 @@ def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:
         "decoder_depth": _count_blocks(weights, "decoder_blocks."),
         "qk_norm": "blocks.0.attn.q_norm.weight" in weights,
     }
-
-
-def _refuse_dit(weights: Mapping[str, Tensor], values: int, what: str) -> None:
-    """Raise a ValueError for published DiT weights: they predict noise (and variance), with another label table.
-
-    Args:
-        weights: weights by name, without prefixes.
-        values: P, values of a patch.
-        what: the source, for the error message.
-    """
-    table, head = (weights.get(f"{name}.weight") for name in ("y_embedder.embedding_table", "final_layer.linear"))
-    width = weights["x_embedder.proj.weight"].shape[0]
-    signs = []
-    learned = head is not None and head.shape[:1] == (2 * values,)
-    if learned:
-        signs.append(f"its head gives {2 * values} numbers for the {values} of a patch")
-    if table is not None and table.shape[0] != width == table.shape[1]:
-        signs.append(f"its label table has {table.shape[0]} rows, one of them for no label")
-    if signs:
-        sigma = " with learned sigma" if learned else ""
-        raise ValueError(f"{what} is a DiT{sigma}: not MaskDiT, which is what is read here ({', '.join(signs)})")
 
 
 def _count_blocks(weights: Mapping[str, Tensor], prefix: str) -> int:

@@ -36,13 +36,20 @@ class PatchEmbedding(nn.Module):
         nn.init.zeros_(self.proj.bias)  # type: ignore[arg-type]
 
 
+def time_frequencies(shift: int = 0, device: torch.device | None = None) -> Tensor:
+    """Return the frequencies of the time embedding, 10000^(-i / (128 - shift)), fp32, shape (128,)."""
+    half = TimeEmbedding.FEATURES // 2
+    return torch.exp(torch.arange(half, device=device) * (-math.log(10000.0) / (half - shift)))
+
+
 class TimeEmbedding(nn.Module):
     """Timestep embedding, c_noise (B,) -> (B, D): 256 sinusoidal features, then an MLP."""
 
     FEATURES = 256
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, frequency_shift: int = 0) -> None:
         super().__init__()
+        self.frequency_shift = frequency_shift
         into, out_of = nn.Linear(self.FEATURES, width), nn.Linear(width, width)
         for linear in (into, out_of):
             nn.init.normal_(linear.weight, std=0.02)
@@ -51,8 +58,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, c_noise: Tensor) -> Tensor:
         """Return the embedding (B, D) of c_noise (B,)."""
-        half = self.FEATURES // 2
-        frequency = torch.exp(torch.arange(half, device=c_noise.device) * (-math.log(10000.0) / half))
+        frequency = time_frequencies(self.frequency_shift, c_noise.device)
         angle = c_noise[:, None].to(torch.promote_types(c_noise.dtype, torch.float32)) * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=1)
         out: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))

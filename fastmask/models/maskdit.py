@@ -45,6 +45,8 @@ class MaskDiTConfig:
     """Number of attention heads of the decoder."""
     qk_norm: bool = False
     """Normalise queries and keys of each head, which keeps attention from growing without bound."""
+    frequency_shift: int = 0
+    """Shift of the time embedding's frequencies, 10000^(-i / (128 - shift)): 0 as published, 1 as in diffusers' DiT."""
 
     @property
     def masked(self) -> bool:
@@ -60,6 +62,8 @@ class MaskDiTConfig:
                 f"depth must be at least 1 and decoder_depth at least 0, not {self.depth} and {self.decoder_depth}"
             )
         sides = [("", self.width, self.num_heads), ("decoder_", self.decoder_width, self.decoder_num_heads)]
+        if self.frequency_shift not in (0, 1):
+            raise ValueError(f"frequency_shift must be 0 or 1, not {self.frequency_shift}")
         for name, size, heads in sides if self.masked else sides[:1]:
             if size < 4 or size % 4:
                 raise ValueError(f"{name}width must be a multiple of 4 (the position table has four parts), not {size}")
@@ -88,6 +92,7 @@ class MaskDiT(ClassConditional, nn.Module):
         decoder_depth: number of decoder blocks.
         decoder_num_heads: number of attention heads of the decoder.
         qk_norm: normalise the queries and keys of each head (arXiv 2302.05442), with learned scales.
+        frequency_shift: see `fastmask.models.layers.time_frequencies`.
         impl: form of the ops: "fused", "reference", or None for the default of the device that `forward` runs on.
 
     Attributes:
@@ -114,6 +119,7 @@ class MaskDiT(ClassConditional, nn.Module):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         qk_norm: bool = False,
+        frequency_shift: int = 0,
         impl: Impl | None = None,
     ) -> None:
         super().__init__()
@@ -128,6 +134,7 @@ class MaskDiT(ClassConditional, nn.Module):
             decoder_depth=decoder_depth,
             decoder_num_heads=decoder_num_heads,
             qk_norm=qk_norm,
+            frequency_shift=frequency_shift,
         )
         self.config.check(input_size)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
@@ -139,7 +146,7 @@ class MaskDiT(ClassConditional, nn.Module):
 
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
         self.register_buffer("pos_embed", sincos_position(side, side, width))
-        self.t_embedder = TimeEmbedding(width)
+        self.t_embedder = TimeEmbedding(width, frequency_shift)
         if num_classes:
             self.y_embedder = LabelEmbedding(num_classes, width)
         self.blocks = nn.ModuleList(Block(width, num_heads, width, qk_norm) for _ in range(depth))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastmask.console import say
 from fastmask.diffusion import Denoiser
+from fastmask.diffusion.foreign import split_kind
 from fastmask.diffusion.weights import check_same_shapes, check_stated, save_weights, weights_for
 from fastmask.files import apply_umask, atomic_write
 from fastmask.ranks import whole
@@ -321,7 +322,8 @@ def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> bool:
     For another number of classes or image size the network keeps its own label or position table, with a printed note.
 
     Args:
-        init: a run folder or a checkpoint, which initialises weights and EMA, or a file of weights for both.
+        init: a run folder or a checkpoint, which initialises weights and EMA, or a file of weights for both, with the
+            kind of foreign ones in front, as in ``dit:FILE``.
         net: the denoiser.
         ema: EMA weights, by the names of ``net``'s parameters.
 
@@ -331,10 +333,11 @@ def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> bool:
     Raises:
         ValueError: nothing to read, damaged files, or weights of another network (lists the differing names).
     """
+    kind, source = split_kind(init)
     try:
-        place, names = locate(init), ("model.safetensors", "ema.safetensors")
+        place, names = locate(source), ("model.safetensors", "ema.safetensors")
         if place.file:
-            weights, notes = weights_for(net, find_weights(init, True, say))
+            weights, notes = weights_for(net, find_weights(source, True, say), kind)
             average = weights
         else:
             folder = find_checkpoint(place, (*names, "state.json"), say)
@@ -342,9 +345,12 @@ def load_initial(init: str, net: Denoiser, ema: Mapping[str, Tensor]) -> bool:
             (weights, notes), (average, _) = (weights_for(net, folder / name) for name in names)
     except ValueError as error:
         raise ValueError(f"--init {error}") from error
+    own = net.state_dict()
+    kept = [name.removeprefix("model.") for name in own if name not in weights]
     for note in notes:
         say(note)
-    own = net.state_dict()
+    but = f", not {', '.join(kept)}" if kept else ""
+    say(f"--init {init}: took {len(weights)} of {len(own)} tensors{but}")
     _copy({name: own[name] for name in weights}, weights)
     _copy({name: ema[name] for name in weights if name in ema}, average)
     return all(name in weights for name, _ in net.named_parameters())

@@ -41,7 +41,8 @@ class RunConfig:
     """Seed of the weights, data order, noise, masks and label dropout."""
     init: str = fixed("", "the weights come from the checkpoint")
     """Initial weights: a run folder, one of its checkpoints, or a .pt or .safetensors file with the published parameter
-    names. The label or position table is reinitialised for another number of classes or image size."""
+    names; of a DiT or a SiT as dit:FILE or sit:FILE; or a folder in diffusers' format. The label or position table is
+    reinitialised for another number of classes or image size."""
     max_steps: int = 1000
     """Total number of optimizer steps."""
     batch_size: int = 128

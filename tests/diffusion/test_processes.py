@@ -18,10 +18,10 @@ def test_a_process_as_json():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"name": "ddpm"}', "; this version knows edm, flow"),
-        ('{"name": ["edm"]}', "; this version knows edm, flow"),
-        ('{"sigma_data": 0.5}', "; this version knows edm, flow"),
-        ('["edm"]', "; this version knows edm, flow"),
+        ('{"name": "ddpm"}', "; this version knows edm, flow, vp"),
+        ('{"name": ["edm"]}', "; this version knows edm, flow, vp"),
+        ('{"sigma_data": 0.5}', "; this version knows edm, flow, vp"),
+        ('["edm"]', "; this version knows edm, flow, vp"),
         ('{"name": "edm", "sigma_min": 0.1}', "sigma_min is no number of process edm"),
         ('{"name": "edm", "sigma_data": true}', "sigma_data is no number of process edm"),
         ('{"name": "edm", "p_std": "1.2"}', "p_std is no number of process edm"),

@@ -395,35 +395,6 @@ def test_heads_that_cannot_be(tmp_path, name, value):
         load_maskdit(tmp_path / "weights.safetensors", **HEADS)
 
 
-def as_dit(net, learned):
-    """Return weights as DiT lays them out: a row per class and one for none, a head that may give a variance too."""
-    weights = bare(net.state_dict())
-    table = weights["y_embedder.embedding_table.weight"]
-    weights["y_embedder.embedding_table.weight"] = torch.cat([table.t(), torch.zeros(1, len(table))])
-    if learned:
-        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-            weights[name] = torch.cat([weights[name]] * 2)
-    return weights
-
-
-def test_a_dit_is_recognised(tmp_path):
-    net = small_net(decoder_depth=0)
-    rows = "its label table has 6 rows, one of them for no label"
-    head = "its head gives 24 numbers for the 12 of a patch"
-    learned = rf"is a DiT with learned sigma: not MaskDiT, which is what is read here \({head}, {rows}\)"
-    with pytest.raises(ValueError, match=f"the given mapping {learned}"):
-        load_maskdit(as_dit(net, learned=True), num_heads=2)
-    with pytest.raises(ValueError, match=rf"the given mapping is a DiT: not MaskDiT, which .* here \({rows}\)"):
-        load_maskdit(as_dit(net, learned=False), num_heads=2)
-    torch.save(as_dit(net, learned=True), tmp_path / "DiT-XL-2-256x256.pt")
-    for load in (load_maskdit, lambda path: weights_for(net, path)):
-        with pytest.raises(ValueError, match=rf"DiT-XL-2-256x256\.pt {learned}"):
-            load(tmp_path / "DiT-XL-2-256x256.pt")
-    unconditional = {k: t for k, t in as_dit(net, learned=True).items() if "y_embedder" not in k}
-    with pytest.raises(ValueError, match=rf"is a DiT with learned sigma: .*\({head}\)"):
-        load_maskdit(unconditional, num_heads=2)
-
-
 def taken(tmp_path, source, **sizes):
     """Return what of its tensors a network does not take from another's file, and what is said of that."""
     save_weights(tmp_path / "weights.safetensors", source)
@@ -473,12 +444,29 @@ def test_weights_of_another_network_are_refused(tmp_path, sizes, message):
         taken(tmp_path, small_net(), **sizes, num_classes=7)
 
 
-def test_position_tables_that_are_learned_serve_no_other_size(tmp_path):
-    net = small_net()
-    net.model.pos_embed[0, 3, 3] += 0.1
-    assert taken(tmp_path, net) == (set(), [])
-    with pytest.raises(ValueError, match=r"model\.pos_embed is not the fixed table of sines, so it serves no"):
-        taken(tmp_path, net, input_size=16)
+def test_position_tables_that_are_learned_are_interpolated(tmp_path):
+    """Bicubic interpolation is exact for a table that is linear in row and column, away from the border."""
+    net = small_net(input_size=16)
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    net.model.pos_embed = torch.stack([rows + channel * columns for channel in range(16)], 2).view(1, 64, 16)
+    assert taken(tmp_path, net, input_size=16) == (set(), [])
+    weights, notes = weights_for(small_net(input_size=32), tmp_path / "weights.safetensors")
+    table = weights["model.pos_embed"].view(16, 16, 16)
+    at = (torch.arange(16.0) + 0.5) / 2 - 0.5
+    exact = torch.stack([at[:, None] + channel * at for channel in range(16)], 2)
+    torch.testing.assert_close(table[4:-4, 4:-4], exact[4:-4, 4:-4])
+    assert "model.decoder_pos_embed" not in weights
+    what = f"{tmp_path / 'weights.safetensors'} is for images of 16 x 16"
+    assert notes == [
+        f"{what}: the position tables for 32 x 32 are recomputed",
+        f"{what}: pos_embed, which is no fixed table of sines, is interpolated to 32 x 32",
+    ]
+
+
+def test_other_frequencies_of_the_time_embedding_are_another_network(tmp_path):
+    with pytest.raises(ValueError, match="is of another network: its frequency_shift is 1 instead of 0"):
+        taken(tmp_path, small_net(frequency_shift=1))
+    assert load_maskdit(tmp_path / "weights.safetensors").model.config.frequency_shift == 1
 
 
 def test_another_sigma_data_is_said(tmp_path):

@@ -31,7 +31,7 @@ def test_weights_that_state_no_process_start_another_with_a_note(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"name": "vp"}', "the process 'vp' is unknown; this version knows edm, flow"),
+        ('{"name": "ddpm"}', "the process 'ddpm' is unknown; this version knows edm, flow, vp"),
         ('{"name": "edm", "sigma_data": -1}', "sigma_data must be a number above 0, not -1"),
         ("[" * 100_000, "recursion"),
     ],

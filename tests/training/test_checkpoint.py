@@ -409,7 +409,9 @@ def test_starting_from_a_damaged_checkpoint(tmp_path, trained, part, capsys):
     after, _ = init(tmp_path)
     assert_same(after, {name: tensor for name, tensor in trained.tensors().items() if name in after})
     damage = f"{part}.safetensors differs from its checksum in SHA256SUMS"
-    assert capsys.readouterr().out == f"{folder} is damaged ({damage}): taking {before}\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{folder} is damaged ({damage}): taking {before}", said[1]]
+    assert said[1].startswith(f"--init {tmp_path}: took ")
     with pytest.raises(ValueError, match=rf"--init {folder} is damaged \({damage}\): name {tmp_path} for the newest"):
         init(folder)
 
@@ -420,16 +422,20 @@ def test_starting_from_a_damaged_checkpoint(tmp_path, trained, part, capsys):
 def test_starting_with_other_classes_or_another_size(tmp_path, trained, sizes, capsys):
     folder = trained.save(tmp_path)
     after, before = init(tmp_path, **sizes)
-    own = {name for name in before if "embedding_table" in name or "pos_embed" in name}
+    own, kept = {name for name in before if "embedding_table" in name or "pos_embed" in name}, []
     assert own
     for name, tensor in after.items():
         taken = trained.tensors().get(name)
         is_own = taken is None or taken.shape != tensor.shape
         assert torch.equal(tensor, before[name] if is_own else taken), name
         assert name in own or not is_own
+        kept += [name.removeprefix("net/model.")] if is_own and name.startswith("net/") else []
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(sizes)
-    assert all(line.startswith(f"{folder / 'model.safetensors'} is for ") for line in lines)
+    assert len(lines) == len(sizes) + 1
+    assert all(line.startswith(f"{folder / 'model.safetensors'} is for ") for line in lines[:-1])
+    count = sum(name.startswith("net/") for name in after)
+    taken = f"took {count - len(kept)} of {count} tensors, not {', '.join(kept)}"
+    assert lines[-1] == f"--init {tmp_path}: {taken}"
 
 
 def test_an_average_of_another_network_starts_nothing(tmp_path, trained):

@@ -1,0 +1,1 @@
+"""Weights of other dense transformers, rearranged for a `MaskDiT` without a decoder."""
