@@ -1,18 +1,20 @@
 """Shared code of the commands: argument parsing (tyro), user errors reported in one line."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import tyro
 
 from fastmask.console import without_secrets
+from fastmask.help import needs_value, positional, show_page, usage_of
 
 T = TypeVar("T")
 
@@ -36,16 +38,18 @@ def parse(kind: type[T], argv: Sequence[str], *, prog: str, description: str, de
         ValueError: an unknown flag (suggests similar ones) or an invalid value.
         SystemExit: after `--help`, with code 0.
     """
+    if show_page(argv, kind, prog=prog, description=description, default=default):
+        sys.exit(0)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             if default is None:
                 return tyro.cli(kind, prog=prog, description=description, args=argv, config=_FLAT)
             return tyro.cli(kind, prog=prog, description=description, args=argv, default=default, config=_FLAT)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
+    except SystemExit:
         message = _one_line(said.getvalue())
+        if message.startswith("Missing from"):
+            raise ValueError(f"{_missing(kind, message)}: {usage_of(kind, prog)}") from None
         for name in (argument.split("=")[0] for argument in argv):
             if name in _RENAMED and message.startswith("Unrecognized") and name in message:
                 raise ValueError(f"{name} is called {_RENAMED[name]} now") from None
@@ -114,6 +118,16 @@ def _flush() -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _missing(kind: Any, message: str) -> str:
+    """Return which arguments are missing, from tyro's message, which lists them; positional ones come first."""
+    plain, listed = positional(kind), message.partition(": ")[2]
+    names = [field.name for field in dataclasses.fields(kind) if needs_value(field)]
+    flags = {name: "--" + name.replace("_", "-") for name in names if name not in plain}
+    missing = [name.upper() for name in names if name in plain and not listed.startswith("--")]
+    missing += [flag for flag in flags.values() if flag in listed.split()]
+    return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
 
 
 def _one_line(box: str) -> str:

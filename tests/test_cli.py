@@ -52,7 +52,8 @@ def test_values_and_defaults():
         (["x", "--rate", "fast"], "--rate: could not convert string to float: 'fast'"),
         (["x", "--kind", "c"], "invalid choice 'c'"),
         (["x", "--labels", "1", "b"], "['1', 'b']"),
-        ([], "STR"),
+        ([], "SOURCE is missing: usage: prog SOURCE [--FLAG VALUE ...]"),
+        (["--steps", "3"], "SOURCE is missing: usage: prog SOURCE [--FLAG VALUE ...]"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -78,6 +79,28 @@ def test_mistakes_are_one_line(argv, message, encoding, capsys, monkeypatch):
 def test_what_a_dataclass_refuses_names_the_flag(argv, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         train.main(argv)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Required:
+    source: tyro.conf.Positional[str]
+    first_rate: float
+    rate: float
+
+
+@pytest.mark.parametrize(
+    ("argv", "missing"),
+    [
+        ([], "SOURCE and --first-rate and --rate are missing"),
+        (["--rate", "1"], "SOURCE and --first-rate are missing"),
+        (["x"], "--first-rate and --rate are missing"),
+        (["x", "--first-rate", "1"], "--rate is missing"),
+    ],
+)
+def test_missing_arguments_are_named(argv, missing):
+    usage = "usage: prog SOURCE --first-rate FLOAT --rate FLOAT [--FLAG VALUE ...]"
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{missing}: {usage}')}$"):
+        parse(Required, argv, prog="prog", description="Does it.")
 
 
 def test_help_describes_the_flags(capsys):

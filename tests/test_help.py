@@ -4,9 +4,10 @@ import dataclasses
 from typing import Literal
 
 import pytest
+import tyro
 
-from fastmask import train
-from fastmask.help import show_help
+from fastmask import convert, evaluate, prepare, report, sample, train
+from fastmask.help import show_help, show_page
 from fastmask.presets import PRESETS
 from fastmask.training.config import preset_config
 
@@ -126,3 +127,83 @@ def test_the_flags_of_another_process_are_shown_by_what_help_says(capsys):
     shown = capsys.readouterr().out
     assert "--shift" in shown
     assert "--p-mean" not in shown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command."""
+
+    source: tyro.conf.Positional[str]
+    """What is read."""
+    more: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Others."""
+    size: float
+    """Size of the result."""
+    side: int | None = None
+    """Side. Default: the source's."""
+    undescribed: str = ""
+    shape: Shape = dataclasses.field(default_factory=Shape)
+
+
+def test_the_page_of_a_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "64")
+    assert not show_page(["x", "--size", "1"], Command, prog="prog", description="Does it.")
+    assert capsys.readouterr().out == ""
+    assert show_page(["--size", "-h"], Command, prog="prog", description="Does it.")
+    assert capsys.readouterr().out.startswith(
+        """usage: prog SOURCE [MORE ...] --size FLOAT [--FLAG VALUE ...]
+
+Does it.
+
+  SOURCE
+      What is read. (required)
+  MORE ...
+      Others. (default: empty)
+  --size FLOAT
+      Size of the result. (required)
+  --side INT
+      Side. Default: the source's.
+  --undescribed STR
+      (default: empty)
+
+shape: Sides of the shape.
+
+  --edge-length FLOAT
+      Length of an edge, in a sentence that is long enough to
+"""
+    )
+    default = Command(source="a", size=2.0, side=3, shape=Shape(pair=(1.0, 4.0)))
+    assert show_page(["--help"], Command, prog="prog", description="Does it.", default=default)
+    shown = capsys.readouterr().out
+    for part in ("read. (default: a)", "result. (default: 2.0)", "Default: the source's. (default: 3)", "1.0 4.0)"):
+        assert part in shown
+
+
+COMMANDS = [
+    (sample, sample.SampleConfig),
+    (evaluate, evaluate.EvaluateConfig),
+    (report, report.ReportConfig),
+    (prepare, prepare.PrepareConfig),
+    (convert, convert.ConvertConfig),
+]
+
+
+@pytest.mark.parametrize(("module", "kind"), COMMANDS, ids=lambda value: value.__name__)
+def test_every_command_explains_each_of_its_flags_in_sentences(module, kind, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    texts, name = {}, ""
+    for line in lines:  # flags are indented by two, and their texts by six
+        if line.startswith("      "):
+            texts[name] = f"{texts[name]} {line.strip()}".strip()
+        elif line.startswith("  "):
+            name = line.split()[0].rstrip(",")
+            texts[name] = ""
+    fields = [field for field in dataclasses.fields(kind) if field.name != "sampling"]
+    for field in [*fields, *(dataclasses.fields(kind.sampling) if hasattr(kind, "sampling") else ())]:
+        text = texts.get("--" + field.name.replace("_", "-")) or texts[field.name.upper()]
+        assert text.split(" (default: ")[0].removesuffix(" (required)").endswith("."), text

@@ -50,7 +50,7 @@ def test_a_kernel_file_belongs_to_an_op():
 
 def test_nothing_imports_upward():
     """A folder or module may import only from those before it."""
-    order = ["console", "files", "fields", "cli", "help", "described", "kernels", "testing", "grid", "ranks", "gpus"]
+    order = ["console", "files", "fields", "help", "cli", "described", "kernels", "testing", "grid", "ranks", "gpus"]
     order += ["tensorfile", "rundir", "models", "diffusion", "data", "generation", "training", "cost", "evaluation"]
     order += ["exchange", "reporting", "presets"]
     order += ["prepare", "sample", "evaluate", "convert", "report", "train"]
