@@ -13,6 +13,8 @@ from fastmask.files import atomic_write
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_SMALLEST_SIDE = 32  # of an image in a grid; smaller ones are enlarged by a whole factor
+
 
 def to_uint8(images: Tensor) -> Tensor:
     """Convert images (N, C, H, W) in [-1, 1] to uint8 (N, H, W, C) on the CPU, each value to the nearest level."""
@@ -76,7 +78,7 @@ def save_pixels(path: Path, pixels: Tensor, columns: int) -> "np.ndarray[Any, np
     grid = (
         canvas.view(rows, columns, height, width, 3).permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
     )
-    zoom = max(1, 32 // height)
+    zoom = -(-_SMALLEST_SIDE // height)
     array = grid.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1).numpy()
     with atomic_write(path) as partial:
         Image.fromarray(array).save(partial, format="PNG")
