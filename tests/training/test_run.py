@@ -135,7 +135,7 @@ def test_a_damaged_image_stops_with_a_checkpoint_from_which_skip_goes_on(tmp_pat
     flags = images(tmp_path / "images", damaged)
     for _ in range(2):
         with pytest.raises(
-            ValueError, match=rf"{damaged[0]:02}\.png cannot be read .* \(--on-bad skip trains on another"
+            ValueError, match=rf"{damaged[0]:02}\.png cannot be read .* \(fastmask.train --on-bad skip takes another"
         ):
             run(tmp_path / "run", *flags, steps=5, unmask=0)
         assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-00000002"]

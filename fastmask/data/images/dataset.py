@@ -112,5 +112,5 @@ def read_or_refuse(read: ReadItem, items: list[int]) -> Part:
     """Read some items; a ValueError if one of them is damaged."""
     part = read_part(read, items)
     if part.bad:
-        raise ValueError(f"{part.bad[0][1]} (--on-bad skip trains on another image in its place)")
+        raise ValueError(f"{part.bad[0][1]} (fastmask.train --on-bad skip takes another in its place)")
     return part

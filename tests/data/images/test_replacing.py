@@ -130,7 +130,7 @@ def test_too_many_are_an_error_and_a_few_are_not():
 def test_a_first_image_that_is_damaged_is_no_end(folder):
     (folder / "a" / "00.png").write_bytes(b"")
     assert opened(folder).num_classes == 2
-    with pytest.raises(ValueError, match=r"00\.png cannot be read .* \(--on-bad skip trains on another image"):
+    with pytest.raises(ValueError, match=r"00\.png cannot be read .* \(fastmask.train --on-bad skip takes another"):
         opened(folder, skip_seed=None)
 
 
