@@ -16,10 +16,10 @@ from fastmask.console import say
 from fastmask.diffusion import Sampling
 from fastmask.diffusion.foreign import split_kind
 from fastmask.diffusion.weights import Kind
-from fastmask.evaluation.compare import FEW
+from fastmask.evaluation.compare import FEW, FEWEST
 from fastmask.evaluation.evaluator import Draws, Evaluator, Outcome, check_shape, own_extractor
 from fastmask.evaluation.features import Dinov2, Extractor, Inception
-from fastmask.evaluation.images import ImageSet, Statistics, holds_statistics, open_images
+from fastmask.evaluation.images import ImageSet, Statistics, holds_statistics, is_there, open_images
 from fastmask.files import atomic_write
 from fastmask.generation.model import Model, load
 from fastmask.ranks import Ranks, own_device, require_one_process
@@ -113,10 +113,14 @@ def main(argv: Sequence[str]) -> None:
         subject, images = None, open_images(config.source, config.image_size)
         reference = _reference(config, images.shape[1])
         if isinstance(reference, ImageSet):
-            images = images.like(reference)
+            images = images.like(reference.shape[0], reference.name)
+            reference = reference.like(images.shape[0], images.name)
+            check_shape(images.shape, reference)
+        labels = _known_labels(config, images.labels(), reference)
         learned = reference.split()[0] if isinstance(reference, ImageSet) else None
+        _require_enough(images, reference)
         evaluator = Evaluator(_extractor(config, learned, device), reference)
-        batches, labels = (part for part, _ in images.batches(config.batch_size)), images.labels()
+        batches = (part for part, _ in images.batches(config.batch_size))
     outcome = evaluator.images(batches, labels, extrapolate=config.extrapolate)
     _write(config, subject, evaluator, outcome)
 
@@ -134,8 +138,23 @@ def check(config: EvaluateConfig) -> None:
             raise ValueError(f"{flag} must be at least {lowest}, not {value}")
     if config.extractor_weights and config.extractor == "classifier":
         raise ValueError("--extractor-weights are those of inception or dinov2: give --extractor")
-    if not is_source(config.source) and not config.reference:
+    if 0 < config.num_samples < FEWEST:
+        raise ValueError(f"--num-samples {config.num_samples}: a comparison needs at least {FEWEST} images")
+    if is_source(config.source):
+        return
+    drawn = _drawing(config)
+    foreign = sorted(name for name, value in _drawing(EvaluateConfig(source="")).items() if drawn[name] != value)
+    if foreign:
+        flag = "--" + foreign[0].replace("_", "-")
+        raise ValueError(f"{flag} decides how samples are drawn, and {config.source} holds images: leave it out")
+    if not config.reference:
         raise ValueError(f"{config.source} holds images, which are compared with real ones: name these by --reference")
+
+
+def _drawing(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the arguments that only samples of a network depend on."""
+    own = {name: getattr(config, name) for name in ("num_samples", "weights", "seed", "vae")}
+    return {**own, **dataclasses.asdict(config.sampling)}
 
 
 def _subject(config: EvaluateConfig, device: torch.device) -> _Subject:
@@ -158,11 +177,18 @@ def _evaluator_of_network(config: EvaluateConfig, subject: _Subject, device: tor
     run, model = subject.config, subject.model.net.model
     encodes = run.get("data_source") == "images"  # the run's dataset are images, which a VAE encodes
     training = None
-    if "data" in run and (encodes or not subject.decoded):
+    if "data" in run and not is_there(run["data"]):
+        lost = f"the dataset of {config.source}, {run['data']}, is not there any more"
+        if not config.reference:
+            raise ValueError(f"{lost}: name the real images by --reference")
+        say(f"{lost}: its samples are compared with {config.reference} alone")
+    elif "data" in run and (encodes or not subject.decoded):
         vae = run["vae"] if encodes and not subject.decoded else ""
         training = open_images(run["data"], run["image_size"], run["num_classes"] or None, vae, device)
     if config.reference:
-        reference = _reference(config, run.get("image_size") or model.input_size)
+        reference = _reference(config, config.image_size or run.get("image_size") or model.input_size)
+        if not subject.decoded and isinstance(reference, ImageSet):
+            reference = reference.like(model.in_channels, config.source)
         learned = training or (reference.split()[0] if isinstance(reference, ImageSet) else None)
     elif training is not None:
         training, reference = training.split()
@@ -173,6 +199,7 @@ def _evaluator_of_network(config: EvaluateConfig, subject: _Subject, device: tor
         raise ValueError(f"{config.source} names no dataset to compare its samples with: name one by --reference")
     if not subject.decoded and isinstance(reference, ImageSet):
         check_shape((model.in_channels, model.input_size, model.input_size), reference)
+    _require_enough(reference)
     return Evaluator(_extractor(config, learned, device), reference, training)
 
 
@@ -181,6 +208,34 @@ def _reference(config: EvaluateConfig, side: int) -> ImageSet | Statistics:
     if holds_statistics(path) and config.extractor == "inception":
         return Statistics(path)
     return open_images(config.reference, side if path.is_dir() else 0)
+
+
+def _require_enough(*sets: ImageSet | Statistics) -> None:
+    """Raise a ValueError for a set of too few images, before a classifier is trained."""
+    for images in sets:
+        if isinstance(images, ImageSet) and len(images) < FEWEST:
+            held = "1 image" if len(images) == 1 else f"{len(images)} images"
+            raise ValueError(f"{images.name} holds {held}, and a comparison needs at least {FEWEST}")
+
+
+def _known_labels(config: EvaluateConfig, labels: Tensor | None, reference: ImageSet | Statistics) -> Tensor | None:
+    """Return the classes of images as the classifier of the reference knows them.
+
+    The number of classes stands for no label where the sampler drew without labels.
+
+    Raises:
+        ValueError: the classifier does not know a class.
+    """
+    if labels is None or config.extractor != "classifier" or isinstance(reference, Statistics):
+        return labels
+    classes, highest = reference.num_classes, int(labels.max())
+    if (labels == classes).all():
+        return None
+    if classes and not 0 <= int(labels.min()) <= highest < classes:
+        raise ValueError(
+            f"{config.source} names class {highest}, and {reference.name} has the classes 0 .. {classes - 1}"
+        )
+    return labels
 
 
 def _extractor(config: EvaluateConfig, training: ImageSet | None, device: torch.device) -> Extractor:
@@ -251,10 +306,10 @@ def lines_of(metrics: dict[str, float], evaluator: Evaluator, count: int) -> lis
     if f"{frechet}_infinity" in metrics:
         lines.append(f"extrapolated to infinitely many images: {metrics[f'{frechet}_infinity']:.2f}")
     if "agreement" in metrics:
-        lines.append(
-            f"agreement {metrics['agreement']:.1%} of generated images with their class (the classifier reads "
-            f"{metrics['classifier_accuracy']:.1%} of real ones)"
-        )
+        line = f"agreement {metrics['agreement']:.1%} of generated images with their class"
+        if "classifier_accuracy" in metrics:  # which takes real images with labels
+            line += f" (the classifier reads {metrics['classifier_accuracy']:.1%} of real ones)"
+        lines.append(line)
     if "distance_ratio" in metrics:
         lines.append(
             f"distance ratio {metrics['distance_ratio']:.2f} (1: as far from the training images as held-out ones are; "

@@ -164,16 +164,34 @@ def test_images_that_the_sampler_wrote(trained, tmp_path):
 def test_bad_input(trained, squares, tmp_path):
     np.savez("small.npz", images=np.arange(30 * 192).reshape(30, 8, 8, 3).astype(np.uint8))
     np.savez("few.npz", images=np.zeros((4, 12, 12, 3), np.uint8))
+    np.savez("one.npz", images=np.zeros((1, 12, 12, 3), np.uint8))
+    np.savez("foreign.npz", images=np.zeros((9, 12, 12, 3), np.uint8), labels=np.arange(9) % 8)
     np.savez("stats.npz", mu=np.zeros(4), sigma=np.eye(4))
+    np.savez("others.npz", samples=np.zeros(4))
     (tmp_path / "empty").mkdir()
     for arguments, message in [
         ([str(squares)], "holds images, which are compared with real ones: name these by --reference"),
-        (["small.npz", "--reference", "digits"], "small.npz holds images in colour, and digits grey ones"),
-        (["few.npz", "--reference", str(squares)], "precision and recall need more than 5 images on each side, not 4"),
+        (["small.npz", "--reference", "digits"], "small.npz holds images in colour, and those of digits are grey"),
+        (["few.npz", "--reference", str(squares)], "few.npz holds 4 images, and a comparison needs at least 6"),
+        ([str(squares), "--reference", "few.npz"], "few.npz holds 4 images, and a comparison needs at least 6"),
+        (["one.npz", "--reference", str(squares)], "one.npz holds 1 image, and"),
+        ([str(trained), "--num-samples", "5"], "--num-samples 5: a comparison needs at least 6 images"),
         (["empty", "--reference", str(squares)], "empty"),
         (["absent.npz", "--reference", str(squares)], "absent.npz does not exist"),
-        ([str(squares), "--reference", "absent"], "absent does not exist"),
-        (["few.npz", "--reference", "stats.npz"], "must hold either `images` or `moments`"),
+        (
+            [str(squares), "--reference", "absent"],
+            "^absent does not exist: images are a dataset, a folder, or an .npz$",
+        ),
+        (
+            [str(squares), "--reference", "stats.npz"],
+            "stats.npz holds statistics of Inception's features, where images",
+        ),
+        (
+            ["stats.npz", "--reference", str(squares)],
+            "stats.npz holds statistics of Inception's features, where images",
+        ),
+        ([str(squares), "--reference", "others.npz"], "others.npz holds no `arr_0` or `images`, where images"),
+        (["foreign.npz", "--reference", str(squares)], "foreign.npz names class 7, and .* has the classes 0 .. 2"),
         (
             [str(trained), "--extractor", "inception", "--extractor-weights", "none"],
             "none does not exist|torch-fidelity",
@@ -185,6 +203,49 @@ def test_bad_input(trained, squares, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             main(arguments)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--num-samples", "9"], ["--seed", "1"], ["--weights", "raw"], ["--vae", "x"], ["--cfg-scale", "2"]]
+)
+def test_flags_of_sampling_do_not_go_with_images(squares, flags):
+    with pytest.raises(ValueError, match=f"^{flags[0]} decides how samples are drawn, and .* holds images: leave it"):
+        main([str(squares), "--reference", str(squares), *flags])
+
+
+def test_images_that_were_drawn_without_labels_agree_with_no_class(trained, tmp_path):
+    sample([str(trained), "--out", "drawn.npz", "--num-samples", "30", *QUICK, "--unconditional"])
+    main(["drawn.npz", "--reference", "digits"])
+    assert "agreement" not in results(tmp_path)
+    assert results(tmp_path)["frechet"] > 0
+
+
+def test_grey_images_with_one_channel_and_with_three_are_compared(trained, squares, tmp_path):
+    """A network of grey images, or an .npz of theirs, against PNG files, which are read in three channels."""
+    sample([str(trained), "--out", "drawn", "--num-samples", "30", *QUICK])
+    main([str(trained), *QUICK, "--num-samples", "30", "--reference", "drawn", "--out", "evaluation.json"])
+    assert results(tmp_path)["frechet"] < 1e-3
+    assert "agreement" in results(tmp_path)
+    assert "classifier_accuracy" not in results(tmp_path)  # a folder names no classes
+    with np.load(squares) as arrays:
+        np.savez("grey.npz", images=arrays["images"][..., :1], labels=arrays["labels"])
+        np.savez("thrice.npz", images=arrays["images"][..., [0, 0, 0]], labels=arrays["labels"])
+    for first, second in (("grey.npz", "thrice.npz"), ("thrice.npz", "grey.npz")):
+        main([first, "--reference", second])
+        assert results(tmp_path)["frechet"] < 1e-3
+    with pytest.raises(ValueError, match=r"holds images in colour, and those of grey.npz are grey"):
+        main(["grey.npz", "--reference", str(squares)])
+
+
+def test_a_run_whose_dataset_is_gone(squares, tmp_path, capsys):
+    moved = shutil.copy(squares, tmp_path / "data.npz")
+    train(["--run-dir", "run", *SMALL, "--data", "data.npz", "--image-size", "12", "--patch-size", "4"])
+    moved.rename(tmp_path / "moved.npz")
+    with pytest.raises(ValueError, match=r"^the dataset of run, data.npz, is not there any more: name the real images"):
+        main(["run", *QUICK])
+    main(["run", *QUICK, "--num-samples", "30", "--reference", "moved.npz"])
+    assert "data.npz, is not there any more: its samples are compared with moved.npz alone" in capsys.readouterr().out
+    assert results(tmp_path / "run")["frechet"] > 0
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_one_that_is_named_is_judged(trained, tmp_path, capsys):
@@ -230,8 +291,11 @@ def test_weights_alone_need_a_reference(trained, squares, tmp_path):
     file = shutil.copy(copied / "ema.safetensors", tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"weights.safetensors names no dataset .*: name one by --reference"):
         main([str(file)])
-    with pytest.raises(ValueError, match=r"the generated images are 1 x 8 x 8, and .* holds 3 x 12 x 12"):
+    with pytest.raises(ValueError, match=r"squares.npz holds images in colour, and those of .*weights.safetensors are"):
         main([str(file), "--reference", str(squares)])
+    np.savez("large.npz", images=np.zeros((9, 12, 12, 1), np.uint8))
+    with pytest.raises(ValueError, match=r"the generated images are 1 x 8 x 8, and large.npz holds 1 x 12 x 12"):
+        main([str(file), "--reference", "large.npz"])
     main([str(file), *QUICK, "--reference", "digits"])  # the training scans
     assert results(tmp_path)["frechet"] == pytest.approx(results(trained)["frechet"], rel=0.2)
     assert "distance_ratio" not in results(tmp_path)

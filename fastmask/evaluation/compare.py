@@ -20,6 +20,7 @@ from fastmask.evaluation.metrics import (
 )
 
 FEW = 10_000  # a Frechet distance of fewer images is mostly bias
+FEWEST = 6  # density and coverage look at five neighbours of an image
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fastmask.data.images.pixels import opened
 from fastmask.data.in_memory import Digits
 from fastmask.data.sources.open import open_source
 from fastmask.data.store.manifest import MANIFEST, read_manifest, sha256_of
+from fastmask.data.store.remote import is_url
 from fastmask.evaluation.metrics import Gaussian
 
 _DIGITS_SIDE = 8
@@ -102,17 +103,21 @@ class ImageSet:
             return None
         return torch.cat([labels for _, labels in self.batches(_READ)])
 
-    def like(self, other: "ImageSet") -> "ImageSet":
-        """Return these images with one channel, if another set has one and these are grey, with three equal channels.
+    def like(self, channels: int, what: str) -> "ImageSet":
+        """Return these images with one channel, if others have one and these are grey, with three equal channels.
+
+        Args:
+            channels: number of channels of the others.
+            what: name of the others, for messages.
 
         Raises:
-            ValueError: the images have colours, and the other set has none.
+            ValueError: the images have colours, and the others have none.
         """
-        if (self.shape[0], other.shape[0]) != (3, 1):
+        if (self.shape[0], channels) != (3, 1):
             return self
         for images, _ in self.batches(_READ):
             if not (torch.equal(images[:, 0], images[:, 1]) and torch.equal(images[:, 0], images[:, 2])):
-                raise ValueError(f"{self.name} holds images in colour, and {other.name} grey ones")
+                raise ValueError(f"{self.name} holds images in colour, and those of {what} are grey")
         return dataclasses.replace(self, grey=True)
 
 
@@ -142,7 +147,15 @@ def open_images(
         num_classes: number of classes; None takes it from the data.
         vae: a VAE that encodes the images to latents; empty for the stored form.
         device: device of the VAE.
+
+    Raises:
+        ValueError: there are no such images, or they cannot be read.
     """
+    if not is_there(data):
+        raise ValueError(f"{data} does not exist: images are a dataset, a folder, or an .npz")
+    if {"images.npy", "arr_0.npy", "moments.npy"}.isdisjoint(names := _members(Path(data))) and names:
+        held = "statistics of Inception's features" if holds_statistics(Path(data)) else "no `arr_0` or `images`"
+        raise ValueError(f"{data} holds {held}, where images are needed")
     dataset = open_data(
         data,
         image_size=image_size or _own_side(data),
@@ -198,10 +211,23 @@ class Statistics:
 
 def holds_statistics(path: Path) -> bool:
     """Return whether a path is an `.npz` with `mu` and `sigma`."""
+    return {"mu.npy", "sigma.npy"} <= _members(path)
+
+
+def is_there(data: str) -> bool:
+    """Return whether a dataset exists: a built-in one, a file or a folder; a URL is taken to."""
+    return data in ("digits", "synthetic") or is_url(data) or Path(data).exists()
+
+
+def _members(path: Path) -> set[str]:
+    """Return the names of the files in an `.npz`; none for another or a damaged file."""
     if path.suffix != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        return {"mu.npy", "sigma.npy"} <= set(file.namelist())
+        return set()
+    try:
+        with zipfile.ZipFile(path) as file:
+            return set(file.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return set()
 
 
 def _gaussian(file: "np.lib.npyio.NpzFile", mean_name: str, cov_name: str) -> Gaussian:
