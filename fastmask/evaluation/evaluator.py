@@ -61,12 +61,13 @@ class Draws:
 
     def of_network(self, net: Denoiser) -> Iterator[Tensor]:
         """Yield samples of a network, undecoded."""
-        sampling, classes = self.sampling, max(net.model.num_classes, 1)
-        sampling = sampling if net.model.num_classes else sampling.unguided()
+        model = net.model
+        sampling = self.sampling if model.num_classes else self.sampling.unguided()
 
         def draw(first: int, count: int) -> Tensor:
-            labels = torch.arange(first, first + count) % classes
-            return draw_batch(net, labels, sampling, seed=self.seed, first=first)
+            labels = torch.arange(first, first + count) % max(model.num_classes, 1)
+            condition = labels if model.num_classes else model.no_condition(count)
+            return draw_batch(net, condition, sampling, seed=self.seed, first=first)
 
         return self.batches(draw)
 
