@@ -29,6 +29,12 @@ def campaign(tmp_path):
     return Campaign(CPU, tmp_path / "rows.jsonl")
 
 
+@pytest.fixture(autouse=True)
+def started_now(monkeypatch):
+    """The campaign's minutes count from the start of its process, which may be long ago in a process of many tests."""
+    monkeypatch.setattr("bench.campaign.__main__.STARTED", time.monotonic())
+
+
 def part(run, seconds=1.0):
     return Part(seconds, "a stand-in", lambda campaign: [], run)
 
