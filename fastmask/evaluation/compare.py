@@ -74,8 +74,8 @@ def compare(
         With images as reference: the kernel distance, `precision`, `recall`, `density` and `coverage`. From Inception:
         `is`, and `sfid`. From a classifier of the dataset: `agreement`, the fraction of generated images classified as
         the requested class, and `classifier_accuracy`, its accuracy on the reference images. With training images:
-        `frechet_held_out`, the Frechet distance of as many training images, and `distance_ratio`, the mean distance to
-        the nearest training image, of generated images relative to reference images (near 0: copies).
+        `frechet_held_out`, the Frechet distance of as many training images as were generated, and `distance_ratio`, the
+        mean distance to the nearest training image, of generated images relative to reference images (near 0: copies).
 
     Raises:
         ValueError: features of other sizes, or too few images.
@@ -105,7 +105,7 @@ def compare(
             found["classifier_accuracy"] = _accuracy(reference.features.logits, reference.labels)
     if training is not None:
         known = training.features.values
-        found["frechet_held_out"] = frechet_distance(Gaussian.of(known[: len(reference)]), gaussian)
+        found["frechet_held_out"] = frechet_distance(Gaussian.of(known[: len(values)]), gaussian)
         nearest = nearest_distance(values, known), nearest_distance(reference.features.values, known)
         found["distance_ratio"] = nearest[0] / nearest[1]
     return found

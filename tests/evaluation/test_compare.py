@@ -5,6 +5,7 @@ import torch
 
 from fastmask.evaluation.compare import Seen, compare
 from fastmask.evaluation.features import Features, features_of
+from fastmask.evaluation.metrics import Gaussian, frechet_distance
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -42,6 +43,14 @@ def test_copies_are_near_their_training_images():
     far = compare(Plain(), seen(50, 5.0), reference, training)
     assert far["distance_ratio"] > 3
     assert far["fd"] > 10 * far["frechet_held_out"]
+
+
+def test_the_baseline_is_of_as_many_images_as_were_generated():
+    training, reference = seen(200), seen(50)
+    found = compare(Plain(), seen(20), reference, training)
+    whole = Gaussian.of(reference.features.values)
+    expected = frechet_distance(Gaussian.of(training.features.values[:20]), whole)
+    assert found["frechet_held_out"] == pytest.approx(expected)
 
 
 def test_features_are_joined_over_batches():

@@ -61,6 +61,14 @@ def test_the_bias_is_that_of_fewer_samples():
     assert abs(extrapolated_frechet(features, reference)) < 0.4 * distance
 
 
+def test_the_bias_of_samples_whose_classes_come_in_turn():
+    """Every second sample is of one class, whose distance to all classes is not a matter of the number of samples."""
+    turns = 20.0 * (torch.arange(4000) % 2)[:, None]
+    reference, features = Gaussian.of(draw(4000, 8, seed=5) + turns), draw(4000, 8, seed=6) + turns
+    assert abs(frechet_bias(features, reference)) < 1
+    assert frechet_distance(Gaussian.of(features[::2]), reference) > 100
+
+
 def test_extrapolation_keeps_a_real_distance():
     reference = Gaussian.of(draw(200_000, 8, seed=5))
     features = draw(2000, 8, seed=6, shift=1.0)
