@@ -8,6 +8,7 @@ import re
 import select
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -69,10 +70,27 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def run_command(name: str, command: Callable[[Sequence[str]], None]) -> None:
+def check_out(flag: str, path: Path) -> None:
+    """Raise a ValueError, before the work, if a file cannot be written; its folder need not exist yet."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not above.is_dir():
+        wrong = f"{path} is a folder" if path.is_dir() else f"{above} is a file"
+        raise ValueError(f"{flag} {path}: {wrong}: name a file in a folder, or in one that is made")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {path}: nothing can be written to {above}: name another folder")
+
+
+def run_command(
+    name: str, command: Callable[[Sequence[str]], None], smaller: str = "--micro-batch-size or --batch-size"
+) -> None:
     """Run a command on the process's arguments; user errors are printed in one line, with exit code 2.
 
     If the reader of the output closes the pipe, such as `head`, exit silently with code 1.
+
+    Args:
+        name: name of the command, for messages.
+        command: the command.
+        smaller: the flags that need less memory with a smaller value.
     """
     try:
         command(sys.argv[1:])
@@ -81,11 +99,12 @@ def run_command(name: str, command: Callable[[Sequence[str]], None]) -> None:
             fail(name, str(error))
         sys.exit(1)
     except torch.OutOfMemoryError as error:
-        fail(name, f"out of GPU memory: give a smaller --micro-batch-size or --batch-size ({str(error).split('.')[0]})")
+        fail(name, f"out of GPU memory: give a smaller {smaller} ({str(error).split('.')[0]})")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):  # torch's CPU allocator
             raise
-        fail(name, f"out of memory: give a smaller --micro-batch-size or --batch-size ({error})")
+        reason = f" ({error})" if str(error) else ""
+        fail(name, f"out of memory: give a smaller {smaller}{reason}")
     except (ValueError, OSError) as error:
         fail(name, str(error))
     except KeyboardInterrupt:

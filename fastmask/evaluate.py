@@ -11,7 +11,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastmask.cli import fail, parse, pick_device, run_command
+from fastmask.cli import check_out, fail, parse, pick_device, run_command
 from fastmask.console import say
 from fastmask.diffusion import Sampling
 from fastmask.diffusion.foreign import split_kind
@@ -138,6 +138,8 @@ def check(config: EvaluateConfig) -> None:
             raise ValueError(f"{flag} must be at least {lowest}, not {value}")
     if config.extractor_weights and config.extractor == "classifier":
         raise ValueError("--extractor-weights are those of inception or dinov2: give --extractor")
+    if config.out:
+        check_out("--out", Path(config.out))
     if 0 < config.num_samples < FEWEST:
         raise ValueError(f"--num-samples {config.num_samples}: a comparison needs at least {FEWEST} images")
     if is_source(config.source):
@@ -347,4 +349,4 @@ def _protocol(config: EvaluateConfig, subject: _Subject | None, evaluator: Evalu
 
 
 if __name__ == "__main__":
-    run_command("fastmask.evaluate", main)
+    run_command("fastmask.evaluate", main, "--batch-size or --num-samples")

@@ -116,7 +116,8 @@ def locate(source: str | os.PathLike[str]) -> Place:
         weights = _diffusers_weights(path)
         if weights:
             return Place(file=weights)
-        raise ValueError(f"{path} holds no weights but {listing(path)}: name {_SOURCES}")
+        held = f"no weights but {listing(path)}" if any(path.iterdir()) else "nothing"
+        raise ValueError(f"{path} holds {held}: name {_SOURCES}")
     if path.exists():
         if path.name in FILES and (full.parent / SUMS).exists():
             return Place(_run_of(full.parent, path), _shown(full.parent, path), path)
@@ -146,7 +147,8 @@ def find_checkpoint(place: Place, names: Sequence[str], warn: Callable[[str], No
     assert place.run
     newest = newest_whole(place.run, names, warn, "taking")
     if newest is None:
-        raise ValueError(f"{place.run} holds no checkpoint of a run, but {listing(place.run)}: name {_SOURCES}")
+        wait = "wait for its first one (--checkpoint-every), or " if (place.run / "run.json").exists() else ""
+        raise ValueError(f"{place.run} holds no checkpoint of a run, but {listing(place.run)}: {wait}name {_SOURCES}")
     return newest
 
 

@@ -12,14 +12,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from fastmask.cli import parse, pick_device, run_command
+from fastmask.cli import check_out, parse, pick_device, run_command
 from fastmask.console import get_console, say
 from fastmask.diffusion import Sampling
 from fastmask.diffusion.weights import Kind
 from fastmask.generation.classes import class_ids
 from fastmask.generation.model import Batches, Compile, Model, Precision, fit_guidance, load
 from fastmask.generation.outputs import Arrays, Folder, Grid, Latents, Output
-from fastmask.generation.parts import run_job
+from fastmask.generation.parts import run_job, working_folder
 from fastmask.generation.strip import ROWS, draw_strip
 from fastmask.grid import to_uint8
 from fastmask.ranks import Ranks, own_device, process_group, signal_if_torchrun_dies
@@ -128,6 +128,9 @@ def check(config: SampleConfig) -> None:
         raise ValueError(f"--out {config.out} exists already: name another folder, or delete it")
     if config.strip and Path(config.strip).suffix != ".png":
         raise ValueError(f"--strip {config.strip}: the denoising is drawn as .png")
+    check_out("--out", working_folder(out) / "part")
+    if config.strip:
+        check_out("--strip", Path(config.strip))
     if (suffix != ".npz" or config.strip) and not importlib.util.find_spec("PIL"):
         raise ValueError(f"--out {config.out}: drawing images needs pillow: pip install pillow, or name an .npz")
     if config.num_samples < 1 or config.batch_size < 1:
@@ -172,9 +175,9 @@ def settings_of(
         "device": model.device.type,
         "precision": config.precision,
         "compile": config.compile,
-        "sampling": dataclasses.asdict(sampling),
+        **dataclasses.asdict(sampling),
     }
 
 
 if __name__ == "__main__":
-    run_command("fastmask.sample", main)
+    run_command("fastmask.sample", main, "--batch-size or --num-samples")

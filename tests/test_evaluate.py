@@ -197,6 +197,7 @@ def test_bad_input(trained, squares, tmp_path):
             "none does not exist|torch-fidelity",
         ),
         ([str(trained), "--extractor-weights", "x"], "--extractor-weights are those of inception or dinov2"),
+        ([str(trained), "--out", "empty"], "--out empty: empty is a folder: name a file"),
         ([str(trained), "--num-samples", "-1"], "--num-samples must be at least 0"),
         ([str(trained), "--sample-steps", "1"], "--sample-steps must be at least 2"),
         ([str(trained), "--num-steps", "9"], "--num-steps is called --sample-steps now"),

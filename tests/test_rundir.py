@@ -121,12 +121,13 @@ def test_what_is_there_is_said_where_nothing_is_found(run_dir, tmp_path):
     assert refused(far) == f"{far} does not exist, and {run_dir} holds checkpoints, run.json, snapshots: {SOURCES}"
     other = tmp_path / "other"
     other.mkdir()
-    assert refused(other) == f"{other} holds no weights but nothing: {SOURCES}"
+    assert refused(other) == f"{other} holds nothing: {SOURCES}"
     for name in "hgfedcba":
         (other / name).touch()
     assert refused(other) == f"{other} holds no weights but a, b, c, d, e, f and 2 more: {SOURCES}"
     shutil.rmtree(run_dir / "checkpoints")
-    assert refused(run_dir) == f"{run_dir} holds no checkpoint of a run, but run.json, snapshots: {SOURCES}"
+    wait = "wait for its first one (--checkpoint-every), or"
+    assert refused(run_dir) == f"{run_dir} holds no checkpoint of a run, but run.json, snapshots: {wait} {SOURCES}"
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(run_dir):

@@ -270,6 +270,13 @@ def test_what_drawing_needs_is_looked_for_before_the_work(monkeypatch, weights, 
         sample(weights, tmp_path / "a.png")
 
 
+def test_where_nothing_can_be_written_is_refused_before_the_work(monkeypatch, weights, tmp_path):
+    monkeypatch.setattr("fastmask.sample.load", lambda *args, **kwargs: pytest.fail("loaded"))
+    for out, flags in ((weights / "a.png", ()), (tmp_path / "a.npz", ("--strip", str(weights / "a.png")))):
+        with pytest.raises(ValueError, match=rf"--(out|strip) .*: {weights} is a file: name a file in a folder"):
+            sample(weights, out, *flags)
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.npz", "folder"])
 def test_a_full_disk_is_one_line(weights, tmp_path, name, monkeypatch, capfd):
     flags = ["--out", str(tmp_path / name), "--num-samples", "16", "--sample-steps", "2", "--device", "cpu"]

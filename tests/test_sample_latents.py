@@ -183,7 +183,7 @@ def test_a_killed_command_resumes(trained, tmp_path, capsys, monkeypatch):
     assert before.keys() == {"part-000000.npy", "part-000001.npy"}
     for other, named in [
         (["--seed", "1"], "seed"),
-        (["--sample-steps", "3"], "sampling"),
+        (["--sample-steps", "3"], "sample_steps"),
         (["--classes", "1"], "classes"),
     ]:
         with pytest.raises(ValueError, match=rf"parts that were drawn with other settings \({named}\): give the same"):

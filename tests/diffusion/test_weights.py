@@ -264,7 +264,7 @@ def test_a_missing_file(tmp_path, suffix):
 
 
 def test_a_folder(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} holds no weights but nothing: name a run folder, one of its"):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds nothing: name a run folder, one of its"):
         load_maskdit(tmp_path)
 
 
