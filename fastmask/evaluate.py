@@ -83,6 +83,7 @@ class _Subject:
     checkpoint: Path | None = None
     run_dir: Path | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trained_on: str | None = None  # fingerprint of the run's dataset; absent in earlier versions
 
     def batches(self, draws: Draws) -> Iterator[Tensor]:
         """Yield samples, as the extractor takes them."""
@@ -171,7 +172,8 @@ def _subject(config: EvaluateConfig, device: torch.device) -> _Subject:
         model.decoder.load(device)  # what is missing is missed before the work
     if checkpoint is None:
         return _Subject(model, decoded)
-    return _Subject(model, decoded, checkpoint, place.run, read_state(checkpoint).get("config", {}))
+    state = read_state(checkpoint)
+    return _Subject(model, decoded, checkpoint, place.run, state.get("config", {}), state.get("fingerprint"))
 
 
 def _evaluator_of_network(config: EvaluateConfig, subject: _Subject, device: torch.device) -> Evaluator:
@@ -187,6 +189,10 @@ def _evaluator_of_network(config: EvaluateConfig, subject: _Subject, device: tor
     elif "data" in run and (encodes or not subject.decoded):
         vae = run["vae"] if encodes and not subject.decoded else ""
         training = open_images(run["data"], run["image_size"], run["num_classes"] or None, vae, device)
+        # The fingerprint is of the dataset as the run opened it: with its labels, and encoded if a VAE encodes it.
+        same_form = run["num_classes"] and not (encodes and subject.decoded)
+        if same_form and subject.trained_on not in (None, training.dataset.fingerprint()):
+            say(f"{run['data']} has changed since {config.source} was trained on it: it is compared with other images")
     if config.reference:
         reference = _reference(config, config.image_size or run.get("image_size") or model.input_size)
         if not subject.decoded and isinstance(reference, ImageSet):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,10 +239,18 @@ def test_grey_images_with_one_channel_and_with_three_are_compared(trained, squar
         main(["grey.npz", "--reference", str(squares)])
 
 
-def test_a_run_whose_dataset_is_gone(squares, tmp_path, capsys):
+def test_a_run_whose_dataset_has_changed_or_is_gone(squares, tmp_path, capsys):
     moved = shutil.copy(squares, tmp_path / "data.npz")
     train(["--run-dir", "run", *SMALL, "--data", "data.npz", "--image-size", "12", "--patch-size", "4"])
-    moved.rename(tmp_path / "moved.npz")
+    main(["run", *QUICK, "--num-samples", "30"])
+    assert "has changed" not in capsys.readouterr().out
+    with np.load(squares) as arrays:
+        np.savez("data.npz", images=255 - arrays["images"], labels=arrays["labels"])
+    main(["run", *QUICK, "--num-samples", "30"])
+    assert (
+        "data.npz has changed since run was trained on it: it is compared with other images" in capsys.readouterr().out
+    )
+    Path(moved).rename(tmp_path / "moved.npz")
     with pytest.raises(ValueError, match=r"^the dataset of run, data.npz, is not there any more: name the real images"):
         main(["run", *QUICK])
     main(["run", *QUICK, "--num-samples", "30", "--reference", "moved.npz"])
@@ -302,10 +311,11 @@ def test_weights_alone_need_a_reference(trained, squares, tmp_path):
     assert "distance_ratio" not in results(tmp_path)
 
 
-def test_a_run_without_labels(tmp_path):
+def test_a_run_without_labels(tmp_path, capsys):
     run_dir = tmp_path / "run"
     train(["--run-dir", str(run_dir), *SMALL, "--num-classes", "0"])
     main([str(run_dir), *QUICK, "--reference", "digits"])
+    assert "has changed" not in capsys.readouterr().out  # the run's dataset has labels, which it did not use
     assert results(run_dir)["frechet"] > 1
     assert "agreement" not in results(run_dir)
 
