@@ -50,7 +50,8 @@ class StoreDataset:
     ) -> None:
         self.manifest = manifest = manifest or read_manifest(path)
         if image_size != manifest.image_size:
-            raise ValueError(f"{path} holds images of side {manifest.image_size}: image_size {image_size} is another")
+            side = manifest.image_size
+            raise ValueError(f"{path} holds images of side {side}, not {image_size}: give --image-size {side}")
         if num_classes and num_classes < manifest.num_classes:
             raise ValueError(f"{path} has {manifest.num_classes} classes, more than num_classes {num_classes}")
         if num_classes and not manifest.num_classes:

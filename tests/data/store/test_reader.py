@@ -140,7 +140,7 @@ def test_labels(tmp_path):
 @pytest.mark.parametrize(
     ("about", "arguments", "message"),
     [
-        (manifest(), {"image_size": 64}, "holds images of side 32: image_size 64 is another"),
+        (manifest(), {"image_size": 64}, "holds images of side 32, not 64: give --image-size 32"),
         (manifest(), {"num_classes": 2}, "has 3 classes, more than num_classes 2"),
         (manifest(copies=1), {"flip": True}, "no latents of flipped images: prepare it from images"),
     ],

@@ -379,7 +379,7 @@ def test_a_cache_that_cannot_be_written(url, cache):
 
 
 def test_what_does_not_fit_is_said_before_anything_is_fetched(url):
-    with pytest.raises(ValueError, match="holds images of side 32: image_size 64 is another"):
+    with pytest.raises(ValueError, match="holds images of side 32, not 64: give --image-size 32"):
         open_data(url, image_size=64, num_classes=None, flip=False)
     assert fetched() == []
 
