@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
         labels = _known_labels(config, images.labels(), reference)
         learned = reference.split()[0] if isinstance(reference, ImageSet) else None
         _require_enough(images, reference)
-        evaluator = Evaluator(_extractor(config, learned, device), reference)
+        evaluator = Evaluator(_extractor(config, learned, device), _compared(config, reference))
         batches = (part for part, _ in images.batches(config.batch_size))
     outcome = evaluator.images(batches, labels, extrapolate=config.extrapolate)
     _write(config, subject, evaluator, outcome)
@@ -208,7 +208,7 @@ def _evaluator_of_network(config: EvaluateConfig, subject: _Subject, device: tor
     if not subject.decoded and isinstance(reference, ImageSet):
         check_shape((model.in_channels, model.input_size, model.input_size), reference)
     _require_enough(reference)
-    return Evaluator(_extractor(config, learned, device), reference, training)
+    return Evaluator(_extractor(config, learned, device), _compared(config, reference), training)
 
 
 def _reference(config: EvaluateConfig, side: int) -> ImageSet | Statistics:
@@ -216,6 +216,13 @@ def _reference(config: EvaluateConfig, side: int) -> ImageSet | Statistics:
     if holds_statistics(path) and config.extractor == "inception":
         return Statistics(path)
     return open_images(config.reference, side if path.is_dir() else 0)
+
+
+def _compared(config: EvaluateConfig, reference: ImageSet | Statistics) -> ImageSet | Statistics:
+    """Return the real images that are compared: by the classifier at most 10,000, whose distances take a minute."""
+    if config.extractor == "classifier" and isinstance(reference, ImageSet):
+        return reference.some(_OWN_SAMPLES)
+    return reference
 
 
 def _require_enough(*sets: ImageSet | Statistics) -> None:

@@ -84,6 +84,11 @@ class ImageSet:
         """Return the first images."""
         return dataclasses.replace(self, ids=self.ids[:count])
 
+    def some(self, count: int) -> "ImageSet":
+        """Return at most ``count`` images, by a fixed permutation, in the order of their ids."""
+        chosen = np.random.default_rng(0).permutation(self.ids)[:count]
+        return self if len(self) <= count else dataclasses.replace(self, ids=np.sort(chosen))
+
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images, float32 (B, C, H, W), in [-1, 1] unless they are latents, and labels, int64 (B,)."""
         for start in range(0, len(self), size):

@@ -63,4 +63,9 @@ def test_a_split_is_fixed_and_disjoint(tmp_path):
     again, _ = open_images(str(tmp_path / "a.npz")).split()
     assert np.array_equal(training.ids, again.ids)
     assert again.fingerprint() == training.fingerprint() != held_out.fingerprint()
+    some = whole.some(20)
+    assert len(set(some.ids)) == 20
+    assert some.ids.tolist() == sorted(some.ids)
+    assert some.ids.tolist() != list(range(20))
+    assert whole.some(50) is whole
     assert training.first(7).ids.tolist() == training.ids[:7].tolist()
