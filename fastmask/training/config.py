@@ -183,13 +183,13 @@ def build_step(
 
 
 def fit_stages(config: TrainConfig, preset: TrainConfig, given: Collection[str] = ()) -> TrainConfig:
-    """Scale the preset's warm-up and unmasked steps down in proportion if ``max_steps`` is too small for them.
+    """Scale the preset's warm-up and unmasked steps down in proportion to a ``max_steps`` below the preset's.
 
-    Nothing changes if they fit, differ from the preset, or were set on the command line.
+    Nothing changes if they differ from the preset, or were set on the command line.
     """
     steps, usual = ((each.masking.unmask_steps, each.optim.warmup_steps) for each in (config, preset))
     chosen = steps != usual or "unmask_steps" in given or "warmup_steps" in given
-    if sum(steps) <= config.max_steps or config.max_steps < 1 or chosen:
+    if not 1 <= config.max_steps < preset.max_steps or chosen:
         return config
     share = config.max_steps / preset.max_steps
     return config.replace(unmask_steps=int(usual[0] * share), warmup_steps=int(usual[1] * share))

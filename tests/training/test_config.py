@@ -85,7 +85,9 @@ PRESET = GOOD.replace(max_steps=1000, unmask_steps=300, warmup_steps=100)
     [
         ({"max_steps": 60}, (18, 6)),
         ({"max_steps": 399}, (119, 39)),
-        ({"max_steps": 400}, (300, 100)),  # which fit
+        ({"max_steps": 400}, (120, 40)),
+        ({"max_steps": 1000}, (300, 100)),
+        ({"max_steps": 3000}, (300, 100)),
         ({"max_steps": 60, "unmask_steps": 200}, (200, 100)),  # not the preset's
         ({"max_steps": 0}, (300, 100)),
     ],
