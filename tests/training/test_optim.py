@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fastmask.kernels._dispatch import Backend
+from fastmask.training.adamw import AdamWEMA
 from fastmask.training.ema import EMA, PowerEMA
 from fastmask.training.optim import (
-    AdamWEMA,
     OptimConfig,
     begin_step,
     clip_gradients,
