@@ -38,7 +38,7 @@ def free_within(default: T, kind: Callable[[T], object], reason: str) -> T:
         kind: returns the kind of a value, which is compared.
         reason: why the kind cannot change.
     """
-    return dataclasses.field(default=default, metadata={"fixed": reason, "kind": kind})
+    return dataclasses.field(default=default, metadata={"within": (kind, reason)})
 
 
 def check_at_least(owner: object, **lowest: float) -> None:

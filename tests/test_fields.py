@@ -25,7 +25,7 @@ def test_fields_have_their_defaults_and_say_what_may_change():
         "steps": {"free": True},
         "width": {"fixed": "the weights have it"},
         "spread": {"recorded": True},
-        "way": {"fixed": "its length is kept", "kind": len},
+        "way": {"within": (len, "its length is kept")},
     }
 
 
