@@ -1,4 +1,4 @@
-"""Optimizers (AdamW with fused EMA, torch, apex), gradient clipping, learning rate schedule."""
+"""Optimizers (AdamW with fused EMA, torch, apex; Muon), gradient clipping, learning rate schedule."""
 
 import dataclasses
 import importlib
@@ -8,18 +8,21 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fastmask.fields import check_at_least, free
+from fastmask.fields import check_at_least, free_within
 from fastmask.kernels import BackendUnavailableError, backends
+from fastmask.models.stack import Stack
 from fastmask.ranks import whole
 from fastmask.training.adamw import AdamWEMA
 from fastmask.training.ema import EMA
+from fastmask.training.muon import MuonAdamW, block_matrices
 
+_Name = Literal["adamw_ema", "torch", "apex", "muon"]
 _APEX = "--optimizer apex needs NVIDIA's apex: build github.com/NVIDIA/apex with its CUDA extensions; PyPI has another"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW, its learning rates and gradient clipping."""
+    """Optimizer, its learning rates and gradient clipping."""
 
     lr: float = 1e-4
     """Learning rate."""
@@ -27,12 +30,15 @@ class OptimConfig:
     """Number of linear warm-up steps of the learning rate."""
     unmask_lr: float = 5e-5
     """Learning rate of the unmasked steps."""
-    optimizer: Literal["auto", "adamw_ema", "torch", "apex"] = free("auto")
-    """AdamW implementation; adamw_ema fuses the EMA update. auto: adamw_ema where it has a kernel, else torch."""
+    optimizer: Literal["auto", "adamw_ema", "torch", "apex", "muon"] = free_within(
+        "auto", lambda name: name == "muon", "AdamW and Muon keep another state in the checkpoint"
+    )
+    """AdamW implementation, where adamw_ema fuses the EMA update; or muon: Muon for the weight matrices of the blocks,
+    AdamW for all other parameters. auto: adamw_ema where it has a kernel, else torch."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's first and second moment."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay."""
     grad_clip: float = 0.0
     """Maximum gradient norm; 0 disables clipping."""
 
@@ -43,13 +49,16 @@ class OptimConfig:
             raise ValueError(f"betas must be in [0, 1), not {self.betas}")
 
 
-def make_optimizer(net: nn.Module, config: OptimConfig, emas: Sequence[EMA] = ()) -> torch.optim.Optimizer:
-    """Return AdamW over all parameters, in the implementation chosen by ``config.optimizer``.
+def make_optimizer(
+    net: nn.Module, config: OptimConfig, emas: Sequence[EMA] = (), *, precision: str = "fp32"
+) -> torch.optim.Optimizer:
+    """Return the optimizer of all parameters that ``config.optimizer`` names.
 
     Args:
-        net: the network, on its device.
+        net: the network, on its device; for Muon a `Denoiser`.
         config: the optimizer's configuration.
         emas: EMAs updated with each step.
+        precision: precision of the run's matmuls; Muon's are in bf16 for "bf16", else in fp32.
 
     Raises:
         ValueError: the implementation does not run here; the message suggests another.
@@ -57,9 +66,12 @@ def make_optimizer(net: nn.Module, config: OptimConfig, emas: Sequence[EMA] = ()
     device = next(net.parameters()).device
     name = resolve_optimizer(config.optimizer, device)
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+    if name in ("adamw_ema", "muon"):
+        options["lr"] = torch.full((), config.lr, device=device)  # CUDA graphs read it at each replay
+    if name == "muon":
+        return _muon(net, emas, torch.bfloat16 if precision == "bf16" else torch.float32, options)
     if name == "adamw_ema":
         averages = [(ema.decay, ema.weights.values()) for ema in emas]
-        options["lr"] = torch.full((), config.lr, device=device)  # CUDA graphs read it at each replay
         return AdamWEMA(net.parameters(), **options, averages=averages, impl="fused")
     optimizer: torch.optim.Optimizer
     if name == "apex":
@@ -71,6 +83,17 @@ def make_optimizer(net: nn.Module, config: OptimConfig, emas: Sequence[EMA] = ()
     for ema in emas:
         optimizer.register_step_post_hook(lambda *_, ema=ema: ema.update(net))
     return optimizer
+
+
+def _muon(net: nn.Module, emas: Sequence[EMA], dtype: torch.dtype, options: dict[str, Any]) -> MuonAdamW:
+    named = dict(net.named_parameters())
+    inside = {id(p) for p in block_matrices(cast(Sequence[Stack], cast(Any, net).model.stacks))}
+    matrices = [name for name, p in named.items() if id(p) in inside]
+    others = [name for name in named if name not in matrices]
+    averages = [(ema.decay, [ema.weights[name] for name in (*matrices, *others)]) for ema in emas]
+    has_kernel = resolve_optimizer("auto", next(iter(named.values())).device) == "adamw_ema"
+    parts = ([named[name] for name in names] for names in (matrices, others))
+    return MuonAdamW(*parts, dtype=dtype, averages=averages, impl="fused" if has_kernel else "reference", **options)
 
 
 def begin_step(optimizer: torch.optim.Optimizer, emas: Sequence[EMA], lr: float, step: int) -> None:
@@ -86,7 +109,7 @@ def begin_step(optimizer: torch.optim.Optimizer, emas: Sequence[EMA], lr: float,
         optimizer.set_decays([ema.decay for ema in emas])
 
 
-def resolve_optimizer(name: str, device: torch.device) -> Literal["adamw_ema", "torch", "apex"]:
+def resolve_optimizer(name: str, device: torch.device) -> _Name:
     """Return the optimizer to use; "auto" is "adamw_ema" where it has a kernel for the device, else "torch".
 
     Raises:
@@ -103,7 +126,7 @@ def resolve_optimizer(name: str, device: torch.device) -> Literal["adamw_ema", "
         _fused_adam()
         if device.type != "cuda":
             raise ValueError(f"--optimizer apex runs on a GPU, not on {device.type}: take torch")
-    return cast(Literal["adamw_ema", "torch", "apex"], name)
+    return cast(_Name, name)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
