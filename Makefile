@@ -17,11 +17,12 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -p no:benchmark
 DEMO := runs/digits-demo
 # The trainer is tested with the native kernels; all else with Triton's, interpreted, and the ops and the network with both.
 TRAINER_TESTS := $(addprefix tests/test_,train.py start.py crash.py) \
-	$(addprefix tests/training/test_,run.py resume.py step.py parallel.py)
+	$(addprefix tests/training/test_,run.py resume.py step.py parallel.py muon.py)
 NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py silu_linear.py modulate_norm.py add_gated_norm.py norms.py \
 	norm_linear.py native.py impl.py position_table.py hostile.py adamw_ema.py sample_mask.py masked_loss.py \
 	embed_kept_patches.py embed_natively.py restore_tokens.py) \
-	$(addprefix tests/,models/test_maskdit.py test_golden.py test_packed.py training/test_optim.py) $(TRAINER_TESTS)
+	$(addprefix tests/,models/test_maskdit.py test_golden.py test_packed.py training/test_adamw.py \
+	training/test_optim.py) $(TRAINER_TESTS)
 
 .PHONY: demo test tests test-dali venv venv-dali lint bench report kernels sanitize numerics abi clean
 .DELETE_ON_ERROR:

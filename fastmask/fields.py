@@ -1,14 +1,15 @@
 """Fields of configuration dataclasses: what may change when a run is resumed, bounds, names that are not known.
 
 A field is declared as ``lr: float = 1e-4``: a resumed run may change it, and the change is recorded with its step.
-`free` declares one that does not affect what is learned, and `fixed` one that cannot change. What is declared for a
-member, such as ``network``, holds for its fields that declare nothing themselves; `recorded` is for their exceptions.
+`free` declares one that does not affect what is learned, `fixed` one that cannot change, and `free_within` one that is
+free among the values of a kind. What is declared for a member, such as ``network``, holds for its fields that declare
+nothing themselves; `recorded` is for their exceptions.
 """
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -27,6 +28,17 @@ def recorded(default: T) -> T:
 def fixed(default: T, reason: str) -> T:
     """Return a dataclass field that a resumed run cannot change, for a reason that the error message gives."""
     return dataclasses.field(default=default, metadata={"fixed": reason})
+
+
+def free_within(default: T, kind: Callable[[T], object], reason: str) -> T:
+    """Return a dataclass field that is `free` to change to a value of the same kind, and `fixed` otherwise.
+
+    Args:
+        default: the default value.
+        kind: returns the kind of a value, which is compared.
+        reason: why the kind cannot change.
+    """
+    return dataclasses.field(default=default, metadata={"within": (kind, reason)})
 
 
 def check_at_least(owner: object, **lowest: float) -> None:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fastmask.fields import check_at_least, check_share, fixed, free, recorded, unknown
+from fastmask.fields import check_at_least, check_share, fixed, free, free_within, recorded, unknown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,6 +14,7 @@ class Config:
     steps: int = free(3)
     width: int = fixed(8, "the weights have it")
     spread: tuple[float, ...] = recorded((1.0,))
+    way: str = free_within("a1", len, "its length is kept")
 
 
 def test_fields_have_their_defaults_and_say_what_may_change():
@@ -24,6 +25,7 @@ def test_fields_have_their_defaults_and_say_what_may_change():
         "steps": {"free": True},
         "width": {"fixed": "the weights have it"},
         "spread": {"recorded": True},
+        "way": {"within": (len, "its length is kept")},
     }
 
 

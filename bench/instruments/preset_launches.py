@@ -20,8 +20,8 @@ from fastmask.diffusion.masking import kept_count, parse_per_sample
 from fastmask.diffusion.objective import TOTAL
 from fastmask.kernels import sample_mask
 from fastmask.presets import PRESETS
+from fastmask.training.adamw import AdamWEMA
 from fastmask.training.config import TrainConfig, build_model, preset_config
-from fastmask.training.optim import AdamWEMA
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Samples with unequal numbers of kept tokens, packed: the launches are the same for any such range.

@@ -50,7 +50,7 @@ def print_plan(config: TrainConfig, model: MaskDiT) -> None:
     counts.add_row("whole run", f"{_mean_macs(load, model) * 6 * images:.3g} FLOP")
     _add_prediction(counts, load, model, precision)
     console.print(counts)
-    say("Memory is an estimate for one process; more micro-batches per step or another optimizer take no more.")
+    say("Memory is an estimate for one process; more micro-batches per step or another AdamW take no more.")
     say(f"The prediction was not measured; {ASSUMED}.")
 
 
@@ -58,7 +58,8 @@ def _add_memory(counts: Table, load: Workload, model: MaskDiT, precision: str, d
     """Add the peak memory by part, at the lowest mask ratio of the run, and the largest batches that fit."""
     memory, averages = load.memory(model, precision), load.averages
     counts.add_row("weights / gradients, fp32", f"{memory.weights / 1e9:.2f} GB each")
-    counts.add_row("AdamW's two moments, fp32", f"{memory.moments / 1e9:.2f} GB")
+    moments = "Muon's momentum, AdamW's moments, fp32" if load.muon else "AdamW's two moments, fp32"
+    counts.add_row(moments, f"{memory.moments / 1e9:.2f} GB")
     counts.add_row("EMA, fp32" if averages == 1 else f"{averages} EMAs, fp32", f"{memory.ema / 1e9:.2f} GB")
     if memory.copy:
         counts.add_row(f"copy of the weights, {precision}", f"{memory.copy / 1e9:.2f} GB")

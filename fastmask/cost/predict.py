@@ -39,7 +39,7 @@ ASSUMED = Assumptions()
 
 
 def step_seconds(
-    work: Work, gpu: Gpu, precision: str, batch: int, micro_batch: int, assumed: Assumptions = ASSUMED
+    work: Work, gpu: Gpu, precision: str, batch: int, micro_batch: int, assumed: Assumptions = ASSUMED, gpus: int = 1
 ) -> float:
     """Return the predicted seconds of a training step on one GPU.
 
@@ -50,18 +50,21 @@ def step_seconds(
         batch: images per step and GPU.
         micro_batch: images per micro-batch.
         assumed: assumptions of the prediction.
+        gpus: number of GPUs, which share Muon's matmuls.
     """
     peak = gpu.peak(precision)
+    update_s = work.update_flops / gpus / gpu.peak("fp32" if precision == "fp16" else precision)
     if assumed.mfu is not None:
-        return batch * work.flops / (assumed.mfu * peak)
+        return (batch * work.flops / peak + update_s) / assumed.mfu
     parts = -(-batch // micro_batch)
     rate = gpu.bandwidth * assumed.bandwidth
     products = max(
         batch * work.flops / (peak * assumed.products),
         (batch * work.matmul_bytes + parts * work.matmul_weight_bytes) / rate,
     )
+    update = update_s / assumed.products + work.update_bytes / rate
     others = batch * work.other_bytes + parts * work.cast_bytes + (parts - 1) * work.accumulate_bytes
-    return max(products + others / rate, parts * work.launches * assumed.launch_s) + work.update_bytes / rate
+    return max(products + others / rate, parts * work.launches * assumed.launch_s) + update
 
 
 class Run(NamedTuple):
@@ -119,9 +122,9 @@ def predict_run(
     batch = load.batch_size // gpus
     parts = -(-batch // min(load.micro_batch, batch, largest))
     micro = -(-batch // parts)
-    again = load.checkpoint_blocks
-    works = {ratio: work_of(model, ratio, precision, checkpoint_blocks=again) for ratio in set(ratios)}
-    seconds = {ratio: step_seconds(work, gpu, precision, batch, micro, assumed) for ratio, work in works.items()}
+    options = {"checkpoint_blocks": load.checkpoint_blocks, "muon": load.muon}
+    works = {ratio: work_of(model, ratio, precision, **options) for ratio in set(ratios)}
+    seconds = {ratio: step_seconds(work, gpu, precision, batch, micro, assumed, gpus) for ratio, work in works.items()}
     mean = sum(seconds[ratio] for ratio in ratios) / points
     hours = load.max_steps * mean / 3600
     return Run(micro, load.batch_size / mean, hours, hours * gpus)

@@ -4,11 +4,13 @@ The counts are for an eager step with the fused kernels; tests compare them with
 10^9 bytes.
 """
 
+import math
 from typing import NamedTuple
 
 from fastmask.diffusion.masking import kept_count
 from fastmask.models.counts import forward_macs, num_parameters
 from fastmask.models.maskdit import MaskDiT
+from fastmask.training.muon import ITERATIONS, block_matrices
 
 RESERVE = 0.1  # assumed fraction of GPU memory for context, workspaces and fragmentation
 
@@ -23,8 +25,9 @@ class Work(NamedTuple):
         matmul_weight_bytes: traffic of weights and their gradients in matmuls, per micro-batch.
         cast_bytes: traffic of casts of weights and gradients between fp32 and 16 bits, per micro-batch.
         accumulate_bytes: traffic of gradient accumulation, per micro-batch after the first of a step.
-        update_bytes: traffic of `adamw_ema` with one EMA, per step.
+        update_bytes: traffic of the optimizer with one EMA, per step.
         launches: operations per micro-batch, counted as one launch each; there can be more kernels.
+        update_flops: FLOP of Muon's matmuls, per step, of all processes together.
     """
 
     flops: float
@@ -35,6 +38,7 @@ class Work(NamedTuple):
     accumulate_bytes: float
     update_bytes: float
     launches: int
+    update_flops: int = 0
 
 
 class Memory(NamedTuple):
@@ -43,11 +47,12 @@ class Memory(NamedTuple):
     All gradients are counted in addition to all activations, as with several micro-batches per step, DDP's buckets or a
     CUDA graph. A single micro-batch without these takes less, since activations are freed while gradients are created;
     more than two micro-batches take no more than two. AdamW takes no more than its state, in a single fused pass.
+    Muon's workspace is that of one matrix per process, and fits where the activations were.
 
     Attributes:
         weights: weights, fp32.
         gradients: gradients, fp32.
-        moments: AdamW's two moments, fp32.
+        moments: AdamW's two moments, and Muon's one momentum of its matrices, fp32.
         ema: all EMAs of the weights, fp32.
         copy: 16-bit weights, made by autocast and read by backward; with recomputed blocks, the ones that autocast
             holds until forward ends.
@@ -93,7 +98,9 @@ class _Stack(NamedTuple):
     depth: int
 
 
-def work_of(model: MaskDiT, ratio: float, precision: str, *, checkpoint_blocks: bool = False) -> Work:
+def work_of(
+    model: MaskDiT, ratio: float, precision: str, *, checkpoint_blocks: bool = False, muon: bool = False
+) -> Work:
     """Return the cost of a training step at a mask ratio.
 
     Args:
@@ -101,12 +108,15 @@ def work_of(model: MaskDiT, ratio: float, precision: str, *, checkpoint_blocks: 
         ratio: the mask ratio.
         precision: "bf16", "fp16", "tf32" or "fp32".
         checkpoint_blocks: whether backward recomputes the blocks, see `MaskDiT.checkpoint_blocks`.
+        muon: whether Muon updates the matrices of the blocks.
     """
     low = _bytes_of(precision)
     stacks = _stacks(model, ratio)
     wide = sum(stack.depth * stack.tokens * stack.width for stack in stacks)  # values of a token-wide tensor
     blocks = sum(stack.depth for stack in stacks)
     parameters = num_parameters(model)
+    matrices = [tuple(matrix.shape) for matrix in block_matrices(model.stacks)] if muon else []
+    in_matrices = sum(map(math.prod, matrices))
     again = int(checkpoint_blocks)  # additional forward passes of the blocks
     # Per block, in token widths. Matmuls: qkv 1 + 3, proj 1 + 1, fc1 1 + 4, fc2 4 + 1; forward and two in backward.
     products = (3 + again) * 16 * low
@@ -124,13 +134,28 @@ def work_of(model: MaskDiT, ratio: float, precision: str, *, checkpoint_blocks: 
         matmul_weight_bytes=(3 + again) * low * parameters,
         cast_bytes=(12 + 6 * again) * parameters if low == 2 else 0,  # 4 + 2 each way
         accumulate_bytes=12 * parameters,
-        update_bytes=(20 + 16) * parameters,  # p, g, m, v and the average read; all but g written, in one pass
+        # AdamW: p, g, m, v and the average read; all but g written, in one pass. Muon, besides its matmuls: momentum
+        # 20, direction 12, casts 8, weights 36, average 12; six passes in the dtype of the matmuls.
+        update_bytes=(20 + 16) * (parameters - in_matrices) + (88 + 6 * low) * in_matrices,
         launches=(launches[0] + again * launches[1]) * blocks + launches[2] + (launches[3] if len(stacks) > 1 else 0),
+        update_flops=sum(orthogonal_flops(*matrix) for matrix in matrices),
     )
 
 
+def orthogonal_flops(rows: int, columns: int) -> int:
+    """Return the FLOP of `orthogonalized`: per iteration a Gram matrix, its square, and the multiplication by both."""
+    short, long = sorted((rows, columns))
+    return ITERATIONS * 2 * (short * short * long + short**3 + short * short * long)
+
+
 def memory_of(
-    model: MaskDiT, ratio: float, precision: str, *, averages: int = 1, checkpoint_blocks: bool = False
+    model: MaskDiT,
+    ratio: float,
+    precision: str,
+    *,
+    averages: int = 1,
+    checkpoint_blocks: bool = False,
+    muon: bool = False,
 ) -> Memory:
     """Return the memory of training at a mask ratio.
 
@@ -140,6 +165,7 @@ def memory_of(
         precision: "bf16", "fp16", "tf32" or "fp32".
         averages: number of EMAs of the weights.
         checkpoint_blocks: whether backward recomputes the blocks, see `MaskDiT.checkpoint_blocks`.
+        muon: whether Muon updates the matrices of the blocks, of which it keeps one momentum.
     """
     low, parameters = _bytes_of(precision), num_parameters(model)
     stacks = _stacks(model, ratio)
@@ -157,7 +183,8 @@ def memory_of(
     # Backward of the MLP: hidden values, their gradient, the gradient of the input, and gradients from the norms.
     working = max(16 * low * tokens * width for tokens, width, _, _ in stacks)
     copy = 2 * copied if low == 2 else 0
-    fixed = (4 * parameters, 4 * parameters, 8 * parameters, 4 * averages * parameters)
+    moments = 8 * parameters - (4 * sum(p.numel() for p in block_matrices(model.stacks)) if muon else 0)
+    fixed = (4 * parameters, 4 * parameters, moments, 4 * averages * parameters)
     return Memory(*fixed, copy, kept, working, recomputed)
 
 

@@ -18,6 +18,7 @@ class Workload(NamedTuple):
         micro_batch: images per forward pass of a process.
         averages: number of EMAs of the weights.
         checkpoint_blocks: whether backward recomputes the blocks.
+        muon: whether Muon updates the matrices of the blocks.
     """
 
     masking: Masking
@@ -26,11 +27,19 @@ class Workload(NamedTuple):
     micro_batch: int
     averages: int = 1
     checkpoint_blocks: bool = False
+    muon: bool = False
 
     def memory(self, model: MaskDiT, precision: str) -> Memory:
         """Return the memory at the lowest mask ratio of the run, at which a step takes the most."""
         ratio = self.masking.lowest_ratio(self.max_steps)
-        return memory_of(model, ratio, precision, averages=self.averages, checkpoint_blocks=self.checkpoint_blocks)
+        return memory_of(
+            model,
+            ratio,
+            precision,
+            averages=self.averages,
+            checkpoint_blocks=self.checkpoint_blocks,
+            muon=self.muon,
+        )
 
 
 def workload_of(config: TrainConfig) -> Workload:
@@ -42,4 +51,5 @@ def workload_of(config: TrainConfig) -> Workload:
         config.micro_batch,
         averages=1 + len(config.ema.ema_widths),
         checkpoint_blocks=config.machine.activation_checkpointing == "block",
+        muon=config.optim.optimizer == "muon",
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastmask.fields import check_at_least, free
 from fastmask.ranks import Ranks, all_sum, whole
+from fastmask.training.muon import MuonAdamW
 
 # Edges of the log-SNR buckets. EDM's training draws log-SNR around 2.4 +- 2.4, rectified flow's around 0 +- 2.
 EDGES = (-2.0, 0.0, 2.0, 4.0, 6.0)
@@ -135,11 +136,14 @@ def gradient_norm(net: nn.Module) -> float:
 
 @torch.no_grad()
 def update_ratio(net: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Return the norm of AdamW's last update, without weight decay, relative to the norm of the parameters."""
+    """Return the norm of the last update, without weight decay, relative to the norm of the parameters."""
     return _norm(_updates(optimizer)) / max(_norm(net.parameters()), math.ulp(1.0))
 
 
 def _updates(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield AdamW's last updates, which follow from its moments, and the norm of Muon's."""
+    if isinstance(optimizer, MuonAdamW):
+        yield optimizer.update_norm
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
         for p in group["params"]:

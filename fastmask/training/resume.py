@@ -45,6 +45,10 @@ def changes_of(
             own = {field.name for field in dataclasses.fields(getattr(config, kind))}
             changed = {name: pair for name, pair in changed.items() if name not in own}
     rules = config.on_resume()
+    for name, (old, new) in changed.items():
+        if "within" in rules[name]:
+            kind_of, reason = rules[name]["within"]
+            rules[name] = {"free": True} if kind_of(old) == kind_of(new) else {"fixed": reason}
     fixed = [
         f"{name} {before[name]} -> {value} ({rules[name]['fixed']})"
         for name, (_, value) in changed.items()

@@ -92,7 +92,7 @@ class Run:
         self.ema = EMA(self.net, config.ema.ema_decay, warmup=not config.init)
         self.profiles = [PowerEMA(self.net, width) for width in config.ema.ema_widths]
         averages = [self.ema, *self.profiles]
-        self.optimizer = make_optimizer(self.net, config.optim, averages)
+        self.optimizer = make_optimizer(self.net, config.optim, averages, precision=config.machine.precision)
         self.training = build_step(config, self.net, dataset, self.optimizer, averages, ranks)
         self.stages = config.masking.stages(self.net.model.length, config.max_steps)
         self.step, self.samples = 0, 0

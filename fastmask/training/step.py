@@ -21,11 +21,12 @@ from fastmask.diffusion.objective import TOTAL
 from fastmask.models.condition import Condition
 from fastmask.models.stack import all_blocks
 from fastmask.ranks import Ranks
+from fastmask.training.adamw import AdamWEMA
 from fastmask.training.ema import EMA
 from fastmask.training.graphs import GraphedCalls
 from fastmask.training.machine import MachineConfig
 from fastmask.training.monitor import Tally, gradient_norm, update_ratio
-from fastmask.training.optim import AdamWEMA, begin_step, clip_gradients
+from fastmask.training.optim import begin_step, clip_gradients
 from fastmask.training.parallel import no_sync, replicate
 
 _COMPILES = 64  # recompile limit of a function, a few per kept count; Dynamo raises beyond it

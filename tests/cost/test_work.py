@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 from networks import preset_network
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.instruments.memory import high_water, per_image
 from bench.instruments.model import count_step
 from fastmask.cost.predict import ASSUMED, predict_run
-from fastmask.cost.work import RESERVE, memory_of, work_of
+from fastmask.cost.work import RESERVE, memory_of, orthogonal_flops, work_of
 from fastmask.cost.workload import workload_of
 from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.masking import kept_count
@@ -19,6 +20,7 @@ from fastmask.models.counts import num_parameters
 from fastmask.presets import PRESETS
 from fastmask.training.config import build_model, preset_config
 from fastmask.training.ema import EMA
+from fastmask.training.muon import block_matrices, orthogonalized
 from fastmask.training.optim import make_optimizer
 
 
@@ -172,3 +174,27 @@ def test_memory_by_part():
 def test_the_update_reads_five_arrays_and_writes_four():
     config, model = preset_network("xl2-in256")
     assert work_of(model, config.masking.mask_ratio, "bf16").update_bytes == 36 * num_parameters(model)
+
+
+def test_muon_is_work_of_the_update():
+    """Its matmuls, as a counter of FLOP sees them, are shared by the GPUs; what is moved is more than AdamW's."""
+    config, model = preset_network("s2-in256")
+    plain, muon = (work_of(model, 0.5, "bf16", muon=flag) for flag in (False, True))
+    assert plain.update_flops == 0
+    assert muon._replace(update_flops=0, update_bytes=plain.update_bytes) == plain
+    assert plain.update_bytes < muon.update_bytes < 100 * num_parameters(model)
+    shapes = [tuple(matrix.shape) for matrix in block_matrices(model.stacks)]
+    assert muon.update_flops == sum(orthogonal_flops(*shape) for shape in shapes)
+    for shape in shapes[:5]:  # a block's
+        with FlopCounterMode(display=False) as counter:
+            orthogonalized(torch.ones(shape), torch.float32)
+        assert counter.get_total_flops() == orthogonal_flops(*shape)
+
+    def seconds(optimizer, gpus):
+        load = workload_of(config.replace(optimizer=optimizer))
+        return load.batch_size / predict_run(load, model, GPUS["h100"], "bf16", gpus).images_per_s
+
+    added = [seconds("muon", gpus) - seconds("auto", gpus) for gpus in (1, 2)]
+    halved = muon.update_flops / 2 / GPUS["h100"].peak("bf16") / ASSUMED.products
+    assert added[0] - added[1] == pytest.approx(halved, rel=1e-3)
+    assert added[1] > halved  # the traffic stays

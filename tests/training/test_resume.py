@@ -35,6 +35,18 @@ def test_free_fields_are_not_recorded():
     assert changes_of(STORED, changed, "runs/x") == {}
 
 
+def test_the_optimizer_is_free_among_those_of_one_state():
+    reason = r"\(AdamW and Muon keep another state in the checkpoint\)"
+    muon = {**STORED, "optimizer": "muon"}
+    for name in ("adamw_ema", "torch", "apex"):
+        assert changes_of({**STORED, "optimizer": name}, GOOD.replace(optimizer="torch"), "runs/x") == {}
+        with pytest.raises(ValueError, match=f"cannot be resumed with optimizer {name} -> muon {reason}: give"):
+            changes_of({**STORED, "optimizer": name}, GOOD.replace(optimizer="muon"), "runs/x")
+        with pytest.raises(ValueError, match=f"cannot be resumed with optimizer muon -> {name} {reason}: give"):
+            changes_of(muon, GOOD.replace(optimizer=name), "runs/x")
+    assert changes_of(muon, GOOD.replace(optimizer="muon"), "runs/x") == {}
+
+
 def test_other_fields_are():
     changed = GOOD.replace(lr=0.5, betas=(0.8, 0.9), max_steps=2000, unmask_steps=10)
     assert changes_of(STORED, changed, "runs/x") == {

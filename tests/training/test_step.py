@@ -215,9 +215,10 @@ def test_waiting_for_data_is_counted():
     assert 0.1 <= training.step.data_wait_s < 1
 
 
-def check_graphs_learn_the_same_bits(device, micro):
+def check_graphs_learn_the_same_bits(device, micro, optimizer):
     """Through stages of fewer patches and of all of them, and after a rollback to a state that was stored."""
-    eager, replayed = (Training(device=device, micro_batch_size=micro, cuda_graphs=on) for on in ("off", "on"))
+    options = {"device": device, "micro_batch_size": micro, "optimizer": optimizer}
+    eager, replayed = (Training(**options, cuda_graphs=on) for on in ("off", "on"))
     for keep in (8, 8, 8, 8, 4, 4, 4, 16, 16, 16, 8, 8, 8):
         eager(keep)
         replayed(keep)
@@ -230,11 +231,15 @@ def check_graphs_learn_the_same_bits(device, micro):
         assert torch.equal(a, b)
 
 
+OPTIMIZERS = pytest.mark.parametrize("optimizer", ["auto", "muon"])
+
+
+@OPTIMIZERS
 @pytest.mark.parametrize("micro", [0, 8])
-def test_replayed_steps_learn_the_same_bits(monkeypatch, micro):
+def test_replayed_steps_learn_the_same_bits(monkeypatch, micro, optimizer):
     """On a CPU, where the operations of a graph are recorded and done again."""
     cuda = FakeCuda().install(monkeypatch)
-    check_graphs_learn_the_same_bits("cpu", micro)
+    check_graphs_learn_the_same_bits("cpu", micro, optimizer)
     assert cuda.captures
 
 
@@ -260,15 +265,17 @@ def test_a_stage_gives_its_memory_back_before_the_next(monkeypatch):
 
 @gpu
 @needs_gpu
+@OPTIMIZERS
 @pytest.mark.parametrize("micro", [0, 8])
-def test_graphs_learn_the_same_bits(micro):
-    check_graphs_learn_the_same_bits("cuda", micro)
+def test_graphs_learn_the_same_bits(micro, optimizer):
+    check_graphs_learn_the_same_bits("cuda", micro, optimizer)
 
 
 @gpu
 @needs_gpu
-def test_no_step_waits_for_the_gpu():
-    training = Training(device="cuda", cuda_graphs="on")
+@OPTIMIZERS
+def test_no_step_waits_for_the_gpu(optimizer):
+    training = Training(device="cuda", cuda_graphs="on", optimizer=optimizer)
     for _ in range(3):
         training()
     torch.cuda.set_sync_debug_mode("error")

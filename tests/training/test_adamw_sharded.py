@@ -7,8 +7,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from util import run_ranks
 
+from fastmask.training.adamw import AdamWEMA
 from fastmask.training.ema import EMA
-from fastmask.training.optim import AdamWEMA, clip_gradients
+from fastmask.training.optim import clip_gradients
 
 PROCESSES, DECAYS = 2, (0.9, 0.5)
 HYPER = {"lr": 0.03, "betas": (0.8, 0.9), "weight_decay": 0.1}
