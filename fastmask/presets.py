@@ -1,7 +1,8 @@
 """Presets: one row per training run, with the differences from the defaults of `TrainConfig`.
 
 Sources: [M] MaskDiT, arXiv 2306.09305, section 4 and its released recipe; [D] DiT, arXiv 2212.09748, tables 1 and 4;
-[F] rectified flow, arXiv 2403.03206; [S] SiT, arXiv 2401.08740, table 1 and section 3.
+[F] rectified flow, arXiv 2403.03206; [S] SiT, arXiv 2401.08740, table 1 and section 3; [T] TREAD, arXiv 2501.04765;
+[P] SPRINT, arXiv 2510.21986.
 With the published 512 x 8 decoder, masking half the patches saves operations only in wide networks, so the S and B rows
 use a proportional decoder, about half the encoder's width and a quarter of its depth. The published decoder is
 `--decoder-width 512 --decoder-depth 8 --decoder-num-heads 16`.
@@ -11,6 +12,8 @@ from typing import Any
 
 from fastmask.diffusion import VP, RectifiedFlow
 from fastmask.models.maskdit import MaskDiTConfig
+from fastmask.models.sprint import SprintConfig
+from fastmask.models.tread import TreadConfig
 
 # Encoders [D, table 1; H: M].
 _S: dict[str, Any] = {"width": 384, "depth": 12, "num_heads": 6}
@@ -33,6 +36,18 @@ def _dense(encoder: dict[str, Any]) -> dict[str, Any]:
     return {"network": MaskDiTConfig(**encoder, decoder_depth=0)}
 
 
+def _routed(encoder: dict[str, Any], end: int) -> dict[str, Any]:
+    return {"network": TreadConfig(**encoder, route_start=2, route_end=end)}  # [T], from block 2 to the fourth last
+
+
+def _sparse(encoder: dict[str, Any]) -> dict[str, Any]:
+    """Two blocks before the middle and two after it [P], of DiT's blocks: without rotary positions and SwiGLU.
+
+    The paper's norm of queries and keys is `--qk-norm`.
+    """
+    return {"network": SprintConfig(**encoder, route_start=2, route_end=encoder["depth"] - 2)}
+
+
 # Datasets: stores of ImageNet latents at two resolutions, created by fastmask.prepare.
 _IN256: dict[str, Any] = {"data": "data/in256", "image_size": 256, "num_classes": 1000, "micro_batch_size": 128}
 _IN512: dict[str, Any] = {"data": "data/in512", "image_size": 512, "num_classes": 1000, "micro_batch_size": 32}
@@ -43,6 +58,11 @@ _UNMASK: dict[str, Any] = {"mask_ratio": 0.0, "batch_size": 512, "lr": 5e-5, "pr
 _DIT: dict[str, Any] = {"mask_ratio": 0.0, "batch_size": 256, "lr": 1e-4}  # [D, section 4], with EDM's loss
 _SIT: dict[str, Any] = {**_DIT, "process": RectifiedFlow(t_uniform=True)}  # [S], a linear path and its velocity
 _FLOW: dict[str, Any] = {**_MASKED, "process": RectifiedFlow()}  # [M], with the process and times of [F]
+_TREAD: dict[str, Any] = {**_DIT, "mask_ratio": 0.5}  # [T]
+_SPRINT: dict[str, Any] = {**_DIT, "process": RectifiedFlow(), "mask_ratio": 0.75, "mask_pattern": "structured"}  # [P]
+_SPRINT |= {"grad_clip": 1.0}
+_SPRINT_UNMASK: dict[str, Any] = {"process": RectifiedFlow(), "mask_ratio": 0.0, "batch_size": 1024, "lr": 2e-4}  # [P]
+_SPRINT_UNMASK |= {"warmup_steps": 5000, "grad_clip": 1.0, "init": "runs/sprint-xl2-in256"}
 _FROM_256: dict[str, Any] = {"init": "runs/xl2-in256"}
 _FROM_512: dict[str, Any] = {"init": "runs/xl2-in512"}
 _LONG: dict[str, Any] = {"checkpoint_every": 10_000, "sample_every": 50_000}
@@ -55,6 +75,9 @@ _DIGITS |= {"warmup_steps": 100, "betas": (0.9, 0.99), "ema_decay": 0.995, "samp
 PRESETS: dict[str, dict[str, Any]] = {
     "digits":           {**_DIGITS},
     "digits-flow":      {**_DIGITS, "process": RectifiedFlow()},  # logit-normal times [F, section 3.1]
+    "digits-tread":     {**_DIGITS, "network": TreadConfig()},  # [T] at the size of the digits' encoder
+    "digits-sprint":    {**_DIGITS, "network": SprintConfig(), "process": RectifiedFlow(),
+                         "mask_ratio": 0.75, "mask_pattern": "structured"},  # [P] at this size
     # name              network                 data       recipe      steps
     "s2-in256":         {**_masked(_S, _DEC_S),  **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
     "b2-in256":         {**_masked(_B, _DEC_B),  **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
@@ -74,5 +97,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sit-xl2-in256":    {**_dense(_XL),          **_IN256, **_SIT,    "max_steps": 7_000_000, **_LONG},  # [S]
     "flow-b2-in256":    {**_masked(_B, _DEC_B),  **_IN256, **_FLOW,   "max_steps": 2_000_000, **_LONG},  # decoder: ours
     "flow-xl2-in256":   {**_masked(_XL, _DEC),   **_IN256, **_FLOW,   "max_steps": 2_000_000, **_LONG},  # [M; F]
+    "tread-xl2-in256":  {**_routed(_XL, 24),     **_IN256, **_TREAD,  "max_steps":   400_000, **_LONG},  # [T], with EDM
+    "sprint-b2-in256":  {**_sparse(_B),          **_IN256, **_SPRINT, "max_steps": 2_000_000, **_LONG},  # [P] in part
+    "sprint-xl2-in256": {**_sparse(_XL),         **_IN256, **_SPRINT, "max_steps": 2_000_000, **_LONG},  # [P]
+    "sprint-xl2-in256-unmask": {**_sparse(_XL),  **_IN256, **_SPRINT_UNMASK, "max_steps": 200_000, **_LONG},  # [P]
 }
 # fmt: on

@@ -49,6 +49,30 @@ def test_rectified_flow_has_the_sizes_of_its_edm_rows():
         assert ours.process == RectifiedFlow(t_uniform=flow.startswith("sit"))
 
 
+def test_routes_are_those_of_their_papers():
+    """TREAD (arXiv 2501.04765) at half the tokens; SPRINT (arXiv 2510.21986) at a fourth, with its second stage."""
+    rows = {name: preset_config(name, PRESETS) for name in PRESETS}
+    routes = {}
+    for name, row in rows.items():
+        if name.startswith(("tread", "sprint")):
+            network, masking = row.network, row.masking
+            routes[name] = (
+                *(network.route_start, network.route_end, network.depth, masking.mask_ratio, masking.mask_pattern),
+                *(row.batch_size, row.optim.lr, row.process.name),
+            )
+    assert routes == {
+        "tread-xl2-in256": (2, 24, 28, 0.5, "random", 256, 1e-4, "edm"),
+        "sprint-b2-in256": (2, 10, 12, 0.75, "structured", 256, 1e-4, "flow"),
+        "sprint-xl2-in256": (2, 26, 28, 0.75, "structured", 256, 1e-4, "flow"),
+        "sprint-xl2-in256-unmask": (2, 26, 28, 0.0, "random", 1024, 2e-4, "flow"),
+    }
+    for name in routes:
+        size = rows["dit-b2-in256" if "b2" in name else "dit-xl2-in256"].network
+        assert (rows[name].network.width, rows[name].network.num_heads) == (size.width, size.num_heads)
+        if name.startswith("sprint"):
+            assert (rows[name].network.path_drop, rows[name].optim.grad_clip) == (0.1, 1.0)
+
+
 def test_unknown_preset_names_the_near_ones():
     with pytest.raises(ValueError, match="unknown preset 'xl2-in25': did you mean xl2-in256"):
         preset_config("xl2-in25", PRESETS)

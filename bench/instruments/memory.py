@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastmask.diffusion import Denoiser, MaskedDenoising, Objective
+from fastmask.diffusion import Denoiser, Objective
 from fastmask.diffusion.masking import kept_count
 from fastmask.diffusion.objective import TOTAL
 from fastmask.kernels import Impl, Mask
@@ -50,7 +50,7 @@ def fake_forward(
     with FakeTensorMode():
         model = build_model(config, 4, size)
         model.impl, model.checkpoint_blocks = impl, checkpoint_blocks
-        objective = Objective(Denoiser(model, config.process), [MaskedDenoising()])
+        objective = Objective(Denoiser(model, config.process), config.objective.terms(model.config))
         keep = kept_count(model.length, config.masking.mask_ratio)
         mask = None
         if keep < model.length:
@@ -58,10 +58,11 @@ def fake_forward(
             mask = Mask(ids_keep, torch.zeros(batch, model.length, dtype=torch.int32))
         images, sigma = torch.randn(batch, 4, size, size), torch.rand(batch)
         labels = torch.zeros(batch, dtype=torch.int64)
+        condition = model.drop_path(labels, torch.zeros(batch, dtype=torch.bool)) if model.path_drop else labels
 
         def forward() -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-                loss: Tensor = objective(images, labels, mask, sigma, torch.randn_like(images))[TOTAL].mean()
+                loss: Tensor = objective(images, condition, mask, sigma, torch.randn_like(images))[TOTAL].mean()
             return loss
 
         yield objective, forward

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_map_only
 
 from bench.instruments.calls import Calls, OpCall
 from bench.ops import pixels_of
-from fastmask.diffusion import Denoiser, MaskedDenoising, Objective, training_draws
+from fastmask.diffusion import Denoiser, Objective, training_draws
 from fastmask.diffusion.masking import kept_count, parse_per_sample
 from fastmask.diffusion.objective import TOTAL
 from fastmask.kernels import sample_mask
+from fastmask.models.networks import AnyNetwork
 from fastmask.presets import PRESETS
 from fastmask.training.adamw import AdamWEMA
 from fastmask.training.config import TrainConfig, build_model, preset_config
@@ -34,7 +35,9 @@ def preset_cases(widths: list[int]) -> Iterator[tuple[str, Callable[[], Any]]]:
     for name in PRESETS:
         config = preset_config(name, PRESETS)
         sizes = config.network
-        if not {sizes.width, *([sizes.decoder_width] if sizes.decoder_depth else [])} <= {*widths}:
+        with torch.device("meta"):
+            model = build_model(config, *pixels_of(config))
+        if not {stack.width for stack in model.stacks} <= {*widths}:
             continue
         # "auto" is bf16 on GPUs that support it, and fp32 on others.
         for precision in ("bf16", "fp32") if config.machine.precision == "auto" else (config.machine.precision,):
@@ -46,6 +49,17 @@ def preset_cases(widths: list[int]) -> Iterator[tuple[str, Callable[[], Any]]]:
             for form, calls in _updates(config):
                 for call in _distinct(calls):
                     yield f"{name} {form}", with_precision(call, "fp32")
+
+
+def with_blocks(network: AnyNetwork, blocks: int) -> AnyNetwork:
+    """Return a network with at most this number of blocks in each stack."""
+    if network.name == "maskdit":
+        fewer = {"depth": blocks, "decoder_depth": min(blocks, network.decoder_depth)}
+    else:
+        first, last = min(blocks, network.route_start), min(blocks, network.depth - network.route_end)
+        end = first + min(blocks, network.route_end - network.route_start)
+        fewer = {"route_start": first, "route_end": end, "depth": end + last}
+    return dataclasses.replace(network, **fewer)
 
 
 def with_precision(call: OpCall, precision: str) -> Callable[[], Any]:
@@ -82,13 +96,12 @@ def _passes(config: TrainConfig, precision: str) -> Iterator[tuple[str, Calls]]:
 
 
 def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> Calls:
-    network = dataclasses.replace(config.network, depth=1, decoder_depth=min(1, config.network.decoder_depth))
-    config = dataclasses.replace(config, network=network)
+    config = dataclasses.replace(config, network=with_blocks(config.network, 1))
     batch, dtype = config.micro_batch, _DTYPES.get(precision)
     with FakeTensorMode(), Calls() as calls:
         model = build_model(config, *pixels_of(config))
         model.impl = "fused"
-        objective = Objective(Denoiser(model, config.process), [MaskedDenoising()])
+        objective = Objective(Denoiser(model, config.process), config.objective.terms(model.config))
         images = torch.empty(batch, model.in_channels, model.input_size, model.input_size)
         seed = offset = torch.empty((), dtype=torch.int64)
         ratios = parse_per_sample(per_sample, config.masking.mask_ratio)
@@ -100,11 +113,14 @@ def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> Ca
             offset=offset,
             drop=model.drop,
             label_drop=config.objective.label_drop,
+            drop_path=model.drop_path,
+            path_drop=model.path_drop,
+            structured=config.masking.structured and ratios is None,
             length=model.length,
             keep=keep,
             per_sample=ratios,
         )
-        if keep < model.length:  # also sample the mask as on a GPU
+        if keep < model.length and (ratios or not config.masking.structured):  # also sample the mask as on a GPU
             counts = ratios.keep(seed, torch.arange(batch), draws.t, model.length) if ratios else keep
             total = ratios.total(batch, model.length) if ratios else None
             options: dict[str, Any] = {"seed": seed, "offset": offset, "device": "cpu", "impl": "fused"}
@@ -116,7 +132,7 @@ def _pass(config: TrainConfig, precision: str, keep: int, per_sample: str) -> Ca
 
 def _updates(config: TrainConfig) -> Iterator[tuple[str, Calls]]:
     """Yield the calls of the optimizer steps, with a gradient of the mask token in masked ones."""
-    for masked in (True, False) if config.network.decoder_depth else (False,):
+    for masked in (True, False) if config.network.masked else (False,):
         with FakeTensorMode(), Calls() as calls:
             model = build_model(config, *pixels_of(config))
             for name, parameter in model.named_parameters():

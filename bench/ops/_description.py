@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmask.diffusion.masking import kept_count
 from fastmask.kernels import Mask, sample_mask
+from fastmask.models.maskdit import MaskDiTConfig
 from fastmask.presets import PRESETS
 from fastmask.training.config import TrainConfig, preset_config
 
@@ -167,7 +168,7 @@ def shapes_of(preset: str, device: torch.device, dtype: torch.dtype | None = Non
         dtype: matmul dtype; None is bfloat16, and float32 on a CPU.
     """
     config = preset_config(preset, PRESETS)
-    if not config.network.decoder_depth:
+    if not isinstance(config.network, MaskDiTConfig) or not config.network.masked:
         raise ValueError(f"preset {preset} has no masks and no decoder to take shapes from: give a masked one")
     on_cpu = device.type == "cpu"
     channels, side = pixels_of(config)

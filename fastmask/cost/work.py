@@ -96,6 +96,8 @@ class _Stack(NamedTuple):
     width: int
     heads: int
     depth: int
+    linears: int  # Linears of this width after the blocks
+    settles: bool  # whether the residual stream leaves it as it is
 
 
 def work_of(
@@ -125,19 +127,25 @@ def work_of(
     # Norms 2 (2), GELU 8, attention 4; back 2 (4), 16 and 8, gradient of qkv 6, bias sums 9.
     rest = ((1 + again) * (4 + 8 + 4) + 8 + 16 + 8 + 6 + 9) * low
     ends = sum(stack.tokens * stack.width for stack in stacks) * (20 + 3 * low)  # a stack's input and its first norm
-    # Launches per block, per recomputed block, outside of the blocks, and for a decoder.
-    launches = (55, 21, 86, 29) if low == 2 else (33, 10, 66, 19)
+    # Where kept tokens are taken from a residual stream or put back: the addition that a norm does elsewhere, the
+    # gather or the restoration, and their gradients.
+    settled = sum(stack.tokens * stack.width for stack in stacks if stack.settles)
+    joined = sum(stack.linears * stack.tokens * stack.width for stack in stacks)
+    # Launches per block, per recomputed block, outside of the blocks, for other stacks, without exit, with Linears.
+    launches = (55, 21, 86, 29, 0, 21) if low == 2 else (33, 10, 66, 19, 4, 6)
+    found = True, len(stacks) > 1, settled > 0, joined > 0
+    others = sum(count for count, is_there in zip(launches[2:], found, strict=True) if is_there)
     return Work(
-        flops=6 * forward_macs(model, stacks[0].tokens) + 2 * again * sum(map(_matmul_macs, stacks)),
-        matmul_bytes=products * wide,
-        other_bytes=(residuals + rest) * wide + ends,
+        flops=6 * forward_macs(model, kept_count(model.length, ratio)) + 2 * again * sum(map(_matmul_macs, stacks)),
+        matmul_bytes=products * wide + 3 * 2 * low * joined,
+        other_bytes=(residuals + rest) * wide + ends + (80 + 3 * low) * settled,
         matmul_weight_bytes=(3 + again) * low * parameters,
         cast_bytes=(12 + 6 * again) * parameters if low == 2 else 0,  # 4 + 2 each way
         accumulate_bytes=12 * parameters,
         # AdamW: p, g, m, v and the average read; all but g written, in one pass. Muon, besides its matmuls: momentum
         # 20, direction 12, casts 8, weights 36, average 12; six passes in the dtype of the matmuls.
         update_bytes=(20 + 16) * (parameters - in_matrices) + (88 + 6 * low) * in_matrices,
-        launches=(launches[0] + again * launches[1]) * blocks + launches[2] + (launches[3] if len(stacks) > 1 else 0),
+        launches=(launches[0] + again * launches[1]) * blocks + others,
         update_flops=sum(orthogonal_flops(*matrix) for matrix in matrices),
     )
 
@@ -170,7 +178,7 @@ def memory_of(
     low, parameters = _bytes_of(precision), num_parameters(model)
     stacks = _stacks(model, ratio)
     kept, copied, recomputed = 0, parameters, 0
-    for tokens, width, heads, depth in stacks:
+    for tokens, width, heads, depth, linears, settles in stacks:
         # qkv and result of attention, two branches, hidden values of the MLP; two fp32 residuals.
         per_token = width * (10 * low + 2 * 4) + 4 * heads + 16  # plus statistics of softmax and norms
         block = tokens * per_token + (6 * width + stacks[0].width) * low  # plus its modulation
@@ -179,9 +187,10 @@ def memory_of(
             # The incoming branch, the modulation with its gate, and the fp32 residual.
             block = tokens * width * (low + 4) + 6 * width * low
             copied -= depth * 11 * width**2  # qkv, fc1 and fc2 are cast inside their ops
-        kept += depth * block + 4 * tokens * width  # plus the residual at the start or end of the stack
+        # Plus the residual at the start or end of the stack, unless it is kept as the next one's, and Linears' inputs.
+        kept += depth * block + (0 if settles else 4 * tokens * width) + linears * low * tokens * width
     # Backward of the MLP: hidden values, their gradient, the gradient of the input, and gradients from the norms.
-    working = max(16 * low * tokens * width for tokens, width, _, _ in stacks)
+    working = max(16 * low * tokens * width for tokens, width, *_ in stacks)
     copy = 2 * copied if low == 2 else 0
     moments = 8 * parameters - (4 * sum(p.numel() for p in block_matrices(model.stacks)) if muon else 0)
     fixed = (4 * parameters, 4 * parameters, moments, 4 * averages * parameters)
@@ -200,6 +209,13 @@ def _matmul_macs(stack: _Stack) -> int:
 def _stacks(model: MaskDiT, ratio: float) -> list[_Stack]:
     keep = kept_count(model.length, ratio)
     return [
-        _Stack(stack.tokens_of(model.length, keep), stack.width, stack.num_heads, len(stack.blocks))
+        _Stack(
+            stack.tokens_of(model.length, keep),
+            stack.width,
+            stack.num_heads,
+            len(stack.blocks),
+            len(stack.linears),
+            stack.exit is None,
+        )
         for stack in model.stacks
     ]

@@ -1,19 +1,20 @@
 """Random draws of training, each a function of the seed and the global index of the sample only."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmask.diffusion.masking import GROUP, RatioPerSample
+from fastmask.diffusion.masking import GROUP, RatioPerSample, structured_mask
 from fastmask.diffusion.process import Process
 from fastmask.kernels import Mask, random_normal, random_uniform, sample_mask
 from fastmask.models.condition import Condition
 
-# Streams of the counter-based generator; stream 0 is sample_mask's, 4 and 5 the data's, 6 sampling's, 7 masking's. The
-# noise that sampling adds in step i has stream 8 + 256 i.
-_TIME_STREAM, _NOISE_STREAM, _DROP_STREAM = 1, 2, 3
+# Streams of the counter-based generator; stream 0 is sample_mask's, 4 and 5 the data's, 6 sampling's, 7 and 9
+# masking's. The noise that sampling adds in step i has stream 8 + 256 i.
+_TIME_STREAM, _NOISE_STREAM, _DROP_STREAM, _PATH_STREAM = 1, 2, 3, 10
 
 
 class TrainingDraws(NamedTuple):
@@ -34,6 +35,9 @@ def training_draws(
     keep: int,
     drop: Callable[[Condition, Tensor], Condition],
     label_drop: float = 0.0,
+    drop_path: Callable[[Condition, Tensor], Condition] | None = None,
+    path_drop: float = 0.0,
+    structured: bool = False,
     per_sample: RatioPerSample | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor | None = None,
@@ -52,6 +56,9 @@ def training_draws(
         keep: K; equal to L means no mask.
         drop: drops the condition of chosen samples: `drop` of the network.
         label_drop: probability of dropping the condition of a sample.
+        drop_path: drops the middle path of the network for chosen samples: `drop_path` of the network.
+        path_drop: probability of dropping the path of a sample; requires ``drop_path``.
+        structured: whether the mask keeps one position of each group of 2 x 2 of a square grid; K must be L / 4.
         per_sample: distribution of K per sample; ignored if ``keep`` is L. The batch size and the offset must then be
             multiples of `fastmask.diffusion.masking.GROUP` (not checked for a tensor offset).
         seed: the run's seed, an int, or int64 of shape () on the device of the images.
@@ -64,7 +71,7 @@ def training_draws(
 
     Raises:
         ValueError: a seed without an offset or vice versa; a ratio per sample for a batch that does not consist of
-            whole groups.
+            whole groups; a structured mask for another K, or for a grid without groups of 2 x 2.
     """
     if (seed is None) != (offset is None):
         given, missing = ("offset", "seed") if seed is None else ("seed", "offset")
@@ -77,13 +84,20 @@ def training_draws(
     t = process.draw(random_normal(seed, sample, 1, _TIME_STREAM)[:, 0])
     noise = random_normal(seed, sample, images.shape[1:].numel(), _NOISE_STREAM).view(images.shape)
     chosen = random_uniform(seed, sample, 1, _DROP_STREAM)[:, 0] < label_drop
+    condition = drop(condition, chosen)
+    if path_drop and drop_path is not None:
+        condition = drop_path(condition, random_uniform(seed, sample, 1, _PATH_STREAM)[:, 0] < path_drop)
     kept: int | Tensor = keep
     mask, total = None, None
-    if keep < length:
+    if keep < length and structured:
+        if 4 * keep != length or math.isqrt(length) ** 2 != length:
+            raise ValueError(f"a structured mask keeps a fourth of a square grid, not {keep} of {length} positions")
+        mask = structured_mask(batch, math.isqrt(length), seed=seed, offset=offset, device=device)
+    elif keep < length:
         if per_sample is not None:
             if isinstance(offset, int) and offset % GROUP:
                 raise ValueError(f"offset must be a multiple of {GROUP} for a mask ratio per sample, not {offset}")
             kept = per_sample.keep(seed, sample, process.log_snr(t), length)
             total = per_sample.total(batch, length)
         mask = sample_mask(batch, length, kept, seed=seed, offset=offset, device=device, total=total)
-    return TrainingDraws(drop(condition, chosen), mask, t, noise)
+    return TrainingDraws(condition, mask, t, noise)

@@ -1,4 +1,7 @@
-"""Guidance: classifier-free (arXiv 2207.12598), within an interval of noise levels, or by another model."""
+"""Guidance: classifier-free (arXiv 2207.12598), within an interval of noise levels, or by a weaker model.
+
+The weaker model is another one, or the network itself without its middle path (SPRINT, arXiv 2510.21986).
+"""
 
 import math
 from collections.abc import Callable
@@ -22,6 +25,7 @@ def guided(
     *,
     interval: tuple[float, float] = ALL_LEVELS,
     guide: Denoiser | None = None,
+    path_drop: bool = False,
 ) -> Denoise:
     """Return the guided denoiser D_weak + scale * (D - D_weak), for float64 states.
 
@@ -35,13 +39,21 @@ def guided(
         interval: noise levels b/a, (low, high], in which guidance applies (arXiv 2404.07724); elsewhere only D is
             evaluated.
         guide: the other model; None is the network without a condition.
+        path_drop: whether D_weak is also without the middle path of the network, which is not run for it.
 
     Raises:
-        ValueError: guidance by the condition for a network without one, or a guide that does not fit the network.
+        ValueError: guidance by the condition for a network without one, a guide that does not fit the network, or no
+            path to drop.
     """
     dtype, twice = net.model.pos_embed.dtype, condition
+    weaker, without = guide, condition
+    if guide is not None and path_drop:
+        raise ValueError("the guide is either another model or the network without its path: give one of them")
     if guide is not None:
         check_guide(net, guide)
+    elif path_drop:
+        chosen = torch.ones(count_of(condition), dtype=torch.bool, device=net.model.pos_embed.device)
+        weaker, without = net, net.model.drop_path(net.model.drop(condition, chosen))
     elif cfg_scale != 1:
         if not net.model.conditional:
             raise ValueError(
@@ -60,10 +72,10 @@ def guided(
         inputs = x.to(dtype)
         if cfg_scale == 1 or not low < net.process.level(t) <= high:
             return evaluate(net, inputs, t, condition)
-        if guide is None:
+        if weaker is None:
             strong, weak = evaluate(net, inputs.repeat(2, 1, 1, 1), t, twice).chunk(2)
         else:
-            strong, weak = (evaluate(model, inputs, t, condition) for model in (net, guide))
+            strong, weak = evaluate(net, inputs, t, condition), evaluate(weaker, inputs, t, without)
         return weak + cfg_scale * (strong - weak)
 
     return denoise

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmask.fields import check_at_least, unknown
-from fastmask.kernels import random_uniform
+from fastmask.kernels import Mask, random_uniform
 
 # Each schedule maps u, the fraction of training done, to the weight of the initial ratio relative to the final one.
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -33,7 +33,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 # Samples GROUP * n .. GROUP * n + GROUP - 1 of a run share one multiset of kept counts.
 GROUP = 8
-_RATIO_STREAM = 7  # stream of the counter-based generator; all streams are listed in fastmask/diffusion/draws.py
+_RATIO_STREAM, _GROUP_STREAM = 7, 9  # of the counter-based generator; draws.py lists all streams
 _POINTS = 1024  # points of the midpoint rule for long parts of a schedule
 
 
@@ -52,6 +52,8 @@ class Masking:
     mask_ratio_per_sample: str = "constant"
     """Mask ratio per sample: constant; uniform(a,b); noise(a,b), with b at the highest noise; or noise, a range around
     --mask-ratio."""
+    mask_pattern: Literal["random", "structured"] = "random"
+    """Which patches are kept: random ones, or structured, a random one of each group of 2 x 2 (mask ratio 0.75)."""
     unmask_steps: int = 0
     """Number of final steps without masking (unmasked tuning)."""
 
@@ -72,6 +74,13 @@ class Masking:
         check_at_least(self, mask_levels=1, unmask_steps=0)
         if self.unmask_steps > max_steps:
             raise ValueError(f"unmask_steps {self.unmask_steps} is more than max_steps {max_steps}")
+        if self.mask_pattern not in ("random", "structured"):
+            raise ValueError(unknown("mask_pattern", self.mask_pattern, ("random", "structured")))
+        if self.structured and (self.mask_ratio, self.mask_schedule, self.per_sample) != (0.75, "constant", None):
+            raise ValueError(
+                "mask_pattern structured keeps one patch of four: give mask_ratio 0.75, mask_schedule constant and "
+                "mask_ratio_per_sample constant, or mask_pattern random"
+            )
         if self.per_sample is not None:
             self._check_per_sample(self.per_sample, micro_batch)
 
@@ -89,6 +98,11 @@ class Masking:
                 f"{text} is drawn for groups of {GROUP} samples: the images computed at a time (batch_size or "
                 f"micro_batch_size), {micro_batch}, must be a multiple"
             )
+
+    @property
+    def structured(self) -> bool:
+        """Whether one patch of each group of 2 x 2 is kept."""
+        return self.mask_pattern == "structured"
 
     def masked_steps(self, max_steps: int) -> int:
         """Return the number of steps before the unmasked stage, of a run of ``max_steps``."""
@@ -122,6 +136,40 @@ class Masking:
     def per_sample(self) -> "RatioPerSample | None":
         """Distribution of the per-sample mask ratio in the masked steps; None for a constant ratio."""
         return parse_per_sample(self.mask_ratio_per_sample, self.mask_ratio)
+
+
+def structured_mask(batch: int, side: int, *, seed: int | Tensor, offset: int | Tensor, device: torch.device) -> Mask:
+    """Return masks that keep one position of each group of 2 x 2, uniformly random (SPRINT, arXiv 2510.21986).
+
+    Args:
+        batch: B.
+        side: side of the grid of patches; L is its square.
+        seed: the seed, an int, or int64 of shape () on ``device``.
+        offset: global index of the first sample; the mask of sample b depends on the seed and ``offset + b`` only.
+        device: device of the mask.
+
+    Returns:
+        int32 indices, K = L / 4: row k of the kept positions is that of group k, in row-major order of the groups.
+
+    Raises:
+        ValueError: an odd side.
+    """
+    if side < 2 or side % 2:
+        raise ValueError(f"a structured mask needs a grid of groups of 2 x 2 patches, not {side} x {side} patches")
+    half = side // 2
+    keep = half * half
+    sample = torch.arange(batch, dtype=torch.int64, device=device) + offset
+    choice = (random_uniform(seed, sample, keep, _GROUP_STREAM) * 4).long()  # (B, K), which of the group's four
+    group = torch.arange(keep, device=device)
+    corner = group // half * 2 * side + group % half * 2  # position of the group's first patch
+    ids_keep = corner + choice // 2 * side + choice % 2
+    position = torch.arange(side * side, device=device)
+    row, column = position // side, position % side
+    group, own = row // 2 * half + column // 2, row % 2 * 2 + column % 2
+    chosen = choice[:, group]  # (B, L)
+    dropped = keep + 3 * group + own - (own > chosen).long()  # the other three of each group follow the kept ones
+    ids_restore = torch.where(own == chosen, group, dropped)
+    return Mask(ids_keep.int(), ids_restore.int())
 
 
 def check_ratio(name: str, ratio: float) -> None:

@@ -12,6 +12,7 @@ from fastmask.diffusion.process import Coefficients
 from fastmask.fields import check_at_least, check_share
 from fastmask.kernels import Mask, masked_loss
 from fastmask.models.condition import Condition
+from fastmask.models.stack import NetworkConfig
 
 TOTAL = "loss"  # name of the weighted sum
 
@@ -58,18 +59,28 @@ class MaskedDenoising(Term):
 
     def forward(self, net: Denoiser, seen: Pass) -> dict[str, Tensor]:
         """Return both losses, each of shape (B,)."""
-        denoising, reconstruction = masked_loss(
-            seen.raw,
-            seen.images,
-            seen.noised,
-            seen.coefficients.c_skip,
-            seen.coefficients.c_out,
-            seen.coefficients.weight,
-            seen.mask,
-            patch_size=net.model.patch_size,
-            impl=net.model.impl,
-        )
+        denoising, reconstruction = _masked_loss(net, seen)
         return {"denoising": denoising, "reconstruction": reconstruction}
+
+
+class Denoising(Term):
+    """Denoising of all tokens, whatever the network saw (TREAD, arXiv 2501.04765; SPRINT, arXiv 2510.21986)."""
+
+    def __init__(self) -> None:
+        super().__init__({"denoising": 1.0})
+
+    def forward(self, net: Denoiser, seen: Pass) -> dict[str, Tensor]:
+        """Return the loss, of shape (B,)."""
+        return {"denoising": _masked_loss(net, seen._replace(mask=None))[0]}
+
+
+def _masked_loss(net: Denoiser, seen: Pass) -> tuple[Tensor, Tensor]:
+    c_skip, c_out, weight = seen.coefficients.c_skip, seen.coefficients.c_out, seen.coefficients.weight
+    patch_size, impl = net.model.patch_size, net.model.impl
+    denoising, reconstruction = masked_loss(
+        seen.raw, seen.images, seen.noised, c_skip, c_out, weight, seen.mask, patch_size=patch_size, impl=impl
+    )
+    return denoising, reconstruction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +88,7 @@ class ObjectiveConfig:
     """Weights of the terms of the loss, and label dropout."""
 
     mae_coef: float = 0.1
-    """Weight of the reconstruction (MAE) loss."""
+    """Weight of the reconstruction (MAE) loss, for a network that has one (maskdit)."""
     label_drop: float = 0.1
     """Probability of dropping the label of a sample, for classifier-free guidance."""
 
@@ -86,9 +97,9 @@ class ObjectiveConfig:
         check_at_least(self, mae_coef=0)
         check_share(self, "label_drop")
 
-    def terms(self) -> list[Term]:
-        """Return the terms of the loss."""
-        return [MaskedDenoising(self.mae_coef)]
+    def terms(self, network: NetworkConfig) -> list[Term]:
+        """Return the terms of the loss for a network, which says what tokens the loss is on."""
+        return [MaskedDenoising(self.mae_coef) if network.loss_on == "split" else Denoising()]
 
 
 class Objective(nn.Module):

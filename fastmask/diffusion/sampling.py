@@ -35,6 +35,8 @@ class Sampling:
     guidance_interval: tuple[float, ...] = ()
     """Two noise levels sigma, low and high, between which guidance applies, such as 0.28 2.9; steps outside take one
     evaluation for a guided step's two. Default: all levels."""
+    guidance: Literal["label", "path-drop"] = "label"
+    """The weak model of guidance: the network without a label, or also without its middle path (network sprint)."""
     churn: float = 0.0
     """Noise added in every step (S_churn of EDM's stochastic sampler, solver heun); 0 is deterministic."""
 
@@ -49,6 +51,10 @@ class Sampling:
                 raise ValueError(f"{flag} must be a number of at least 0, not {value}")
         if self.churn and self.solver != "heun":
             raise ValueError(f"--churn belongs to solver heun, not {self.solver}: leave one of them out")
+        if self.guidance not in ("label", "path-drop"):
+            raise ValueError(f"--guidance must be label or path-drop, not {self.guidance!r}")
+        if self.guidance == "path-drop" and self.cfg_scale == 1:
+            raise ValueError("--guidance path-drop is guidance, which --cfg-scale 1 disables: leave one of them out")
         given = self.guidance_interval
         if given and not (len(given) == 2 and 0 <= given[0] < given[1]):
             shown = " ".join(f"{level:g}" for level in given)
@@ -63,7 +69,7 @@ class Sampling:
 
     def unguided(self) -> "Sampling":
         """Return the same without guidance, for a network without classes."""
-        return dataclasses.replace(self, cfg_scale=1.0, guidance_interval=())
+        return dataclasses.replace(self, cfg_scale=1.0, guidance_interval=(), guidance="label")
 
 
 @torch.no_grad()
@@ -76,6 +82,7 @@ def sample(
     cfg_scale: float | None = None,
     interval: tuple[float, float] = ALL_LEVELS,
     guide: Denoiser | None = None,
+    path_drop: bool = False,
     solver: str | Solver = "heun",
     watch: Watch | None = None,
 ) -> Tensor:
@@ -89,6 +96,7 @@ def sample(
         cfg_scale: guidance scale; None or 1 disables guidance.
         interval: noise levels (low, high] in which guidance applies.
         guide: a weaker model that guides, in place of the network without a condition.
+        path_drop: whether the network without its middle path guides, see `guided`.
         solver: a key of `SOLVERS`, or a function like these.
         watch: called after each evaluation with the time, the state and the denoised images; for pictures.
 
@@ -108,7 +116,8 @@ def sample(
         raise ValueError(f"times must fall to 0, in a tensor of shape (N + 1,), not {times.tolist()}")
     if cfg_scale is not None and not math.isfinite(cfg_scale):
         raise ValueError(f"cfg_scale must be a number, not {cfg_scale}")
-    denoise = guided(net, condition, 1.0 if cfg_scale is None else cfg_scale, interval=interval, guide=guide)
+    scale = 1.0 if cfg_scale is None else cfg_scale
+    denoise = guided(net, condition, scale, interval=interval, guide=guide, path_drop=path_drop)
     times = times.cpu()
     _, b = net.process.mix(times[0])
     return solver(_watched(denoise, watch) if watch else denoise, net.process, b * noise.double(), times)
@@ -166,6 +175,7 @@ def draw_batch(
         cfg_scale=sampling.cfg_scale,
         interval=sampling.interval,
         guide=guide,
+        path_drop=sampling.guidance == "path-drop",
         solver=solver,
         watch=watch,
     )

@@ -20,6 +20,7 @@ from fastmask.diffusion.processes import PROCESSES
 from fastmask.models.layers import sincos_position
 from fastmask.models.maskdit import MaskDiT, MaskDiTConfig
 from fastmask.models.networks import NETWORKS
+from fastmask.models.stack import NetworkConfig
 from fastmask.tensorfile import check_finite, save_tensors, with_checksum
 
 Kind = Literal["ema", "raw"]
@@ -78,8 +79,12 @@ def load_maskdit(
     decoder_num_heads = _heads(stated, "decoder_num_heads", what) or decoder_num_heads
     try:
         with torch.device("meta"):
-            shift = _frequency_shift(stated, what)
-            model = MaskDiT(**sizes, num_heads=num_heads, decoder_num_heads=decoder_num_heads, frequency_shift=shift)
+            if _is_maskdit(stated, what):
+                sizes |= {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
+                model = MaskDiT(**sizes, frequency_shift=_frequency_shift(stated, what))
+            else:
+                images = sizes["in_channels"], sizes["input_size"], sizes["num_classes"]
+                model = _network(stated, what).build(*images)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     process = _process(stated, what)
@@ -120,11 +125,9 @@ def weights_for(net: Denoiser, path: Path, kind: ForeignKind | None = None) -> t
     left, notes = left | others, [*said, *notes, *note]
     found = _without({**found, **tables}, left)
     check_same_shapes(_without(own, left), found, what)
-    if _frequency_shift(stated, what) != net.model.config.frequency_shift:
-        raise ValueError(
-            f"{what} is of another network: its frequency_shift is {_frequency_shift(stated, what)} instead of "
-            f"{net.model.config.frequency_shift}"
-        )
+    shift, wanted = _frequency_shift(stated, what), getattr(net.model.config, "frequency_shift", 0)
+    if shift != wanted:
+        raise ValueError(f"{what} is of another network: its frequency_shift is {shift} instead of {wanted}")
     for name in ("num_heads", "decoder_num_heads"):
         heads, ours = _heads(stated, name, what), getattr(net.model, name)
         if heads and heads != ours and (name == "num_heads" or net.model.decoder_blocks):
@@ -181,7 +184,7 @@ def check_stated(stated: Mapping[str, str], net: Denoiser, what: str) -> None:
             raise ValueError(f"{what} was written for {there}, and this run trains {here}: it is not of this run")
 
 
-def _lasting(value: Process | MaskDiTConfig) -> tuple[str, dict[str, Any]]:
+def _lasting(value: Process | NetworkConfig) -> tuple[str, dict[str, Any]]:
     """Return the name and those fields that cannot change when a run is resumed."""
     fields = [field.name for field in dataclasses.fields(value) if "recorded" not in field.metadata]
     return value.name, {name: getattr(value, name) for name in fields}
@@ -253,7 +256,7 @@ def _without(weights: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor
 def _heads(stated: Mapping[str, str], name: str, what: str) -> int:
     """Return a number of heads that a file states, 0 if it states none; files of earlier versions state these alone."""
     if "network" in stated:
-        heads: int = getattr(_network(stated, what), name)
+        heads: int = getattr(_network(stated, what), name, 0)
         return heads
     text = stated.get(name, "")
     if text and not re.fullmatch(r"[1-9]\d{0,4}", text):
@@ -263,28 +266,27 @@ def _heads(stated: Mapping[str, str], name: str, what: str) -> int:
 
 def _frequency_shift(stated: Mapping[str, str], what: str) -> int:
     """Return the shift of the time embedding's frequencies, which no shape tells; 0 where a file states no network."""
-    return _network(stated, what).frequency_shift if "network" in stated else 0
+    shift: int = getattr(_network(stated, what), "frequency_shift", 0) if "network" in stated else 0
+    return shift
 
 
 def _check_network(stated: Mapping[str, str], sizes: Mapping[str, Any], what: str) -> None:
     """Raise a ValueError if the network that a file states is not the network of its tensors."""
     if "network" not in stated:
         return
-    names = [
-        "patch_size",
-        "width",
-        "depth",
-        "decoder_depth",
-        "qk_norm",
-        *(["decoder_width"] * bool(sizes["decoder_depth"])),
-    ]
     config = _network(stated, what)
+    names = [name for name in sizes if hasattr(config, name) and (name != "decoder_width" or sizes["decoder_depth"])]
     differing = [f"{name} {getattr(config, name)}" for name in names if getattr(config, name) != sizes[name]]
     if differing:
         raise ValueError(f"{what} states another network than its tensors are of: {', '.join(differing)}")
 
 
-def _network(stated: Mapping[str, str], what: str) -> MaskDiTConfig:
+def _is_maskdit(stated: Mapping[str, str], what: str) -> bool:
+    """Return whether a file is of a MaskDiT, as all that state no network are."""
+    return "network" not in stated or _network(stated, what).name == MaskDiTConfig.name
+
+
+def _network(stated: Mapping[str, str], what: str) -> NetworkConfig:
     try:
         return from_json(stated["network"], NETWORKS, "network")
     except (ValueError, RecursionError) as error:

@@ -24,7 +24,9 @@ def forward_macs(model: MaskDiT, keep: int | None = None) -> int:
     for stack in model.stacks:
         tokens = stack.tokens_of(length, keep)
         total += len(stack.blocks) * _block_macs(tokens, stack.width, width)
-        total += width * 2 * stack.width + tokens * stack.width * stack.exit.linear.out_features
+        total += tokens * stack.linear_macs
+        if stack.exit is not None:
+            total += width * 2 * stack.width + tokens * stack.width * stack.exit.linear.out_features
     return total
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmask.kernels import Impl, add_gated_linear, attention, gelu_linear, modulated_linear, silu_linear
+from fastmask.kernels._layout import sample_of_row
 
 
 def sincos_position(rows: int, columns: int, width: int) -> Tensor:
@@ -154,6 +155,14 @@ class Stream(NamedTuple):
         if self.branch is None or self.gate is None:
             return self.x, modulated_linear(self.x, *weights, cu_seqlens=packing.cu_seqlens, impl=impl)
         return add_gated_linear(self.x, self.branch, self.gate, *weights, cu_seqlens=packing.cu_seqlens, impl=impl)
+
+    def settle(self, packing: Packing) -> Tensor:
+        """Return the residual stream with the addition done, in the dtype of ``x``."""
+        if self.branch is None or self.gate is None:
+            return self.x
+        rows = packing.cu_seqlens
+        gate = self.gate[:, None] if rows is None else self.gate[sample_of_row(rows, len(self.x))]
+        return self.x + gate.to(self.x.dtype) * self.branch
 
 
 class Block(nn.Module):

@@ -5,7 +5,7 @@ Published checkpoints load unchanged.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from fastmask.models.layers import (
     TimeEmbedding,
     sincos_position,
 )
-from fastmask.models.stack import Stack, run_stack
+from fastmask.models.stack import NetworkConfig, Stack, check_patches, check_width, run_stack
+
+# Condition embedding, form of the ops, whether blocks are recomputed: the last arguments of `run_stack`.
+Options = tuple[Tensor, Impl | None, bool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +31,7 @@ class MaskDiTConfig:
     """The sizes of a `MaskDiT`; without a decoder it is a plain DiT, which trains unmasked."""
 
     name: ClassVar[str] = "maskdit"
+    loss_on: ClassVar[Literal["split", "all"]] = "split"
 
     patch_size: int = 2
     """Side of a patch in pixels (of the latent, where latents are trained on)."""
@@ -55,8 +59,7 @@ class MaskDiTConfig:
 
     def check(self, input_size: int) -> None:
         """Raise a ValueError that names the first size that cannot be, for images of this side."""
-        if self.patch_size < 1 or input_size < self.patch_size or input_size % self.patch_size:
-            raise ValueError(f"an image side of {input_size} does not divide into patches of {self.patch_size}")
+        check_patches(self.patch_size, input_size)
         if self.depth < 1 or self.decoder_depth < 0:
             raise ValueError(
                 f"depth must be at least 1 and decoder_depth at least 0, not {self.depth} and {self.decoder_depth}"
@@ -64,11 +67,8 @@ class MaskDiTConfig:
         sides = [("", self.width, self.num_heads), ("decoder_", self.decoder_width, self.decoder_num_heads)]
         if self.frequency_shift not in (0, 1):
             raise ValueError(f"frequency_shift must be 0 or 1, not {self.frequency_shift}")
-        for name, size, heads in sides if self.masked else sides[:1]:
-            if size < 4 or size % 4:
-                raise ValueError(f"{name}width must be a multiple of 4 (the position table has four parts), not {size}")
-            if heads < 1 or size % heads:
-                raise ValueError(f"{name}width {size} does not divide into {name}num_heads {heads}")
+        for side in sides if self.masked else sides[:1]:
+            check_width(*side)
 
     def build(self, channels: int, input_size: int, num_classes: int) -> "MaskDiT":
         """Return a freshly initialised network for images of (channels, input_size, input_size)."""
@@ -97,14 +97,17 @@ class MaskDiT(ClassConditional, nn.Module):
 
     Attributes:
         config: its sizes, but for images and classes.
+        path_drop: probability of dropping the middle of the network for a sample in training, see `drop_path`.
         checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
 
     Raises:
         ValueError: sizes that are not divisible as needed.
     """
 
+    config: NetworkConfig
     pos_embed: Tensor
     decoder_pos_embed: Tensor
+    path_drop: float = 0.0
 
     def __init__(
         self,
@@ -214,18 +217,40 @@ class MaskDiT(ClassConditional, nn.Module):
         counts = [len(x) for x in images]
         scales = [None] * len(counts) if image_scale is None else torch.split(image_scale, counts)
         embedded = [self._embed(x, mask, scale) for x, mask, scale in zip(images, masks, scales, strict=True)]
-        options = condition, self.impl, self.checkpoint_blocks
-        if not self.decoder_blocks:
-            return run_stack(self.stacks[0], embedded, masks, *options)
-        encoder, decoder = self.stacks
-        kept = run_stack(encoder, embedded, masks, *options)
-        restored = [self._restore(part, x, mask) for part, x, mask in zip(kept, images, masks, strict=True)]
-        return run_stack(decoder, restored, [None] * len(counts), *options)
+        return self._run_stacks(embedded, images, labels, masks, (condition, self.impl, self.checkpoint_blocks))
 
     def embed_condition(self, labels: Condition) -> Tensor:
         """Return the embedding of the condition, (B, D), which is added to that of the time."""
         embedding: Tensor = self.y_embedder(labels)
         return embedding
+
+    def drop_path(self, condition: Condition, chosen: Tensor | None = None) -> Condition:
+        """Return the condition with the middle of the network dropped, for a network that can run without it.
+
+        Args:
+            condition: the condition of B samples.
+            chosen: bool, shape (B,), on the same device; None is all samples, for which the middle is not run.
+
+        Raises:
+            ValueError: this network has no path to drop.
+        """
+        raise ValueError(f"network {self.config.name} has no path to drop, as network sprint has")
+
+    def _run_stacks(
+        self,
+        embedded: list[Tensor],
+        images: Sequence[Tensor],
+        labels: Condition,
+        masks: Sequence[Mask | None],
+        options: Options,
+    ) -> list[Tensor]:
+        """Return the raw tokens of each tensor of embedded patches, which are the kept ones; see `forward_mixed`."""
+        if not self.decoder_blocks:
+            return run_stack(self.stacks[0], embedded, masks, *options)
+        encoder, decoder = self.stacks
+        kept = run_stack(encoder, embedded, masks, *options)
+        restored = [self._restore(part, x, mask) for part, x, mask in zip(kept, images, masks, strict=True)]
+        return run_stack(decoder, restored, [None] * len(images), *options)
 
     def _embed(self, x: Tensor, mask: Mask | None, image_scale: Tensor | None) -> Tensor:
         """Embed the kept patches of images of one size: (B, K, D), or packed (N, D)."""
@@ -275,7 +300,7 @@ class MaskDiT(ClassConditional, nn.Module):
         if c_noise.shape != (batch,):
             raise ValueError(f"c_noise must have shape ({batch},), not {tuple(c_noise.shape)}")
         self.check_condition(labels, batch, values=is_readable(labels))
-        if any(mask is not None for mask in masks) and not self.decoder_blocks:
+        if any(mask is not None for mask in masks) and not self.config.masked:
             raise ValueError(
                 "a network without a decoder (decoder_depth=0) cannot fill in dropped patches: pass no mask"
             )

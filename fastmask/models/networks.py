@@ -1,8 +1,11 @@
 """The networks that a configuration may name. To add one, write its file and its name here."""
 
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 from fastmask.models.maskdit import MaskDiTConfig
+from fastmask.models.sprint import SprintConfig
+from fastmask.models.stack import NetworkConfig
+from fastmask.models.tread import TreadConfig
 
-AnyNetwork: TypeAlias = MaskDiTConfig
-NETWORKS: dict[str, type[MaskDiTConfig]] = {kind.name: kind for kind in (MaskDiTConfig,)}
+AnyNetwork: TypeAlias = MaskDiTConfig | TreadConfig | SprintConfig
+NETWORKS: dict[str, type[NetworkConfig]] = {kind.name: kind for kind in get_args(AnyNetwork)}

@@ -6,40 +6,92 @@ activation checkpointing only use the `stacks` of a network.
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastmask.described import Described
 from fastmask.kernels import Impl, Mask
 from fastmask.models.layers import ModulatedLinear, Packing, Stream
 
 
-class Stack(NamedTuple):
-    """A sequence of blocks of one width, followed by a modulated Linear.
+class NetworkConfig(Described, Protocol):
+    """The sizes of a network: a frozen dataclass of numbers, stored with its weights.
 
     Attributes:
-        blocks: blocks with the same width and number of heads.
-        exit: the Linear to the next stack or to the patch values.
+        loss_on: what the loss is in masked steps: "split" is denoising of the kept tokens and reconstruction of the
+            dropped ones, "all" is denoising of all tokens.
+    """
+
+    loss_on: ClassVar[Literal["split", "all"]]
+
+    @property
+    def masked(self) -> bool:
+        """Whether it can be trained on a part of the tokens."""
+
+    def check(self, input_size: int) -> None:
+        """Raise a ValueError that names the first invalid size, for images of this side."""
+
+    def build(self, channels: int, input_size: int, num_classes: int) -> Any:
+        """Return a freshly initialised network for images of (channels, input_size, input_size)."""
+
+
+def check_width(name: str, width: int, num_heads: int) -> None:
+    """Raise a ValueError for a width that a stack cannot have; ``name`` is a prefix of its field."""
+    if width < 4 or width % 4:
+        raise ValueError(f"{name}width must be a multiple of 4 (the position table has four parts), not {width}")
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"{name}width {width} does not divide into {name}num_heads {num_heads}")
+
+
+def check_patches(patch_size: int, input_size: int) -> None:
+    """Raise a ValueError unless the side of the images divides into patches."""
+    if patch_size < 1 or input_size < patch_size or input_size % patch_size:
+        raise ValueError(f"an image side of {input_size} does not divide into patches of {patch_size}")
+
+
+def check_route(start: int, end: int, depth: int) -> None:
+    """Raise a ValueError unless blocks precede a route, are in it, and follow it."""
+    if not 0 < start < end < depth:
+        raise ValueError(
+            f"a route needs blocks before it, in it and after it: 0 < route_start < route_end < depth, not "
+            f"route_start {start}, route_end {end} and depth {depth}"
+        )
+
+
+class Stack(NamedTuple):
+    """A sequence of blocks of one width, and what follows it.
+
+    Attributes:
+        blocks: blocks with the same width and number of heads, at least one.
+        exit: the modulated Linear to the next stack or to the patch values; None leaves the residual stream as it is.
         tokens: whether the stack processes the kept tokens or all tokens.
+        linears: Linears of this width that the network applies to each token after the stack, for the counts.
     """
 
     blocks: nn.ModuleList
-    exit: ModulatedLinear
+    exit: ModulatedLinear | None
     tokens: Literal["kept", "all"]
+    linears: tuple[nn.Linear, ...] = ()
 
     @property
     def width(self) -> int:
         """Width of the tokens."""
-        return self.exit.linear.in_features
+        return self.blocks[0].attn.qkv.in_features  # type: ignore[union-attr, return-value]
 
     @property
     def num_heads(self) -> int:
         """Number of attention heads of a block."""
         heads: int = self.blocks[0].attn.num_heads  # type: ignore[assignment, union-attr]
         return heads
+
+    @property
+    def linear_macs(self) -> int:
+        """MACs per token of `linears`."""
+        return sum(linear.in_features * linear.out_features for linear in self.linears)
 
     def tokens_of(self, length: int, keep: int) -> int:
         """Return the number of tokens per sample in this stack, when ``keep`` of ``length`` are kept."""
@@ -70,7 +122,7 @@ def run_stack(
         checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
 
     Returns:
-        Tensors shaped like ``parts``, with the output width of the stack's exit.
+        Tensors shaped like ``parts``, with the output width of the stack's exit, or its own width without one.
     """
     x, packing = _pack(parts, masks)
     stream = Stream(x)
@@ -79,7 +131,7 @@ def run_stack(
             stream = checkpoint(block, stream, condition, packing, impl, use_reentrant=False, preserve_rng_state=False)
         else:
             stream = block(stream, condition, packing, impl)
-    out: Tensor = stack.exit(stream, condition, packing, impl)
+    out: Tensor = stream.settle(packing) if stack.exit is None else stack.exit(stream, condition, packing, impl)
     if len(parts) == 1:
         return [out]
     rows = torch.split(out, [part.shape[:-1].numel() for part in parts])

@@ -176,6 +176,7 @@ def build_step(
         machine=config.machine,
         objective=config.objective,
         per_sample=config.masking.per_sample,
+        structured=config.masking.structured,
         batch_size=config.batch_size,
         grad_clip=config.optim.grad_clip,
         seed=config.seed,
@@ -206,12 +207,20 @@ def refuse_foreign_flags(arguments: Sequence[str], config: TrainConfig) -> None:
     """Raise a ValueError for a flag of another process or network than the preset's; it names both."""
     own = config.recorded()
     for what, kinds in _KINDS.items():
-        owners = {field.name: kind for kind, each in kinds.items() for field in dataclasses.fields(each)}
+        owners: dict[str, list[str]] = {}
+        for kind, each in kinds.items():
+            for field in dataclasses.fields(each):
+                owners.setdefault(field.name, []).append(kind)
         for argument in arguments:
             flag = argument.split("=")[0]
             name = flag.removeprefix("--").replace("-", "_")
             if flag.startswith("--") and name in owners and name not in own:
                 raise ValueError(
-                    f"{flag} is a flag of {what} {owners[name]}, and preset {config.preset} trains {what} "
+                    f"{flag} is a flag of {what} {' or '.join(owners[name])}, and preset {config.preset} trains {what} "
                     f"{config.kinds()[what]}"
                 )
+    if config.network.loss_on == "all" and any(argument.split("=")[0] == "--mae-coef" for argument in arguments):
+        raise ValueError(
+            f"--mae-coef weighs the reconstruction of dropped patches, which network {config.network.name} of preset "
+            f"{config.preset} does not have: its loss is denoising of all patches"
+        )

@@ -45,6 +45,7 @@ class TrainingStep:
         machine: how the step is computed, resolved.
         objective: terms of the loss, and label dropout.
         per_sample: distribution of the mask ratio per sample in masked steps; None is a constant ratio.
+        structured: whether masks keep one position of each group of 2 x 2.
         batch_size: global batch size.
         grad_clip: maximum gradient norm; 0 disables clipping.
         seed: the run's seed.
@@ -67,6 +68,7 @@ class TrainingStep:
         machine: MachineConfig,
         objective: ObjectiveConfig,
         per_sample: RatioPerSample | None,
+        structured: bool = False,
         batch_size: int,
         grad_clip: float,
         seed: int,
@@ -74,6 +76,7 @@ class TrainingStep:
         self._net, self._dataset, self._ranks, self._machine = net, dataset, ranks, machine
         self._optimizer, self._emas = optimizer, emas
         self._per_sample, self._label_drop, self._seed = per_sample, objective.label_drop, seed
+        self._structured = structured
         self._batch_size, self._grad_clip = batch_size, grad_clip
         self._device = device = torch.device(machine.device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=machine.precision == "fp16")
@@ -85,7 +88,7 @@ class TrainingStep:
         self._keep = 0  # kept patches of the last step
 
         net.model.checkpoint_blocks = machine.activation_checkpointing == "block"
-        self._objective = Objective(net, objective.terms())
+        self._objective = Objective(net, objective.terms(net.model.config))
         self.tally = Tally(device, self._objective.names)
         self._compile(machine.compile)
         self._module = replicate(self._objective, machine.parallel, device, ranks)
@@ -164,6 +167,9 @@ class TrainingStep:
             keep=keep,
             drop=self._net.model.drop,
             label_drop=self._label_drop,
+            drop_path=self._net.model.drop_path,
+            path_drop=self._net.model.path_drop,
+            structured=self._structured,
             per_sample=self._per_sample,
             seed=self._seed,
             offset=self._offset,
@@ -210,14 +216,15 @@ class TrainingStep:
         if self._graphs:
             self._graphs.clear()
         self._keep = keep
-        self._ask_for_the_mask_token(keep < self._net.model.length)
+        model = self._net.model
+        self._ask_for_the_mask_token(keep < model.length or model.path_drop > 0)
 
-    def _ask_for_the_mask_token(self, masked: bool) -> None:
-        """Let the mask token require a gradient in masked steps only: DDP would wait for an unused parameter."""
+    def _ask_for_the_mask_token(self, used: bool) -> None:
+        """Let the mask token require a gradient in steps that use it: DDP would wait for an unused parameter."""
         token = getattr(self._net.model, "mask_token", None)
-        if token is None or token.requires_grad == masked or hasattr(token, "full_tensor"):
+        if token is None or token.requires_grad == used or hasattr(token, "full_tensor"):
             return
-        token.requires_grad_(masked)
+        token.requires_grad_(used)
         token.grad = None
         self._module = replicate(self._objective, self._machine.parallel, self._device, self._ranks)
 

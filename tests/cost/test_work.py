@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.instruments.memory import high_water, per_image
 from bench.instruments.model import count_step
+from bench.instruments.preset_launches import with_blocks
 from fastmask.cost.predict import ASSUMED, predict_run
 from fastmask.cost.work import RESERVE, memory_of, orthogonal_flops, work_of
 from fastmask.cost.workload import workload_of
@@ -26,18 +27,30 @@ from fastmask.training.optim import make_optimizer
 
 @pytest.fixture
 def probe(monkeypatch):
-    """Add a preset with few blocks, so that counting it is quick."""
+    """Add a preset with few blocks, so that counting it is quick: in each stack, but for one in a decoder."""
 
     def add(name, depth):
         row = PRESETS[name]
-        few = {"depth": depth, "decoder_depth": min(1, row["network"].decoder_depth)}
-        monkeypatch.setitem(PRESETS, "probe", {**row, "network": dataclasses.replace(row["network"], **few)})
+        network = with_blocks(row["network"], depth)
+        if network.name == "maskdit":
+            network = dataclasses.replace(network, decoder_depth=min(1, network.decoder_depth))
+        monkeypatch.setitem(PRESETS, "probe", {**row, "network": network})
         return preset_network("probe")
 
     return add
 
 
-@pytest.mark.parametrize(("name", "precision"), [("xl2-in256", "bf16"), ("dit-s2-in256", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("xl2-in256", "bf16"),
+        ("dit-s2-in256", "fp32"),
+        ("tread-xl2-in256", "bf16"),
+        ("tread-xl2-in256", "fp32"),
+        ("sprint-xl2-in256", "bf16"),
+        ("sprint-xl2-in256", "fp32"),
+    ],
+)
 def test_work_is_that_of_the_operators(probe, name, precision):
     """A block's bytes within one percent; launches exactly."""
     found = []
@@ -54,7 +67,15 @@ def test_work_is_that_of_the_operators(probe, name, precision):
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [("xl2-in256", "bf16"), ("xl2-in256", "fp32"), ("xl2-in512", "bf16"), ("dit-b2-in256", "fp32")],
+    [
+        ("xl2-in256", "bf16"),
+        ("xl2-in256", "fp32"),
+        ("xl2-in512", "bf16"),
+        ("dit-b2-in256", "fp32"),
+        ("tread-xl2-in256", "bf16"),
+        ("sprint-xl2-in256", "bf16"),
+        ("sprint-xl2-in256", "fp32"),
+    ],
 )
 def test_memory_is_what_autograd_keeps(probe, name, precision):
     config, model = probe(name, 2)

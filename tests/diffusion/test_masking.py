@@ -17,6 +17,7 @@ from fastmask.diffusion.masking import (
     mask_ratio_at,
     parse_per_sample,
     ratio_stages,
+    structured_mask,
 )
 
 OUTSIDE = [-0.1, -1e-9, 1.0, 1.5, math.nan, math.inf]
@@ -418,3 +419,59 @@ def test_ratios_per_sample_of_a_run():
     masking.check(max_steps=10, micro_batch=8, can_mask=True)
     assert masking.per_sample == ("noise", 0.125, 0.375)
     assert masking.kept_at(0, 16, 10) == 12
+
+
+def test_structured_masks_keep_one_of_each_group_uniformly():
+    batch, side = 4096, 6
+    mask = structured_mask(batch, side, seed=5, offset=10, device=torch.device("cpu"))
+    assert mask.ids_keep.dtype == mask.ids_restore.dtype == torch.int32
+    kept = ~mask.dropped.view(batch, 3, 2, 3, 2)
+    assert (kept.sum((2, 4)) == 1).all()
+    # Each of a group's four positions a fourth of the time, and two groups independently of each other.
+    expected = batch / 4
+    for counts in kept.sum(0).permute(0, 2, 1, 3).reshape(9, 4):
+        assert stats.chisquare(counts.numpy(), [expected] * 4).pvalue > 1e-4
+    first, second = (kept[:, 0, :, column].flatten(1).int().argmax(1) for column in (0, 1))
+    pairs = torch.bincount(4 * first + second, minlength=16)
+    assert stats.chisquare(pairs.numpy(), [batch / 16] * 16).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("side", [2, 4, 16])
+def test_the_indices_of_a_structured_mask_fit_each_other(side):
+    mask = structured_mask(3, side, seed=1, offset=0, device=torch.device("cpu"))
+    keep = side * side // 4
+    assert mask.ids_keep.shape == (3, keep)
+    for kept, restore in zip(mask.ids_keep.tolist(), mask.ids_restore.tolist(), strict=True):
+        assert sorted(restore) == list(range(side * side))
+        assert [restore[position] for position in kept] == list(range(keep))
+
+
+def test_a_structured_mask_is_a_function_of_seed_and_sample():
+    whole = structured_mask(8, 4, seed=2, offset=0, device=torch.device("cpu"))
+    seed, offset = torch.tensor(2), torch.tensor(3)
+    part = structured_mask(4, 4, seed=seed, offset=offset, device=torch.device("cpu"))
+    assert torch.equal(part.ids_keep, whole.ids_keep[3:7])
+    assert torch.equal(part.ids_restore, whole.ids_restore[3:7])
+    other = structured_mask(8, 4, seed=3, offset=0, device=torch.device("cpu"))
+    assert not torch.equal(other.ids_keep, whole.ids_keep)
+
+
+def test_structured_masks_that_cannot_be():
+    with pytest.raises(ValueError, match="a structured mask needs a grid of groups of 2 x 2 patches, not 3 x 3"):
+        structured_mask(1, 3, seed=0, offset=0, device=torch.device("cpu"))
+    options = {"drop": lambda condition, _: condition, "structured": True}
+    for length, keep in ((16, 8), (9, 2), (32, 8)):
+        with pytest.raises(ValueError, match=f"keeps a fourth of a square grid, not {keep} of {length} positions"):
+            training_draws(EDM(), torch.zeros(2, 1, 8, 8), torch.zeros(2), length=length, keep=keep, **options)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"mask_ratio": 0.5}, {"mask_schedule": "linear"}, {"mask_ratio_per_sample": "uniform(0.6,0.9)"}]
+)
+def test_a_structured_pattern_goes_with_one_ratio(changed):
+    fields = {"mask_ratio": 0.75, "mask_pattern": "structured"}
+    Masking(**fields).check(max_steps=10, micro_batch=8, can_mask=True)
+    with pytest.raises(ValueError, match="mask_pattern structured keeps one patch of four"):
+        Masking(**{**fields, **changed}).check(max_steps=10, micro_batch=8, can_mask=True)
+    with pytest.raises(ValueError, match="unknown mask_pattern 'striped'"):
+        Masking(mask_pattern="striped").check(max_steps=10, micro_batch=8, can_mask=True)

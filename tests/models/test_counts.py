@@ -1,15 +1,15 @@
 """The counts by formula against what the operators of a forward pass really do."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.instruments.preset_launches import with_blocks
 from fastmask.diffusion.masking import kept_count
 from fastmask.kernels import Mask
 from fastmask.models.counts import forward_macs, num_parameters
+from fastmask.models.maskdit import MaskDiT
 from fastmask.presets import PRESETS
 from fastmask.training.config import build_model, preset_config
 
@@ -25,8 +25,7 @@ def test_formula_equals_operator_count(preset, masked):
     """Two blocks of each kind, since all are alike; XL/2 with all of them."""
     config = preset_config(preset, PRESETS)
     if preset != "xl2-in256":
-        depths = {name: min(2, getattr(config.network, name)) for name in ("depth", "decoder_depth")}
-        config = config.replace(network=dataclasses.replace(config.network, **depths))
+        config = config.replace(network=with_blocks(config.network, 2))
     ratio = config.masking.mask_ratio if masked else 0.0
     if masked and not ratio:
         pytest.skip("this preset trains unmasked")
@@ -42,8 +41,10 @@ def test_formula_equals_operator_count(preset, masked):
             mask = Mask(ids[:, :keep], ids)
         model(torch.zeros(batch, channels, size, size), torch.zeros(batch), torch.zeros(batch, dtype=torch.int64), mask)
     counted = counter.get_total_flops() / 2 / batch
-    counted += attention_macs(keep, config.network.width, config.network.depth)
-    counted += attention_macs(model.length, config.network.decoder_width, config.network.decoder_depth)
+    for stack in model.stacks:
+        counted += attention_macs(stack.tokens_of(model.length, keep), stack.width, len(stack.blocks))
+    if config.network.name == "sprint" and mask is not None:
+        counted -= config.network.width**2 / batch  # W_g of the mask token, once per batch
     assert forward_macs(model, keep) == counted
     assert num_parameters(model) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -59,6 +60,7 @@ def test_formula_equals_operator_count(preset, masked):
         ("dit-b2-in256", 130.3, 23.0),
         ("dit-l2-in256", 457.8, 80.7),
         ("dit-xl2-in512", 674.8, 524.5),
+        ("tread-xl2-in256", 674.8, 71.3),  # the weights of DiT
     ],
 )
 def test_published_sizes(preset, millions, gmac):
@@ -68,6 +70,21 @@ def test_published_sizes(preset, millions, gmac):
     assert num_parameters(model) / 1e6 == pytest.approx(millions, abs=0.051)
     macs = forward_macs(model, kept_count(model.length, config.masking.mask_ratio))
     assert macs / 1e9 == pytest.approx(gmac, abs=0.06)
+
+
+@pytest.mark.parametrize(("side", "ratio", "whole"), [(32, 2.84, 2.81), (64, 2.97, 2.94)])
+def test_what_sprint_saves(side, ratio, whole):
+    """Beside the dense network, without the Linear that joins and with it; it has 0.4 % more weights."""
+    config = preset_config("sprint-xl2-in256", PRESETS)
+    with torch.device("meta"):
+        model = build_model(config, 4, side)
+        plain = MaskDiT(side, decoder_depth=0)
+    keep = kept_count(model.length, 0.75)
+    dense, own = forward_macs(plain), forward_macs(model, keep)
+    joining = sum(stack.tokens_of(model.length, keep) * stack.linear_macs for stack in model.stacks)
+    assert dense / (own - joining) == pytest.approx(ratio, abs=0.005)
+    assert dense / own == pytest.approx(whole, abs=0.005)
+    assert num_parameters(model) - num_parameters(plain) == 2 * 1152**2 + 2 * 1152
 
 
 @pytest.mark.parametrize(("size", "least"), [("s2", 1.2), ("b2", 1.5), ("l2", 1.7), ("xl2", 1.8), ("h2", 1.8)])

@@ -18,6 +18,17 @@ def test_a_network_is_built_again_from_its_description(sizes):
     }
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_is_built_from_its_own_description(name):
+    config = NETWORKS[name]()
+    assert from_json(to_json(config), NETWORKS, "network") == config
+    model = config.build(1, 8, 10)
+    assert model.config == config
+    assert config.loss_on in ("split", "all")
+    assert config.masked
+    assert sum(len(stack.blocks) for stack in model.stacks) == config.depth + len(model.decoder_blocks)
+
+
 def test_sizes_that_cannot_be_are_named():
     config = small_net().model.config
     config.check(8)

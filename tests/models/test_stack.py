@@ -1,9 +1,12 @@
 """The stacks of a network: what counts, cost, parallel training and compilation know of it."""
 
 import pytest
+import torch
+import torch.nn.functional as F
 from util import small_net
 
-from fastmask.models.stack import all_blocks
+from fastmask.models.stack import Stack, all_blocks, run_stack
+from fastmask.testing import assert_near
 
 
 def test_the_stacks_of_a_masked_network():
@@ -21,6 +24,25 @@ def test_the_stack_of_a_plain_dit():
     (stack,) = model.stacks
     assert (stack.blocks, stack.exit) == (model.blocks, model.final_layer)
     assert (stack.width, stack.num_heads, stack.tokens_of(16, 16)) == (16, 2, 16)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_stack_without_exit_returns_the_residual_stream(packed):
+    """That of which a norm would have been taken: a modulated Linear that copies it gives its norm."""
+    model = small_net(decoder_depth=0).model
+    parts = [torch.randn(3, 5, 16), torch.randn(2, 7, 16)] if packed else [torch.randn(3, 5, 16)]
+    condition, masks = torch.randn(sum(map(len, parts)), 16), [None] * len(parts)
+    options = condition, None, False
+    with torch.no_grad():
+        model.final_layer.adaLN_modulation[1].weight.zero_()
+        model.final_layer.adaLN_modulation[1].bias.zero_()
+        head = model.final_layer
+        ended = run_stack(Stack(model.blocks, head, "all"), parts, masks, *options)
+        left = run_stack(Stack(model.blocks, None, "all"), parts, masks, *options)
+        for part, stream, end in zip(parts, left, ended, strict=True):
+            assert stream.shape == part.shape
+            assert not torch.allclose(stream, part)
+            assert_near(end, head.linear(F.layer_norm(stream, (16,), eps=1e-6)), 5)
 
 
 @pytest.mark.parametrize("decoder_depth", [0, 2])

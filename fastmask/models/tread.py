@@ -1,0 +1,143 @@
+"""TREAD (arXiv 2501.04765): a DiT whose middle blocks see a random part of the tokens in training.
+
+    f   = blocks 0 .. start - 1 of all tokens
+    g   = blocks start .. end - 1 of the kept tokens of f
+    out = blocks end .. depth - 1 of all tokens: g at the kept positions, f at the others
+
+It has the weights of a plain DiT, and without a mask it is one. The loss is on all tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastmask.kernels import Mask, gather_tokens, restore_tokens
+from fastmask.models.condition import Condition
+from fastmask.models.maskdit import MaskDiT, Options
+from fastmask.models.stack import Stack, check_patches, check_route, check_width, run_stack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TreadConfig:
+    """The sizes of a `Tread` network."""
+
+    name: ClassVar[str] = "tread"
+    loss_on: ClassVar[Literal["split", "all"]] = "all"
+    masked: ClassVar[bool] = True
+
+    patch_size: int = 2
+    """Side of a patch in pixels (of the latent, where latents are trained on)."""
+    width: int = 96
+    """Width of the network."""
+    depth: int = 4
+    """Number of blocks."""
+    num_heads: int = 2
+    """Number of attention heads."""
+    route_start: int = 1
+    """First block that sees the kept tokens only, counted from 0."""
+    route_end: int = 3
+    """First block after these, which sees all tokens again."""
+    qk_norm: bool = False
+    """Normalise queries and keys of each head, which keeps attention from growing without bound."""
+
+    def check(self, input_size: int) -> None:
+        """Raise a ValueError that names the first invalid size, for images of this side."""
+        check_patches(self.patch_size, input_size)
+        check_width("", self.width, self.num_heads)
+        check_route(self.route_start, self.route_end, self.depth)
+
+    def build(self, channels: int, input_size: int, num_classes: int) -> "Tread":
+        """Return a freshly initialised network for images of (channels, input_size, input_size)."""
+        return Tread(self, channels, input_size, num_classes)
+
+
+class Routed(MaskDiT):
+    """A DiT of blocks of one width, of which those from `route_start` to `route_end` see the kept tokens only.
+
+    Args:
+        config: its sizes.
+        channels: C.
+        input_size: side of the (latent) image.
+        num_classes: as in `MaskDiT`.
+
+    Raises:
+        ValueError: sizes that are not divisible as needed.
+    """
+
+    def __init__(self, config: Any, channels: int, input_size: int, num_classes: int) -> None:
+        config.check(input_size)
+        super().__init__(
+            input_size,
+            config.patch_size,
+            channels,
+            config.width,
+            config.depth,
+            config.num_heads,
+            num_classes,
+            decoder_depth=0,
+            qk_norm=config.qk_norm,
+        )
+        self.config = config
+        self.route = config.route_start, config.route_end
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The blocks before the route, in it, and after it."""
+        return self._split()
+
+    def _split(self) -> tuple[Stack, Stack, Stack]:
+        start, end = self.route
+        return (
+            Stack(self.blocks[:start], None, "all"),
+            Stack(self.blocks[start:end], None, "kept"),
+            Stack(self.blocks[end:], self.final_layer, "all"),
+        )
+
+    def _embed(self, x: Tensor, mask: Mask | None, image_scale: Tensor | None) -> Tensor:
+        """Embed all patches, masked or not: (B, L, D)."""
+        return super()._embed(x, None, image_scale)
+
+    def _keep(self, tokens: Tensor, mask: Mask | None) -> Tensor:
+        """Return the kept ones of tokens (B, L, D): (B, K, D), or packed (N, D)."""
+        if mask is None:
+            return tokens
+        kept: Tensor = gather_tokens(tokens, mask.ids_keep, cu_seqlens=mask.cu_seqlens, impl=self.impl)
+        return kept
+
+    def _place(self, kept: Tensor, token: Tensor, mask: Mask) -> Tensor:
+        """Return tokens of all positions, (B, L, D): the kept ones in place, and ``token`` (D,) elsewhere."""
+        position = torch.zeros((mask.ids_restore.shape[1], kept.shape[-1]), dtype=kept.dtype, device=kept.device)
+        rows = mask.cu_seqlens
+        return restore_tokens(kept, token, position, mask.ids_restore, cu_seqlens=rows, impl=self.impl)  # type: ignore[no-any-return]
+
+
+class Tread(Routed):
+    """The network F of TREAD; arguments as in `Routed`, called as `MaskDiT`."""
+
+    def _run_stacks(
+        self,
+        embedded: list[Tensor],
+        images: Sequence[Tensor],
+        labels: Condition,
+        masks: Sequence[Mask | None],
+        options: Options,
+    ) -> list[Tensor]:
+        everywhere: list[Mask | None] = [None] * len(images)
+        if masks == everywhere:
+            return run_stack(Stack(self.blocks, self.final_layer, "all"), embedded, everywhere, *options)
+        before, route, after = self.stacks
+        first = run_stack(before, embedded, everywhere, *options)
+        kept = [self._keep(part, mask) for part, mask in zip(first, masks, strict=True)]
+        routed = run_stack(route, kept, masks, *options)
+        merged = [self._merge(*part) for part in zip(first, routed, masks, strict=True)]
+        return run_stack(after, merged, everywhere, *options)
+
+    def _merge(self, first: Tensor, routed: Tensor, mask: Mask | None) -> Tensor:
+        """Return the routed tokens at their positions, and those of before the route elsewhere: (B, L, D)."""
+        if mask is None:
+            return routed
+        placed = self._place(routed, torch.zeros_like(first[0, 0]), mask)
+        return torch.where(mask.dropped[..., None], first, placed)

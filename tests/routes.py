@@ -1,0 +1,105 @@
+"""Networks whose middle blocks see the kept tokens only, beside their papers' formulas in plain PyTorch and float64."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from fastmask.testing import assert_near, assert_network_accurate, network_steps
+
+
+def routed(config, seed=0):
+    """Return a tiny network of 8 x 8 images and 5 classes in which no weight is zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = config.build(3, 8, 5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=(parameter[0].numel() if parameter.ndim > 1 else 10) ** -0.5)
+    return model
+
+
+def inputs(model, batch=3, dtype=torch.float32):
+    """Return images, noise conditions and labels, the last of them none."""
+    x = torch.randn(batch, model.in_channels, model.input_size, model.input_size, dtype=dtype)
+    labels = torch.arange(batch) % model.num_classes
+    labels[-1] = model.num_classes
+    return x, torch.linspace(-1.5, 1.0, batch, dtype=dtype), labels
+
+
+def reference(model, x, c_noise, labels, connect, w=None):
+    """Return F in float64 with PyTorch's own layers.
+
+    Args:
+        model: the network, for its sizes and weights.
+        x: images.
+        c_noise: noise conditions.
+        labels: class ids.
+        connect: takes the blocks before, in and after the route, each a function of tokens and condition, and returns
+            the function of the tokens and the condition that the paper defines.
+        w: the weights by name; None is the network's own.
+    """
+    w = {name: tensor.detach().double() for name, tensor in model.state_dict().items()} if w is None else w
+
+    def linear(name, h):
+        return F.linear(h, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def modulated(h, shift, scale):
+        return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    def block(name, h, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{name}.adaLN_modulation.1", F.silu(c)).chunk(6, 1)
+        b, n, width = h.shape
+        qkv = linear(f"{name}.attn.qkv", modulated(h, shift1, scale1)).view(b, n, 3, model.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        scores = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
+        attended = (scores @ v).transpose(1, 2).reshape(b, n, width)
+        h = h + gate1[:, None] * linear(f"{name}.attn.proj", attended)
+        hidden = F.gelu(linear(f"{name}.mlp.fc1", modulated(h, shift2, scale2)), approximate="tanh")
+        return h + gate2[:, None] * linear(f"{name}.mlp.fc2", hidden)
+
+    def blocks(first, stop):
+        def run(h, c):
+            for i in range(first, stop):
+                h = block(f"blocks.{i}", h, c)
+            return h
+
+        return run
+
+    x, c_noise = x.double(), c_noise.double()
+    angle = c_noise[:, None] * 10000.0 ** (-torch.arange(128) / 128.0).double()
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angle.cos(), angle.sin()], 1))))
+    known = (labels < model.num_classes)[:, None]
+    c = c + known * w["y_embedder.embedding_table.weight"].T[labels.clamp(max=model.num_classes - 1)]
+    h = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=model.patch_size)
+    h = h.flatten(2).mT + w["pos_embed"]
+    start, end = model.config.route_start, model.config.route_end
+    h = connect(blocks(0, start), blocks(start, end), blocks(end, model.config.depth))(h, c)
+    shift, scale = linear("final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, 1)
+    return linear("final_layer.linear", modulated(h, shift, scale))
+
+
+def assert_trains_as(model, mask, connect, condition=None):
+    """Compare output and every gradient with the paper's formulas.
+
+    Args:
+        model: the network, in float32.
+        mask: its mask.
+        connect: as in `reference`, after the weights by name.
+        condition: what the network is given in place of the labels, made from them; None is the labels.
+    """
+    x, c_noise, labels = inputs(model)
+    w = {name: tensor.detach().double().requires_grad_() for name, tensor in model.state_dict().items()}
+    exact = reference(model, x, c_noise, labels, lambda *parts: connect(w, *parts), w)
+    raw = model(x, c_noise, labels if condition is None else condition(labels), mask)
+    assert_near(raw, exact, network_steps(len(model.blocks)))
+    probe = torch.randn_like(exact)
+    raw.backward(probe.float())
+    exact.backward(probe)
+    parameters = dict(model.named_parameters())
+
+    def gradients(tensors):
+        """Zeros for what has no part in the result, such as the mask token without a mask."""
+        return {n: torch.zeros_like(tensors[n]) if tensors[n].grad is None else tensors[n].grad for n in parameters}
+
+    assert_network_accurate(gradients(parameters), gradients(w), network_steps(len(model.blocks), backward=True))
