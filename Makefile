@@ -33,7 +33,7 @@ venv: .venv/.done
 .venv/.done: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard kernels/*/*)
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) --editable '.[demo,data,eval,dev]'
+	$(PIP) --editable '.[demo,data,dev]'
 	touch $@
 
 demo: venv

@@ -88,8 +88,7 @@ class Inception:
     names = {"frechet": "fid", "kernel": "kid", "spatial": "sfid", "score": "is"}  # noqa: RUF012  (a constant)
 
     def __init__(self, weights: str = "", device: torch.device | None = None) -> None:
-        if not importlib.util.find_spec("torch_fidelity"):
-            raise ValueError("FID needs torch-fidelity: pip install torch-fidelity")
+        module = _imported("torch_fidelity.feature_extractor_inceptionv3", "FID needs torch-fidelity")
         path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / _INCEPTION_FILE
         if not path.is_file():
             raise ValueError(
@@ -100,7 +99,6 @@ class Inception:
         version = importlib.metadata.version("torch-fidelity")
         known = self.sha256.startswith(_INCEPTION_SHA256)
         self.name = f"Inception v3 by torch-fidelity {version}" + ("" if known else ", not with the weights of FID")
-        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
         try:
             torch.load(path, weights_only=True)  # torch-fidelity itself would run code of the file
             self._net = module.FeatureExtractorInceptionV3("fid", ["2048", "logits_unbiased"], str(path))
@@ -137,12 +135,10 @@ class Dinov2:
     names = {"frechet": "fd_dinov2", "kernel": "kd_dinov2"}  # noqa: RUF012  (a constant)
 
     def __init__(self, weights: str = "", device: torch.device | None = None) -> None:
-        if not importlib.util.find_spec("timm"):
-            raise ValueError("features of DINOv2 need timm: pip install timm")
+        timm = _imported("timm", "features of DINOv2 need timm")
         path = Path(weights) if weights else _cached_dinov2()
         if not path.is_file():
             raise ValueError(f"--extractor-weights {path} does not exist")
-        timm = importlib.import_module("timm")
         self.sha256 = sha256_of(path)
         self.name = f"{DINOV2} by timm {timm.__version__}"
         try:
@@ -162,6 +158,18 @@ class Dinov2:
         mean, std = (torch.tensor(of, device=pixels.device)[:, None, None] for of in (_IMAGENET_MEAN, _IMAGENET_STD))
         tokens = self._net.forward_features((pixels - mean) / std)
         return Features(tokens[:, 0].float().cpu())
+
+
+def _imported(name: str, need: str) -> Any:
+    """Import an optional package; a ValueError that says what needs it, or why the installed one does not load."""
+    package = name.split(".")[0]
+    if not importlib.util.find_spec(package):
+        raise ValueError(f"{need}: pip install {package.replace('_', '-')}")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{need}, and the installed one does not load: {reason}") from error
 
 
 def _cached_dinov2() -> Path:

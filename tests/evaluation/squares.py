@@ -1,4 +1,6 @@
-"""A small labelled dataset that a classifier learns in a second."""
+"""A small labelled dataset that a classifier learns in a second, and optional packages."""
+
+import importlib
 
 import numpy as np
 
@@ -18,3 +20,12 @@ def squares(path, count=300, side=12, channels=1, classes=3, seed=0):
 
 def opened(path):
     return open_images(str(path))
+
+
+def loads(package):
+    """Return whether an optional package is there and loads: torchvision may be one of another torch."""
+    try:
+        importlib.import_module(package)
+    except Exception:  # noqa: BLE001
+        return False
+    return True

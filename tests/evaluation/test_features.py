@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from squares import loads
 
 from fastmask.evaluation import features
 from fastmask.evaluation.compare import Seen, compare
@@ -12,10 +13,8 @@ from fastmask.evaluation.features import Dinov2, Inception
 from fastmask.evaluation.images import Statistics
 from fastmask.evaluation.metrics import Gaussian
 
-has_fidelity = pytest.mark.skipif(
-    not importlib.util.find_spec("torch_fidelity"), reason="torch-fidelity is not installed"
-)
-has_timm = pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="timm is not installed")
+has_fidelity = pytest.mark.skipif(not loads("torch_fidelity"), reason="torch-fidelity is not there, or does not load")
+has_timm = pytest.mark.skipif(not loads("timm"), reason="timm is not there, or does not load")
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (8, 3, 40, 40))).float() / 127.5 - 1
 
 
@@ -114,3 +113,15 @@ def test_extractors_that_are_not_installed(monkeypatch):
 def test_latents_are_no_images():
     with pytest.raises(ValueError, match="latents of 4 channels, and this extractor takes images"):
         features._rgb(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
+
+
+def test_an_extractor_that_does_not_load(monkeypatch):
+    """Such as with a torchvision of another torch."""
+
+    def fail(name):
+        raise RuntimeError("operator torchvision::nms does not exist\nmore")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib, "import_module", fail)
+    with pytest.raises(ValueError, match="FID needs torch-fidelity, and the installed one does not load: operator"):
+        Inception()
