@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastmask.diffusion.masking import RatioPerSample
+from fastmask.kernels import sample_mask
 from fastmask.testing import assert_near, assert_network_accurate, network_steps
 
 
@@ -103,3 +105,12 @@ def assert_trains_as(model, mask, connect, condition=None):
         return {n: torch.zeros_like(tensors[n]) if tensors[n].grad is None else tensors[n].grad for n in parameters}
 
     assert_network_accurate(gradients(parameters), gradients(w), network_steps(len(model.blocks), backward=True))
+
+
+def unequal_mask(length, lowest, highest):
+    """Return a packed mask of eight samples, with ratios between these, and the kept ids of each sample."""
+    ratios = RatioPerSample("uniform", lowest, highest)
+    counts = ratios.keep(0, torch.arange(8), torch.zeros(8), length)
+    mask = sample_mask(8, length, counts, seed=0, device="cpu", total=ratios.total(8, length))
+    assert len(set(counts.tolist())) > 1
+    return mask, [ids.long() for ids in torch.split(mask.ids_keep, counts.tolist())]

@@ -12,7 +12,7 @@ everywhere. The network without its middle and without a label is what guides it
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,40 +22,22 @@ from fastmask.fields import check_share, recorded
 from fastmask.kernels import Mask
 from fastmask.models.condition import Condition
 from fastmask.models.maskdit import Options
-from fastmask.models.stack import Stack, check_patches, check_route, check_width, run_stack
-from fastmask.models.tread import Routed
+from fastmask.models.stack import Stack, run_stack
+from fastmask.models.tread import Routed, RoutedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SprintConfig:
+class SprintConfig(RoutedConfig):
     """The sizes of a `Sprint` network."""
 
     name: ClassVar[str] = "sprint"
-    loss_on: ClassVar[Literal["split", "all"]] = "all"
-    masked: ClassVar[bool] = True
 
-    patch_size: int = 2
-    """Side of a patch in pixels (of the latent, where latents are trained on)."""
-    width: int = 96
-    """Width of the network."""
-    depth: int = 4
-    """Number of blocks."""
-    num_heads: int = 2
-    """Number of attention heads."""
-    route_start: int = 1
-    """First block that sees the kept tokens only, counted from 0."""
-    route_end: int = 3
-    """First block after these, which sees all tokens again."""
     path_drop: float = recorded(0.1)
     """Probability of dropping the middle path of a sample in training, for path-drop guidance."""
-    qk_norm: bool = False
-    """Normalise queries and keys of each head, which keeps attention from growing without bound."""
 
     def check(self, input_size: int) -> None:
         """Raise a ValueError that names the first invalid size, for images of this side."""
-        check_patches(self.patch_size, input_size)
-        check_width("", self.width, self.num_heads)
-        check_route(self.route_start, self.route_end, self.depth)
+        RoutedConfig.check(self, input_size)
         check_share(self, "path_drop")
 
     def build(self, channels: int, input_size: int, num_classes: int) -> "Sprint":

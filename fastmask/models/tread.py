@@ -7,9 +7,10 @@
 It has the weights of a plain DiT, and without a mask it is one. The loss is on all tokens.
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ from fastmask.models.stack import Stack, check_patches, check_route, check_width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TreadConfig:
-    """The sizes of a `Tread` network."""
+class RoutedConfig(abc.ABC):
+    """The sizes of a `Routed` network."""
 
-    name: ClassVar[str] = "tread"
+    name: ClassVar[str]
     loss_on: ClassVar[Literal["split", "all"]] = "all"
     masked: ClassVar[bool] = True
 
@@ -49,6 +50,17 @@ class TreadConfig:
         check_width("", self.width, self.num_heads)
         check_route(self.route_start, self.route_end, self.depth)
 
+    @abc.abstractmethod
+    def build(self, channels: int, input_size: int, num_classes: int) -> "Routed":
+        """Return a freshly initialised network for images of (channels, input_size, input_size)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TreadConfig(RoutedConfig):
+    """The sizes of a `Tread` network."""
+
+    name: ClassVar[str] = "tread"
+
     def build(self, channels: int, input_size: int, num_classes: int) -> "Tread":
         """Return a freshly initialised network for images of (channels, input_size, input_size)."""
         return Tread(self, channels, input_size, num_classes)
@@ -67,7 +79,7 @@ class Routed(MaskDiT):
         ValueError: sizes that are not divisible as needed.
     """
 
-    def __init__(self, config: Any, channels: int, input_size: int, num_classes: int) -> None:
+    def __init__(self, config: RoutedConfig, channels: int, input_size: int, num_classes: int) -> None:
         config.check(input_size)
         super().__init__(
             input_size,

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from routes import assert_trains_as, inputs, reference, routed
+from routes import assert_trains_as, inputs, reference, routed, unequal_mask
 
 from fastmask.diffusion import Denoiser, RectifiedFlow
 from fastmask.diffusion.guidance import guided
-from fastmask.diffusion.masking import RatioPerSample, structured_mask
+from fastmask.diffusion.masking import structured_mask
 from fastmask.kernels import sample_mask
 from fastmask.models.sprint import NoPath, PathDrop, SprintConfig
 from fastmask.models.stack import all_blocks
@@ -121,13 +121,8 @@ def test_guidance_that_cannot_be():
 
 def test_unequal_numbers_of_kept_tokens():
     model = routed(CONFIG)
-    ratios = RatioPerSample("uniform", 0.5, 0.9)
     x, c_noise, labels = inputs(model, batch=8)
-    counts = ratios.keep(0, torch.arange(8), torch.zeros(8), model.length)
-    total = ratios.total(8, model.length)
-    mask = sample_mask(8, model.length, counts, seed=0, device="cpu", total=total)
-    keep = [ids.long() for ids in torch.split(mask.ids_keep, counts.tolist())]
-    assert len(set(counts.tolist())) > 1
+    mask, keep = unequal_mask(model.length, 0.5, 0.9)
     exact = reference(model, x, c_noise, labels, lambda *parts: sprint(weights(model), *parts, keep))
     assert_near(model(x, c_noise, labels, mask), exact, network_steps(4))
 

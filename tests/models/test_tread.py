@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from routes import assert_trains_as, inputs, reference
+from routes import assert_trains_as, inputs, reference, unequal_mask
 from util import small_net
 
-from fastmask.diffusion.masking import RatioPerSample
 from fastmask.kernels import sample_mask
 from fastmask.models.stack import all_blocks
 from fastmask.models.tread import TreadConfig
@@ -67,13 +66,8 @@ def test_forward_and_gradients(keep, route):
 def test_unequal_numbers_of_kept_tokens():
     """Packed, each sample as it is alone."""
     _, model = plain_and_routed()
-    ratios = RatioPerSample("uniform", 0.25, 0.75)
     x, c_noise, labels = inputs(model, batch=8)
-    counts = ratios.keep(0, torch.arange(8), torch.zeros(8), model.length)
-    total = ratios.total(8, model.length)
-    mask = sample_mask(8, model.length, counts, seed=0, device="cpu", total=total)
-    keep = [ids.long() for ids in torch.split(mask.ids_keep, counts.tolist())]
-    assert len(set(counts.tolist())) > 1
+    mask, keep = unequal_mask(model.length, 0.25, 0.75)
     exact = reference(model, x, c_noise, labels, lambda *parts: tread(*parts, keep))
     assert_near(model(x, c_noise, labels, mask), exact, network_steps(4))
 
