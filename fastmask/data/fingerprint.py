@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 _SAMPLED = 64
 _DIGITS = 32  # hexadecimal
@@ -32,6 +33,15 @@ def fingerprint_of(parts: Iterable[object]) -> str:
 def of_arrays(values: NDArray[Any], labels: NDArray[Any], *others: object) -> str:
     """Return the fingerprint of an array (N, ...), from a sample of its rows and all labels (N,)."""
     return fingerprint_of([values.dtype, values.shape, values[sampled(len(values))], labels, *others])
+
+
+def of_weights(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's weights on the CPU: names in sorted order, each with its values in float32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def sampled(count: int) -> NDArray[np.int64]:

@@ -1,6 +1,5 @@
 """Encodes images to latent moments, and decodes latents, with diffusers' `AutoencoderKL`."""
 
-import hashlib
 import importlib
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmask.data.fingerprint import of_weights
 from fastmask.data.latents import Scaling
 from fastmask.diffusion.origin import LatentSpace
 
@@ -52,7 +52,7 @@ class Autoencoder:
             self._vae: Any = diffusers.AutoencoderKL.from_pretrained(name, subfolder=folder, low_cpu_mem_usage=False)
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"--vae {name} cannot be loaded: {_reason(error)}") from error
-        self.sha256 = _sha256(self._vae)
+        self.sha256 = of_weights(self._vae)
         self._device = device
         self._vae.to(device).eval().requires_grad_(False)
         if device.type == "cuda":
@@ -122,11 +122,3 @@ def _reason(error: BaseException) -> str:
             return "it was not fetched before, and the hub does not answer: give the folder of a copy"
         cause = cause.__cause__ or cause.__context__
     return str(error).strip().splitlines()[0]
-
-
-def _sha256(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.float().contiguous().numpy().data)
-    return digest.hexdigest()

@@ -5,7 +5,6 @@ paper's numbers are comparable with them.
 """
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 
 import safetensors
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmask.console import say
+from fastmask.data.fingerprint import of_weights
 from fastmask.evaluation.features import Features
 from fastmask.evaluation.images import ImageSet
 from fastmask.files import atomic_write, cache_folder
@@ -62,10 +62,7 @@ class Classifier:
             _standardise(self._net, images, self._device)
             with atomic_write(path) as partial:
                 safetensors.torch.save_file(self._net.state_dict(), partial)
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self._net.state_dict().items()):
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-        self.sha256 = digest.hexdigest()
+        self.sha256 = of_weights(self._net)
         self.name = f"classifier trained on {training.name}, version {_VERSION}"
         self._net.to(self._device).eval()
 
