@@ -25,6 +25,7 @@ DENSE = [
     "--lr",
     "0",
 ]
+SMALLER = ["--image-size", "128", "--num-classes", "3"]  # fewer classes, at twice the size
 LABELS = "y_embedder.embedding_table.weight"
 
 
@@ -39,16 +40,7 @@ def test_weights_of_others(tmp_path, kind, preset, convert, capsys):
     """With fewer classes, at twice the size; then from that run, with another process."""
     dit, source = PlainDiT(**{**SIZES, "channels": 4}), tmp_path / "it.pt"
     torch.save({"ema": dit.state_dict()}, source)
-    flags = [
-        "--image-size",
-        "128",
-        "--num-classes",
-        "3",
-        "--init",
-        f"{kind}:{source}",
-        "--run-dir",
-        str(tmp_path / "a"),
-    ]
+    flags = [*SMALLER, "--init", f"{kind}:{source}", "--run-dir", str(tmp_path / "a")]
     main(["--preset", preset, *DENSE, *flags])
     lines = said(capsys)
     assert f"{source}: the 4 channels of learned variance in its head are dropped" in lines
@@ -62,16 +54,7 @@ def test_weights_of_others(tmp_path, kind, preset, convert, capsys):
             assert torch.equal(found[f"model.{name}"], tensor), name
 
     other = "sit-xl2-in256" if kind == "dit" else "dit-xl2-in256"
-    flags = [
-        "--image-size",
-        "128",
-        "--num-classes",
-        "3",
-        "--init",
-        str(tmp_path / "a"),
-        "--run-dir",
-        str(tmp_path / "b"),
-    ]
+    flags = [*SMALLER, "--init", str(tmp_path / "a"), "--run-dir", str(tmp_path / "b")]
     main(["--preset", other, *DENSE, *flags])
     lines = said(capsys)
     assert "was trained with " in lines

@@ -18,7 +18,7 @@ from fastmask.models.condition import Condition, count_of, moved, part_of
 # Streams of the counter-based generator; all streams are listed in draws.py.
 _LATENT_STREAM, _CHURN_STREAM = 6, 8
 
-Watch = Callable[[Tensor, Tensor, Tensor], None]
+Callback = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ def sample(
     guide: Denoiser | None = None,
     path_drop: bool = False,
     solver: str | Solver = "heun",
-    watch: Watch | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Integrate from unit noise to images, with guidance.
 
@@ -98,7 +98,7 @@ def sample(
         guide: a weaker model that guides, in place of the network without a condition.
         path_drop: whether the network without its middle path guides, see `guided`.
         solver: a key of `SOLVERS`, or a function like these.
-        watch: called after each evaluation with the time, the state and the denoised images; for pictures.
+        callback: called after each evaluation with the time, the state and the denoised images; for pictures.
 
     Returns:
         Shape (B, C, H, W), float64: the state is in float64, the network runs in its own precision.
@@ -120,7 +120,7 @@ def sample(
     denoise = guided(net, condition, scale, interval=interval, guide=guide, path_drop=path_drop)
     times = times.cpu()
     _, b = net.process.mix(times[0])
-    return solver(_watched(denoise, watch) if watch else denoise, net.process, b * noise.double(), times)
+    return solver(_with_callback(denoise, callback) if callback else denoise, net.process, b * noise.double(), times)
 
 
 def draw_batch(
@@ -131,7 +131,7 @@ def draw_batch(
     seed: int,
     first: int = 0,
     guide: Denoiser | None = None,
-    watch: Watch | None = None,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Return samples ``first``, ``first`` + 1, .., one for each in the condition, drawn in one batch.
 
@@ -146,7 +146,7 @@ def draw_batch(
         seed: seed of the noise.
         first: index of the first sample.
         guide: as in `sample`.
-        watch: as in `sample`.
+        callback: as in `sample`.
 
     Returns:
         float32 on the network's device, shape (B, C, H, W).
@@ -177,7 +177,7 @@ def draw_batch(
         guide=guide,
         path_drop=sampling.guidance == "path-drop",
         solver=solver,
-        watch=watch,
+        callback=callback,
     )
     return drawn.float()
 
@@ -218,10 +218,10 @@ def _churn_noise(normal: Callable[[int], Tensor], step: int) -> Tensor:
     return normal(_CHURN_STREAM + 256 * step)
 
 
-def _watched(denoise: Denoise, watch: Watch) -> Denoise:
-    def watched(x: Tensor, t: Tensor) -> Tensor:
+def _with_callback(denoise: Denoise, callback: Callback) -> Denoise:
+    def reporting(x: Tensor, t: Tensor) -> Tensor:
         denoised = denoise(x, t)
-        watch(t, x, denoised)
+        callback(t, x, denoised)
         return denoised
 
-    return watched
+    return reporting

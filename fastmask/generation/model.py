@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmask.cli import pick_device
 from fastmask.diffusion import Denoiser, Sampling, draw_batch
-from fastmask.diffusion.sampling import Watch
+from fastmask.diffusion.sampling import Callback
 from fastmask.diffusion.weights import Kind, load_maskdit
 from fastmask.generation.classes import class_ids
 from fastmask.generation.decoding import Decoder
@@ -145,7 +145,7 @@ class Model:
         *,
         seed: int,
         guide: "Model | None" = None,
-        watch: Watch | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
         """Return samples ``first``, .., in one batch, before decoding, float32 (count, C, h, w) on the device.
 
@@ -154,7 +154,7 @@ class Model:
         labels = torch.tensor([ids[i % len(ids)] for i in range(first, first + count)])
         with self._precision():
             other = guide.net if guide else None
-            return draw_batch(self.net, labels, sampling, seed=seed, first=first, guide=other, watch=watch)
+            return draw_batch(self.net, labels, sampling, seed=seed, first=first, guide=other, callback=callback)
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: float | Tensor, labels: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ def draw_strip(
         guide: as in `Model.draw`.
     """
     seen: list[Tensor] = []
-    model.draw(ids, 0, count, sampling, seed=seed, guide=guide, watch=lambda t, x, denoised: seen.append(denoised))
+    model.draw(ids, 0, count, sampling, seed=seed, guide=guide, callback=lambda t, x, denoised: seen.append(denoised))
     columns = min(_COLUMNS, len(seen))
     chosen = [seen[i] for i in torch.linspace(0, len(seen) - 1, columns).round().int().tolist()]
     pixels = torch.stack([to_uint8(model.decoder(denoised.float())) for denoised in chosen], 1)

@@ -114,11 +114,11 @@ def test_fields_out_of_range(fields, message):
         draw_samples(small_net(), torch.tensor([0]), Sampling(**fields), seed=0)
 
 
-def test_a_watch_sees_every_evaluation():
+def test_a_callback_sees_every_evaluation():
     seen, net, noise = [], GaussianDenoiser(), torch.randn(2, 1, 2, 2)
     times, labels = EDM().times(3), torch.zeros(2, dtype=torch.int64)
-    watched = sample(net, noise, labels, times, watch=lambda t, x, denoised: seen.append((float(t), x, denoised)))
-    assert torch.equal(watched, sample(net, noise, labels, times))
+    seen_by_it = sample(net, noise, labels, times, callback=lambda t, x, denoised: seen.append((float(t), x, denoised)))
+    assert torch.equal(seen_by_it, sample(net, noise, labels, times))
     assert [t for t, _, _ in seen] == [times[i] for i in (0, 1, 1, 2, 2)]
     assert torch.equal(seen[0][1], 80 * noise.double())
     for t, x, denoised in seen:

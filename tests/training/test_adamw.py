@@ -164,7 +164,7 @@ def test_states_interchange_with_torch(fused):
     assert_close(values(b, crossed), values(theirs, adamw))
 
 
-def test_a_state_that_it_cannot_go_on_from():
+def test_a_state_that_it_cannot_resume():
     net = Net()
     state = torch.optim.AdamW(net.parameters(), amsgrad=True).state_dict()
     with pytest.raises(ValueError, match=r"with amsgrad or maximize cannot be continued here: use torch\.optim\.AdamW"):

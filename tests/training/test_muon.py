@@ -193,7 +193,7 @@ def test_a_grad_scaler_unscales_and_skips():
     assert torch.equal(optimizer.update_norm, expected.update_norm)
 
 
-def test_a_state_goes_on_in_the_same_bits():
+def test_a_state_resumes_in_the_same_bits():
     one, two = Net(), Net()
     (first, _), (second, _) = ours(one), ours(two, lr=0.5)
     backward(one, 0)
