@@ -1,0 +1,161 @@
+"""What the study trains: recipes, datasets, processes and seeds, all with one network size and one learning rate.
+
+Every recipe has the same blocks as the dense network, and besides them only what it adds (decoder, mixer). Its curve
+is the EMA's quality at several numbers of images of one run at a constant learning rate, so no point depends on where
+the run ends. Unmasked tuning branches from those checkpoints, as MaskDiT's second stage does.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastmask.diffusion import EDM, RectifiedFlow, Sampling
+from fastmask.models.maskdit import MaskDiTConfig
+from fastmask.models.sprint import SprintConfig
+from fastmask.models.tread import TreadConfig
+from fastmask.training.config import TrainConfig
+
+IMAGES = 49_152  # N, trained on by the dense network
+BATCH = 64
+LR, TUNING_LR = 2e-3, 7e-4
+SAMPLING = Sampling(solver="dpmpp-2m", sample_steps=20, cfg_scale=1.0)
+SEEDS = (0, 1, 2)
+PROCESSES = {"edm": EDM(), "flow": RectifiedFlow()}
+
+_BLOCKS: dict[str, Any] = {"width": 64, "depth": 6, "num_heads": 2}
+_DECODER: dict[str, Any] = {"decoder_width": 32, "decoder_depth": 2, "decoder_num_heads": 2}
+_ROUTE: dict[str, Any] = {"route_start": 1, "route_end": 5}
+_DENSE = MaskDiTConfig(**_BLOCKS, decoder_depth=0)
+_MASKDIT = MaskDiTConfig(**_BLOCKS, **_DECODER)
+_STRUCTURED: dict[str, Any] = {"mask_ratio": 0.75, "mask_pattern": "structured"}
+
+
+class Recipe(NamedTuple):
+    """A way to train.
+
+    Attributes:
+        what: description for the report.
+        fields: fields of `TrainConfig` that differ from those of all recipes.
+        evaluated_at: multiples of `IMAGES` at which the EMA is evaluated.
+        parent: recipe whose checkpoints are tuned without masking; none if empty.
+    """
+
+    what: str
+    fields: dict[str, Any]
+    evaluated_at: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    parent: str = ""
+
+
+class Data(NamedTuple):
+    """A dataset.
+
+    Attributes:
+        path: as `--data`.
+        image_size: side in pixels.
+        samples: number of samples of an evaluation.
+        what: description for the report.
+    """
+
+    path: str
+    image_size: int
+    samples: int
+    what: str
+
+
+class Job(NamedTuple):
+    """A training run and its evaluations.
+
+    Attributes:
+        dataset: a key of `DATASETS`.
+        process: a key of `PROCESSES`.
+        recipe: a key of `RECIPES`.
+        seed: seed of the run.
+        start: multiple of `IMAGES` at which a tuned recipe leaves its parent, 0 for the others.
+    """
+
+    dataset: str
+    process: str
+    recipe: str
+    seed: int
+    start: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        start = f"-{self.start:g}" if self.start else ""
+        return f"{self.dataset}/{self.process}/{self.recipe}{start}/{self.seed}"
+
+    @property
+    def marks(self) -> dict[int, int]:
+        """Its steps with an evaluation, and the number of images until then, the parent's included."""
+        at = (TUNED_FOR,) if self.start else RECIPES[self.recipe].evaluated_at
+        return {round(share * IMAGES / BATCH): round((self.start + share) * IMAGES) for share in at}
+
+
+def _tuned(parent: str, what: str) -> Recipe:
+    return Recipe(f"{what}, then unmasked", {"mask_ratio": 0.0, "lr": TUNING_LR, "warmup_steps": 0}, (), parent)
+
+
+TUNED_FROM = (0.5, 1.0, 1.5)  # multiples of `IMAGES` at which tuning starts
+TUNED_FOR = 0.25  # its length
+
+RECIPES: dict[str, Recipe] = {
+    "dense": Recipe("DiT, all patches", {"network": _DENSE, "mask_ratio": 0.0}, (0.25, 0.5, 0.75, 1.0)),
+    "maskdit-0.5": Recipe("MaskDiT, half the patches dropped", {"network": _MASKDIT, "mask_ratio": 0.5}),
+    "maskdit-0.75": Recipe("MaskDiT, three of four dropped", {"network": _MASKDIT, "mask_ratio": 0.75}),
+    "maskdit-0.5-tuned": _tuned("maskdit-0.5", "MaskDiT 0.5"),
+    "maskdit-0.75-tuned": _tuned("maskdit-0.75", "MaskDiT 0.75"),
+    "maskdit-0.5-no-mae": Recipe(
+        "MaskDiT 0.5 without reconstruction", {"network": _MASKDIT, "mask_ratio": 0.5, "mae_coef": 0.0}
+    ),
+    "maskdit-noise": Recipe(
+        "MaskDiT, 0.25 to 0.75 per sample, more at more noise",
+        {"network": _MASKDIT, "mask_ratio": 0.5, "mask_ratio_per_sample": "noise(0.25,0.75)"},
+    ),
+    "sprint-0.75": Recipe("SPRINT, middle on a quarter", {"network": SprintConfig(**_BLOCKS, **_ROUTE), **_STRUCTURED}),
+    "sprint-0.75-tuned": _tuned("sprint-0.75", "SPRINT 0.75"),
+    "tread-0.5": Recipe("TREAD, middle on half", {"network": TreadConfig(**_BLOCKS, **_ROUTE), "mask_ratio": 0.5}),
+}
+
+DATASETS = {
+    "digits": Data("digits", 8, 2000, "handwritten digits, 1 x 8 x 8, patch 2, 16 positions"),
+    "fashion": Data("fm-store", 28, 1000, "Fashion-MNIST, 1 x 28 x 28, patch 2, 196 positions"),
+}
+
+
+def jobs() -> Iterator[Job]:
+    """Yield all runs, seed by seed, each after its parent."""
+    for seed in SEEDS:
+        for dataset in DATASETS:
+            for process in PROCESSES:
+                for name, recipe in RECIPES.items():
+                    for start in TUNED_FROM if recipe.parent else (0.0,):
+                        yield Job(dataset, process, name, seed, start)
+
+
+def config_of(job: Job, runs: Path) -> TrainConfig:
+    """Return the configuration of a run below the folder ``runs``."""
+    recipe, data, steps = RECIPES[job.recipe], DATASETS[job.dataset], max(job.marks)
+    parent = RECIPES[recipe.parent] if recipe.parent else recipe
+    config = TrainConfig.of(
+        data=data.path,
+        image_size=data.image_size,
+        num_classes=10,
+        process=PROCESSES[job.process],
+        max_steps=steps,
+        batch_size=BATCH,
+        lr=LR,
+        warmup_steps=100,
+        betas=(0.9, 0.99),
+        ema_decay=0.995,
+        seed=job.seed,
+        run_dir=str(runs / job.name),
+        checkpoint_every=min(job.marks),
+        keep_checkpoints=len(job.marks),
+    ).replace(**parent.fields)
+    if not recipe.parent:
+        return config
+    branch = round(job.start * IMAGES / BATCH)
+    folder = runs / job._replace(recipe=recipe.parent, start=0.0).name / "checkpoints" / f"step-{branch:08d}"
+    unmasked = {"mask_pattern": "random", "mask_ratio_per_sample": "constant", "init": str(folder)}
+    return config.replace(**unmasked).replace(**recipe.fields)
