@@ -108,6 +108,10 @@ RECIPES: dict[str, Recipe] = {
     "maskdit-0.5-no-mae": Recipe(
         "MaskDiT 0.5 without reconstruction", {"network": _MASKDIT, "mask_ratio": 0.5, "mae_coef": 0.0}
     ),
+    "maskdit-0.5-clean": Recipe(
+        "MaskDiT 0.5, reconstruction of clean patches",
+        {"network": _MASKDIT, "mask_ratio": 0.5, "mae_target": "clean"},
+    ),
     "maskdit-noise": Recipe(
         "MaskDiT, 0.25 to 0.75 per sample, more at more noise",
         {"network": _MASKDIT, "mask_ratio": 0.5, "mask_ratio_per_sample": "noise(0.25,0.75)"},

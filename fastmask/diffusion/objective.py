@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastmask.diffusion.denoiser import Denoiser
 from fastmask.diffusion.process import Coefficients
-from fastmask.fields import check_at_least, check_share
+from fastmask.fields import check_at_least, check_share, unknown
 from fastmask.kernels import Mask, masked_loss
 from fastmask.models.condition import Condition
 from fastmask.models.stack import NetworkConfig
 
+Target = Literal["noised", "clean"]
 TOTAL = "loss"  # name of the weighted sum
 
 
@@ -52,14 +53,19 @@ class MaskedDenoising(Term):
 
     Args:
         mae_coef: weight of the reconstruction loss.
+        target: what dropped patches are reconstructed to: "noised", the normalised noised patches of the paper, or
+            "clean", the clean patches, whose loss is the denoising loss of the dropped patches.
     """
 
-    def __init__(self, mae_coef: float = 0.1) -> None:
+    def __init__(self, mae_coef: float = 0.1, target: Target = "noised") -> None:
         super().__init__({"denoising": 1.0, "reconstruction": mae_coef})
+        self._clean = target == "clean"
 
     def forward(self, net: Denoiser, seen: Pass) -> dict[str, Tensor]:
         """Return both losses, each of shape (B,)."""
         denoising, reconstruction = _masked_loss(net, seen)
+        if self._clean and seen.mask is not None:
+            reconstruction = _masked_loss(net, seen._replace(mask=_swapped(seen.mask)))[0]
         return {"denoising": denoising, "reconstruction": reconstruction}
 
 
@@ -83,23 +89,37 @@ def _masked_loss(net: Denoiser, seen: Pass) -> tuple[Tensor, Tensor]:
     return denoising, reconstruction
 
 
+def _swapped(mask: Mask) -> Mask:
+    """Return the mask that keeps the dropped positions, as `masked_loss` needs it: without the values of ids_keep."""
+    batch, length = mask.ids_restore.shape
+    ids_restore = length - 1 - mask.ids_restore
+    if mask.cu_seqlens is None:
+        return Mask(mask.ids_keep.new_empty(batch, length - mask.ids_keep.shape[1]), ids_restore)
+    starts = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=ids_restore.device)
+    return Mask(mask.ids_keep.new_empty(batch * length - len(mask.ids_keep)), ids_restore, starts - mask.cu_seqlens)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
     """Weights of the terms of the loss, and label dropout."""
 
     mae_coef: float = 0.1
     """Weight of the reconstruction (MAE) loss, for a network that has one (maskdit)."""
+    mae_target: Target = "noised"
+    """What dropped patches are reconstructed to: noised (the paper's normalised noised patches) or clean."""
     label_drop: float = 0.1
     """Probability of dropping the label of a sample, for classifier-free guidance."""
 
     def check(self) -> None:
         """Raise a ValueError for the first invalid field."""
         check_at_least(self, mae_coef=0)
+        if self.mae_target not in get_args(Target):
+            raise ValueError(unknown("mae_target", self.mae_target, get_args(Target)))
         check_share(self, "label_drop")
 
     def terms(self, network: NetworkConfig) -> list[Term]:
         """Return the terms of the loss for a network, which says what tokens the loss is on."""
-        return [MaskedDenoising(self.mae_coef) if network.loss_on == "split" else Denoising()]
+        return [MaskedDenoising(self.mae_coef, self.mae_target) if network.loss_on == "split" else Denoising()]
 
 
 class Objective(nn.Module):

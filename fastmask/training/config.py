@@ -219,8 +219,9 @@ def refuse_foreign_flags(arguments: Sequence[str], config: TrainConfig) -> None:
                     f"{flag} is a flag of {what} {' or '.join(owners[name])}, and preset {config.preset} trains {what} "
                     f"{config.kinds()[what]}"
                 )
-    if config.network.loss_on == "all" and any(argument.split("=")[0] == "--mae-coef" for argument in arguments):
-        raise ValueError(
-            f"--mae-coef weighs the reconstruction of dropped patches, which network {config.network.name} of preset "
-            f"{config.preset} does not have: its loss is denoising of all patches"
-        )
+    if config.network.loss_on == "all":
+        for flag in {argument.split("=")[0] for argument in arguments} & {"--mae-coef", "--mae-target"}:
+            raise ValueError(
+                f"{flag} is of the reconstruction of dropped patches, which network {config.network.name} of preset "
+                f"{config.preset} does not have: its loss is denoising of all patches"
+            )

@@ -5,6 +5,7 @@ from util import batch_of, small_net
 from fastmask.diffusion import EDM, MaskedDenoising, Objective
 from fastmask.diffusion.objective import Term
 from fastmask.kernels import sample_mask
+from fastmask.kernels.patches import patchify
 from fastmask.testing import assert_near, assert_network_accurate, network_steps
 
 LENGTH = 16  # positions of small_net
@@ -32,6 +33,40 @@ def test_dense_loss_is_the_weighted_error_of_the_denoiser():
     exact = weight * (net(images + t[:, None, None, None] * noise, t, labels) - images).square().mean((1, 2, 3))
     assert_near(parts["loss"], exact, 5)
     assert not parts["reconstruction"].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_clean_patches_as_the_target_of_reconstruction(packed):
+    net = small_net().double()
+    images, labels, t, noise = batch_of(net, dtype=torch.float64)
+    keep = torch.tensor([5, 1, 9], dtype=torch.int32) if packed else 5
+    mask = sample_mask(3, LENGTH, keep, seed=0, device="cpu", total=15 if packed else None)
+    parts = Objective(net, [MaskedDenoising(0.3, "clean")])(images, labels, mask, t, noise)
+    noised = net.process.noised(images, noise, t)
+    weight = (t**2 + 0.25) / (t * 0.5) ** 2
+    squared = weight[:, None] * patchify((net(noised, t, labels, mask) - images).square(), 2).mean(-1)
+    for name, chosen in (("denoising", ~mask.dropped), ("reconstruction", mask.dropped)):
+        exact = torch.stack([row[of].mean() for row, of in zip(squared, chosen, strict=True)])
+        assert_near(parts[name], exact, 5)
+    assert torch.equal(parts["loss"], parts["denoising"] + 0.3 * parts["reconstruction"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_fused_loss_of_clean_targets_and_its_gradient(packed):
+    net = small_net(width=16, num_heads=2, decoder_width=8, decoder_num_heads=2)
+    images, labels, t, noise = batch_of(net)
+    keep = torch.tensor([5, 1, 9], dtype=torch.int32) if packed else 5
+    mask = sample_mask(3, LENGTH, keep, seed=0, device="cpu", total=15 if packed else None)
+    losses, gradients = [], []
+    for impl in ("fused", "reference"):
+        net.model.impl = impl
+        net.zero_grad()
+        loss = Objective(net, [MaskedDenoising(0.3, "clean")])(images, labels, mask, t, noise)["loss"]
+        loss.sum().backward()
+        losses.append(loss.detach())
+        gradients.append(net.model.final_layer.linear.weight.grad)
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 class Size(Term):

@@ -141,7 +141,8 @@ def test_compiled_steps_learn_the_same(trained, tmp_path, monkeypatch, what):
 @pytest.mark.parametrize(
     ("preset", "flag", "message"),
     [
-        ("digits-sprint", "--mae-coef=0.2", "--mae-coef weighs the reconstruction of dropped patches"),
+        ("digits-sprint", "--mae-coef=0.2", "--mae-coef is of the reconstruction of dropped patches"),
+        ("digits-tread", "--mae-target=clean", "--mae-target is of the reconstruction of dropped patches"),
         ("digits-tread", "--path-drop=0.2", "--path-drop is a flag of network sprint, and preset digits-tread trains"),
         ("digits", "--route-end=2", "--route-end is a flag of network tread or sprint, and preset digits trains"),
         ("digits-sprint", "--mask-ratio=0.5", "mask_pattern structured keeps one patch of four: give mask_ratio 0.75"),
