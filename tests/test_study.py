@@ -1,0 +1,159 @@
+"""The study: its configurations, a miniature from training to the report, and the arithmetic of its curves."""
+
+import itertools
+import json
+import math
+
+import pytest
+
+from bench.study import __main__ as command
+from bench.study import curves, recipes, report, runs
+from bench.study.curves import Point, ahead, geometric_mean, mean, metric_at, time_to
+from fastmask.data.in_memory import Digits
+
+
+def power_law(scale, speed, marks=(0.25, 0.5, 1.0, 2.0)):
+    """A curve whose Frechet distance is scale / time, and which sees speed times as many images per time."""
+    return [Point(speed * t, t, {"frechet": scale / t, "recall": math.log(t)}) for t in marks]
+
+
+def test_values_between_evaluations():
+    points = power_law(3.0, 2.0)
+    assert metric_at(points, "time", 0.7, "frechet") == pytest.approx(3.0 / 0.7)
+    assert metric_at(points, "images", 1.4, "frechet") == pytest.approx(3.0 / 0.7)
+    assert metric_at(points, "time", 0.7, "recall") == pytest.approx(math.log(0.7))
+    assert metric_at(points, "time", 2.0, "frechet") == pytest.approx(1.5)
+    assert math.isnan(metric_at(points, "time", 0.2, "frechet"))
+    assert math.isnan(metric_at(points, "time", 2.1, "frechet"))
+
+
+def test_the_time_to_a_distance():
+    points = power_law(3.0, 1.0)
+    assert time_to(points, 3.0 / 0.8) == pytest.approx(0.8)
+    assert time_to(points, 1.0) == math.inf
+    assert math.isnan(time_to(points, 20.0))
+    assert time_to(points, 12.0) == 0.25
+
+
+@pytest.mark.parametrize("factor", [0.4, 0.8, 1.0, 1.5, 3.0])
+def test_how_far_a_recipe_is_ahead(factor):
+    """At scale s a recipe needs s times the time of the dense network, wherever the two are compared."""
+    dense = power_law(1.0, 1.0, (0.25, 0.5, 0.75, 1.0))
+    assert ahead(dense, power_law(1 / factor, 1.0)) == pytest.approx(factor)
+
+
+def test_a_recipe_that_is_off_the_curves():
+    dense = power_law(1.0, 1.0, (0.25, 0.5, 0.75, 1.0))
+    assert math.isnan(ahead(dense, power_law(5.0, 1.0)))
+    assert math.isnan(ahead(dense, power_law(9.0, 1.0, (0.25, 0.5))))
+
+
+def test_confidence_intervals():
+    assert mean([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.303 / math.sqrt(3)))
+    assert mean([4.0]) == (4.0, math.inf)
+    middle, low, high = geometric_mean([0.5, 1.0, 2.0])
+    assert (middle, low * high) == pytest.approx((1.0, 1.0))
+    assert high == pytest.approx(math.exp(4.303 * math.log(2) / math.sqrt(3)))
+
+
+def test_every_run_can_be_configured(tmp_path):
+    jobs = list(recipes.jobs())
+    assert len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        config = recipes.config_of(job, tmp_path)
+        config.check()
+        config.network.check(recipes.DATASETS[job.dataset].image_size)
+        assert config.max_steps * recipes.BATCH <= 2 * recipes.IMAGES
+        assert all(step % config.checkpoint_every == 0 for step in job.marks)
+
+
+def test_a_tuned_run_begins_at_a_checkpoint_of_its_parent(tmp_path):
+    by_name = {job.name: job for job in recipes.jobs()}
+    tuned = [job for job in by_name.values() if job.start]
+    assert tuned
+    for job in tuned:
+        run, _, step = (
+            recipes.config_of(job, tmp_path).init.removeprefix(f"{tmp_path}/").rpartition("/checkpoints/step-")
+        )
+        assert by_name[run].recipe == recipes.RECIPES[job.recipe].parent
+        assert by_name[run].marks[int(step)] == round(job.start * recipes.IMAGES)
+        assert list(job.marks.values()) == [round((job.start + recipes.TUNED_FOR) * recipes.IMAGES)]
+
+
+@pytest.fixture
+def miniature(monkeypatch, tmp_path):
+    """Runs of two to eight steps on the digits, with their rows in a folder."""
+    for module in (recipes, curves, report):
+        monkeypatch.setattr(module, "IMAGES", 4 * recipes.BATCH)
+    monkeypatch.setitem(recipes.DATASETS, "digits", recipes.DATASETS["digits"]._replace(samples=20))
+    monkeypatch.setattr(runs, "SAMPLING", recipes.SAMPLING.__class__(sample_steps=2, cfg_scale=1.0))
+    runs._evaluator.cache_clear()
+    return lambda *flags: command.main([*flags, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "rows")])
+
+
+def rows_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "rows" / "study-digits.jsonl").read_text().splitlines()]
+
+
+def test_a_miniature_from_training_to_the_report(miniature, tmp_path, capsys, monkeypatch):
+    only = "digits/edm/(dense|maskdit-0.5|maskdit-0.5-tuned-1)/0"
+    assert miniature("--only", only) == 0
+    rows = rows_of(tmp_path)
+    done = [(row["variant"], row["case"]["images"] // recipes.BATCH) for row in rows]
+    assert done == [
+        *itertools.product(["dense"], [1, 2, 3, 4]),
+        *itertools.product(["maskdit-0.5"], [2, 4, 6, 8]),
+        ("maskdit-0.5-tuned", 5),
+    ]
+    assert all(math.isfinite(row["metrics"]["frechet"]) and row["samples"] == 20 for row in rows)
+    # Nothing is done twice, and a row that is missing is evaluated again, to the same numbers.
+    assert miniature("--only", only) == 0
+    assert rows_of(tmp_path) == rows
+    path = tmp_path / "rows" / "study-digits.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    assert miniature("--only", only, "--plan") == 0
+    assert "2 of 3 runs are done" in (out := capsys.readouterr().out)
+    assert out.endswith("digits/edm/dense/0\n")
+    assert miniature("--only", only) == 0
+    assert rows_of(tmp_path)[-1]["metrics"] == rows[0]["metrics"]
+    # Without times there is no report.
+    monkeypatch.setattr(command.rows, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    assert miniature("--report") == 2
+    assert "no rows of the study" in capsys.readouterr().err
+    assert miniature("--only", only, "--time") == 0
+    assert miniature("--report") == 0
+    text = (tmp_path / "docs" / "study.md").read_text()
+    assert (tmp_path / "docs" / "study-digits.png").stat().st_size > 10_000
+    assert "| DiT, all patches | 1.00 | " in text
+    assert text.count("\n| ") == 5  # two lines of the header, and three recipes
+    assert "1 of 3 seeds" in text
+
+
+def test_wrong_arguments(miniature, capsys, monkeypatch, tmp_path):
+    assert miniature("--only", "digits/ddpm") == 2
+    assert "--only 'digits/ddpm' matches no run: the first of them is digits/edm/dense/0" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert miniature("--only", "fashion/edm/dense/0") == 2
+    assert "there is no fm-store: make it from Fashion-MNIST's" in capsys.readouterr().err
+
+
+def test_the_report_of_two_seeds():
+    """The dense network ends at 1; the other gets there in half the time with one seed, in a third with the other."""
+    of = {
+        "dense": {seed: power_law(1.0, recipes.IMAGES, (0.25, 0.5, 0.75, 1.0)) for seed in (0, 1)},
+        "tread-0.5": {seed: power_law(1 / speed, recipes.IMAGES) for seed, speed in ((0, 2.0), (1, 3.0))},
+    }
+    for points in itertools.chain.from_iterable(seeds.values() for seeds in of.values()):
+        for point in points:
+            point.metrics.update(coverage=0.5, agreement=0.25)
+    lines = report.table(of, {"dense": 2.0, "tread-0.5": 1.0})
+    assert lines[2].startswith(
+        "| DiT, all patches | 1.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | 0.000 ± 0.000 | 0.500 ± 0.000 |"
+    )
+    assert lines[3].startswith("| TREAD, middle on half | 0.50 | 0.417 ± 1.059 | 0.417 ± 1.059 |")
+    assert lines[3].endswith("| 2.45x [0.19, 32.18] |")
+
+
+def test_digits_have_as_many_positions_as_the_report_says():
+    assert f"{Digits(8, 10, False).shape[1] ** 2 // 4} positions" in recipes.DATASETS["digits"].what
