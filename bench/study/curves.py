@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bench.rows import Row
-from bench.study.recipes import IMAGES, RECIPES
+from bench.study.recipes import DATASETS, RECIPES
 
 # 97.5 % quantiles of Student's t distribution, by the number of values.
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
@@ -20,7 +20,7 @@ class Point:
 
     Attributes:
         images: number of images trained on.
-        time: their training time, in units of that of the dense network for `IMAGES` images.
+        time: their training time, in units of that of the dense network for N images.
         metrics: metrics by name.
     """
 
@@ -48,15 +48,16 @@ def seconds_per_image(rows: Iterable[Row], dataset: str) -> dict[str, float]:
 def curves(rows: Iterable[Row], dataset: str, process: str, seconds: dict[str, float]) -> Curves:
     """Return the curves of a dataset and process, whose recipes were all timed."""
     found: Curves = {}
+    whole = DATASETS[dataset].images
     for row in rows:
         case, recipe = row["case"], row["variant"]
         if row["bench"] != "study" or (case["dataset"], case["process"]) != (dataset, process):
             continue
-        before = case["start"] * IMAGES
+        before = case["start"] * whole
         spent = (case["images"] - before) * seconds[recipe]
         if before:
             spent += before * seconds[RECIPES[recipe].parent]
-        point = Point(case["images"], spent / (IMAGES * seconds["dense"]), row["metrics"])
+        point = Point(case["images"], spent / (whole * seconds["dense"]), row["metrics"])
         found.setdefault(recipe, {}).setdefault(case["seed"], []).append(point)
     for seeds in found.values():
         for points in seeds.values():

@@ -15,7 +15,6 @@ from fastmask.models.sprint import SprintConfig
 from fastmask.models.tread import TreadConfig
 from fastmask.training.config import TrainConfig
 
-IMAGES = 49_152  # N, trained on by the dense network
 BATCH = 64
 LR, TUNING_LR = 2e-3, 7e-4
 SAMPLING = Sampling(solver="dpmpp-2m", sample_steps=20, cfg_scale=1.0)
@@ -36,13 +35,13 @@ class Recipe(NamedTuple):
     Attributes:
         what: description for the report.
         fields: fields of `TrainConfig` that differ from those of all recipes.
-        evaluated_at: multiples of `IMAGES` at which the EMA is evaluated.
+        evaluated_at: multiples of the dataset's N images at which the EMA is evaluated.
         parent: recipe whose checkpoints are tuned without masking; none if empty.
     """
 
     what: str
     fields: dict[str, Any]
-    evaluated_at: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    evaluated_at: tuple[float, ...] = (0.5, 1.0, 1.5)
     parent: str = ""
 
 
@@ -52,12 +51,14 @@ class Data(NamedTuple):
     Attributes:
         path: as `--data`.
         image_size: side in pixels.
+        images: N, the number of images that the dense network is trained on.
         samples: number of samples of an evaluation.
         what: description for the report.
     """
 
     path: str
     image_size: int
+    images: int
     samples: int
     what: str
 
@@ -70,7 +71,7 @@ class Job(NamedTuple):
         process: a key of `PROCESSES`.
         recipe: a key of `RECIPES`.
         seed: seed of the run.
-        start: multiple of `IMAGES` at which a tuned recipe leaves its parent, 0 for the others.
+        start: multiple of N at which a tuned recipe leaves its parent, 0 for the others.
     """
 
     dataset: str
@@ -88,21 +89,22 @@ class Job(NamedTuple):
     @property
     def marks(self) -> dict[int, int]:
         """Its steps with an evaluation, and the number of images until then, the parent's included."""
-        at = (TUNED_FOR,) if self.start else RECIPES[self.recipe].evaluated_at
-        return {round(share * IMAGES / BATCH): round((self.start + share) * IMAGES) for share in at}
+        at, images = (TUNED_FOR,) if self.start else RECIPES[self.recipe].evaluated_at, DATASETS[self.dataset].images
+        return {round(share * images / BATCH): round((self.start + share) * images) for share in at}
 
 
 def _tuned(parent: str, what: str) -> Recipe:
     return Recipe(f"{what}, then unmasked", {"mask_ratio": 0.0, "lr": TUNING_LR, "warmup_steps": 0}, (), parent)
 
 
-TUNED_FROM = (0.5, 1.0, 1.5)  # multiples of `IMAGES` at which tuning starts
+TUNED_FROM = (0.5, 1.0)  # multiples of N at which tuning starts
 TUNED_FOR = 0.25  # its length
+_CHEAP = (0.5, 1.0, 1.5, 2.0)  # recipes that see up to twice the images in the time of the dense network
 
 RECIPES: dict[str, Recipe] = {
     "dense": Recipe("DiT, all patches", {"network": _DENSE, "mask_ratio": 0.0}, (0.25, 0.5, 0.75, 1.0)),
     "maskdit-0.5": Recipe("MaskDiT, half the patches dropped", {"network": _MASKDIT, "mask_ratio": 0.5}),
-    "maskdit-0.75": Recipe("MaskDiT, three of four dropped", {"network": _MASKDIT, "mask_ratio": 0.75}),
+    "maskdit-0.75": Recipe("MaskDiT, three of four dropped", {"network": _MASKDIT, "mask_ratio": 0.75}, _CHEAP),
     "maskdit-0.5-tuned": _tuned("maskdit-0.5", "MaskDiT 0.5"),
     "maskdit-0.75-tuned": _tuned("maskdit-0.75", "MaskDiT 0.75"),
     "maskdit-0.5-no-mae": Recipe(
@@ -122,8 +124,8 @@ RECIPES: dict[str, Recipe] = {
 }
 
 DATASETS = {
-    "digits": Data("digits", 8, 2000, "handwritten digits, 1 x 8 x 8, patch 2, 16 positions"),
-    "fashion": Data("fm-store", 28, 1000, "Fashion-MNIST, 1 x 28 x 28, patch 2, 196 positions"),
+    "digits": Data("digits", 8, 98_304, 2000, "handwritten digits, 1 x 8 x 8, patch 2, 16 positions"),
+    "fashion": Data("fm-store", 28, 49_152, 1000, "Fashion-MNIST, 1 x 28 x 28, patch 2, 196 positions"),
 }
 
 
@@ -159,7 +161,7 @@ def config_of(job: Job, runs: Path) -> TrainConfig:
     ).replace(**parent.fields)
     if not recipe.parent:
         return config
-    branch = round(job.start * IMAGES / BATCH)
+    branch = round(job.start * data.images / BATCH)
     folder = runs / job._replace(recipe=recipe.parent, start=0.0).name / "checkpoints" / f"step-{branch:08d}"
     unmasked = {"mask_pattern": "random", "mask_ratio_per_sample": "constant", "init": str(folder)}
     return config.replace(**unmasked).replace(**recipe.fields)

@@ -8,7 +8,7 @@ from bench.report.tables import header, line
 from bench.rows import Row
 from bench.study.curves import Curves, Mean, Point, ahead, curves, geometric_mean, mean, metric_at, seconds_per_image
 from bench.study.plot import draw
-from bench.study.recipes import BATCH, DATASETS, IMAGES, LR, PROCESSES, RECIPES, SAMPLING, SEEDS, TUNED_FOR
+from bench.study.recipes import BATCH, DATASETS, LR, PROCESSES, RECIPES, SAMPLING, SEEDS, TUNED_FOR
 from bench.study.runs import rows_file
 from fastmask.files import atomic_write
 
@@ -87,7 +87,8 @@ def _machines(rows: list[Row], steps: list[Row]) -> str:
     seeds = sorted({row["case"]["seed"] for row in rows})
     count = len({(row["variant"], *row["case"].values()) for row in rows})
     of = f"{len(seeds)} of {len(SEEDS)} seeds" if len(seeds) < len(SEEDS) else f"{len(seeds)} seeds"
-    return f"{count} evaluations of {rows[0]['samples']:,} samples; {of}; steps timed on {timed}."
+    whole = DATASETS[rows[0]["case"]["dataset"]].images
+    return f"N = {whole:,} images; {count} evaluations of {rows[0]['samples']:,} samples; {of}; steps timed on {timed}."
 
 
 def _head() -> list[str]:
@@ -101,7 +102,7 @@ def _head() -> list[str]:
         f"({LR:g}, batch {BATCH}) with the same optimizer and EMA, and what a recipe adds is small (a decoder of two "
         "blocks of width 32; TREAD adds nothing). The EMA is evaluated along each run, "
         f"without guidance, by {SAMPLING.sample_steps} steps of {SAMPLING.solver}. Tuned recipes leave a masked run at "
-        f"several points for {TUNED_FOR:g} N images without masking, N = {IMAGES:,}.",
+        f"several points for {TUNED_FOR:g} N images without masking.",
         "",
         "*Equal images* is after N images, *equal time* after the time in which the dense network sees N images; "
         "values between evaluations are interpolated. *Time of a step* is relative to the dense network, all recipes "
@@ -111,6 +112,6 @@ def _head() -> list[str]:
         "",
         "Its limits: images of 16 or 196 positions, networks of half a million parameters, two CPU cores, where a "
         "step costs more than its matmuls, one learning rate for all, and early training: no run goes beyond "
-        f"{2 * IMAGES:,} images. At XL/2 and 256 x 256 the ratios of step times are larger; whether the ratios of "
-        "quality carry over is not known.",
+        "twice the N images given below. At XL/2 and 256 x 256 the ratios of step times are larger; whether the ratios "
+        "of quality carry over is not known.",
     ]
