@@ -1,5 +1,6 @@
-"""Networks whose middle blocks see the kept tokens only, beside their papers' formulas in plain PyTorch and float64."""
+"""Networks some of whose blocks see the kept tokens only, beside their papers' formulas in PyTorch and float64."""
 
+import itertools
 import math
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 
 from fastmask.diffusion.masking import RatioPerSample
 from fastmask.kernels import sample_mask
+from fastmask.models.stack import all_blocks
 from fastmask.testing import assert_near, assert_network_accurate, network_steps
 
 
@@ -37,8 +39,9 @@ def reference(model, x, c_noise, labels, connect, w=None):
         x: images.
         c_noise: noise conditions.
         labels: class ids.
-        connect: takes the blocks before, in and after the route, each a function of tokens and condition, and returns
-            the function of the tokens and the condition that the paper defines.
+        connect: takes the blocks before, in and after the route (of deferred masking: the mixer, its exit and the
+            blocks), each a function of tokens and condition, and returns the function of the tokens and the condition
+            that the paper defines.
         w: the weights by name; None is the network's own.
     """
     w = {name: tensor.detach().double() for name, tensor in model.state_dict().items()} if w is None else w
@@ -49,10 +52,14 @@ def reference(model, x, c_noise, labels, connect, w=None):
     def modulated(h, shift, scale):
         return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
-    def block(name, h, c):
+    def projected(name, h, c):
+        shift, scale = linear(f"{name}.adaLN_modulation.1", F.silu(c)).chunk(2, 1)
+        return linear(f"{name}.linear", modulated(h, shift, scale))
+
+    def block(name, heads, h, c):
         shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{name}.adaLN_modulation.1", F.silu(c)).chunk(6, 1)
         b, n, width = h.shape
-        qkv = linear(f"{name}.attn.qkv", modulated(h, shift1, scale1)).view(b, n, 3, model.num_heads, -1)
+        qkv = linear(f"{name}.attn.qkv", modulated(h, shift1, scale1)).view(b, n, 3, heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         scores = torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1)
         attended = (scores @ v).transpose(1, 2).reshape(b, n, width)
@@ -60,10 +67,10 @@ def reference(model, x, c_noise, labels, connect, w=None):
         hidden = F.gelu(linear(f"{name}.mlp.fc1", modulated(h, shift2, scale2)), approximate="tanh")
         return h + gate2[:, None] * linear(f"{name}.mlp.fc2", hidden)
 
-    def blocks(first, stop):
+    def blocks(first, stop, name="blocks", heads=model.num_heads):
         def run(h, c):
             for i in range(first, stop):
-                h = block(f"blocks.{i}", h, c)
+                h = block(f"{name}.{i}", heads, h, c)
             return h
 
         return run
@@ -75,13 +82,17 @@ def reference(model, x, c_noise, labels, connect, w=None):
     c = c + known * w["y_embedder.embedding_table.weight"].T[labels.clamp(max=model.num_classes - 1)]
     h = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=model.patch_size)
     h = h.flatten(2).mT + w["pos_embed"]
-    start, end = model.config.route_start, model.config.route_end
-    h = connect(blocks(0, start), blocks(start, end), blocks(end, model.config.depth))(h, c)
-    shift, scale = linear("final_layer.adaLN_modulation.1", F.silu(c)).chunk(2, 1)
-    return linear("final_layer.linear", modulated(h, shift, scale))
+    config = model.config
+    if config.name == "deferred":
+        mixer = blocks(0, config.mixer_depth, "mixer", config.mixer_num_heads)
+        parts = mixer, lambda h, c: projected("mixer_exit", h, c), blocks(0, config.depth)
+    else:
+        ends = 0, config.route_start, config.route_end, config.depth
+        parts = [blocks(*part) for part in itertools.pairwise(ends)]
+    return projected("final_layer", connect(*parts)(h, c), c)
 
 
-def assert_trains_as(model, mask, connect, condition=None):
+def assert_trains_as(model, mask, connect, condition=None, seen=lambda raw: raw):
     """Compare output and every gradient with the paper's formulas.
 
     Args:
@@ -89,12 +100,14 @@ def assert_trains_as(model, mask, connect, condition=None):
         mask: its mask.
         connect: as in `reference`, after the weights by name.
         condition: what the network is given in place of the labels, made from them; None is the labels.
+        seen: the part of the raw tokens that is compared.
     """
     x, c_noise, labels = inputs(model)
     w = {name: tensor.detach().double().requires_grad_() for name, tensor in model.state_dict().items()}
     exact = reference(model, x, c_noise, labels, lambda *parts: connect(w, *parts), w)
-    raw = model(x, c_noise, labels if condition is None else condition(labels), mask)
-    assert_near(raw, exact, network_steps(len(model.blocks)))
+    raw = seen(model(x, c_noise, labels if condition is None else condition(labels), mask))
+    depth = len([*all_blocks(model.stacks)])
+    assert_near(raw, exact, network_steps(depth))
     probe = torch.randn_like(exact)
     raw.backward(probe.float())
     exact.backward(probe)
@@ -104,7 +117,7 @@ def assert_trains_as(model, mask, connect, condition=None):
         """Zeros for what has no part in the result, such as the mask token without a mask."""
         return {n: torch.zeros_like(tensors[n]) if tensors[n].grad is None else tensors[n].grad for n in parameters}
 
-    assert_network_accurate(gradients(parameters), gradients(w), network_steps(len(model.blocks), backward=True))
+    assert_network_accurate(gradients(parameters), gradients(w), network_steps(depth, backward=True))
 
 
 def unequal_mask(length, lowest, highest):

@@ -19,7 +19,7 @@ from fastmask.presets import PRESETS
 from fastmask.training.config import preset_config
 
 H100 = "NVIDIA H100 80GB HBM3"
-GMAC = {"dense": 120.0, "masked-0.5": 60.0}
+GMAC = {"dense": 120.0, "masked-0.5": 60.0, "sprint-0.75": 40.0}
 
 
 def base(median, device, **more):
@@ -29,7 +29,8 @@ def base(median, device, **more):
 
 
 def step(median, form="masked-0.5", variant="ours", *, device=H100, run="r", side=256, **more):
-    preset = "dit-xl2-in256" if form == "dense" else "xl2-in256"
+    recipe = {"dense": "dit-", "sprint-0.75": "sprint-"}.get(form, "")
+    preset = f"{recipe}xl2-in256"
     case = {"preset": preset, "image_size": side, "form": form, "batch": 100, "precision": "bf16"}
     figures = {"images_per_s": 1e5 / median, "forward_gmac": GMAC[form], "optimizer": True, "run": run}
     return {"bench": "step", "case": case, "variant": variant, **base(median, device), **figures, **more}
@@ -92,6 +93,16 @@ def test_the_figures_are_those_of_the_rows():
     assert norm["GB/s of minimum traffic"] == "2000"
     assert norm["of copy bandwidth"] == "80.0%"
     assert norm["against reference"] == "2.00x"
+
+
+def test_a_recipe_is_compared_with_dense_alone():
+    rows = Rows([*MEASURED, step(80.0, "sprint-0.75"), step(60.0, "sprint-0.75", "products")])
+    mine = next(row for row in tables(steps(rows)) if row["form"] == "sprint-0.75")
+    assert (mine["network"], mine["against plain eager"], mine["products alone"]) == ("xl2", "", "75% of the time")
+    assert (mine["against dense, same stack"], mine["share of it"]) == ("2.50x", f"{2.5 / 3:.0%}")
+    short = {row["form"]: row for row in tables(summary(rows))}["sprint-0.75"]
+    assert (short["plain eager"], short["ours compiled"], short["ours / plain eager"]) == ("", "", "")
+    assert (short["ours"], short["ours masked / dense"]) == ("1,250", "2.50x")
 
 
 def test_the_summary_compares_the_best_of_ours(tmp_path):

@@ -1,5 +1,6 @@
 """The steps' bench: its table from fixed rows, what is timed in turn, and what a session prints and stores."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,19 +12,20 @@ import pytest
 import torch
 
 from bench import rows
+from bench.instruments.preset_launches import with_blocks
 from bench.instruments.progress import Progress
 from bench.train import bench_step
-from bench.train.steps import Steps
+from bench.train import steps as steps_module
+from bench.train.steps import FORMS, Steps, config_of, has_preset, preset_of, stacks_of
 from bench.train.table import Table, name_of
 
 CPU = torch.device("cpu")
-GMAC = {"dense": 6.0, "masked-0.5": 3.0, "masked-0.75": 1.5}
+GMAC = {"dense": 6.0, "masked-0.5": 3.0, "masked-0.75": 1.5, "sprint-0.75": 2.0}
 NO_COMPILE = "a CPU compiles one form alone"
 
 
 def case_of(form, size="s2", batch=4):
-    preset = f"{'dit-' if form == 'dense' else ''}{size}-in256"
-    return {"preset": preset, "image_size": 256, "form": form, "batch": batch, "precision": "fp32"}
+    return {"preset": preset_of(size, form), "image_size": 256, "form": form, "batch": batch, "precision": "fp32"}
 
 
 def table_of(*measured, turn="s2", size="s2", batch=4):
@@ -77,6 +79,59 @@ masked-0.5, 7 rounds, FLOP bound 2.00x
         assert f"\n{column}: " in legend
     assert "*" not in legend
     assert max(map(len, lines)) < 80
+
+
+def test_a_recipe_stands_beside_dense_alone():
+    """It has the bounds and the gain, and neither a plain baseline nor a line or a note for one."""
+    lines = list(table_of(*MEASURED, ("sprint-0.75", "ours", 1000.0), ("sprint-0.75", "products", 800.0)).lines())
+    start = lines.index("sprint-0.75, 7 rounds, FLOP bound 3.00x")
+    expected = """\
+ ours            1000 [900, 1250]  4.00 2.40x                  80%   1.25x
+ matmuls alone    800 [720, 1000]  5.00 2.50x                  83%"""
+    assert "\n".join(lines[start + 1 : lines.index("")]) == expected
+    assert "s2 sprint-0.75" not in "\n".join(lines)
+
+
+def test_the_forms_are_those_of_their_presets():
+    found = {}
+    for size in ("b2", "xl2"):
+        for form in FORMS:
+            config = config_of(size, 256, form)
+            found[size, form] = config.preset, config.masking.mask_ratio, config.network.width
+    widths = {"b2": 768, "xl2": 1152}
+    assert found == {
+        (size, form): (f"{prefix}{size}-in256", ratio, width)
+        for size, width in widths.items()
+        for form, prefix, ratio in (
+            ("dense", "dit-", 0.0),
+            ("masked-0.5", "", 0.5),
+            ("masked-0.75", "", 0.75),
+            ("tread-0.5", "tread-", 0.5),
+            ("sprint-0.75", "sprint-", 0.75),
+            ("deferred-0.75", "deferred-", 0.75),
+        )
+    }
+    assert config_of("b2", 256, "sprint-0.75").masking.structured
+    assert not has_preset("s2", "tread-0.5")
+    with pytest.raises(ValueError, match=r"tread-0\.5 has no preset tread-s2-in256"):
+        config_of("s2", 256, "tread-0.5")
+    gpu = torch.device("cuda")
+    assert stacks_of(gpu, "sprint-0.75", 8) == ["ours", "ours graphs"]
+    assert stacks_of(CPU, "deferred-0.75", 8) == ["ours"]
+
+
+@pytest.mark.parametrize("form", ["tread-0.5", "sprint-0.75", "deferred-0.75"])
+def test_a_step_of_a_recipe(monkeypatch, form):
+    """Both phases, and its matmuls, at the preset's masks and loss and a tiny width."""
+    whole = config_of("b2", 256, form)
+    changed = {"width": 16, "num_heads": 2} | ({"mixer_width": 8, "mixer_num_heads": 1} if "def" in form else {})
+    small = whole.replace(network=dataclasses.replace(with_blocks(whole.network, 1), **changed))
+    monkeypatch.setattr(steps_module, "config_of", lambda *_: small)
+    made = steps_module.steps("b2", 256, form, 2, CPU, stacks=stacks_of(CPU, form, 2))
+    assert [*made.makers] == ["ours", "products"]
+    made.makers["ours"]()()
+    made.makers["products"]()()
+    assert made.case["preset"] == whole.preset
 
 
 def test_the_longest_figures_fit_a_narrow_terminal():
@@ -191,7 +246,9 @@ whole = steps.config_of
 def tiny(size, image_size, form):
     config = whole(size, image_size, form)
     sizes = {"width": 16, "depth": 1, "num_heads": 2}
-    if config.network.decoder_depth:
+    if config.network.name == "sprint":
+        sizes |= {"depth": 3, "route_start": 1, "route_end": 2}
+    elif config.network.decoder_depth:
         sizes |= {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}
     return config.replace(network=dataclasses.replace(config.network, **sizes))
 
@@ -246,6 +303,16 @@ def test_a_session_prints_a_table_and_stores_the_times_of_each_stack(session, tm
     # Progress is seen, with pytest's capture on.
     assert "s2, batch 4: masked-0.75, ours: warm-up, 5 of 6\n" in out
     assert "s2, batch 4: measured in " in out
+
+
+def test_a_session_of_recipes(session):
+    """A size that a recipe does not have is skipped, and the others are timed in turn with dense."""
+    out = session("s2 and (dense or sprint or tread)", "--benchmark-only")
+    assert "2 passed, 1 skipped" in out
+    table = out[out.index("= training steps on ") :]
+    assert "sprint-0.75, 3 rounds, FLOP bound" in table
+    assert "*" not in table
+    assert "s2 sprint-0.75" not in table
 
 
 def test_where_benches_are_off_a_session_calls_each_step_once_and_stores_nothing(session, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastmask.diffusion import RectifiedFlow
+from fastmask.diffusion import EDM, RectifiedFlow
 from fastmask.presets import PRESETS
 from fastmask.training.config import preset_config
 
@@ -32,7 +32,8 @@ def test_published_recipe():
     for row in rows.values():
         if row.data.data != "digits":
             assert (row.objective.label_drop, row.ema.ema_decay) == (0.1, 0.9999)
-            assert (row.optim.betas, row.optim.weight_decay) == ((0.9, 0.999), 0.0)
+            decay = 0.1 if row.network.name == "deferred" else 0.0
+            assert (row.optim.betas, row.optim.weight_decay) == ((0.9, 0.999), decay)
 
 
 def test_rectified_flow_has_the_sizes_of_its_edm_rows():
@@ -61,16 +62,38 @@ def test_routes_are_those_of_their_papers():
                 *(row.batch_size, row.optim.lr, row.process.name),
             )
     assert routes == {
+        "tread-b2-in256": (2, 8, 12, 0.5, "random", 256, 1e-4, "edm"),
         "tread-xl2-in256": (2, 24, 28, 0.5, "random", 256, 1e-4, "edm"),
+        "sprint-s2-in256": (2, 10, 12, 0.75, "structured", 256, 1e-4, "flow"),
         "sprint-b2-in256": (2, 10, 12, 0.75, "structured", 256, 1e-4, "flow"),
         "sprint-xl2-in256": (2, 26, 28, 0.75, "structured", 256, 1e-4, "flow"),
         "sprint-xl2-in256-unmask": (2, 26, 28, 0.0, "random", 1024, 2e-4, "flow"),
     }
     for name in routes:
-        size = rows["dit-b2-in256" if "b2" in name else "dit-xl2-in256"].network
+        size = rows[f"dit-{name.split('-')[1]}-in256"].network
         assert (rows[name].network.width, rows[name].network.num_heads) == (size.width, size.num_heads)
         if name.startswith("sprint"):
             assert (rows[name].network.path_drop, rows[name].optim.grad_clip) == (0.1, 1.0)
+
+
+def test_deferred_masking_is_that_of_its_paper():
+    """Both stages of micro-diffusion at 256 x 256 (arXiv 2407.15811), on the blocks of DiT."""
+    rows = {name: preset_config(name, PRESETS) for name in PRESETS if name.startswith("deferred")}
+    stages = {}
+    for name, row in rows.items():
+        mixer = row.network.mixer_width, row.network.mixer_depth
+        stages[name] = (*mixer, row.masking.mask_ratio, row.optim.lr, row.optim.warmup_steps, row.max_steps)
+        assert row.process == EDM(sigma_data=0.9, p_mean=-0.6, p_std=1.2)
+        assert (row.batch_size, row.optim.grad_clip, row.masking.mask_pattern) == (2048, 0.25, "random")
+        size = preset_config(f"dit-{name.split('-')[1]}-in256", PRESETS).network
+        own = row.network
+        assert (own.width, own.depth, own.num_heads) == (size.width, size.depth, size.num_heads)
+        assert own.mixer_width == 64 * own.mixer_num_heads
+    assert stages == {
+        "deferred-b2-in256": (512, 3, 0.75, 2.4e-4, 2500, 250_000),
+        "deferred-xl2-in256": (768, 6, 0.75, 2.4e-4, 2500, 250_000),
+        "deferred-xl2-in256-unmask": (768, 6, 0.0, 8e-5, 0, 30_000),
+    }
 
 
 def test_unknown_preset_names_the_near_ones():

@@ -55,6 +55,8 @@ def with_blocks(network: AnyNetwork, blocks: int) -> AnyNetwork:
     """Return a network with at most this number of blocks in each stack."""
     if network.name == "maskdit":
         fewer = {"depth": blocks, "decoder_depth": min(blocks, network.decoder_depth)}
+    elif network.name == "deferred":
+        fewer = {"depth": blocks, "mixer_depth": min(blocks, network.mixer_depth)}
     else:
         first, last = min(blocks, network.route_start), min(blocks, network.depth - network.route_end)
         end = first + min(blocks, network.route_end - network.route_start)

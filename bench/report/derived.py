@@ -8,7 +8,8 @@ from bench.rows import Row
 from fastmask.gpus import gpu_named
 
 SIZES = ("s2", "b2", "l2", "xl2", "h2")
-FORMS = ("dense", "masked-0.5", "masked-0.75")
+RECIPES = ("tread-0.5", "sprint-0.75", "deferred-0.75")  # other networks, of which there is no plain baseline
+FORMS = ("dense", "masked-0.5", "masked-0.75", *RECIPES)
 PLAIN = ("plain eager", "plain compiled")
 STACKS = (*PLAIN, "ours", "ours compiled")
 MORE_STACKS = ("ours packed", "ours graphs")  # shown where they were measured
@@ -57,14 +58,14 @@ def mfu(row: Row) -> float:
 
 def dense_of(rows: Rows, row: Row) -> Row | None:
     """Return the row of the dense DiT on the same stack."""
-    preset = row["case"]["preset"]
-    dense = {"preset": preset if preset.startswith("dit-") else f"dit-{preset}", "form": "dense"}
-    return rows.beside(row, row["variant"], **dense)
+    size_and_data = "-".join(row["case"]["preset"].split("-")[-2:])
+    return rows.beside(row, row["variant"], preset=f"dit-{size_and_data}", form="dense")
 
 
 def size_of(row: Row) -> str:
-    """Return the encoder size of a step: "s2", "xl2"."""
-    return row["case"]["preset"].removeprefix("dit-").split("-")[0]
+    """Return the encoder size of a step: "s2", "xl2"; its preset is SIZE-DATA or RECIPE-SIZE-DATA."""
+    size: str = row["case"]["preset"].split("-")[-2]
+    return size
 
 
 def is_beside_packed_alone(rows: Rows, row: Row) -> bool:

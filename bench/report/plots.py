@@ -58,15 +58,16 @@ def throughput(rows: list[Row]) -> Any:
     """Return a figure of images/s, with a panel per network and side, and a group per form."""
     panels = sorted({(size_of(row), row["case"]["image_size"], row["case"]["batch"]) for row in rows}, key=_by_size)
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 2.8 * len(panels), 3.4), squeeze=False)
+    forms = [form for form in FORMS if any(row["case"]["form"] == form for row in rows)]
     for axis, panel in zip(axes[0], panels, strict=True):
         for row in rows:
             if (size_of(row), row["case"]["image_size"], row["case"]["batch"]) == panel:
                 stack = STACKS.index(row["variant"])
-                place = FORMS.index(row["case"]["form"]) + 0.2 * (stack - 1.5)
+                place = forms.index(row["case"]["form"]) + 0.2 * (stack - 1.5)
                 spread = [[rate(row) * (1 - row["median_ms"] / row["p80_ms"])], [_above(row)]]
                 axis.bar(place, rate(row), 0.18, color=COLOURS[row["variant"]], yerr=spread, ecolor="#333333")
-        axis.set_xticks(range(len(FORMS)), FORMS, fontsize=7)
-        axis.set_xlim(-0.6, len(FORMS) - 0.4)
+        axis.set_xticks(range(len(forms)), forms, fontsize=7 if len(forms) < 4 else 5)
+        axis.set_xlim(-0.6, len(forms) - 0.4)
         axis.set_title(f"{panel[0]}, {panel[1]}x{panel[1]}, batch {panel[2]}", fontsize=8)
     axes[0][0].set_ylabel("images/s")
     _legend(figure, COLOURS)

@@ -13,6 +13,7 @@ from bench.report.derived import (
     FORMS,
     MORE_STACKS,
     PLAIN,
+    RECIPES,
     SIZES,
     STACKS,
     Rows,
@@ -101,7 +102,8 @@ def steps(rows: Rows) -> Iterator[str]:
             cells = [name, f"{case['image_size']}", f"{case['batch']}", case["precision"], case["form"], stack]
             cells += [cell("{}", time_of, row), cell("{:.4g}", rate, row)]
             for plain in PLAIN:
-                cells.append("" if stack in PLAIN else cell("{:.2f}x", faster, row, rows.beside(row, plain)))
+                alone = stack in PLAIN or case["form"] in RECIPES
+                cells.append("" if alone else cell("{:.2f}x", faster, row, rows.beside(row, plain)))
             cells += against_dense(rows, row)
             cells.append("" if stack in PLAIN else products_alone(rows, row, "{:.0%} of the time"))
             if gpu_named(machine):
@@ -124,8 +126,11 @@ def summary(rows: Rows) -> Iterator[str]:
             stacks = {stack: rows.beside(row, stack) for stack in shown}
             best = max((r for s, r in stacks.items() if s not in PLAIN and r is not None), key=rate)
             cells = [f"{size_of(row)}, {row['case']['image_size']}", row["case"]["form"]]
-            cells += [cell("{}", lambda r: three_digits(rate(r)), stacks[stack]) for stack in shown]
-            cells += [cell("{:.2f}x", faster, best, stacks[plain]) for plain in PLAIN]
+            absent = {*STACKS} - {"ours"} if row["case"]["form"] in RECIPES else set()
+            cells += [
+                "" if stack in absent else cell("{}", lambda r: three_digits(rate(r)), stacks[stack]) for stack in shown
+            ]
+            cells += ["" if plain in absent else cell("{:.2f}x", faster, best, stacks[plain]) for plain in PLAIN]
             yield line([*cells, *against_dense(rows, row), products_alone(rows, row, "{:.0%}")])
     if not found:
         yield from ("", f"Training steps: {NOT_MEASURED}")

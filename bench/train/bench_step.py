@@ -1,4 +1,5 @@
-"""Whole training steps: dense and masked DiT, plain and ours, eager and compiled, and their matmuls alone.
+"""Whole training steps: dense and masked DiT, plain and ours, eager and compiled, and their matmuls alone; other
+recipes (TREAD, SPRINT, deferred masking), ours and their matmuls alone.
 
 On a CPU: S/2 at 256x256, batch 4, fp32; `--full` adds B/2 and XL/2, which take minutes per case. Only the form
 masked-0.5 is compiled there, since each compile takes minutes too. All stacks of all forms of a size in a session are
@@ -16,12 +17,12 @@ from test_baselines import check_golden
 
 from bench import rows
 from bench.instruments.progress import Measurement, Progress
-from bench.train.steps import FORMS, STACKS, Step, freed, stacks_of, steps
+from bench.train.steps import FORMS, STACKS, Step, freed, has_preset, preset_of, stacks_of, steps
 from bench.train.table import PRODUCTS, name_of, shown
 from fastmask.diffusion.masking import GROUP
 
 ROUNDS = {"s2": 7, "b2": 5, "xl2": 3}
-IN_TURN = ("s2", "b2")  # the networks of all forms fit in memory together, 7 GB for b2
+IN_TURN = ("s2", "b2")  # the networks of all forms fit in memory together, about 14 GB for b2
 IMAGE_SIZE, BATCH = 256, 4
 NOT_COMPILED = "on a CPU masked-0.5 alone is compiled, as each compile takes minutes"
 PACKED_ALONE = f"batch {GROUP} compares packed samples with ours alone"
@@ -100,8 +101,12 @@ def recorded(benchmark, entries, step_table, run_id, request):
 def bench_step(benchmark, recorded, shared, step_table, progress, request, size, form):
     if size != "s2" and not request.config.getoption("full"):
         pytest.skip(f"{size} takes minutes a case on a CPU: give --full")
+    if not has_preset(size, form):
+        pytest.skip(f"there is no preset {preset_of(size, form)}")
     selected = {item.name for item in request.session.items}
-    forms = [other for other in FORMS if f"bench_step[{size}-{other}]" in selected] if size in IN_TURN else [form]
+    forms = [form]
+    if size in IN_TURN:
+        forms = [f for f in FORMS if f"bench_step[{size}-{f}]" in selected and has_preset(size, f)]
     device = rows.default_device()
     stacks = {form: chosen(device, form) for form in forms}
     rounds = 0 if benchmark.disabled else ROUNDS[size]

@@ -1,4 +1,7 @@
-"""Whole training steps of ours and the plain baseline, with the same network, batch and precision."""
+"""Whole training steps of ours and the plain baseline, with the same network, batch and precision.
+
+The forms of other recipes (`RECIPES`) have other networks, which only our stacks have.
+"""
 
 import contextlib
 import functools
@@ -12,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from bench.baselines.plain import PlainDiT, PlainLoss, PlainTrainer
+from bench.report.derived import RECIPES, SIZES
 from fastmask.diffusion import Denoiser
 from fastmask.diffusion.masking import GROUP, kept_count
 from fastmask.models.counts import forward_macs
@@ -23,7 +27,9 @@ from fastmask.training.ema import EMA
 from fastmask.training.numerics import set_numerics
 from fastmask.training.optim import make_optimizer
 
-FORMS = {"dense": None, "masked-0.5": 0.5, "masked-0.75": 0.75}
+# By form: the prefix of its preset's name, and the mask ratio.
+FORMS = {"dense": ("dit-", 0.0), "masked-0.5": ("", 0.5), "masked-0.75": ("", 0.75)}
+FORMS |= {"tread-0.5": ("tread-", 0.5), "sprint-0.75": ("sprint-", 0.75), "deferred-0.75": ("deferred-", 0.75)}
 _PRODUCTS = ("fastmask::silu_linear_fwd", "fastmask::silu_linear_bwd")
 _PRODUCTS += ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product")
 
@@ -65,13 +71,28 @@ class Steps(NamedTuple):
 
 
 def config_of(size: str, image_size: int, form: str) -> TrainConfig:
-    """Return the configuration of a size ("s2", "b2", "l2", "xl2", "h2") in a form; the dense form is a DiT."""
-    if size not in ("s2", "b2", "l2", "xl2", "h2") or form not in FORMS:
+    """Return the configuration of a size ("s2", "b2", "l2", "xl2", "h2") in a form; the dense form is a DiT.
+
+    Raises:
+        ValueError: an unknown size or form, or a form without a preset of this size.
+    """
+    if size not in SIZES or form not in FORMS:
         raise ValueError(f"no such step: size {size!r}, form {form!r}; sizes s2, b2, l2, xl2, forms {', '.join(FORMS)}")
-    prefix = "dit-" if form == "dense" else ""
-    changed = {"image_size": image_size, "mask_ratio": FORMS[form] or 0.0}
-    row = {**PRESETS[f"{prefix}{size}-in256"], **changed}
-    return preset_config(f"{prefix}{size}-in256", {f"{prefix}{size}-in256": row})
+    if not has_preset(size, form):
+        raise ValueError(f"{form} has no preset {preset_of(size, form)}")
+    name, ratio = preset_of(size, form), FORMS[form][1]
+    row = {**PRESETS[name], "image_size": image_size, "mask_ratio": ratio}
+    return preset_config(name, {name: row})
+
+
+def preset_of(size: str, form: str) -> str:
+    """Return the name of the preset of a size in a form."""
+    return f"{FORMS[form][0]}{size}-in256"
+
+
+def has_preset(size: str, form: str) -> bool:
+    """Return whether there is a preset of a size in a form: not every recipe has every size."""
+    return preset_of(size, form) in PRESETS
 
 
 def steps(
@@ -90,7 +111,8 @@ def steps(
     slow it down, since its gathers would sort their indices.
 
     Ours and the plain baseline share weights, moments and EMA, so that both fit where one does; except graphs, which
-    hold addresses of gradients that the others free. Each stack samples its own noise and masks.
+    hold addresses of gradients that the others free. A recipe has no plain baseline. Each stack samples its own noise
+    and masks.
 
     Args:
         size: "s2", "b2", "l2", "xl2".
@@ -118,8 +140,10 @@ def steps(
         return images, torch.randint(config.data.num_classes, (batch,), device=device)
 
     @functools.cache
-    def shared() -> tuple[_Trained, PlainTrainer]:
+    def shared() -> tuple[_Trained, PlainTrainer | None]:
         trained = _Trained(config, device)
+        if form in RECIPES:
+            return trained, None
         trainer = _plain_trainer(trained.net.model, config, bf16)
         _share_state(trained, trainer)
         return trained, trainer
@@ -137,13 +161,15 @@ def steps(
         numerics = as_trained(config)
         return Step(numerics(lambda: step.gradients(data, next(offset), keep)), numerics(update))
 
-    def plain(trainer: PlainTrainer) -> Step:
-        images, labels = batch_of()
+    def plain(*, compiled: bool) -> Step:
+        trainer, (images, labels) = shared()[1], batch_of()
+        assert trainer is not None
+        trainer = trainer.compiled() if compiled else trainer
         return Step(lambda: trainer.gradients(images, labels, keep if keep < length else None), trainer.update)
 
     found: dict[str, Callable[[], Callable[[], Any]]] = {
-        "plain eager": lambda: plain(shared()[1]),
-        "plain compiled": lambda: plain(shared()[1].compiled()),
+        "plain eager": lambda: plain(compiled=False),
+        "plain compiled": lambda: plain(compiled=True),
         "ours": lambda: ours(shared()[0]),
         "ours compiled": lambda: ours(shared()[0], compile="whole"),
         "ours packed": lambda: ours(shared()[0], mask_ratio_per_sample=PACKED),
@@ -181,9 +207,11 @@ def as_trained(config: TrainConfig) -> Iterator[None]:
 def stacks_of(device: torch.device, form: str, batch: int) -> list[str]:
     """Return the stacks available on a device, in a form and for a batch.
 
-    Packed samples keep half of the patches on average, and need whole groups; graphs need a GPU.
+    Packed samples keep half of the patches on average, and need whole groups; graphs need a GPU. Recipes are timed in
+    the two stacks that need no comparison: ours, and ours in graphs.
     """
-    there = {"ours packed": form == "masked-0.5" and batch % GROUP == 0, "ours graphs": device.type == "cuda"}
+    there = dict.fromkeys(("plain eager", "plain compiled", "ours compiled"), form not in RECIPES)
+    there |= {"ours packed": form == "masked-0.5" and batch % GROUP == 0, "ours graphs": device.type == "cuda"}
     return [stack for stack in STACKS if there.get(stack, True)]
 
 

@@ -8,7 +8,19 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from bench.report.derived import FORMS, MORE_STACKS, PLAIN, STACKS, Rows, bound, dense_of, faster, rate, size_of
+from bench.report.derived import (
+    FORMS,
+    MORE_STACKS,
+    PLAIN,
+    RECIPES,
+    STACKS,
+    Rows,
+    bound,
+    dense_of,
+    faster,
+    rate,
+    size_of,
+)
 from bench.report.tables import aligned, digits, times
 from bench.rows import Row
 
@@ -96,7 +108,7 @@ class Table:
             for stack in stacks:
                 if stack in mine:
                     table.append((f" {shown(stack)}", *self._cells(mine[stack])))
-                elif stack not in MORE_STACKS:
+                elif stack not in MORE_STACKS and (form not in RECIPES or stack in ("ours", PRODUCTS)):
                     table.append((f" {shown(stack)}", "-", "-", *[""] * 5))
                     self._miss(block._replace(form=form), stack)
             if {"ours", "ours packed"} <= mine.keys():
@@ -113,7 +125,7 @@ class Table:
             gain = self._cell("{:.2f}x", faster, row, dense, missing)
             share = self._cell("{:.0%}", lambda a, b: faster(a, b) / bound(a, b), row, dense, missing)
         plain = ["", ""]
-        if stack not in (PRODUCTS, "plain eager"):
+        if stack not in (PRODUCTS, "plain eager") and name.form not in RECIPES:
             plain = [self._beside("{:.2f}x", faster, row, other) if other != stack else "" for other in PLAIN]
         matmuls = ""
         if stack not in (*PLAIN, PRODUCTS):

@@ -131,9 +131,10 @@ def work_of(
     # gather or the restoration, and their gradients.
     settled = sum(stack.tokens * stack.width for stack in stacks if stack.settles)
     joined = sum(stack.linears * stack.tokens * stack.width for stack in stacks)
-    # Launches per block, per recomputed block, outside of the blocks, for other stacks, without exit, with Linears.
-    launches = (55, 21, 86, 29, 0, 21) if low == 2 else (33, 10, 66, 19, 4, 6)
-    found = True, len(stacks) > 1, settled > 0, joined > 0
+    # Launches per block, per recomputed block, outside of the blocks, for other stacks, without exit, with Linears, for
+    # the cast of kept tokens that an exit returns.
+    launches = (55, 21, 86, 29, 0, 21, 2) if low == 2 else (33, 10, 66, 19, 4, 6, 0)
+    found = True, len(stacks) > 1, settled > 0, joined > 0, len(stacks) > 1 and model.stacks[-1].tokens == "kept"
     others = sum(count for count, is_there in zip(launches[2:], found, strict=True) if is_there)
     return Work(
         flops=6 * forward_macs(model, kept_count(model.length, ratio)) + 2 * again * sum(map(_matmul_macs, stacks)),
@@ -181,7 +182,7 @@ def memory_of(
     for tokens, width, heads, depth, linears, settles in stacks:
         # qkv and result of attention, two branches, hidden values of the MLP; two fp32 residuals.
         per_token = width * (10 * low + 2 * 4) + 4 * heads + 16  # plus statistics of softmax and norms
-        block = tokens * per_token + (6 * width + stacks[0].width) * low  # plus its modulation
+        block = tokens * per_token + (6 * width + model.condition_width) * low  # plus its modulation
         if checkpoint_blocks:
             recomputed = max(recomputed, block)
             # The incoming branch, the modulation with its gate, and the fp32 residual.

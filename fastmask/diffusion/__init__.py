@@ -5,7 +5,15 @@ from fastmask.diffusion.draws import TrainingDraws, training_draws
 from fastmask.diffusion.edm import EDM, EDMPrecond
 from fastmask.diffusion.flow import RectifiedFlow
 from fastmask.diffusion.masking import Masking
-from fastmask.diffusion.objective import Denoising, MaskedDenoising, Objective, ObjectiveConfig, Pass, Term
+from fastmask.diffusion.objective import (
+    Denoising,
+    KeptDenoising,
+    MaskedDenoising,
+    Objective,
+    ObjectiveConfig,
+    Pass,
+    Term,
+)
 from fastmask.diffusion.origin import LatentSpace, Origin
 from fastmask.diffusion.process import Coefficients, Process
 from fastmask.diffusion.sampling import Sampling, draw_batch, draw_samples, sample
@@ -20,6 +28,7 @@ __all__ = [
     "Denoiser",
     "Denoising",
     "EDMPrecond",
+    "KeptDenoising",
     "LatentSpace",
     "MaskedDenoising",
     "Masking",

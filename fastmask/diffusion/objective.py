@@ -80,6 +80,17 @@ class Denoising(Term):
         return {"denoising": _masked_loss(net, seen._replace(mask=None))[0]}
 
 
+class KeptDenoising(Term):
+    """Denoising of the kept tokens alone, the only ones that the network returns (arXiv 2407.15811, equation 3)."""
+
+    def __init__(self) -> None:
+        super().__init__({"denoising": 1.0})
+
+    def forward(self, net: Denoiser, seen: Pass) -> dict[str, Tensor]:
+        """Return the loss, of shape (B,)."""
+        return {"denoising": _masked_loss(net, seen)[0]}
+
+
 def _masked_loss(net: Denoiser, seen: Pass) -> tuple[Tensor, Tensor]:
     c_skip, c_out, weight = seen.coefficients.c_skip, seen.coefficients.c_out, seen.coefficients.weight
     patch_size, impl = net.model.patch_size, net.model.impl
@@ -119,7 +130,9 @@ class ObjectiveConfig:
 
     def terms(self, network: NetworkConfig) -> list[Term]:
         """Return the terms of the loss for a network, which says what tokens the loss is on."""
-        return [MaskedDenoising(self.mae_coef, self.mae_target) if network.loss_on == "split" else Denoising()]
+        if network.loss_on == "split":
+            return [MaskedDenoising(self.mae_coef, self.mae_target)]
+        return [Denoising() if network.loss_on == "all" else KeptDenoising()]
 
 
 class Objective(nn.Module):

@@ -312,7 +312,8 @@ def _origin(stated: Mapping[str, str], what: str) -> Origin | None:
 
 def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:
     try:
-        width, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+        _, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+        width = weights["t_embedder.mlp.2.weight"].shape[0]  # patches may be embedded in a mixer's width
         length = weights["pos_embed"].shape[1]
         num_classes, decoder_width = 0, 512
         if "y_embedder.embedding_table.weight" in weights:
@@ -321,7 +322,8 @@ def _read_sizes(weights: Mapping[str, Tensor], what: str) -> dict[str, Any]:
             decoder_width = weights["mask_token"].shape[2]
     except (KeyError, ValueError, IndexError):
         raise ValueError(
-            f"{what} is no MaskDiT: it lacks a usable x_embedder.proj.weight, pos_embed, mask_token or label table"
+            f"{what} is no MaskDiT: it lacks a usable x_embedder.proj.weight, t_embedder.mlp.2.weight, pos_embed, "
+            f"mask_token or label table"
         ) from None
     return {
         "input_size": math.isqrt(length) * patch_size,

@@ -17,10 +17,10 @@ def forward_macs(model: MaskDiT, keep: int | None = None) -> int:
     """
     length = model.length
     keep = length if keep is None else keep
-    width = model.pos_embed.shape[2]
+    width = model.condition_width
     values = model.patch_size**2 * model.in_channels
     total = TimeEmbedding.FEATURES * width + width * width  # time MLP
-    total += model.stacks[0].tokens_of(length, keep) * values * width  # patch embedding
+    total += model.stacks[0].tokens_of(length, keep) * values * model.stacks[0].width  # patch embedding
     for stack in model.stacks:
         tokens = stack.tokens_of(length, keep)
         total += len(stack.blocks) * _block_macs(tokens, stack.width, width)

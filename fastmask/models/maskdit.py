@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fastmask.kernels import Impl, Mask, embed_kept_patches, restore_tokens
+from fastmask.kernels import Impl, Mask, embed_kept_patches, gather_tokens, restore_tokens
 from fastmask.models.condition import ClassConditional, Condition, is_readable
 from fastmask.models.layers import (
     Block,
@@ -31,7 +31,7 @@ class MaskDiTConfig:
     """The sizes of a `MaskDiT`; without a decoder it is a plain DiT, which trains unmasked."""
 
     name: ClassVar[str] = "maskdit"
-    loss_on: ClassVar[Literal["split", "all"]] = "split"
+    loss_on: ClassVar[Literal["split", "all", "kept"]] = "split"
 
     patch_size: int = 2
     """Side of a patch in pixels (of the latent, where latents are trained on)."""
@@ -97,6 +97,7 @@ class MaskDiT(ClassConditional, nn.Module):
 
     Attributes:
         config: its sizes, but for images and classes.
+        condition_width: width of the condition's embedding.
         path_drop: probability of dropping the middle of the network for a sample in training, see `drop_path`.
         checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
 
@@ -144,7 +145,7 @@ class MaskDiT(ClassConditional, nn.Module):
         self.num_classes, self.qk_norm = num_classes, qk_norm
         self.num_heads, self.decoder_num_heads = num_heads, decoder_num_heads
         side = input_size // patch_size
-        self.length = side**2
+        self.length, self.condition_width = side**2, width
         values = patch_size * patch_size * in_channels
 
         self.x_embedder = PatchEmbedding(in_channels, width, patch_size)
@@ -276,6 +277,19 @@ class MaskDiT(ClassConditional, nn.Module):
         token = self.mask_token[0, 0]
         cu_seqlens = mask.cu_seqlens
         return restore_tokens(kept, token, position, mask.ids_restore, cu_seqlens=cu_seqlens, impl=self.impl)  # type: ignore[no-any-return]
+
+    def _keep(self, tokens: Tensor, mask: Mask | None) -> Tensor:
+        """Return the kept ones of tokens (B, L, D): (B, K, D), or packed (N, D)."""
+        if mask is None:
+            return tokens
+        kept: Tensor = gather_tokens(tokens, mask.ids_keep, cu_seqlens=mask.cu_seqlens, impl=self.impl)
+        return kept
+
+    def _place(self, kept: Tensor, token: Tensor, mask: Mask) -> Tensor:
+        """Return tokens of all positions, (B, L, D): the kept ones in place, and ``token`` (D,) elsewhere."""
+        position = torch.zeros((mask.ids_restore.shape[1], kept.shape[-1]), dtype=kept.dtype, device=kept.device)
+        rows = mask.cu_seqlens
+        return restore_tokens(kept, token, position, mask.ids_restore, cu_seqlens=rows, impl=self.impl)  # type: ignore[no-any-return]
 
     def _positions(self, x: Tensor, table: Tensor) -> Tensor:
         """Return the position table for the patch grid of ``x``, shape (L, width)."""

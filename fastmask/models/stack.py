@@ -23,10 +23,10 @@ class NetworkConfig(Described, Protocol):
 
     Attributes:
         loss_on: what the loss is in masked steps: "split" is denoising of the kept tokens and reconstruction of the
-            dropped ones, "all" is denoising of all tokens.
+            dropped ones, "all" is denoising of all tokens, "kept" is denoising of the kept tokens.
     """
 
-    loss_on: ClassVar[Literal["split", "all"]]
+    loss_on: ClassVar[Literal["split", "all", "kept"]]
 
     @property
     def masked(self) -> bool:

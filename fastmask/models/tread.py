@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastmask.kernels import Mask, gather_tokens, restore_tokens
+from fastmask.kernels import Mask
 from fastmask.models.condition import Condition
 from fastmask.models.maskdit import MaskDiT, Options
 from fastmask.models.stack import Stack, check_patches, check_route, check_width, run_stack
@@ -26,7 +26,7 @@ class RoutedConfig(abc.ABC):
     """The sizes of a `Routed` network."""
 
     name: ClassVar[str]
-    loss_on: ClassVar[Literal["split", "all"]] = "all"
+    loss_on: ClassVar[Literal["split", "all", "kept"]] = "all"
     masked: ClassVar[bool] = True
 
     patch_size: int = 2
@@ -111,19 +111,6 @@ class Routed(MaskDiT):
     def _embed(self, x: Tensor, mask: Mask | None, image_scale: Tensor | None) -> Tensor:
         """Embed all patches, masked or not: (B, L, D)."""
         return super()._embed(x, None, image_scale)
-
-    def _keep(self, tokens: Tensor, mask: Mask | None) -> Tensor:
-        """Return the kept ones of tokens (B, L, D): (B, K, D), or packed (N, D)."""
-        if mask is None:
-            return tokens
-        kept: Tensor = gather_tokens(tokens, mask.ids_keep, cu_seqlens=mask.cu_seqlens, impl=self.impl)
-        return kept
-
-    def _place(self, kept: Tensor, token: Tensor, mask: Mask) -> Tensor:
-        """Return tokens of all positions, (B, L, D): the kept ones in place, and ``token`` (D,) elsewhere."""
-        position = torch.zeros((mask.ids_restore.shape[1], kept.shape[-1]), dtype=kept.dtype, device=kept.device)
-        rows = mask.cu_seqlens
-        return restore_tokens(kept, token, position, mask.ids_restore, cu_seqlens=rows, impl=self.impl)  # type: ignore[no-any-return]
 
 
 class Tread(Routed):

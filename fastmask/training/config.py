@@ -219,9 +219,11 @@ def refuse_foreign_flags(arguments: Sequence[str], config: TrainConfig) -> None:
                     f"{flag} is a flag of {what} {' or '.join(owners[name])}, and preset {config.preset} trains {what} "
                     f"{config.kinds()[what]}"
                 )
-    if config.network.loss_on == "all":
+    loss_on = config.network.loss_on
+    if loss_on != "split":
+        patches = {"all": "all patches", "kept": "the kept patches"}[loss_on]
         for flag in {argument.split("=")[0] for argument in arguments} & {"--mae-coef", "--mae-target"}:
             raise ValueError(
                 f"{flag} is of the reconstruction of dropped patches, which network {config.network.name} of preset "
-                f"{config.preset} does not have: its loss is denoising of all patches"
+                f"{config.preset} does not have: its loss is denoising of {patches}"
             )

@@ -49,6 +49,8 @@ def probe(monkeypatch):
         ("tread-xl2-in256", "fp32"),
         ("sprint-xl2-in256", "bf16"),
         ("sprint-xl2-in256", "fp32"),
+        ("deferred-xl2-in256", "bf16"),
+        ("deferred-xl2-in256", "fp32"),
     ],
 )
 def test_work_is_that_of_the_operators(probe, name, precision):
@@ -75,6 +77,8 @@ def test_work_is_that_of_the_operators(probe, name, precision):
         ("tread-xl2-in256", "bf16"),
         ("sprint-xl2-in256", "bf16"),
         ("sprint-xl2-in256", "fp32"),
+        ("deferred-xl2-in256", "bf16"),
+        ("deferred-xl2-in256", "fp32"),
     ],
 )
 def test_memory_is_what_autograd_keeps(probe, name, precision):

@@ -61,6 +61,9 @@ def test_formula_equals_operator_count(preset, masked):
         ("dit-l2-in256", 457.8, 80.7),
         ("dit-xl2-in512", 674.8, 524.5),
         ("tread-xl2-in256", 674.8, 71.3),  # the weights of DiT
+        ("tread-b2-in256", 130.3, 17.1),
+        ("deferred-xl2-in256", 751.9, 40.8),  # 6 blocks of 768 before the 28
+        ("deferred-b2-in256", 148.0, 8.3),
     ],
 )
 def test_published_sizes(preset, millions, gmac):

@@ -24,9 +24,10 @@ def test_every_network_is_built_from_its_own_description(name):
     assert from_json(to_json(config), NETWORKS, "network") == config
     model = config.build(1, 8, 10)
     assert model.config == config
-    assert config.loss_on in ("split", "all")
+    assert config.loss_on in ("split", "all", "kept")
     assert config.masked
-    assert sum(len(stack.blocks) for stack in model.stacks) == config.depth + len(model.decoder_blocks)
+    others = getattr(config, "decoder_depth", 0) + getattr(config, "mixer_depth", 0)
+    assert sum(len(stack.blocks) for stack in model.stacks) == config.depth + others
 
 
 def test_sizes_that_cannot_be_are_named():

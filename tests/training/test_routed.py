@@ -1,5 +1,6 @@
-"""TREAD and SPRINT through the trainer and the sampler: learning, resuming, several ranks, weights that are read."""
+"""TREAD, SPRINT and deferred masking in the trainer and the sampler: learning, resuming, ranks, stored weights."""
 
+import dataclasses
 import functools
 import shutil
 
@@ -11,6 +12,7 @@ from test_train import assert_same_run, stats, weights
 from fastmask.diffusion import (
     Denoiser,
     Denoising,
+    KeptDenoising,
     MaskedDenoising,
     Objective,
     Sampling,
@@ -19,6 +21,7 @@ from fastmask.diffusion import (
 )
 from fastmask.diffusion.objective import TOTAL
 from fastmask.diffusion.weights import load_maskdit, save_weights
+from fastmask.models.deferred import Deferred, DeferredConfig
 from fastmask.models.sprint import Sprint, SprintConfig
 from fastmask.models.tread import Tread, TreadConfig
 from fastmask.presets import PRESETS
@@ -26,15 +29,22 @@ from fastmask.train import main
 from fastmask.training.checkpoint import checkpoints
 from fastmask.training.config import preset_config
 
-NETWORKS = {"digits-tread": Tread, "digits-sprint": Sprint}
-FLAGS = ["--width", "16", "--depth", "3", "--route-end", "2", "--num-heads", "2", "--batch-size", "16"]
+NETWORKS = {"digits-tread": Tread, "digits-sprint": Sprint, "digits-deferred": Deferred}
+ROUTE, MIXER = {"route_end": 2}, {"mixer_width": 8, "mixer_depth": 1, "mixer_num_heads": 1}
+SIZES = {"digits-tread": ROUTE, "digits-sprint": ROUTE, "digits-deferred": MIXER}
+FLAGS = ["--width", "16", "--depth", "3", "--num-heads", "2", "--batch-size", "16"]
 FLAGS += ["--sample-every", "0", "--device", "cpu", "--warmup-steps", "0", "--lr", "1e-2", "--grad-clip", "1"]
 FLAGS += ["--max-steps", "6", "--unmask-steps", "2", "--report-every", "1", "--checkpoint-every", "2"]
 FLAGS += ["--keep-checkpoints", "9"]
 
 
+def arguments(folder, preset, *flags):
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES[preset].items()]
+    return ["--run-dir", str(folder), "--preset", preset, *FLAGS, *sizes, *flags]
+
+
 def run(folder, preset, *flags):
-    main(["--run-dir", str(folder), "--preset", preset, *FLAGS, *flags])
+    main(arguments(folder, preset, *flags))
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -55,7 +65,7 @@ def test_learning(tmp_path, preset):
 
 
 def test_what_a_run_reports(trained):
-    """The loss is on all tokens, and has no reconstruction."""
+    """The loss is on all tokens, or the kept ones, and has no reconstruction."""
     preset, folder = trained
     ratio = preset_config(preset, PRESETS).masking.mask_ratio
     assert [line["mask_ratio"] for line in stats(folder)] == [ratio] * 4 + [0.0] * 2
@@ -79,7 +89,8 @@ def test_the_weights_are_read_and_drawn_from(trained, tmp_path):
     preset, folder = trained
     net = load_maskdit(folder)
     assert type(net.model) is NETWORKS[preset]
-    assert net.model.config == preset_config(preset, PRESETS).replace(width=16, depth=3, route_end=2).network
+    sizes = {"width": 16, "depth": 3, **SIZES[preset]}
+    assert net.model.config == dataclasses.replace(preset_config(preset, PRESETS).network, **sizes)
     stored = weights(folder, "ema")
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
@@ -92,7 +103,7 @@ def test_the_weights_are_read_and_drawn_from(trained, tmp_path):
     if preset == "digits-sprint":
         assert not torch.allclose(draw_samples(net, torch.arange(4), by_path, seed=0), drawn)
     else:
-        with pytest.raises(ValueError, match="network tread has no path to drop"):
+        with pytest.raises(ValueError, match=f"network {net.model.config.name} has no path to drop"):
             draw_samples(net, torch.arange(4), by_path, seed=0)
 
 
@@ -106,12 +117,28 @@ def test_a_tread_starts_from_a_plain_dit_and_the_other_way(tmp_path):
         run(tmp_path / "sprint", "digits-sprint", *few, "--init", str(tmp_path / "dit"))
 
 
+def test_a_deferred_network_starts_from_its_masked_stage(trained, tmp_path):
+    """As its second preset does; other networks' weights are refused."""
+    preset, folder = trained
+    flags = ["--max-steps", "1", "--unmask-steps", "0", "--mask-ratio", "0", "--checkpoint-every", "1"]
+    flags += ["--unmask-lr", "0", "--lr", "0", "--init", str(folder)]
+    if preset == "digits-deferred":
+        run(tmp_path, preset, *flags)
+        for name, tensor in weights(folder).items():
+            assert torch.equal(weights(tmp_path)[name], tensor), name
+    else:
+        with pytest.raises(ValueError, match="is of another network: model"):
+            run(tmp_path, "digits-deferred", *flags)
+
+
 @pytest.mark.parametrize(
     ("preset", "parallel", "flags"),
     [
         ("digits-tread", "ddp", ()),
         ("digits-tread", "fsdp2", ()),
         ("digits-sprint", "ddp", ("--path-drop", "0")),  # the mask token has no part in unmasked steps
+        ("digits-deferred", "ddp", ()),
+        ("digits-deferred", "fsdp2", ("--activation-checkpointing", "block")),
         ("digits-sprint", "fsdp2", ("--sample-every", "6", "--sample-steps", "2", "--guidance", "path-drop")),
     ],
 )
@@ -119,8 +146,8 @@ def test_two_ranks_learn_the_same_as_one(tmp_path, preset, parallel, flags):
     alone, two, port = tmp_path / "alone", tmp_path / "two", free_port()
     run(alone, preset, *flags)
     two.mkdir()
-    arguments = ["--run-dir", str(two), "--preset", preset, *FLAGS, *flags, "--parallel", parallel]
-    ranks = [forked.start(arguments, two / f"rank-{rank}.log", **variables(rank, port)) for rank in range(2)]
+    called = arguments(two, preset, *flags, "--parallel", parallel)
+    ranks = [forked.start(called, two / f"rank-{rank}.log", **variables(rank, port)) for rank in range(2)]
     for rank in ranks:
         rank.join(timeout=300)
     said = [(two / f"rank-{rank}.log").read_text() for rank in range(2)]
@@ -143,6 +170,9 @@ def test_compiled_steps_learn_the_same(trained, tmp_path, monkeypatch, what):
     [
         ("digits-sprint", "--mae-coef=0.2", "--mae-coef is of the reconstruction of dropped patches"),
         ("digits-tread", "--mae-target=clean", "--mae-target is of the reconstruction of dropped patches"),
+        ("digits-deferred", "--mae-coef=0.2", "which network deferred of .* its loss is denoising of the kept patches"),
+        ("digits-deferred", "--route-end=2", "--route-end is a flag of network tread or sprint, and preset digits-def"),
+        ("digits-tread", "--mixer-depth=2", "--mixer-depth is a flag of network deferred, and preset digits-tread tr"),
         ("digits-tread", "--path-drop=0.2", "--path-drop is a flag of network sprint, and preset digits-tread trains"),
         ("digits", "--route-end=2", "--route-end is a flag of network tread or sprint, and preset digits trains"),
         ("digits-sprint", "--mask-ratio=0.5", "mask_pattern structured keeps one patch of four: give mask_ratio 0.75"),
@@ -189,6 +219,7 @@ def test_the_loss_is_that_of_the_denoised_images():
     denoised = net(noised, draws.t, draws.condition, draws.mask)
     torch.testing.assert_close(losses[TOTAL], c.weight * (denoised - images).square().mean((1, 2, 3)))
     assert [type(term) for term in config.objective.terms(TreadConfig())] == [Denoising]
+    assert [type(term) for term in config.objective.terms(DeferredConfig())] == [KeptDenoising]
     assert [type(term) for term in config.objective.terms(preset_config("digits", PRESETS).network)] == [
         MaskedDenoising
     ]
