@@ -11,6 +11,8 @@ from bench.study import recipes, report, runs
 from bench.study.curves import Point, ahead, geometric_mean, mean, metric_at, time_to
 from fastmask.data.in_memory import Digits
 
+BATCH = recipes.DATASETS["digits"].batch
+
 
 def power_law(scale, speed, marks=(0.25, 0.5, 1.0, 2.0)):
     """A curve whose Frechet distance is scale / time, and which sees speed times as many images per time."""
@@ -63,7 +65,7 @@ def test_every_run_can_be_configured(tmp_path):
         config = recipes.config_of(job, tmp_path)
         config.check()
         config.network.check(recipes.DATASETS[job.dataset].image_size)
-        assert config.max_steps * recipes.BATCH <= 2 * recipes.DATASETS[job.dataset].images
+        assert config.max_steps * recipes.DATASETS[job.dataset].batch <= 2 * recipes.DATASETS[job.dataset].images
         assert all(step % config.checkpoint_every == 0 for step in job.marks)
 
 
@@ -84,7 +86,7 @@ def test_a_tuned_run_begins_at_a_checkpoint_of_its_parent(tmp_path):
 @pytest.fixture
 def miniature(monkeypatch, tmp_path):
     """Runs of two to eight steps on the digits, with their rows in a folder."""
-    digits = recipes.DATASETS["digits"]._replace(images=4 * recipes.BATCH, samples=20)
+    digits = recipes.DATASETS["digits"]._replace(images=4 * BATCH, samples=20)
     monkeypatch.setitem(recipes.DATASETS, "digits", digits)
     monkeypatch.setattr(runs, "SAMPLING", recipes.SAMPLING.__class__(sample_steps=2, cfg_scale=1.0))
     runs._evaluator.cache_clear()
@@ -99,7 +101,7 @@ def test_a_miniature_from_training_to_the_report(miniature, tmp_path, capsys, mo
     only = "digits/edm/(dense|maskdit-0.5|maskdit-0.5-tuned-1)/0"
     assert miniature("--only", only) == 0
     rows = rows_of(tmp_path)
-    done = [(row["variant"], row["case"]["images"] // recipes.BATCH) for row in rows]
+    done = [(row["variant"], row["case"]["images"] // BATCH) for row in rows]
     assert done == [
         *itertools.product(["dense"], [1, 2, 3, 4]),
         *itertools.product(["maskdit-0.5"], [2, 4, 6]),

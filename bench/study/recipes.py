@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastmask.diffusion import EDM, RectifiedFlow, Sampling
+from fastmask.models.deferred import DeferredConfig
 from fastmask.models.maskdit import MaskDiTConfig
 from fastmask.models.sprint import SprintConfig
 from fastmask.models.tread import TreadConfig
 from fastmask.training.config import TrainConfig
 
-BATCH = 64
 LR, TUNING_LR = 2e-3, 7e-4
 SAMPLING = Sampling(solver="dpmpp-2m", sample_steps=20, cfg_scale=1.0)
 SEEDS = (0, 1, 2)
@@ -26,6 +26,7 @@ _DECODER: dict[str, Any] = {"decoder_width": 32, "decoder_depth": 2, "decoder_nu
 _ROUTE: dict[str, Any] = {"route_start": 1, "route_end": 5}
 _DENSE = MaskDiTConfig(**_BLOCKS, decoder_depth=0)
 _MASKDIT = MaskDiTConfig(**_BLOCKS, **_DECODER)
+_DEFERRED = DeferredConfig(**_BLOCKS, mixer_width=32, mixer_depth=2, mixer_num_heads=2)
 _STRUCTURED: dict[str, Any] = {"mask_ratio": 0.75, "mask_pattern": "structured"}
 
 
@@ -52,6 +53,7 @@ class Data(NamedTuple):
         path: as `--data`.
         image_size: side in pixels.
         images: N, the number of images that the dense network is trained on.
+        batch: images per step.
         samples: number of samples of an evaluation.
         what: description for the report.
     """
@@ -59,6 +61,7 @@ class Data(NamedTuple):
     path: str
     image_size: int
     images: int
+    batch: int
     samples: int
     what: str
 
@@ -89,8 +92,8 @@ class Job(NamedTuple):
     @property
     def marks(self) -> dict[int, int]:
         """Its steps with an evaluation, and the number of images until then, the parent's included."""
-        at, images = (TUNED_FOR,) if self.start else RECIPES[self.recipe].evaluated_at, DATASETS[self.dataset].images
-        return {round(share * images / BATCH): round((self.start + share) * images) for share in at}
+        at, data = (TUNED_FOR,) if self.start else RECIPES[self.recipe].evaluated_at, DATASETS[self.dataset]
+        return {round(share * data.images / data.batch): round((self.start + share) * data.images) for share in at}
 
 
 def _tuned(parent: str, what: str) -> Recipe:
@@ -120,12 +123,16 @@ RECIPES: dict[str, Recipe] = {
     ),
     "sprint-0.75": Recipe("SPRINT, middle on a quarter", {"network": SprintConfig(**_BLOCKS, **_ROUTE), **_STRUCTURED}),
     "sprint-0.75-tuned": _tuned("sprint-0.75", "SPRINT 0.75"),
+    "deferred-0.75": Recipe(
+        "Deferred masking, three of four dropped", {"network": _DEFERRED, "mask_ratio": 0.75}, _CHEAP
+    ),
+    "deferred-0.75-tuned": _tuned("deferred-0.75", "Deferred masking 0.75"),
     "tread-0.5": Recipe("TREAD, middle on half", {"network": TreadConfig(**_BLOCKS, **_ROUTE), "mask_ratio": 0.5}),
 }
 
 DATASETS = {
-    "digits": Data("digits", 8, 98_304, 2000, "handwritten digits, 1 x 8 x 8, patch 2, 16 positions"),
-    "fashion": Data("fm-store", 28, 49_152, 1000, "Fashion-MNIST, 1 x 28 x 28, patch 2, 196 positions"),
+    "digits": Data("digits", 8, 98_304, 64, 2000, "handwritten digits, 1 x 8 x 8, patch 2, 16 positions"),
+    "fashion": Data("fm-store", 28, 49_152, 16, 1000, "Fashion-MNIST, 1 x 28 x 28, patch 2, 196 positions"),
 }
 
 
@@ -149,7 +156,7 @@ def config_of(job: Job, runs: Path) -> TrainConfig:
         num_classes=10,
         process=PROCESSES[job.process],
         max_steps=steps,
-        batch_size=BATCH,
+        batch_size=data.batch,
         lr=LR,
         warmup_steps=100,
         betas=(0.9, 0.99),
@@ -161,7 +168,7 @@ def config_of(job: Job, runs: Path) -> TrainConfig:
     ).replace(**parent.fields)
     if not recipe.parent:
         return config
-    branch = round(job.start * data.images / BATCH)
+    branch = round(job.start * data.images / data.batch)
     folder = runs / job._replace(recipe=recipe.parent, start=0.0).name / "checkpoints" / f"step-{branch:08d}"
     unmasked = {"mask_pattern": "random", "mask_ratio_per_sample": "constant", "init": str(folder)}
     return config.replace(**unmasked).replace(**recipe.fields)

@@ -8,7 +8,7 @@ from bench.report.tables import header, line
 from bench.rows import Row
 from bench.study.curves import Curves, Mean, Point, ahead, curves, geometric_mean, mean, metric_at, seconds_per_image
 from bench.study.plot import draw
-from bench.study.recipes import BATCH, DATASETS, LR, PROCESSES, RECIPES, SAMPLING, SEEDS, TUNED_FOR
+from bench.study.recipes import DATASETS, LR, PROCESSES, RECIPES, SAMPLING, SEEDS, TUNED_FOR
 from bench.study.runs import rows_file
 from fastmask.files import atomic_write
 
@@ -99,8 +99,8 @@ def _head() -> list[str]:
         "`python -m bench.study` and, on a quiet machine, `python -m bench.study --time`.",
         "",
         "Every recipe trains the same blocks (width 64, 6 blocks, 2 heads) at the same constant learning rate "
-        f"({LR:g}, batch {BATCH}) with the same optimizer and EMA, and what a recipe adds is small (a decoder of two "
-        "blocks of width 32; TREAD adds nothing). The EMA is evaluated along each run, "
+        f"({LR:g}) with the same optimizer and EMA, and what a recipe adds is small (a decoder of two "
+        "blocks of width 32, a mixer of the same size; TREAD adds nothing). The EMA is evaluated along each run, "
         f"without guidance, by {SAMPLING.sample_steps} steps of {SAMPLING.solver}. Tuned recipes leave a masked run at "
         f"several points for {TUNED_FOR:g} N images without masking.",
         "",

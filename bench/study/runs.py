@@ -9,7 +9,7 @@ import torch
 
 import fastmask
 from bench import rows
-from bench.study.recipes import BATCH, DATASETS, SAMPLING, Job, config_of
+from bench.study.recipes import DATASETS, SAMPLING, Job, config_of
 from fastmask.data import Dataset
 from fastmask.evaluation.evaluator import Draws, Evaluator
 from fastmask.evaluation.images import open_images
@@ -56,7 +56,7 @@ def do(job: Job, steps: list[int], runs: Path, results: Path) -> None:
         metrics = {name: round(found[name], 6) for name in METRICS}
         row = {"bench": "study", "case": case_of(job, job.marks[step]), "variant": job.recipe, "metrics": metrics}
         rows.append(
-            {**row, "samples": data.samples, "steps": step, "batch": BATCH}, _CPU, rows_file(job.dataset, results)
+            {**row, "samples": data.samples, "steps": step, "batch": data.batch}, _CPU, rows_file(job.dataset, results)
         )
 
 

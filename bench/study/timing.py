@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bench import rows
-from bench.study.recipes import BATCH, Job, config_of
+from bench.study.recipes import DATASETS, Job, config_of
 from bench.study.runs import open_dataset, rows_file
 from bench.train.steps import as_trained
 from fastmask.console import say
@@ -32,7 +32,7 @@ def measure(chosen: Iterable[Job], runs: Path, out: Path) -> None:
     ):
         calls = {job.recipe: _step(job, runs) for job in jobs}
         for recipe, timing in rows.measure(calls, _CPU, rounds=ROUNDS).items():
-            case = {"dataset": dataset, "batch": BATCH}
+            case = {"dataset": dataset, "batch": DATASETS[dataset].batch}
             row = {"bench": "study_step", "case": case, "variant": recipe, **timing._asdict()}
             rows.append(row, _CPU, rows_file(dataset, out))
             say(f"{dataset} {recipe}: {timing.median_ms:.1f} ms")
@@ -51,13 +51,13 @@ def _step_of(config: TrainConfig, net: Denoiser, dataset: Dataset) -> Callable[[
     ema = EMA(net, config.ema.ema_decay)
     optimizer = make_optimizer(net, config.optim, [ema])
     step = build_step(config, net, dataset, optimizer, [ema], Ranks())
-    batches = itertools.repeat(dataset.read(np.arange(BATCH)))
+    batches = itertools.repeat(dataset.read(np.arange(config.batch_size)))
     numbers = itertools.count()
     keep = config.masking.kept_at(0, net.model.length, config.max_steps)
 
     def call() -> None:
         number = next(numbers)
-        step(batches, number * BATCH, keep, config.optim.lr, number)
+        step(batches, number * config.batch_size, keep, config.optim.lr, number)
         step.finish()
 
     return as_trained(config)(call)
