@@ -12,6 +12,7 @@ from fastmask import Mask, MaskDiT
 from fastmask.diffusion import EDM, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.masking import GROUP, parse_per_sample
 from fastmask.kernels import sample_mask
+from fastmask.models.block_config import BlockConfig
 from fastmask.models.layers import Attention, Packing, sincos_position
 from fastmask.testing import assert_near, assert_network_accurate, network_steps, relative_error
 
@@ -276,7 +277,7 @@ def attention_by_formula(block, qkv):
 
 
 def normed_attention():
-    block = Attention(16, 2, qk_norm=True).double()
+    block = Attention(16, 2, BlockConfig(qk_norm=True)).double()
     for norm in (block.q_norm, block.k_norm):
         torch.nn.init.normal_(norm.weight, 1.0, 0.5)
     return block
@@ -291,7 +292,7 @@ def test_normalised_queries_and_keys_by_the_formula():
     rows = qkv.flatten(0, 1)
     exact = torch.cat([attention_by_formula(block, sample) for sample in rows.split([2, 7, 12])])
     assert_near(block(rows, Packing(cu_seqlens, 12)), exact, STEPS)
-    single = Attention(16, 2, qk_norm=True)
+    single = Attention(16, 2, BlockConfig(qk_norm=True))
     single.load_state_dict(block.state_dict())
     assert_near(single(rows.float(), Packing(cu_seqlens, 12)), exact, STEPS)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastmask.kernels import Impl, add_gated_linear, attention, gelu_linear, modulated_linear, silu_linear
 from fastmask.kernels._layout import sample_of_row
+from fastmask.models.block_config import BlockConfig
 
 
 def sincos_position(rows: int, columns: int, width: int) -> Tensor:
@@ -97,13 +98,13 @@ class Packing(NamedTuple):
 class Attention(nn.Module):
     """Multi-head self-attention. Its first Linear, `qkv`, is fused with the preceding norm."""
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, num_heads: int, options: BlockConfig) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = _linear(width, 3 * width)
         self.proj = _linear(width, width)
-        self.qk_norm = qk_norm
-        if qk_norm:
+        self.qk_norm = options.qk_norm
+        if options.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(width // num_heads, eps=1e-6) for _ in range(2))
 
     def forward(self, qkv: Tensor, packing: Packing) -> Tensor:
@@ -168,9 +169,9 @@ class Stream(NamedTuple):
 class Block(nn.Module):
     """An adaLN-Zero block; its last residual addition is fused with the norm that follows."""
 
-    def __init__(self, width: int, num_heads: int, condition_width: int, qk_norm: bool = False) -> None:
+    def __init__(self, width: int, num_heads: int, condition_width: int, options: BlockConfig) -> None:
         super().__init__()
-        self.attn = Attention(width, num_heads, qk_norm)
+        self.attn = Attention(width, num_heads, options)
         self.mlp = MLP(width)
         self.adaLN_modulation = _modulation(condition_width, 6 * width)
 

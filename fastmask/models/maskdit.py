@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.kernels import Impl, Mask, embed_kept_patches, restore_tokens
+from fastmask.models.block_config import BlockConfig
 from fastmask.models.condition import ClassConditional, Condition, is_readable
 from fastmask.models.layers import (
     Block,
@@ -27,7 +28,7 @@ Options = tuple[Tensor, Impl | None, bool]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MaskDiTConfig:
+class MaskDiTConfig(BlockConfig):
     """The sizes of a `MaskDiT`; without a decoder it is a plain DiT, which trains unmasked."""
 
     name: ClassVar[str] = "maskdit"
@@ -47,8 +48,6 @@ class MaskDiTConfig:
     """Number of blocks of the decoder; 0 is a plain DiT, which trains unmasked."""
     decoder_num_heads: int = 2
     """Number of attention heads of the decoder."""
-    qk_norm: bool = False
-    """Normalise queries and keys of each head, which keeps attention from growing without bound."""
     frequency_shift: int = 0
     """Shift of the time embedding's frequencies, 10000^(-i / (128 - shift)): 0 as published, 1 as in diffusers' DiT."""
 
@@ -128,7 +127,7 @@ class MaskDiT(ClassConditional, nn.Module):
         super().__init__()
         self.impl = impl
         self.checkpoint_blocks = False
-        self.config = MaskDiTConfig(
+        self.config = config = MaskDiTConfig(
             patch_size=patch_size,
             width=width,
             depth=depth,
@@ -152,13 +151,13 @@ class MaskDiT(ClassConditional, nn.Module):
         self.t_embedder = TimeEmbedding(width, frequency_shift)
         if num_classes:
             self.y_embedder = LabelEmbedding(num_classes, width)
-        self.blocks = nn.ModuleList(Block(width, num_heads, width, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, num_heads, width, config) for _ in range(depth))
         if decoder_depth:
             self.decoder_layer = ModulatedLinear(width, decoder_width, width)
             self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_width) * 0.02)
             self.register_buffer("decoder_pos_embed", sincos_position(side, side, decoder_width))
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_width, decoder_num_heads, width, qk_norm) for _ in range(decoder_depth)
+            Block(decoder_width, decoder_num_heads, width, config) for _ in range(decoder_depth)
         )
         self.final_layer = ModulatedLinear(decoder_width if decoder_depth else width, values, width)
 
