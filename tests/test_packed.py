@@ -20,6 +20,7 @@ LENGTH = 16  # positions of small_net
 KEPT = [1, 16, 5]
 # Widths that the native kernels take.
 SIZES = {"width": 32, "decoder_width": 16, "decoder_num_heads": 2, "depth": 1, "decoder_depth": 1}
+ALL_OPTIONS = {"qk_norm": True, "norm": "rms", "mlp": "swiglu", "rope": True}
 FORMS = pytest.mark.parametrize("impl", ["fused", "reference"])
 
 
@@ -107,15 +108,16 @@ def check_packed(shapes, masks, impl, **options):
 
 
 @FORMS
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, ALL_OPTIONS], ids=str)
 def test_unequal_numbers_of_patches(impl, options):
     check_packed([(len(KEPT), 3, 8, 8)], [unequal(KEPT)], impl, **options)
 
 
 @FORMS
-def test_several_sizes(impl):
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=str)
+def test_several_sizes(impl, options):
     masks = [sample_mask(2, 4, 1, seed=0, device="cpu"), unequal([16, 3, 7]), None]
-    check_packed([(2, 3, 8, 8), (3, 3, 16, 16), (2, 3, 8, 16)], masks, impl, patch_size=4)
+    check_packed([(2, 3, 8, 8), (3, 3, 16, 16), (2, 3, 8, 16)], masks, impl, patch_size=4, **options)
 
 
 @FORMS

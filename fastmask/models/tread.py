@@ -46,7 +46,7 @@ class RoutedConfig(BlockConfig, abc.ABC):
     def check(self, input_size: int) -> None:
         """Raise a ValueError that names the first invalid size, for images of this side."""
         check_patches(self.patch_size, input_size)
-        check_width("", self.width, self.num_heads)
+        check_width("", self.width, self.num_heads, self)
         check_route(self.route_start, self.route_end, self.depth)
 
     @abc.abstractmethod
