@@ -131,13 +131,16 @@ def _width() -> int:
 
 
 def _texts(kind: type) -> dict[str, str]:
-    """Return the docstring of each field of a dataclass, in one line."""
-    definition = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(definition, ast.ClassDef)
+    """Return the docstring of each field of a dataclass, its bases' included, in one line."""
     texts = {}
-    for field, after in itertools.pairwise(definition.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            texts[ast.unparse(field.target)] = " ".join(str(after.value.value).split())
+    for each in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        definition = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0]
+        assert isinstance(definition, ast.ClassDef)
+        for field, after in itertools.pairwise(definition.body):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr)):
+                continue
+            if isinstance(after.value, ast.Constant):
+                texts[ast.unparse(field.target)] = " ".join(str(after.value.value).split())
     return texts
 
 

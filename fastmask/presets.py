@@ -43,11 +43,9 @@ def _routed(encoder: dict[str, Any], end: int) -> dict[str, Any]:
 
 
 def _sparse(encoder: dict[str, Any]) -> dict[str, Any]:
-    """Two blocks before the middle and two after it [P], of DiT's blocks: without rotary positions and SwiGLU.
-
-    The paper's norm of queries and keys is `--qk-norm`.
-    """
-    return {"network": SprintConfig(**encoder, route_start=2, route_end=encoder["depth"] - 2)}
+    """Two blocks before the middle and two after it, with SwiGLU, rotary positions and QK-RMSNorm [P]."""
+    blocks: dict[str, Any] = {"qk_norm": True, "mlp": "swiglu", "rope": True}
+    return {"network": SprintConfig(**encoder, **blocks, route_start=2, route_end=encoder["depth"] - 2)}
 
 
 # Patch mixers: the published one [U], and two thirds of the width and a fourth of the depth of B (ours).
@@ -95,7 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits-flow":      {**_DIGITS, "process": RectifiedFlow()},  # logit-normal times [F, section 3.1]
     "digits-tread":     {**_DIGITS, "network": TreadConfig()},  # [T] at the size of the digits' encoder
     "digits-sprint":    {**_DIGITS, "network": SprintConfig(), "process": RectifiedFlow(),
-                         "mask_ratio": 0.75, "mask_pattern": "structured"},  # [P] at this size
+                         "mask_ratio": 0.75, "mask_pattern": "structured"},  # [P] at this size, of DiT's blocks
     "digits-deferred":  {**_DIGITS, "network": DeferredConfig(), "mask_ratio": 0.75},  # [U] at this size
     # name              network                 data       recipe      steps
     "s2-in256":         {**_masked(_S, _DEC_S),  **_IN256, **_MASKED, "max_steps": 2_000_000, **_LONG},  # decoder: ours
@@ -118,8 +116,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "flow-xl2-in256":   {**_masked(_XL, _DEC),   **_IN256, **_FLOW,   "max_steps": 2_000_000, **_LONG},  # [M; F]
     "tread-b2-in256":   {**_routed(_B, 8),       **_IN256, **_TREAD,  "max_steps":   400_000, **_LONG},  # [T], with EDM
     "tread-xl2-in256":  {**_routed(_XL, 24),     **_IN256, **_TREAD,  "max_steps":   400_000, **_LONG},  # [T], with EDM
-    "sprint-s2-in256":  {**_sparse(_S),          **_IN256, **_SPRINT, "max_steps": 2_000_000, **_LONG},  # [P] in part
-    "sprint-b2-in256":  {**_sparse(_B),          **_IN256, **_SPRINT, "max_steps": 2_000_000, **_LONG},  # [P] in part
+    "sprint-s2-in256":  {**_sparse(_S),          **_IN256, **_SPRINT, "max_steps": 2_000_000, **_LONG},  # [P] at S
+    "sprint-b2-in256":  {**_sparse(_B),          **_IN256, **_SPRINT, "max_steps": 2_000_000, **_LONG},  # [P] at B
     "sprint-xl2-in256": {**_sparse(_XL),         **_IN256, **_SPRINT, "max_steps": 2_000_000, **_LONG},  # [P]
     "sprint-xl2-in256-unmask": {**_sparse(_XL),  **_IN256, **_SPRINT_UNMASK, "max_steps": 200_000, **_LONG},  # [P]
     "deferred-b2-in256": {**_deferred(_B, _MIX_B), **_IN256, **_DEFERRED, "max_steps": 250_000, **_LONG},  # mixer: ours

@@ -100,7 +100,7 @@ def test_an_unknown_group():
         show_help(["--help", "shap"], prog="prog", description=[], groups=GROUPS)
 
 
-@pytest.mark.parametrize("preset", ["digits", "digits-flow"])
+@pytest.mark.parametrize("preset", ["digits", "digits-flow", "digits-sprint"])
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_trainer_explains_every_flag_in_a_sentence(preset, columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -12,6 +12,7 @@ from fastmask import Mask, MaskDiT
 from fastmask.diffusion import EDM, MaskedDenoising, Objective, training_draws
 from fastmask.diffusion.masking import GROUP, parse_per_sample
 from fastmask.kernels import sample_mask
+from fastmask.models.block_config import BlockConfig
 from fastmask.models.layers import Attention, Packing, sincos_position
 from fastmask.testing import assert_near, assert_network_accurate, network_steps, relative_error
 
@@ -19,6 +20,7 @@ LENGTH = 16  # positions of small_net
 KEPT = [1, 16, 5]
 # Widths that the native kernels take.
 SIZES = {"width": 32, "decoder_width": 16, "decoder_num_heads": 2, "depth": 1, "decoder_depth": 1}
+ALL_OPTIONS = {"qk_norm": True, "norm": "rms", "mlp": "swiglu", "rope": True}
 FORMS = pytest.mark.parametrize("impl", ["fused", "reference"])
 
 
@@ -106,15 +108,16 @@ def check_packed(shapes, masks, impl, **options):
 
 
 @FORMS
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, ALL_OPTIONS], ids=str)
 def test_unequal_numbers_of_patches(impl, options):
     check_packed([(len(KEPT), 3, 8, 8)], [unequal(KEPT)], impl, **options)
 
 
 @FORMS
-def test_several_sizes(impl):
+@pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=str)
+def test_several_sizes(impl, options):
     masks = [sample_mask(2, 4, 1, seed=0, device="cpu"), unequal([16, 3, 7]), None]
-    check_packed([(2, 3, 8, 8), (3, 3, 16, 16), (2, 3, 8, 16)], masks, impl, patch_size=4)
+    check_packed([(2, 3, 8, 8), (3, 3, 16, 16), (2, 3, 8, 16)], masks, impl, patch_size=4, **options)
 
 
 @FORMS
@@ -276,7 +279,7 @@ def attention_by_formula(block, qkv):
 
 
 def normed_attention():
-    block = Attention(16, 2, qk_norm=True).double()
+    block = Attention(16, 2, BlockConfig(qk_norm=True)).double()
     for norm in (block.q_norm, block.k_norm):
         torch.nn.init.normal_(norm.weight, 1.0, 0.5)
     return block
@@ -291,7 +294,7 @@ def test_normalised_queries_and_keys_by_the_formula():
     rows = qkv.flatten(0, 1)
     exact = torch.cat([attention_by_formula(block, sample) for sample in rows.split([2, 7, 12])])
     assert_near(block(rows, Packing(cu_seqlens, 12)), exact, STEPS)
-    single = Attention(16, 2, qk_norm=True)
+    single = Attention(16, 2, BlockConfig(qk_norm=True))
     single.load_state_dict(block.state_dict())
     assert_near(single(rows.float(), Packing(cu_seqlens, 12)), exact, STEPS)
 

@@ -31,6 +31,8 @@ _MAX_NAMES_SHOWN = 6
 _LABELS = "model.y_embedder.embedding_table.weight"
 _POSITIONS = ("model.pos_embed", "model.decoder_pos_embed")
 _SAME_POSITION = 1e-2  # above the error of rounding a sine to 16 bits
+# Fields of a network that no shape of a tensor tells, and their values where a file states no network.
+UNSEEN = {"frequency_shift": 0, "norm": "layer", "mlp": "gelu", "rope": False}
 
 
 def load_maskdit(
@@ -81,7 +83,7 @@ def load_maskdit(
         with torch.device("meta"):
             if _is_maskdit(stated, what):
                 sizes |= {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
-                model = MaskDiT(**sizes, frequency_shift=_frequency_shift(stated, what))
+                model = MaskDiT(**sizes, **_unseen(stated, what))
             else:
                 images = sizes["in_channels"], sizes["input_size"], sizes["num_classes"]
                 model = _network(stated, what).build(*images)
@@ -119,15 +121,15 @@ def weights_for(net: Denoiser, path: Path, kind: ForeignKind | None = None) -> t
     """
     what, tensors, stated, said = read_file(path, kind)
     _read_sizes(tensors, what)
+    for field, value in _unseen(stated, what).items():
+        if value != (wanted := getattr(net.model.config, field, UNSEEN[field])):
+            raise ValueError(f"{what} is of another network: its {field} is {value} instead of {wanted}")
     found, own = {f"model.{name}": tensor for name, tensor in tensors.items()}, net.state_dict()
     left, notes = _other_labels(own, found, what)
     others, tables, note = _other_positions(net, found, what)
     left, notes = left | others, [*said, *notes, *note]
     found = _without({**found, **tables}, left)
     check_same_shapes(_without(own, left), found, what)
-    shift, wanted = _frequency_shift(stated, what), getattr(net.model.config, "frequency_shift", 0)
-    if shift != wanted:
-        raise ValueError(f"{what} is of another network: its frequency_shift is {shift} instead of {wanted}")
     for name in ("num_heads", "decoder_num_heads"):
         heads, ours = _heads(stated, name, what), getattr(net.model, name)
         if heads and heads != ours and (name == "num_heads" or net.model.decoder_blocks):
@@ -264,10 +266,10 @@ def _heads(stated: Mapping[str, str], name: str, what: str) -> int:
     return int(text or 0)
 
 
-def _frequency_shift(stated: Mapping[str, str], what: str) -> int:
-    """Return the shift of the time embedding's frequencies, which no shape tells; 0 where a file states no network."""
-    shift: int = getattr(_network(stated, what), "frequency_shift", 0) if "network" in stated else 0
-    return shift
+def _unseen(stated: Mapping[str, str], what: str) -> dict[str, Any]:
+    """Return what a file states of the fields of `UNSEEN`."""
+    config = _network(stated, what) if "network" in stated else None
+    return {name: getattr(config, name, default) for name, default in UNSEEN.items()}
 
 
 def _check_network(stated: Mapping[str, str], sizes: Mapping[str, Any], what: str) -> None:

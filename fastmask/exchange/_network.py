@@ -17,54 +17,77 @@ from diffusers.configuration_utils import register_to_config
 from torch import nn
 
 
+def _rotary_table(side, head_width):
+    """Cosines and sines of a square's positions, (2, side^2, head_width / 2): rows, then columns (arXiv 2104.09864)."""
+    quarter = head_width // 4
+    angle = torch.arange(side)[:, None] * 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.cat([angle.repeat_interleave(side, 0), angle.repeat(side, 1)], dim=1)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def _rotated(x, table):
+    (cos, sin), (first, second) = table, x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
 class _Attention(nn.Module):
-    def __init__(self, width, num_heads, qk_norm):
+    def __init__(self, width, num_heads, qk_norm, rope):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.rope = num_heads, rope
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.q_norm = nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(width // num_heads, eps=1e-6) if qk_norm else nn.Identity()
 
     def forward(self, x):
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope:
+            table = _rotary_table(math.isqrt(x.shape[1]), q.shape[-1]).to(x.device)
+            q, k = _rotated(q, table), _rotated(k, table)
+        attended = F.scaled_dot_product_attention(q, k, v)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class _MLP(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, gated):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.gated, hidden = gated, 8 * -(-width // 3) if gated else 4 * width
+        self.fc1, self.fc2 = nn.Linear(width, 2 * hidden if gated else hidden), nn.Linear(hidden, width)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        if not self.gated:
+            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
 
 
-def _modulated(x, shift, scale):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+def _modulated(x, shift, scale, norm):
+    normed = F.rms_norm(x, x.shape[-1:], eps=1e-6) if norm == "rms" else F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return normed * (1 + scale) + shift
 
 
 class _Block(nn.Module):
-    def __init__(self, width, num_heads, condition_width, qk_norm):
+    def __init__(self, width, num_heads, condition_width, qk_norm, norm, mlp, rope):
         super().__init__()
-        self.attn, self.mlp = _Attention(width, num_heads, qk_norm), _MLP(width)
+        self.attn, self.mlp, self.norm = _Attention(width, num_heads, qk_norm, rope), _MLP(width, mlp == "swiglu"), norm
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 6 * width))
 
     def forward(self, x, condition):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
-        x = x + gate1 * self.attn(_modulated(x, shift1, scale1))
-        return x + gate2 * self.mlp(_modulated(x, shift2, scale2))
+        x = x + gate1 * self.attn(_modulated(x, shift1, scale1, self.norm))
+        return x + gate2 * self.mlp(_modulated(x, shift2, scale2, self.norm))
 
 
 class _ModulatedLinear(nn.Module):
-    def __init__(self, width, out_width, condition_width):
+    def __init__(self, width, out_width, condition_width, norm):
         super().__init__()
+        self.norm = norm
         self.linear = nn.Linear(width, out_width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, 2 * width))
 
     def forward(self, x, condition):
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=2)
-        return self.linear(_modulated(x, shift, scale))
+        return self.linear(_modulated(x, shift, scale, self.norm))
 
 
 class MaskDiTModel(ModelMixin, ConfigMixin):
@@ -87,8 +110,12 @@ class MaskDiTModel(ModelMixin, ConfigMixin):
         decoder_num_heads=16,
         qk_norm=False,
         frequency_shift=0,
+        norm="layer",
+        mlp="gelu",
+        rope=False,
     ):
         super().__init__()
+        options = {"qk_norm": qk_norm, "norm": norm, "mlp": mlp, "rope": rope}
         length, last = (sample_size // patch_size) ** 2, decoder_width if decoder_depth else width
         self.x_embedder, self.t_embedder = nn.Module(), nn.Module()
         self.x_embedder.proj = nn.Conv2d(in_channels, width, patch_size, patch_size)
@@ -97,15 +124,15 @@ class MaskDiTModel(ModelMixin, ConfigMixin):
         if num_classes:
             self.y_embedder = nn.Module()
             self.y_embedder.embedding_table = nn.Linear(num_classes, width, bias=False)
-        self.blocks = nn.ModuleList(_Block(width, num_heads, width, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(width, num_heads, width, **options) for _ in range(depth))
         if decoder_depth:
-            self.decoder_layer = _ModulatedLinear(width, decoder_width, width)
+            self.decoder_layer = _ModulatedLinear(width, decoder_width, width, norm)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))  # for masked training only
             self.register_buffer("decoder_pos_embed", torch.zeros(1, length, decoder_width))
         self.decoder_blocks = nn.ModuleList(
-            _Block(decoder_width, decoder_num_heads, width, qk_norm) for _ in range(decoder_depth)
+            _Block(decoder_width, decoder_num_heads, width, **options) for _ in range(decoder_depth)
         )
-        self.final_layer = _ModulatedLinear(last, patch_size * patch_size * in_channels, width)
+        self.final_layer = _ModulatedLinear(last, patch_size * patch_size * in_channels, width, norm)
 
     def forward(self, x, c_noise, labels):
         """Return F(x; c_noise, labels), the shape of ``x``.

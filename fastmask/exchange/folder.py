@@ -14,7 +14,7 @@ import torch
 from fastmask.console import say
 from fastmask.described import to_json
 from fastmask.diffusion import EDM, VP, Denoiser, LatentSpace, RectifiedFlow
-from fastmask.diffusion.weights import save_weights
+from fastmask.diffusion.weights import UNSEEN, save_weights
 from fastmask.exchange.card import model_card
 from fastmask.files import named
 from fastmask.models.maskdit import MaskDiTConfig
@@ -155,14 +155,20 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def save_published(path: Path, net: Denoiser) -> None:
-    """Write weights in the published names as a `.pt` file, which states neither process nor heads.
+    """Write weights in the published names as a `.pt` file, which states neither process nor network.
 
     Raises:
-        ValueError: another process than the published one, EDM, as which such a file is read.
+        ValueError: another process than the published one, EDM, as which such a file is read, or blocks with options.
     """
     if not isinstance(net.process, EDM):
         raise ValueError(
             f"a .pt file states no process and is read as EDM's, and these weights are of {net.process}: write "
             f".safetensors"
         )
+    for field, published in UNSEEN.items():
+        if (value := getattr(net.model.config, field, published)) != published:
+            raise ValueError(
+                f"a .pt file states no network and is read with {field} {published}, and these weights are of {field} "
+                f"{value}: write .safetensors"
+            )
     torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}, path)

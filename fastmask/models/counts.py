@@ -6,6 +6,7 @@ operations; the label embedding is a look-up. A training step costs three forwar
 
 from fastmask.models.layers import TimeEmbedding
 from fastmask.models.maskdit import MaskDiT
+from fastmask.models.stack import Stack
 
 
 def forward_macs(model: MaskDiT, keep: int | None = None) -> int:
@@ -23,7 +24,7 @@ def forward_macs(model: MaskDiT, keep: int | None = None) -> int:
     total += model.stacks[0].tokens_of(length, keep) * values * model.stacks[0].width  # patch embedding
     for stack in model.stacks:
         tokens = stack.tokens_of(length, keep)
-        total += len(stack.blocks) * _block_macs(tokens, stack.width, width)
+        total += len(stack.blocks) * _block_macs(stack, tokens, width)
         total += tokens * stack.linear_macs
         if stack.exit is not None:
             total += width * 2 * stack.width + tokens * stack.width * stack.exit.linear.out_features
@@ -35,6 +36,7 @@ def num_parameters(model: MaskDiT) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _block_macs(tokens: int, width: int, condition_width: int) -> int:
-    projections = 4 * width * width + 8 * width * width  # qkv and proj; fc1 and fc2
+def _block_macs(stack: Stack, tokens: int, condition_width: int) -> int:
+    width = stack.width
+    projections = 4 * width * width + sum(stack.mlp_widths) * width  # qkv and proj; fc1 and fc2
     return tokens * (projections + 2 * tokens * width) + condition_width * 6 * width

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmask.kernels import Mask
+from fastmask.models.block_config import BlockConfig
 from fastmask.models.condition import Condition
 from fastmask.models.layers import Block, ModulatedLinear, PatchEmbedding, sincos_position
 from fastmask.models.maskdit import MaskDiT, Options
@@ -24,7 +25,7 @@ from fastmask.models.stack import Stack, check_patches, check_width, run_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DeferredConfig:
+class DeferredConfig(BlockConfig):
     """The sizes of a `Deferred` network."""
 
     name: ClassVar[str] = "deferred"
@@ -45,8 +46,6 @@ class DeferredConfig:
     """Number of blocks of the patch mixer."""
     mixer_num_heads: int = 2
     """Number of attention heads of the patch mixer."""
-    qk_norm: bool = False
-    """Normalise queries and keys of each head, which keeps attention from growing without bound."""
 
     def check(self, input_size: int) -> None:
         """Raise a ValueError that names the first invalid size, for images of this side."""
@@ -56,8 +55,8 @@ class DeferredConfig:
                 f"depth and mixer_depth must be at least 1, not {self.depth} and {self.mixer_depth}; without a mixer "
                 f"the network is maskdit"
             )
-        check_width("", self.width, self.num_heads)
-        check_width("mixer_", self.mixer_width, self.mixer_num_heads)
+        check_width("", self.width, self.num_heads, self)
+        check_width("mixer_", self.mixer_width, self.mixer_num_heads, self)
 
     def build(self, channels: int, input_size: int, num_classes: int) -> "Deferred":
         """Return a freshly initialised network for images of (channels, input_size, input_size)."""
@@ -88,16 +87,16 @@ class Deferred(MaskDiT):
             config.num_heads,
             num_classes,
             decoder_depth=0,
-            qk_norm=config.qk_norm,
+            **config.options(),
         )
         self.config = config
         width, side = config.mixer_width, input_size // config.patch_size
         self.x_embedder = PatchEmbedding(channels, width, config.patch_size)
         self.pos_embed = sincos_position(side, side, width)
         self.mixer = nn.ModuleList(
-            Block(width, config.mixer_num_heads, config.width, config.qk_norm) for _ in range(config.mixer_depth)
+            Block(width, config.mixer_num_heads, config.width, config) for _ in range(config.mixer_depth)
         )
-        self.mixer_exit = ModulatedLinear(width, config.width, config.width)
+        self.mixer_exit = ModulatedLinear(width, config.width, config.width, config)
         # Zeros, as in the head, would stay: the tokens have no position table after them, and a norm of zeros is zero.
         nn.init.xavier_uniform_(self.mixer_exit.linear.weight)
 

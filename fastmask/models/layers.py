@@ -9,6 +9,10 @@ from torch import Tensor, nn
 
 from fastmask.kernels import Impl, add_gated_linear, attention, gelu_linear, modulated_linear, silu_linear
 from fastmask.kernels._layout import sample_of_row
+from fastmask.kernels.modulate_norm import Norm
+from fastmask.models.block_config import BlockConfig
+from fastmask.models.rotary import rotate
+from fastmask.models.swiglu import swiglu_linear, swiglu_width
 
 
 def sincos_position(rows: int, columns: int, width: int) -> Tensor:
@@ -83,37 +87,47 @@ class LabelEmbedding(nn.Module):
 
 
 class Packing(NamedTuple):
-    """Sample boundaries of packed tokens (N, D); both fields are None for dense tokens (B, K, D).
+    """Sample boundaries of packed tokens (N, D), None for dense tokens (B, K, D), and rotations by position.
 
     Attributes:
         cu_seqlens: int32, shape (B + 1,): sample b is in rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1.
         max_seqlen: upper bound of the number of tokens of a sample.
+        rotation: rows of a `rotary_table` for the tokens, (B or 1, K, 2, head width / 2) or (N, 2, head width / 2);
+            None without RoPE.
     """
 
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
+    rotation: Tensor | None = None
 
 
 class Attention(nn.Module):
     """Multi-head self-attention. Its first Linear, `qkv`, is fused with the preceding norm."""
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, num_heads: int, options: BlockConfig) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = _linear(width, 3 * width)
         self.proj = _linear(width, width)
-        self.qk_norm = qk_norm
-        if qk_norm:
+        self.qk_norm = options.qk_norm
+        if options.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(width // num_heads, eps=1e-6) for _ in range(2))
 
     def forward(self, qkv: Tensor, packing: Packing) -> Tensor:
         """Return the output, (B, K, D) or (N, D), from the packed projections, (..., 3 D)."""
         q, k, v = qkv.view(*qkv.shape[:-1], 3, self.num_heads, -1).unbind(-3)  # (B, K, H, D/H) or (N, H, D/H)
-        if self.qk_norm:
-            q, k = _rms_norm(q, self.q_norm), _rms_norm(k, self.k_norm)
+        q, k = self._prepared(q, k, packing.rotation)
         attended = attention(q, k, v, cu_seqlens=packing.cu_seqlens, max_seqlen=packing.max_seqlen)
         out: Tensor = self.proj(attended.flatten(-2))
         return out
+
+    def _prepared(self, q: Tensor, k: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return queries and keys as attention takes them: normalised, then rotated, each if it is asked for."""
+        if self.qk_norm:
+            q, k = _rms_norm(q, self.q_norm), _rms_norm(k, self.k_norm)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return q, k
 
 
 def _rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
@@ -122,15 +136,22 @@ def _rms_norm(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Linear D -> 4 D, tanh-GELU, Linear 4 D -> D. The first Linear, `fc1`, is fused with the preceding norm."""
+    """Linear D -> M, tanh-GELU, Linear M -> D with M = 4 D, or SwiGLU: Linear D -> 2 M, silu(a) * b, Linear M -> D.
 
-    def __init__(self, width: int) -> None:
+    The first Linear, `fc1`, is fused with the preceding norm.
+    """
+
+    def __init__(self, width: int, options: BlockConfig) -> None:
         super().__init__()
-        self.fc1 = _linear(width, 4 * width)
-        self.fc2 = _linear(4 * width, width)
+        self.gated = options.mlp == "swiglu"
+        hidden = swiglu_width(width) if self.gated else 4 * width
+        self.fc1 = _linear(width, 2 * hidden if self.gated else hidden)
+        self.fc2 = _linear(hidden, width)
 
     def forward(self, hidden: Tensor, impl: Impl | None) -> Tensor:
-        """Return the output, (..., D), from the output of `fc1`, (..., 4 D)."""
+        """Return the output, (..., D), from the output of `fc1`, (..., M or 2 M); SwiGLU has one form."""
+        if self.gated:
+            return swiglu_linear(hidden, self.fc2.weight, self.fc2.bias)
         return gelu_linear(hidden, self.fc2.weight, self.fc2.bias, impl=impl)
 
 
@@ -148,13 +169,13 @@ class Stream(NamedTuple):
     gate: Tensor | None = None
 
     def enter(
-        self, shift: Tensor, scale: Tensor, linear: nn.Linear, packing: Packing, impl: Impl | None
+        self, shift: Tensor, scale: Tensor, linear: nn.Linear, norm: Norm, packing: Packing, impl: Impl | None
     ) -> tuple[Tensor, Tensor]:
         """Return the updated residual, and a Linear of its modulated norm."""
-        weights = shift, scale, linear.weight, linear.bias
+        weights, rows = (shift, scale, linear.weight, linear.bias), packing.cu_seqlens
         if self.branch is None or self.gate is None:
-            return self.x, modulated_linear(self.x, *weights, cu_seqlens=packing.cu_seqlens, impl=impl)
-        return add_gated_linear(self.x, self.branch, self.gate, *weights, cu_seqlens=packing.cu_seqlens, impl=impl)
+            return self.x, modulated_linear(self.x, *weights, norm=norm, cu_seqlens=rows, impl=impl)
+        return add_gated_linear(self.x, self.branch, self.gate, *weights, norm=norm, cu_seqlens=rows, impl=impl)
 
     def settle(self, packing: Packing) -> Tensor:
         """Return the residual stream with the addition done, in the dtype of ``x``."""
@@ -168,10 +189,11 @@ class Stream(NamedTuple):
 class Block(nn.Module):
     """An adaLN-Zero block; its last residual addition is fused with the norm that follows."""
 
-    def __init__(self, width: int, num_heads: int, condition_width: int, qk_norm: bool = False) -> None:
+    def __init__(self, width: int, num_heads: int, condition_width: int, options: BlockConfig) -> None:
         super().__init__()
-        self.attn = Attention(width, num_heads, qk_norm)
-        self.mlp = MLP(width)
+        self.attn = Attention(width, num_heads, options)
+        self.mlp = MLP(width, options)
+        self.options = options
         self.adaLN_modulation = _modulation(condition_width, 6 * width)
 
     def forward(self, stream: Stream, condition: Tensor, packing: Packing, impl: Impl | None) -> Stream:
@@ -179,17 +201,19 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = _modulated(self.adaLN_modulation, condition, impl).chunk(
             6, dim=1
         )
-        x, qkv = stream.enter(shift1, scale1, self.attn.qkv, packing, impl)
-        x, hidden = Stream(x, self.attn(qkv, packing), gate1).enter(shift2, scale2, self.mlp.fc1, packing, impl)
+        x, qkv = stream.enter(shift1, scale1, self.attn.qkv, self.options.norm, packing, impl)
+        stream = Stream(x, self.attn(qkv, packing), gate1)
+        x, hidden = stream.enter(shift2, scale2, self.mlp.fc1, self.options.norm, packing, impl)
         return Stream(x, self.mlp(hidden, impl), gate2)
 
 
 class ModulatedLinear(nn.Module):
     """Modulated norm and Linear: the projection to the decoder, and the head."""
 
-    def __init__(self, width: int, out_width: int, condition_width: int) -> None:
+    def __init__(self, width: int, out_width: int, condition_width: int, options: BlockConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(width, out_width)
+        self.norm: Norm = options.norm
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         self.adaLN_modulation = _modulation(condition_width, 2 * width)
@@ -197,7 +221,7 @@ class ModulatedLinear(nn.Module):
     def forward(self, stream: Stream, condition: Tensor, packing: Packing, impl: Impl | None) -> Tensor:
         """Return the output, shape (..., out width)."""
         shift, scale = _modulated(self.adaLN_modulation, condition, impl).chunk(2, dim=1)
-        return stream.enter(shift, scale, self.linear, packing, impl)[1]
+        return stream.enter(shift, scale, self.linear, self.norm, packing, impl)[1]
 
 
 def _linear(in_width: int, out_width: int) -> nn.Linear:

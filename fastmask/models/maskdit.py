@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.kernels import Impl, Mask, embed_kept_patches, gather_tokens, restore_tokens
+from fastmask.kernels.modulate_norm import Norm
+from fastmask.models.block_config import BlockConfig
 from fastmask.models.condition import ClassConditional, Condition, is_readable
 from fastmask.models.layers import (
     Block,
@@ -20,14 +22,15 @@ from fastmask.models.layers import (
     TimeEmbedding,
     sincos_position,
 )
-from fastmask.models.stack import NetworkConfig, Stack, check_patches, check_width, run_stack
+from fastmask.models.stack import Grid, NetworkConfig, Stack, check_patches, check_width, run_stack
 
-# Condition embedding, form of the ops, whether blocks are recomputed: the last arguments of `run_stack`.
-Options = tuple[Tensor, Impl | None, bool]
+# Condition embedding, form of the ops, whether blocks are recomputed, grids of patches: the last arguments of
+# `run_stack`.
+Options = tuple[Tensor, Impl | None, bool, list[Grid]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class MaskDiTConfig:
+class MaskDiTConfig(BlockConfig):
     """The sizes of a `MaskDiT`; without a decoder it is a plain DiT, which trains unmasked."""
 
     name: ClassVar[str] = "maskdit"
@@ -47,8 +50,6 @@ class MaskDiTConfig:
     """Number of blocks of the decoder; 0 is a plain DiT, which trains unmasked."""
     decoder_num_heads: int = 2
     """Number of attention heads of the decoder."""
-    qk_norm: bool = False
-    """Normalise queries and keys of each head, which keeps attention from growing without bound."""
     frequency_shift: int = 0
     """Shift of the time embedding's frequencies, 10000^(-i / (128 - shift)): 0 as published, 1 as in diffusers' DiT."""
 
@@ -68,7 +69,7 @@ class MaskDiTConfig:
         if self.frequency_shift not in (0, 1):
             raise ValueError(f"frequency_shift must be 0 or 1, not {self.frequency_shift}")
         for side in sides if self.masked else sides[:1]:
-            check_width(*side)
+            check_width(*side, self)
 
     def build(self, channels: int, input_size: int, num_classes: int) -> "MaskDiT":
         """Return a freshly initialised network for images of (channels, input_size, input_size)."""
@@ -93,6 +94,9 @@ class MaskDiT(ClassConditional, nn.Module):
         decoder_num_heads: number of attention heads of the decoder.
         qk_norm: normalise the queries and keys of each head (arXiv 2302.05442), with learned scales.
         frequency_shift: see `fastmask.models.layers.time_frequencies`.
+        norm: "layer" or "rms", see `BlockConfig`, as for the next two.
+        mlp: "gelu" or "swiglu".
+        rope: rotate queries and keys by their positions, see `fastmask.models.rotary`.
         impl: form of the ops: "fused", "reference", or None for the default of the device that `forward` runs on.
 
     Attributes:
@@ -124,12 +128,15 @@ class MaskDiT(ClassConditional, nn.Module):
         decoder_num_heads: int = 16,
         qk_norm: bool = False,
         frequency_shift: int = 0,
+        norm: Norm = "layer",
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        rope: bool = False,
         impl: Impl | None = None,
     ) -> None:
         super().__init__()
         self.impl = impl
         self.checkpoint_blocks = False
-        self.config = MaskDiTConfig(
+        self.config = config = MaskDiTConfig(
             patch_size=patch_size,
             width=width,
             depth=depth,
@@ -139,6 +146,9 @@ class MaskDiT(ClassConditional, nn.Module):
             decoder_num_heads=decoder_num_heads,
             qk_norm=qk_norm,
             frequency_shift=frequency_shift,
+            norm=norm,
+            mlp=mlp,
+            rope=rope,
         )
         self.config.check(input_size)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
@@ -153,15 +163,15 @@ class MaskDiT(ClassConditional, nn.Module):
         self.t_embedder = TimeEmbedding(width, frequency_shift)
         if num_classes:
             self.y_embedder = LabelEmbedding(num_classes, width)
-        self.blocks = nn.ModuleList(Block(width, num_heads, width, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, num_heads, width, config) for _ in range(depth))
         if decoder_depth:
-            self.decoder_layer = ModulatedLinear(width, decoder_width, width)
+            self.decoder_layer = ModulatedLinear(width, decoder_width, width, config)
             self.mask_token = nn.Parameter(torch.randn(1, 1, decoder_width) * 0.02)
             self.register_buffer("decoder_pos_embed", sincos_position(side, side, decoder_width))
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_width, decoder_num_heads, width, qk_norm) for _ in range(decoder_depth)
+            Block(decoder_width, decoder_num_heads, width, config) for _ in range(decoder_depth)
         )
-        self.final_layer = ModulatedLinear(decoder_width if decoder_depth else width, values, width)
+        self.final_layer = ModulatedLinear(decoder_width if decoder_depth else width, values, width, config)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -218,7 +228,9 @@ class MaskDiT(ClassConditional, nn.Module):
         counts = [len(x) for x in images]
         scales = [None] * len(counts) if image_scale is None else torch.split(image_scale, counts)
         embedded = [self._embed(x, mask, scale) for x, mask, scale in zip(images, masks, scales, strict=True)]
-        return self._run_stacks(embedded, images, labels, masks, (condition, self.impl, self.checkpoint_blocks))
+        grids = [self._grid(x) for x in images]
+        options = condition, self.impl, self.checkpoint_blocks, grids
+        return self._run_stacks(embedded, images, labels, masks, options)
 
     def embed_condition(self, labels: Condition) -> Tensor:
         """Return the embedding of the condition, (B, D), which is added to that of the time."""
@@ -293,10 +305,14 @@ class MaskDiT(ClassConditional, nn.Module):
 
     def _positions(self, x: Tensor, table: Tensor) -> Tensor:
         """Return the position table for the patch grid of ``x``, shape (L, width)."""
-        rows, columns = (side // self.patch_size for side in x.shape[2:])
+        rows, columns = self._grid(x)
         if rows * columns == self.length and rows == columns:
             return table[0]
         return sincos_position(rows, columns, table.shape[2])[0].to(table)
+
+    def _grid(self, x: Tensor) -> Grid:
+        """Return the rows and columns of patches of images (B, C, H, W)."""
+        return x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
 
     def _check(
         self, images: Sequence[Tensor], c_noise: Tensor, labels: Condition, masks: Sequence[Mask | None]

@@ -15,7 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmask.described import Described
 from fastmask.kernels import Impl, Mask
+from fastmask.models.block_config import BlockConfig
 from fastmask.models.layers import ModulatedLinear, Packing, Stream
+from fastmask.models.rotary import rotary_table
+
+Grid = tuple[int, int]  # rows and columns of patches
 
 
 class NetworkConfig(Described, Protocol):
@@ -39,12 +43,13 @@ class NetworkConfig(Described, Protocol):
         """Return a freshly initialised network for images of (channels, input_size, input_size)."""
 
 
-def check_width(name: str, width: int, num_heads: int) -> None:
-    """Raise a ValueError for a width that a stack cannot have; ``name`` is a prefix of its field."""
+def check_width(name: str, width: int, num_heads: int, options: BlockConfig) -> None:
+    """Raise a ValueError for a width or options that a stack cannot have; ``name`` is a prefix of its field."""
     if width < 4 or width % 4:
         raise ValueError(f"{name}width must be a multiple of 4 (the position table has four parts), not {width}")
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"{name}width {width} does not divide into {name}num_heads {num_heads}")
+    options.check_options(name, width // num_heads)
 
 
 def check_patches(patch_size: int, input_size: int) -> None:
@@ -89,6 +94,18 @@ class Stack(NamedTuple):
         return heads
 
     @property
+    def mlp_widths(self) -> tuple[int, int]:
+        """Numbers of values per token after the first Linear of a block's MLP, and before its second."""
+        mlp = self.blocks[0].mlp
+        return mlp.fc1.out_features, mlp.fc2.in_features  # type: ignore[union-attr, return-value]
+
+    @property
+    def options(self) -> BlockConfig:
+        """Options of the blocks."""
+        options: BlockConfig = self.blocks[0].options  # type: ignore[assignment]
+        return options
+
+    @property
     def linear_macs(self) -> int:
         """MACs per token of `linears`."""
         return sum(linear.in_features * linear.out_features for linear in self.linears)
@@ -110,6 +127,7 @@ def run_stack(
     condition: Tensor,
     impl: Impl | None,
     checkpoint_blocks: bool,
+    grids: Sequence[Grid],
 ) -> list[Tensor]:
     """Return the output of a stack for tokens of several sizes.
 
@@ -120,11 +138,14 @@ def run_stack(
         condition: condition of all samples, (B1 + B2 + .., condition width).
         impl: form of the ops.
         checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
+        grids: rows and columns of the patches of all positions, for each tensor of ``parts``.
 
     Returns:
         Tensors shaped like ``parts``, with the output width of the stack's exit, or its own width without one.
     """
     x, packing = _pack(parts, masks)
+    if stack.options.rope:
+        packing = packing._replace(rotation=_rotation(stack, parts, masks, grids))
     stream = Stream(x)
     for block in stack.blocks:
         if checkpoint_blocks and torch.is_grad_enabled():
@@ -155,3 +176,19 @@ def _pack(parts: Sequence[Tensor], masks: Sequence[Mask | None]) -> tuple[Tensor
         longest = max(longest, length)
     cu_seqlens = F.pad(torch.cat(counts).cumsum(0, dtype=torch.int32), (1, 0))
     return torch.cat([part.flatten(0, -2) for part in parts]), Packing(cu_seqlens, longest)
+
+
+def _rotation(stack: Stack, parts: Sequence[Tensor], masks: Sequence[Mask | None], grids: Sequence[Grid]) -> Tensor:
+    """Return cosines and sines of the angles of all tokens, laid out as `_pack` lays out the tokens."""
+    found, head_width = [], stack.width // stack.num_heads
+    for part, mask, grid in zip(parts, masks, grids, strict=True):
+        table = rotary_table(*grid, head_width, torch.promote_types(part.dtype, torch.float32), part.device)
+        if mask is None:
+            found.append(table[None])
+        else:
+            gathered = F.embedding(mask.ids_keep, table.flatten(1))
+            found.append(gathered.view(*gathered.shape[:-1], *table.shape[1:]))
+    if len(parts) == 1 and parts[0].ndim == 3:
+        return found[0]
+    samples = zip(parts, found, strict=True)
+    return torch.cat([t.expand(len(part), -1, -1, -1).flatten(0, 1) if part.ndim == 3 else t for part, t in samples])

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels import Mask
+from fastmask.models.block_config import BlockConfig
 from fastmask.models.condition import Condition
 from fastmask.models.maskdit import MaskDiT, Options
 from fastmask.models.stack import Stack, check_patches, check_route, check_width, run_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RoutedConfig(abc.ABC):
+class RoutedConfig(BlockConfig, abc.ABC):
     """The sizes of a `Routed` network."""
 
     name: ClassVar[str]
@@ -41,13 +42,11 @@ class RoutedConfig(abc.ABC):
     """First block that sees the kept tokens only, counted from 0."""
     route_end: int = 3
     """First block after these, which sees all tokens again."""
-    qk_norm: bool = False
-    """Normalise queries and keys of each head, which keeps attention from growing without bound."""
 
     def check(self, input_size: int) -> None:
         """Raise a ValueError that names the first invalid size, for images of this side."""
         check_patches(self.patch_size, input_size)
-        check_width("", self.width, self.num_heads)
+        check_width("", self.width, self.num_heads, self)
         check_route(self.route_start, self.route_end, self.depth)
 
     @abc.abstractmethod
@@ -90,7 +89,7 @@ class Routed(MaskDiT):
             config.num_heads,
             num_classes,
             decoder_depth=0,
-            qk_norm=config.qk_norm,
+            **config.options(),
         )
         self.config = config
         self.route = config.route_start, config.route_end

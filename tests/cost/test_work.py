@@ -8,7 +8,7 @@ from networks import preset_network
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.instruments.memory import high_water, per_image
-from bench.instruments.model import count_step
+from bench.instruments.model import count_step, network
 from bench.instruments.preset_launches import with_blocks
 from fastmask.cost.predict import ASSUMED, predict_run
 from fastmask.cost.work import RESERVE, memory_of, orthogonal_flops, work_of
@@ -27,11 +27,14 @@ from fastmask.training.optim import make_optimizer
 
 @pytest.fixture
 def probe(monkeypatch):
-    """Add a preset with few blocks, so that counting it is quick: in each stack, but for one in a decoder."""
+    """Add a preset with few blocks, so that counting it is quick: in each stack, but for one in a decoder.
 
-    def add(name, depth):
+    Without QK-RMSNorm, of which only a GPU has the one operator that the formulas count.
+    """
+
+    def add(name, depth, **options):
         row = PRESETS[name]
-        network = with_blocks(row["network"], depth)
+        network = dataclasses.replace(with_blocks(row["network"], depth), **{"qk_norm": False, **options})
         if network.name == "maskdit":
             network = dataclasses.replace(network, decoder_depth=min(1, network.decoder_depth))
         monkeypatch.setitem(PRESETS, "probe", {**row, "network": network})
@@ -85,6 +88,54 @@ def test_memory_is_what_autograd_keeps(probe, name, precision):
     config, model = probe(name, 2)
     kept = sum(per_image("probe", "fused", precision).values())
     assert memory_of(model, config.masking.mask_ratio, precision).activations == pytest.approx(kept, rel=0.006)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("options", [{"norm": "rms"}, {"mlp": "swiglu"}, {"rope": True}], ids=str)
+def test_options_of_blocks(probe, options, precision):
+    """Launches exactly, traffic and memory of a block, once and recomputed, as the operators have them."""
+    for again in (False, True):
+        found = []
+        for depth in (1, 2):
+            config, model = probe("sprint-b2-in256", depth, **{"mlp": "gelu", "rope": False, **options})
+            ratio = config.masking.mask_ratio
+            work = work_of(model, ratio, precision, checkpoint_blocks=again)
+            counted = count_step("probe", precision, checkpoint_blocks=again)
+            assert work.launches == counted.launches
+            kept = sum(per_image("probe", "fused", precision, again).values())
+            found.append((work, counted, memory_of(model, ratio, precision, checkpoint_blocks=again).activations, kept))
+        (first, counted, kept, listed), (second, counted2, kept2, listed2) = found
+        for part in ("matmul_bytes", "other_bytes"):
+            formula, operators = (
+                getattr(b, part) - getattr(a, part) for a, b in ((first, second), (counted, counted2))
+            )
+            assert formula == pytest.approx(operators, rel=0.01), part
+        assert kept2 - kept == listed2 - listed
+        assert kept2 == pytest.approx(listed2, rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_high_water_with_options(probe, precision):
+    config, model = probe("sprint-b2-in256", 4)
+    assert (config.network.mlp, config.network.rope) == ("swiglu", True)
+    memory = memory_of(model, config.masking.mask_ratio, precision)
+    state = memory.weights + memory.moments + memory.ema
+    for batch in (4, 32):
+        assert 1 <= memory.high_water(batch) / (state + high_water("probe", precision, batch)[0]) < 1.1
+
+
+def test_normalised_queries_and_keys_are_work_and_memory():
+    """As a GPU has them: two norms, each one operator, of which the results and the statistics are kept."""
+    config, _ = preset_network("dit-s2-in256")
+    found = {}
+    for flag in (False, True):
+        model = network(config.replace(qk_norm=flag))
+        found[flag] = work_of(model, 0, "fp32"), memory_of(model, 0, "fp32").activations
+    tokens = 12 * 256  # of all blocks
+    (plain, before), (normed, after) = found[False], found[True]
+    assert normed.launches - plain.launches == 12 * 4
+    assert normed.other_bytes - plain.other_bytes == tokens * 384 * (2 * 2 + 2 * 3) * 4
+    assert after - before == tokens * (2 * 384 * 4 + 2 * 6 * 4)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -352,6 +352,10 @@ def test_values_beyond_fp32_are_not_finite_either():
         ),
         ('{"name": "maskdit"}', "states another network than its tensors are of: width 96"),
         (
+            '{"name": "maskdit", "norm": "batch"}',
+            CANNOT_BE.format("network") + "'batch' is no norm of network maskdit",
+        ),
+        (
             '{"name": "unet"}',
             CANNOT_BE.format("network") + "the network 'unet' is unknown",
         ),
@@ -467,6 +471,23 @@ def test_other_frequencies_of_the_time_embedding_are_another_network(tmp_path):
     with pytest.raises(ValueError, match="is of another network: its frequency_shift is 1 instead of 0"):
         taken(tmp_path, small_net(frequency_shift=1))
     assert load_maskdit(tmp_path / "weights.safetensors").model.config.frequency_shift == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "usual"), [("norm", "rms", "layer"), ("mlp", "swiglu", "gelu"), ("rope", True, False)]
+)
+def test_blocks_with_other_options_are_another_network(tmp_path, option, value, usual):
+    """No shape tells the norm or the rotation: the file states them, and one that states nothing has the usual ones."""
+    sizes = {"decoder_num_heads": 1} if option == "rope" else {}
+    net = small_net(**sizes, **{option: value})
+    with pytest.raises(ValueError, match=f"is of another network: its {option} is {value} instead of {usual}"):
+        taken(tmp_path, net)
+    loaded = load_maskdit(tmp_path / "weights.safetensors")
+    assert loaded.model.config == net.model.config
+    assert_same_network(loaded, net)
+    save_file(small_net(**sizes).state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(ValueError, match=f"is of another network: its {option} is {usual} instead of {value}"):
+        weights_for(net, tmp_path / "bare.safetensors")
 
 
 def test_another_sigma_data_is_said(tmp_path):

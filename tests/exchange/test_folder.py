@@ -23,6 +23,7 @@ NETS = {
     "flow": (RectifiedFlow(shift=2.0), {"decoder_depth": 0, "decoder_width": 512, "qk_norm": True}),
     "vp": (VP(), {"decoder_depth": 0, "decoder_width": 512, "frequency_shift": 1, "patch_size": 4}),
     "unconditional": (EDM(), {"num_classes": 0, "qk_norm": True}),
+    "options": (EDM(), {"norm": "rms", "mlp": "swiglu", "rope": True, "decoder_num_heads": 1}),
 }
 LABELS = [0, 4, 2]
 # What a user runs, on a machine without fastmask: the folders and the noise are given, and the samples are stored.
@@ -241,3 +242,14 @@ def test_a_pt_file_is_edm(tmp_path):
     assert all(torch.equal(weights[name], tensor) for name, tensor in net_of("edm").state_dict().items())
     with pytest.raises(ValueError, match=r"states no process and is read as EDM's, and these weights are of VP\(\)"):
         save_published(tmp_path / "b.pt", net_of("vp"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("frequency_shift", 1), ("norm", "rms"), ("mlp", "swiglu"), ("rope", True)]
+)
+def test_a_pt_file_has_the_published_blocks(tmp_path, field, value):
+    """It states no network, and what its tensors do not tell would be lost."""
+    net = small_net(decoder_num_heads=1, **{field: value})
+    with pytest.raises(ValueError, match=f"states no network .* these weights are of {field} {value}: write .safetens"):
+        save_published(tmp_path / "a.pt", net)
+    assert not list(tmp_path.iterdir())

@@ -77,7 +77,7 @@ def test_published_sizes(preset, millions, gmac):
 
 @pytest.mark.parametrize(("side", "ratio", "whole"), [(32, 2.84, 2.81), (64, 2.97, 2.94)])
 def test_what_sprint_saves(side, ratio, whole):
-    """Beside the dense network, without the Linear that joins and with it; it has 0.4 % more weights."""
+    """Beside the dense network, without the Linear that joins and with it; SwiGLU adds biases alone."""
     config = preset_config("sprint-xl2-in256", PRESETS)
     with torch.device("meta"):
         model = build_model(config, 4, side)
@@ -87,7 +87,28 @@ def test_what_sprint_saves(side, ratio, whole):
     joining = sum(stack.tokens_of(model.length, keep) * stack.linear_macs for stack in model.stacks)
     assert dense / (own - joining) == pytest.approx(ratio, abs=0.005)
     assert dense / own == pytest.approx(whole, abs=0.005)
-    assert num_parameters(model) - num_parameters(plain) == 2 * 1152**2 + 2 * 1152
+    blocks = 28 * (2 * 3072 - 4 * 1152 + 2 * 72)  # biases, and the scales of queries and keys
+    assert num_parameters(model) - num_parameters(plain) == 2 * 1152**2 + 2 * 1152 + blocks
+
+
+def test_the_unit_of_sprints_training_cost():
+    """10^18 FLOP of forward passes, two per MAC: DiT 427.7, SPRINT 43.7 and 65.1, 9.8 and 6.6 times less.
+
+    The dense network is trained for 7M steps of 256 images, and the two runs of SPRINT differ by 1M masked steps.
+    """
+    dense, sprint = (preset_config(f"{name}-xl2-in256", PRESETS) for name in ("dit", "sprint"))
+    with torch.device("meta"):
+        plain, model = (build_model(config, 4, 32) for config in (dense, sprint))
+    masked = forward_macs(model, kept_count(256, sprint.masking.mask_ratio))
+
+    def cost(config, macs, steps=None):
+        return (steps or config.max_steps) * config.batch_size * 2 * macs / 1e18
+
+    assert cost(dense, forward_macs(plain)) == pytest.approx(427.7, rel=0.01)
+    assert cost(sprint, masked, 1e6) == pytest.approx(65.1 - 43.7, rel=0.02)  # both are rounded
+    second = preset_config("sprint-xl2-in256-unmask", PRESETS)
+    costs = cost(dense, forward_macs(plain)), cost(sprint, masked), cost(second, forward_macs(model))
+    assert costs == pytest.approx((425.1, 43.3, 48.9), abs=0.05)  # as docs/training.md has them
 
 
 @pytest.mark.parametrize(("size", "least"), [("s2", 1.2), ("b2", 1.5), ("l2", 1.7), ("xl2", 1.8), ("h2", 1.8)])

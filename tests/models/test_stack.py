@@ -32,7 +32,7 @@ def test_a_stack_without_exit_returns_the_residual_stream(packed):
     model = small_net(decoder_depth=0).model
     parts = [torch.randn(3, 5, 16), torch.randn(2, 7, 16)] if packed else [torch.randn(3, 5, 16)]
     condition, masks = torch.randn(sum(map(len, parts)), 16), [None] * len(parts)
-    options = condition, None, False
+    options = condition, None, False, []
     with torch.no_grad():
         model.final_layer.adaLN_modulation[1].weight.zero_()
         model.final_layer.adaLN_modulation[1].bias.zero_()

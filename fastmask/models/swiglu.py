@@ -1,0 +1,66 @@
+"""SwiGLU (arXiv 2002.05202, section 2): a gated hidden layer, with its activation recomputed in backward.
+
+    y = (silu(a) * b) W^T + c,  [a, b] = x,  silu(a) = a / (1 + e^-a)
+
+Plain PyTorch keeps x, silu(a) and silu(a) * b, which is 4 M values per token for M hidden ones; here only x is kept,
+2 M values. All computation but the matmul is in fp32, rounded once to the dtype of the matmul.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastmask.kernels._matmul import linear_gradients, product_operands
+
+
+def swiglu_width(width: int) -> int:
+    """Return M, the number of hidden values.
+
+    8/3 of the width gives its three matrices the weights of the two of 4 D (arXiv 2002.05202, section 3.1); it is
+    rounded up to a multiple of 8, for 16-bit matmuls.
+    """
+    return 8 * -(-width // 3)
+
+
+class _SwigluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        gate, value = _halves(x)
+        return F.linear((F.silu(gate) * value).to(weight.dtype), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        gate, value = _halves(x)
+        activated, grad_hidden = F.silu(gate), (grad @ weight).to(gate.dtype)
+        gradients = linear_gradients(grad, (activated * value).to(weight.dtype))
+        # In place, and rounded before they are joined: what is held here is the peak of a step's memory.
+        grad_value = activated.mul_(grad_hidden).to(x.dtype)
+        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(value), gate).to(x.dtype)
+        return torch.cat([grad_gate, grad_value], dim=1), *gradients
+
+
+def swiglu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``F.linear(F.silu(a) * b, weight, bias)`` of ``a, b = x.chunk(2, -1)``; keeps only x for backward.
+
+    Args:
+        x: shape (..., 2 M).
+        weight: shape (D, M).
+        bias: shape (D,).
+
+    Returns:
+        Shape (..., D), in the dtype of the matmul.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor = _SwigluLinear.apply(rows, *product_operands(x.device, weight, bias))  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _halves(x: Tensor) -> tuple[Tensor, ...]:
+    """Return the gate and the value in at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=1)

@@ -1,0 +1,85 @@
+"""SwiGLU beside its formula in float64, and what it keeps for backward."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd.graph import saved_tensors_hooks
+
+from fastmask.models.swiglu import swiglu_linear, swiglu_width
+from fastmask.testing import assert_accurate, assert_near
+
+HIDDEN, WIDTH = 24, 16
+
+
+def made(dtype=torch.float32, shape=(3, 5)):
+    tensors = torch.randn(*shape, 2 * HIDDEN), torch.randn(WIDTH, HIDDEN) * HIDDEN**-0.5, torch.randn(WIDTH)
+    return [tensor.to(dtype).requires_grad_() for tensor in tensors]
+
+
+def plain(x, weight, bias):
+    gate, value = x.split(HIDDEN, dim=-1)
+    return (gate / (1 + torch.exp(-gate)) * value) @ weight.T + bias
+
+
+def run(function, tensors, probe):
+    y = function(*tensors)
+    return [y.detach(), *torch.autograd.grad(y, tensors, probe.to(y.dtype))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 40), (64,)])
+def test_results_and_gradients(dtype, shape):
+    tensors, probe = made(dtype, shape), torch.randn(*shape, WIDTH).to(dtype)
+    exact = run(plain, [t.detach().double().requires_grad_() for t in tensors], probe.double())
+    got, naive = run(swiglu_linear, tensors, probe), run(plain, tensors, probe)
+    for name, ours, theirs, expected in zip(("y", "x", "weight", "bias"), got, naive, exact, strict=True):
+        assert ours.dtype == dtype
+        assert_accurate(ours, expected, theirs, name=name)
+
+
+def test_gradients_by_differences():
+    assert torch.autograd.gradcheck(swiglu_linear, made(torch.float64))
+
+
+def test_autocast():
+    tensors = made(shape=(4, 32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = swiglu_linear(*tensors)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors)
+    exact = plain(*(t.detach().double() for t in tensors))
+    assert_near(y, exact, 6, dtype=torch.bfloat16)
+
+
+def test_only_the_input_is_kept():
+    tensors, kept = made(), {}
+    with saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+        swiglu_linear(*tensors)
+    assert {*kept} == {t.untyped_storage()._cdata for t in tensors[:2]}
+
+
+def test_the_saved_input_is_left_as_it_is():
+    tensors = made()
+    before = [t.detach().clone() for t in tensors]
+    first = run(swiglu_linear, tensors, probe := torch.randn(3, 5, WIDTH))
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(swiglu_linear, tensors, probe), first, strict=True))
+
+
+def test_one_graph():
+    torch._dynamo.reset()
+    counter, tensors, probe = CompileCounterWithBackend("aot_eager"), made(), torch.randn(3, 5, WIDTH)
+    compiled = run(torch.compile(swiglu_linear, backend=counter, fullgraph=True), tensors, probe)
+    assert counter.frame_count == 1
+    for ours, eager in zip(compiled, run(swiglu_linear, tensors, probe), strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize(
+    ("width", "hidden"), [(1152, 3072), (768, 2048), (384, 1024), (1024, 2736), (96, 256), (4, 16)]
+)
+def test_its_width_gives_the_weights_of_four_widths(width, hidden):
+    assert swiglu_width(width) == hidden
+    assert hidden % 8 == 0
+    assert 0 <= 3 * hidden - 8 * width < 3 * 8
