@@ -35,6 +35,7 @@ _SAMPLED = pytest.StashKey[list]()
 def pytest_addoption(parser):
     parser.addoption("--rows", action="store_true", help="append the measured rows to bench/results")
     parser.addoption("--full", action="store_true", help="include cases that take minutes on a CPU")
+    parser.addoption("--stacks", default="", help="stacks of training steps to time, such as 'ours,plain eager'; all")
 
 
 def pytest_configure(config):

@@ -320,3 +320,12 @@ def test_where_benches_are_off_a_session_calls_each_step_once_and_stores_nothing
     assert "1 passed" in out
     assert not (tmp_path / "results").exists()
     assert "training steps on" not in out
+
+
+def test_stacks_that_are_asked_for():
+    device = torch.device("cpu")
+    assert bench_step.chosen(device, "dense") == ["plain eager", "ours"]
+    assert bench_step.chosen(device, "dense", ["ours"]) == ["ours"]
+    assert bench_step.chosen(device, "dense", ["ours compiled"]) == []
+    with pytest.raises(pytest.UsageError, match=r"--stacks takes of plain eager, .*, not our$"):
+        bench_step.chosen(device, "dense", ["our"])

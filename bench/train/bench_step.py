@@ -5,7 +5,7 @@ On a CPU: S/2 at 256x256, batch 4, fp32; `--full` adds B/2 and XL/2, which take 
 masked-0.5 is compiled there, since each compile takes minutes too. All stacks of all forms of a size in a session are
 timed in turn, so that a drift of the machine affects all of them; for XL/2 only the stacks of one form, since all its
 networks do not fit in memory together. `--rows` stores the rows: each stack with and without the optimizer, from the
-same calls.
+same calls. `--stacks ours` times our form alone, beside its matmuls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -108,13 +108,16 @@ def bench_step(benchmark, recorded, shared, step_table, progress, request, size,
     if size in IN_TURN:
         forms = [f for f in FORMS if f"bench_step[{size}-{f}]" in selected and has_preset(size, f)]
     device = rows.default_device()
-    stacks = {form: chosen(device, form) for form in forms}
+    only = [name for name in request.config.getoption("stacks").split(",") if name]
+    stacks = {form: chosen(device, form, only) for form in forms}
     rounds = 0 if benchmark.disabled else ROUNDS[size]
     turn = f"{size} {', '.join(forms)}"
     measured = shared.get(turn, lambda: measure(turn, size, BATCH, stacks, device, rounds, progress))[form]
     for stack in STACKS:
         if stack.endswith("compiled") and stack not in stacks[form]:
             step_table.left_out[name_of(measured.case), stack] = NOT_COMPILED
+        if only and stack not in only:
+            step_table.left_out[name_of(measured.case), stack] = "left out by --stacks"
     recorded(measured, device)
 
 
@@ -132,11 +135,13 @@ def bench_packed(benchmark, recorded, step_table, progress):
     recorded(measured, device, without_optimizer=False)
 
 
-def chosen(device: torch.device, form: str) -> list[str]:
-    """Return the stacks to time in a form."""
+def chosen(device: torch.device, form: str, only: Sequence[str] = ()) -> list[str]:
+    """Return the stacks to time in a form, of those in ``only`` if it names any."""
+    if not set(only) <= set(STACKS):
+        raise pytest.UsageError(f"--stacks takes of {', '.join(STACKS)}, not {', '.join(only)}")
     there = stacks_of(device, form, BATCH)
     compiles = device.type != "cpu" or form == "masked-0.5"
-    return [stack for stack in there if compiles or not stack.endswith("compiled")]
+    return [stack for stack in there if (compiles or not stack.endswith("compiled")) and (not only or stack in only)]
 
 
 def measure(
