@@ -48,7 +48,7 @@ def changes_of(
     for name, (old, new) in changed.items():
         if "within" in rules[name]:
             kind_of, reason = rules[name]["within"]
-            rules[name] = {"free": True} if kind_of(old) == kind_of(new) else {"fixed": reason}
+            rules[name] = rules[name] if kind_of(old) == kind_of(new) else {"fixed": reason}
     fixed = [
         f"{name} {before[name]} -> {value} ({rules[name]['fixed']})"
         for name, (_, value) in changed.items()

@@ -213,6 +213,6 @@ def _numbers(values: float | list[float]) -> list[float]:
 def damaged_files(store: Path, manifest: Manifest) -> Iterator[str]:
     """Yield a line for each file whose checksum does not match the manifest."""
     for shard in manifest.shards:
-        for file in (shard.records, shard.labels):
+        for file in shard.files:
             if sha256_of(store / file.name) != file.sha256:
                 yield f"{store / file.name} is damaged: its SHA-256 is not that of the manifest"
