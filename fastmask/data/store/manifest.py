@@ -273,7 +273,8 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
     )  # late import: msgspec is needed only to read a store
     found = schema.convert(fields, schema.ManifestFields)
     known = {field.name: getattr(found, field.name) for field in dataclasses.fields(Manifest)}
-    features = found.features and Features(**{f.name: getattr(found.features, f.name) for f in dataclasses.fields(Features)})
+    about = found.features
+    features = about and Features(**{field.name: getattr(about, field.name) for field in dataclasses.fields(Features)})
     manifest = Manifest(**{**known, "shards": [_shard(shard) for shard in found.shards], "features": features})
     if any((shard.features is None) != (features is None) for shard in manifest.shards):
         raise ValueError("features are of all shards, and are described, or of none")
