@@ -10,6 +10,7 @@ projector is trained with the network, and is no part of it.
 
 import dataclasses
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -103,13 +104,17 @@ class Alignment(Term):
         target = seen.features
         if mask is not None:
             target = gather_tokens(target, mask.ids_keep, cu_seqlens=mask.cu_seqlens, impl="reference")
-        # In fp32: the squares of a norm overflow in fp16.
-        z, y = F.normalize(self.projector(hidden).float(), dim=-1), F.normalize(target.float(), dim=-1)
+        z, y = _unit(self.projector(hidden)), _unit(target)
         return {"alignment": -_means((z * y).sum(-1), mask)}
 
     def macs(self, tokens: int) -> int:
         """Return the MACs of the projector for one image, of which the block sees this many tokens."""
         return tokens * sum(m.weight.numel() for m in self.projector if isinstance(m, nn.Linear))
+
+
+def _unit(tokens: Tensor) -> Tensor:
+    """Return tokens of norm 1, at least in fp32: the squares of a norm overflow in fp16."""
+    return F.normalize(tokens.to(torch.promote_types(tokens.dtype, torch.float32)), dim=-1)
 
 
 def _means(values: Tensor, mask: Mask | None) -> Tensor:
