@@ -38,12 +38,12 @@ def free_within(default: T, kind: Callable[[T], object], reason: str) -> T:
         kind: returns the kind of a value, which is compared.
         reason: why the kind cannot change.
     """
-    return dataclasses.field(default=default, metadata={"within": (kind, reason), "free": True})
+    return dataclasses.field(default=default, metadata={"within": (kind, reason)})
 
 
 def recorded_within(default: T, kind: Callable[[T], object], reason: str) -> T:
     """Return a dataclass field like `free_within`, of which a change within a kind is recorded."""
-    return dataclasses.field(default=default, metadata={"within": (kind, reason)})
+    return dataclasses.field(default=default, metadata={"recorded_within": (kind, reason)})
 
 
 def check_at_least(owner: object, **lowest: float) -> None:

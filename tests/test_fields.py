@@ -26,8 +26,8 @@ def test_fields_have_their_defaults_and_say_what_may_change():
         "steps": {"free": True},
         "width": {"fixed": "the weights have it"},
         "spread": {"recorded": True},
-        "way": {"within": (len, "its length is kept"), "free": True},
-        "coef": {"within": (bool, "it is on")},
+        "way": {"within": (len, "its length is kept")},
+        "coef": {"recorded_within": (bool, "it is on")},
     }
 
 

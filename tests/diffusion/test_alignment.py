@@ -167,7 +167,7 @@ def test_wrong_features():
     ):
         objective(images, labels, None, t, noise)
     for shape in ((3, 15, FEATURES), (3, LENGTH, 8), (2, LENGTH, FEATURES)):
-        with pytest.raises(ValueError, match="features must have shape .* are of shape"):
+        with pytest.raises(ValueError, match=r"features must have shape .* are of shape"):
             objective(images, labels, None, t, noise, torch.randn(shape))
     with pytest.raises(ValueError, match="features of images of several sizes are not aligned"):
         objective.mixed([images], labels, [None], t, [noise])

@@ -115,7 +115,7 @@ def test_batches_carry_them_until_they_end(store, num_workers):
 def test_a_store_without_features_says_how_to_add_them(tmp_path):
     write(tmp_path / "store")
     with pytest.raises(
-        ValueError, match="holds no features: python -m fastmask.prepare .*store --features TEACHER adds"
+        ValueError, match=r"holds no features: python -m fastmask.prepare .*store --features TEACHER adds"
     ):
         StoredFeatures(opened(tmp_path / "store"), False)
     assert "features" not in (tmp_path / "store" / "manifest.json").read_text()
@@ -177,7 +177,7 @@ def test_what_cannot_be_written(tmp_path):
     bad[1, 2, 3] = np.inf
     with pytest.raises(ValueError, match="teachers:small gives features that are not finite in float16"):
         add_features(path, before, ABOUT, computed(path, bad))
-    with files_of_at_most(200), pytest.raises(ValueError, match="cannot be written: .*the same command resumes"):
+    with files_of_at_most(200), pytest.raises(ValueError, match=r"cannot be written: .*the same command resumes"):
         add_features(path, before, ABOUT, computed(path))
     assert read_manifest(path) == before
     assert not list(path.glob("*.features*"))
@@ -194,17 +194,17 @@ def test_damage_is_found(store):
     verifier = Verifier(store, about)
     verifier.start()
     verifier._thread.join()
-    with pytest.raises(ValueError, match="00001.features.npy is damaged"):
+    with pytest.raises(ValueError, match=r"00001.features.npy is damaged"):
         verifier.poll()
     content[-1], content[-2] = 0x7C, 0x00  # infinity
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="00001.features.npy: features of record 2 are not finite"):
+    with pytest.raises(ValueError, match=r"00001.features.npy: features of record 2 are not finite"):
         StoredFeatures(opened(store), False).reader(np.array([0, 6]))
     file.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=r"00001.features.npy has 271 bytes instead of 272"):
         opened(store)
     file.unlink()
-    with pytest.raises(ValueError, match="00001.features.npy is missing from the store"):
+    with pytest.raises(ValueError, match=r"00001.features.npy is missing from the store"):
         opened(store)
 
 
