@@ -167,7 +167,9 @@ def dry_run(config: TrainConfig, preset: TrainConfig, given: Collection[str] = (
         model = build_model(config, channels, size)
     aligned = None
     if not is_missing:
-        features = open_features(config.align, config.data, dataset, model, torch.device(config.machine.device))
+        features = open_features(
+            config.align, config.data, config.network, dataset, torch.device(config.machine.device)
+        )
         aligned = Aligned(config.align, features, model)
     print_plan(config, model, aligned)
     if is_missing:

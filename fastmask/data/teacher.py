@@ -102,7 +102,8 @@ class Teacher:
             raise ValueError(f"--align-teacher {name} names no teacher: give {_FORMS}")
         opened = {"timm": _timm, "transformers": _transformers}.get(kind)
         try:
-            self._backbone = opened(rest, grid) if opened else _function(kind, rest)
+            with torch.random.fork_rng(devices=[]):  # initial weights are drawn first, and then replaced
+                self._backbone = opened(rest, grid) if opened else _function(kind, rest)
             self.name, self.grid, self._device = name, grid, device
             self.module = self._backbone.module.eval().requires_grad_(False)
             self.sha256 = self.identity = of_weights(self.module)

@@ -19,19 +19,20 @@ from fastmask.data.store.reader import StoreDataset
 from fastmask.data.teacher import FeatureSource, Teacher
 from fastmask.diffusion.alignment import CACHED, AlignConfig, Alignment
 from fastmask.models.maskdit import MaskDiT
+from fastmask.models.networks import AnyNetwork
 from fastmask.models.stack import Stack
 
 
 def open_features(
-    config: AlignConfig, data: DataConfig, dataset: Dataset, model: MaskDiT, device: torch.device
+    config: AlignConfig, data: DataConfig, network: AnyNetwork, dataset: Dataset, device: torch.device
 ) -> FeatureSource | None:
     """Return the source of the teacher's features; None for a run without alignment.
 
     Args:
         config: configuration of the alignment.
         data: configuration of the data.
+        network: the sizes of the network.
         dataset: the training data.
-        model: the network; its tensors can be on the meta device.
         device: device of the teacher.
 
     Raises:
@@ -39,7 +40,7 @@ def open_features(
     """
     if not config.on:
         return None
-    grid = model.input_size // model.patch_size
+    grid = dataset.shape[1] // network.patch_size
     source: FeatureSource
     if config.align_teacher == CACHED:
         if not isinstance(dataset, StoreDataset):
@@ -60,7 +61,7 @@ def open_features(
         raise ValueError(f"a teacher is run on images of 1 or 3 channels, not {dataset.shape[0]}")
     else:
         source = Teacher(config.align_teacher, grid, device)
-    say(f"block {config.block(model.config)} is aligned with {source.width} features of {printable(source.name)}")
+    say(f"block {config.block(network)} is aligned with {source.width} features of {printable(source.name)}")
     return source
 
 

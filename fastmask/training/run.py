@@ -83,6 +83,7 @@ class Run:
         self.config, self.dataset, self.ranks, self._evaluate_net = config, dataset, ranks, evaluate
         self.run_dir, device = Path(config.run_dir), torch.device(config.machine.device)
         newest = None if fresh else newest_good(self.run_dir, say)
+        features = open_features(config.align, config.data, config.network, dataset, device)
         self.fingerprint = dataset.fingerprint()
         self.changes = [] if fresh else open_run(config, newest, ranks, self.fingerprint, origin_of(dataset))
         self._verifier = None if fresh else verifier_of(dataset, ranks)
@@ -90,7 +91,6 @@ class Run:
         self.net = Denoiser(build_model(config, channels, size), config.process).to(device)
         self.net.origin = origin_of(dataset)
         self._pictures = Pictures(self.net, config.run_dir)
-        features = open_features(config.align, config.data, dataset, self.net.model, device)
         self.aligned, precision = Aligned(config.align, features, self.net.model), config.machine.precision
         projector = self.aligned.projector
         shard(self.net.model, config.machine.parallel, DTYPES.get(precision), device, ranks, projector)
