@@ -146,6 +146,21 @@ def test_recomputed_blocks_give_the_same_bits(alone, tmp_path):
     assert_same_run(tmp_path, alone)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precisions_align_alike(alone, tmp_path, precision):
+    run(tmp_path, *UNTIL, "--precision", precision)
+    for ours, theirs in zip(stats(tmp_path)[:3], stats(alone)[:3], strict=True):
+        assert ours["alignment"] == pytest.approx(theirs["alignment"], abs=0.03)  # of at most 1
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in stored(tmp_path, 6).values())
+
+
+def test_a_run_from_weights_draws_a_projector_of_its_own(alone, tmp_path, capsys):
+    run(tmp_path, *UNTIL, "--init", str(alone))
+    count = len(stored(alone, 6, "model"))
+    assert f"took {count} of {count} tensors" in capsys.readouterr().out
+    assert stats(tmp_path)[0]["alignment"] > stats(alone)[2]["alignment"]
+
+
 def test_ratios_per_sample(tmp_path):
     run(tmp_path, *UNTIL, "--mask-ratio-per-sample", "uniform(0.25,0.75)")
     assert [("alignment" in line) for line in stats(tmp_path)] == [True] * 3 + [False] * 3

@@ -99,6 +99,10 @@ def add_features(
     Raises:
         ValueError: features that are not finite in float16, are of another shape or number, or cannot be written.
     """
+    taken = {file.name for shard in manifest.shards for file in shard.files}
+    for name in map(_name, range(len(manifest.shards))):
+        if name in taken:  # a store that another program wrote may name its files so
+            raise ValueError(f"{path / name} is a file of the store already")
     meet = barrier(ranks)
     for number in range(ranks.rank, len(manifest.shards), ranks.count):
         if _finished(path, number, about, manifest.shards[number]) is None:

@@ -181,6 +181,10 @@ def test_what_cannot_be_written(tmp_path):
         add_features(path, before, ABOUT, computed(path))
     assert read_manifest(path) == before
     assert not list(path.glob("*.features*"))
+    (path / "00001.npy").rename(path / "00002.features.npy")
+    edit_manifest(path, lambda fields: fields["shards"][1]["records"].update(name="00002.features.npy"))
+    with pytest.raises(ValueError, match=r"00002\.features\.npy is a file of the store already"):
+        add_features(path, read_manifest(path), ABOUT, computed(path))
 
 
 def test_damage_is_found(store):
