@@ -133,9 +133,12 @@ class Objective(nn.Module):
         if not terms or len(self.weights) < sum(len(term.weights) for term in terms) or TOTAL in self.weights:
             names = [name for term in terms for name in term.weights]
             raise ValueError(f"an objective is a sum of terms whose losses have different names, not {names}")
-        self._reader = next((term for term in terms if term.block), None)
-        # In a tuple, which keeps the block from being registered as a part of this module too.
-        self._tapped = tuple(all_blocks(net.model.stacks))[self._reader.block - 1 :][:1] if self._reader else ()
+        readers = [term for term in terms if term.block]
+        if len(readers) > 1:
+            raise ValueError(f"one term of an objective may read a hidden state, not {len(readers)}")
+        blocks = tuple(all_blocks(net.model.stacks)) if readers else ()
+        # In a tuple, which keeps them from being registered as parts of this module once more.
+        self._readers = tuple((term, blocks[term.block - 1]) for term in readers)
         self.names = (TOTAL, *self.weights)
 
     def forward(
@@ -163,7 +166,7 @@ class Objective(nn.Module):
         process = self.net.process
         _check_shapes(t, len(images), [images], [noise])
         noised, coefficients = process.noised(images, noise, t), process.coefficients(t)
-        tap = Tap(*self._tapped) if self._reader is not None and self._reader.active else None
+        tap = next((Tap(block) for term, block in self._readers if term.active), None)
         raw = self.net.raw_tokens(noised, coefficients, condition, mask, tap)
         return self._losses(Pass(images, noised, raw, coefficients, mask, tap, features))
 
@@ -195,7 +198,7 @@ class Objective(nn.Module):
                 f"a list of images needs lists of as much noise and as many masks, not {len(images)}, {len(noise)} and "
                 f"{len(masks)}"
             )
-        if self._reader is not None and self._reader.active:
+        if any(term.active for term, _ in self._readers):
             raise ValueError("features of images of several sizes are not aligned: leave the term out")
         process, sizes = self.net.process, [len(image) for image in images]
         _check_shapes(t, sum(sizes), images, noise)

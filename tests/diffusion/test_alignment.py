@@ -173,6 +173,15 @@ def test_wrong_features():
         objective.mixed([images], labels, [None], t, [noise])
 
 
+def test_one_term_reads_a_hidden_state():
+    terms = [Alignment(0.5, 1, WIDTH, 32, FEATURES), Alignment(0.5, 2, WIDTH, 32, FEATURES)]
+    terms[1].weights = {"other": 0.5}
+    with pytest.raises(ValueError, match="one term of an objective may read a hidden state, not 2"):
+        Objective(small_net(), [MaskedDenoising(), *terms])
+    objective = Objective(small_net(), [MaskedDenoising(), terms[0]])
+    assert {name.split(".")[0] for name in objective.state_dict()} == {"net", "terms"}
+
+
 def test_the_projector_is_counted_as_its_operators():
     term = Alignment(0.5, 1, WIDTH, 32, FEATURES)
     with FlopCounterMode(display=False) as counter:
