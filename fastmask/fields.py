@@ -41,6 +41,11 @@ def free_within(default: T, kind: Callable[[T], object], reason: str) -> T:
     return dataclasses.field(default=default, metadata={"within": (kind, reason)})
 
 
+def recorded_within(default: T, kind: Callable[[T], object], reason: str) -> T:
+    """Return a dataclass field like `free_within`, of which a change within a kind is recorded."""
+    return dataclasses.field(default=default, metadata={"recorded_within": (kind, reason)})
+
+
 def check_at_least(owner: object, **lowest: float) -> None:
     """Raise a ValueError for the first of these fields that is below its bound, infinite or NaN."""
     for name, bound in lowest.items():

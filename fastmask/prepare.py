@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -24,14 +23,17 @@ from fastmask.data.foreign.open import HalfRecords, Latents, open_latents
 from fastmask.data.images.dali import JpegDecoder, pick_decoder
 from fastmask.data.images.reader import Decoded, decoded, read_ahead, say_source
 from fastmask.data.latents import ScaledBy, Scaling, number_or_list, sample_records, shown
+from fastmask.data.prepare_features import prepare_features
 from fastmask.data.sources.open import Source, open_source
+from fastmask.data.sources.source import labels_sha256, names_sha256
 from fastmask.data.store.check import FITTING, check_store
-from fastmask.data.store.manifest import Manifest
+from fastmask.data.store.manifest import Manifest, read_manifest
 from fastmask.data.store.remote import is_url, local_copy
-from fastmask.data.store.writer import StoreWriter
+from fastmask.data.store.writer import LOCK, StoreWriter
 from fastmask.data.vae import Autoencoder
+from fastmask.files import locked
 from fastmask.grid import save_grid
-from fastmask.ranks import Ranks, own_device, process_group
+from fastmask.ranks import Ranks, from_first, own_device, process_group
 from fastmask.training.report import console
 
 _IMAGE_SIZE = 256  # default for images of varying size
@@ -52,6 +54,11 @@ class PrepareConfig:
     """Folder of the store; the same command resumes an interrupted run."""
     check: str = ""
     """Verify this store, draw a contact sheet of its decoded images and exit; a store at a URL is fetched first."""
+    features: str = ""
+    """Add the features of this teacher to a finished store, for --align-teacher cached: timm:NAME, transformers:NAME or
+    MODULE:FUNCTION. Give STORE alone for pixels, and the images in front of a store of latents."""
+    features_grid: int | None = None
+    """Side of their grid: the network's input side over its patch size. Default: patches of 2 x 2 latents."""
     image_size: int | None = None
     """Side in pixels; images are resized and cropped. Default: their own side for arrays (IDX, .npz), else 256."""
     num_classes: int | None = None
@@ -95,17 +102,24 @@ def main(argv: Sequence[str]) -> None:
         check(local_copy(config.check) if is_url(config.check) else Path(config.check), config.vae, device)
         return
     # Validate the arguments before anything is opened.
+    if config.features and not config.store:
+        config = dataclasses.replace(config, source="", store=config.source)
     if not config.store:
         raise ValueError("name a source and the store to make of it, or --check STORE")
     if is_url(config.store):
         raise ValueError(f"{config.store}: a store is written to a folder; copy it to the URL when it is finished")
-    for name in ("image_size", "batch_size", "shard_size"):
+    if config.features_grid is not None and not config.features:
+        raise ValueError("--features-grid is the grid of --features, which are missing")
+    for name in ("image_size", "batch_size", "shard_size", "features_grid"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
     for name in ("num_workers", "num_classes"):
         if (getattr(config, name) or 0) < 0:
             raise ValueError(f"{name} must be at least 0, not {getattr(config, name)}")
+    if config.features:
+        _add_features(config, device, ranks)
+        return
     # The source holds latents of a known layout, or images.
     with _one_speaks(ranks):
         latents = open_latents(Path(config.source), None if config.latents == "auto" else config.latents)
@@ -129,6 +143,26 @@ def main(argv: Sequence[str]) -> None:
     skipped = sum(len(shard.skipped) for shard in manifest.shards)
     with _one_speaks(ranks):
         say(f"{config.store}: {manifest.count:,} records, {manifest.num_classes} classes, {skipped} images left out")
+
+
+def _add_features(config: PrepareConfig, device: torch.device, ranks: Ranks) -> None:
+    """Add a teacher's features to a finished store."""
+    store = Path(config.store)
+    read_manifest(store)
+    with process_group(ranks, device), contextlib.ExitStack() as held:
+        from_first(ranks, lambda: held.enter_context(locked(store / LOCK)))
+        prepare_features(
+            store,
+            config.source,
+            config.features,
+            config.features_grid,
+            device=device,
+            ranks=ranks,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            decoder=config.decoder,
+            num_classes=config.num_classes,
+        )
 
 
 @contextlib.contextmanager
@@ -173,8 +207,7 @@ def _encode(config: PrepareConfig, source: Source, device: torch.device) -> Job:
     # The manifest identifies the source by names and labels, so that a resumed run cannot mix two sources.
     origin = _origin(config, source.kind, len(source), source.name)
     if source.labels is not None:
-        labels = "\n".join(names).encode() + source.labels.tobytes()
-        origin["labels_sha256"] = hashlib.sha256(labels).hexdigest()
+        origin["labels_sha256"] = labels_sha256(names, source.labels)
     about: dict[str, Any] = {
         "image_size": size,
         "crop": "adm",
@@ -298,10 +331,8 @@ def _say_statistics(config: PrepareConfig, latents: Latents, scaled_by: ScaledBy
 
 
 def _origin(config: PrepareConfig, kind: str, count: int, name: Callable[[int], str]) -> dict[str, Any]:
-    names, path = hashlib.sha256(), printable(config.source)
-    for item in range(count):
-        names.update(printable(name(item)).removeprefix(path).encode() + b"\n")
-    return {"kind": kind, "path": path, "items": count, "sha256": names.hexdigest()}
+    sha256 = names_sha256(config.source, count, name)
+    return {"kind": kind, "path": printable(config.source), "items": count, "sha256": sha256}
 
 
 def _as_records(pixels: NDArray[Any] | torch.Tensor) -> NDArray[np.uint8]:

@@ -26,6 +26,7 @@ from fastmask.help import show_help
 from fastmask.models.counts import num_parameters
 from fastmask.presets import PRESETS
 from fastmask.ranks import Ranks, from_first, is_lost_rank, own_device, process_group, signal_if_torchrun_dies
+from fastmask.training.align import Aligned, open_features
 from fastmask.training.checkpoint import Checkpointer, checkpoints
 from fastmask.training.config import (
     TrainConfig,
@@ -164,9 +165,16 @@ def dry_run(config: TrainConfig, preset: TrainConfig, given: Collection[str] = (
         channels, size, _ = dataset.shape
     with torch.device("meta"):
         model = build_model(config, channels, size)
-    print_plan(config, model)
+    aligned = None
+    if not is_missing:
+        features = open_features(
+            config.align, config.data, config.network, dataset, torch.device(config.machine.device)
+        )
+        aligned = Aligned(config.align, features, model)
+    print_plan(config, model, aligned)
     if is_missing:
-        say(f"{name} does not exist yet; its shape was taken from the preset")
+        lacks = "; the projector of the alignment is not counted" if config.align.on else ""
+        say(f"{name} does not exist yet; its shape was taken from the preset{lacks}")
 
 
 def train(

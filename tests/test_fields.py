@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fastmask.fields import check_at_least, check_share, fixed, free, free_within, recorded, unknown
+from fastmask.fields import check_at_least, check_share, fixed, free, free_within, recorded, recorded_within, unknown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,6 +15,7 @@ class Config:
     width: int = fixed(8, "the weights have it")
     spread: tuple[float, ...] = recorded((1.0,))
     way: str = free_within("a1", len, "its length is kept")
+    coef: float = recorded_within(0.5, bool, "it is on")
 
 
 def test_fields_have_their_defaults_and_say_what_may_change():
@@ -26,6 +27,7 @@ def test_fields_have_their_defaults_and_say_what_may_change():
         "width": {"fixed": "the weights have it"},
         "spread": {"recorded": True},
         "way": {"within": (len, "its length is kept")},
+        "coef": {"recorded_within": (bool, "it is on")},
     }
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from fastmask.cost.work import Memory, memory_of
 from fastmask.diffusion import Masking
 from fastmask.models.maskdit import MaskDiT
+from fastmask.training.align import Aligned
 from fastmask.training.config import TrainConfig
 
 
@@ -19,6 +20,7 @@ class Workload(NamedTuple):
         averages: number of EMAs of the weights.
         checkpoint_blocks: whether backward recomputes the blocks.
         muon: whether Muon updates the matrices of the blocks.
+        beside: number of parameters that are trained beside the network, without an EMA.
     """
 
     masking: Masking
@@ -28,11 +30,12 @@ class Workload(NamedTuple):
     averages: int = 1
     checkpoint_blocks: bool = False
     muon: bool = False
+    beside: int = 0
 
     def memory(self, model: MaskDiT, precision: str) -> Memory:
         """Return the memory at the lowest mask ratio of the run, at which a step takes the most."""
         ratio = self.masking.lowest_ratio(self.max_steps)
-        return memory_of(
+        memory = memory_of(
             model,
             ratio,
             precision,
@@ -40,10 +43,16 @@ class Workload(NamedTuple):
             checkpoint_blocks=self.checkpoint_blocks,
             muon=self.muon,
         )
+        return memory._replace(
+            weights=memory.weights + 4 * self.beside,
+            gradients=memory.gradients + 4 * self.beside,
+            moments=memory.moments + 8 * self.beside,
+        )
 
 
-def workload_of(config: TrainConfig) -> Workload:
-    """Return what the cost of a run depends on."""
+def workload_of(config: TrainConfig, aligned: Aligned | None = None) -> Workload:
+    """Return what the cost of a run depends on; ``aligned`` is its alignment, None without one."""
+    projector = aligned.projector if aligned else None
     return Workload(
         config.masking,
         config.max_steps,
@@ -52,4 +61,5 @@ def workload_of(config: TrainConfig) -> Workload:
         averages=1 + len(config.ema.ema_widths),
         checkpoint_blocks=config.machine.activation_checkpointing == "block",
         muon=config.optim.optimizer == "muon",
+        beside=sum(p.numel() for p in projector.parameters()) if projector else 0,
     )

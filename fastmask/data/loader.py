@@ -29,7 +29,8 @@ from fastmask.data.order import shuffled
 from fastmask.data.store.verify import Verifier
 from fastmask.models.condition import Condition
 
-Batch = tuple[Tensor, Condition]  # samples as stored, and their condition
+# Samples as stored, and their condition; then a teacher's features, where they are asked for.
+Batch = tuple[Tensor, Condition] | tuple[Tensor, Condition, Tensor]
 
 
 def sample_ids(seed: int, offset: int, count: int, size: int) -> NDArray[np.int64]:
@@ -57,6 +58,8 @@ def batches(
     ranks: int = 1,
     verifier: Verifier | None = None,
     bad_images: BadImages | None = None,
+    features: Callable[[NDArray[np.int64]], Tensor] | None = None,
+    features_stop: int = 0,
 ) -> Generator[Batch, None, None]:
     """Yield samples ``start`` .. ``stop - 1`` of a run, as stored, and their condition, in order, on a device.
 
@@ -77,6 +80,8 @@ def batches(
         ranks: world size.
         verifier: verifies the dataset's files in the background; polled at each batch.
         bad_images: records the images that could not be read and were replaced.
+        features: reads the features of some ids, for datasets that are stored.
+        features_stop: number of the sample from which on no features are read.
 
     Raises:
         ValueError: a sample cannot be read, too many were replaced, or a file does not match its checksum.
@@ -90,7 +95,7 @@ def batches(
     dali = images if images and images.decoder == "dali" else None
     read = dali.read_for_dali if dali else images.read_telling if images else dataset.read
     shares = range(rank * share, (rank + 1) * share, batch_size)
-    rows = _Rows(read, len(dataset), batch_size, seed, steps, shares, stop)
+    rows = _Rows(read, len(dataset), batch_size, seed, steps, shares, stop, features, features_stop)
     loader = DataLoader(
         rows,
         batch_size=None,
@@ -174,12 +179,12 @@ def to_gpu(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
             with torch.cuda.stream(copies):
                 moved = tree_map(lambda tensor: tensor.to(device, non_blocking=True), batch), copies.record_event()
         if ahead is not None:
-            (stored, condition), copied = ahead
+            ready, copied = ahead
             computing = torch.cuda.current_stream(device)
             computing.wait_event(copied)
-            for tensor in tree_leaves((stored, condition)):
+            for tensor in tree_leaves(ready):
                 tensor.record_stream(computing)  # its memory is reused only after the computation
-            yield stored, condition
+            yield ready
         ahead = moved
 
 
@@ -201,6 +206,8 @@ class _Rows(TorchDataset[Any]):
         steps: first sample of each step.
         parts: offset of each of the rank's batches in a step.
         stop: number after the last sample.
+        features: reads the features of some ids, which are added to the batch.
+        features_stop: number of the sample from which on they are not.
     """
 
     def __init__(
@@ -212,7 +219,10 @@ class _Rows(TorchDataset[Any]):
         steps: range,
         parts: range,
         stop: int,
+        features: Callable[[NDArray[np.int64]], Tensor] | None,
+        features_stop: int,
     ) -> None:
+        self._features, self._features_stop = features, features_stop
         self._read, self._size, self._batch_size, self._seed = read, size, batch_size, seed
         self._steps, self._parts, self._stop = steps, parts, stop
 
@@ -228,4 +238,6 @@ class _Rows(TorchDataset[Any]):
         step, part = divmod(index, len(self._parts))
         first = self._steps[step] + self._parts[part]
         count = min(self._batch_size, self._stop - first)
-        return self._read(sample_ids(self._seed, first, count, self._size))
+        ids = sample_ids(self._seed, first, count, self._size)
+        batch = self._read(ids)
+        return batch if self._features is None or first >= self._features_stop else (*batch, self._features(ids))

@@ -9,6 +9,7 @@ from fastmask.diffusion.process import Coefficients, Process
 from fastmask.kernels import Mask, unpatchify
 from fastmask.models.condition import Condition
 from fastmask.models.maskdit import MaskDiT
+from fastmask.models.stack import Tap
 
 
 class Denoiser(nn.Module):
@@ -29,11 +30,16 @@ class Denoiser(nn.Module):
         self.process = process
 
     def raw_tokens(
-        self, x: Tensor, coefficients: Coefficients, condition: Condition, mask: Mask | None = None
+        self,
+        x: Tensor,
+        coefficients: Coefficients,
+        condition: Condition,
+        mask: Mask | None = None,
+        tap: Tap | None = None,
     ) -> Tensor:
-        """Return the raw tokens of F, shape (B, L, P), for the coefficients of each sample."""
+        """Return the raw tokens of F, shape (B, L, P), for the coefficients of each sample; see `MaskDiT.forward`."""
         image_scale = coefficients.c_in.to(x.dtype)
-        tokens: Tensor = self.model(x, coefficients.c_noise, condition, mask, image_scale=image_scale)
+        tokens: Tensor = self.model(x, coefficients.c_noise, condition, mask, image_scale=image_scale, tap=tap)
         return tokens
 
     def mixed_raw_tokens(

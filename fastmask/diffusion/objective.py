@@ -12,7 +12,7 @@ from fastmask.diffusion.process import Coefficients
 from fastmask.fields import check_at_least, check_share, unknown
 from fastmask.kernels import Mask, masked_loss
 from fastmask.models.condition import Condition
-from fastmask.models.stack import NetworkConfig
+from fastmask.models.stack import NetworkConfig, Tap
 
 Target = Literal["noised", "clean"]
 TOTAL = "loss"  # name of the weighted sum
@@ -27,6 +27,8 @@ class Pass(NamedTuple):
         raw: raw tokens of the network, shape (B, L, P).
         coefficients: coefficients of the process, each (B,).
         mask: positions that the encoder saw; None is all.
+        tap: the hidden state after the block that a term names; None if no term does.
+        features: a teacher's features of the clean images, shape (B, L, W); None if no term needs them.
     """
 
     images: Tensor
@@ -34,6 +36,8 @@ class Pass(NamedTuple):
     raw: Tensor
     coefficients: Coefficients
     mask: Mask | None
+    tap: Tap | None = None
+    features: Tensor | None = None
 
 
 class Term(nn.Module):
@@ -41,7 +45,14 @@ class Term(nn.Module):
 
     Args:
         weights: weight of each returned loss in the sum, by name.
+
+    Attributes:
+        active: whether the term is in the sum; a change makes a compiled objective compile anew.
+        block: number of the block, counted from 1 over all stacks, whose hidden state it reads; 0 is none.
     """
+
+    active = True
+    block = 0
 
     def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__()
@@ -140,7 +151,7 @@ class Objective(nn.Module):
 
     Args:
         net: the denoiser.
-        terms: at least one term; the names of their losses must differ.
+        terms: at least one term; the names of their losses must differ. One of them may read a hidden state.
 
     Attributes:
         names: names of the returned losses, the weighted sum first.
@@ -155,12 +166,23 @@ class Objective(nn.Module):
         if not terms or len(self.weights) < sum(len(term.weights) for term in terms) or TOTAL in self.weights:
             names = [name for term in terms for name in term.weights]
             raise ValueError(f"an objective is a sum of terms whose losses have different names, not {names}")
+        readers = [term for term in terms if term.block]
+        if len(readers) > 1:
+            raise ValueError(f"one term of an objective may read a hidden state, not {len(readers)}")
+        # In a tuple, which keeps them from being registered as parts of this module once more.
+        self._readers = tuple((term, net.model.blocks[term.block - 1]) for term in readers)
         self.names = (TOTAL, *self.weights)
 
     def forward(
-        self, images: Tensor, condition: Condition, mask: Mask | None, t: Tensor, noise: Tensor
+        self,
+        images: Tensor,
+        condition: Condition,
+        mask: Mask | None,
+        t: Tensor,
+        noise: Tensor,
+        features: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Return the losses of a batch by name, each of shape (B,).
+        """Return the losses of a batch by name, each of shape (B,), without those of terms that are not active.
 
         Args:
             images: clean images, shape (B, C, H, W).
@@ -168,6 +190,7 @@ class Objective(nn.Module):
             mask: positions that the encoder sees; None is all.
             t: time of each sample, shape (B,).
             noise: unit noise, shape (B, C, H, W).
+            features: a teacher's features of the images, shape (B, L, W), for a term that needs them.
 
         Raises:
             ValueError: shapes that do not fit the network, or a term whose losses differ from its weights.
@@ -175,8 +198,9 @@ class Objective(nn.Module):
         process = self.net.process
         _check_shapes(t, len(images), [images], [noise])
         noised, coefficients = process.noised(images, noise, t), process.coefficients(t)
-        raw = self.net.raw_tokens(noised, coefficients, condition, mask)
-        return self._losses(Pass(images, noised, raw, coefficients, mask))
+        tap = next((Tap(block) for term, block in self._readers if term.active), None)
+        raw = self.net.raw_tokens(noised, coefficients, condition, mask, tap)
+        return self._losses(Pass(images, noised, raw, coefficients, mask, tap, features))
 
     def mixed(
         self,
@@ -206,6 +230,8 @@ class Objective(nn.Module):
                 f"a list of images needs lists of as much noise and as many masks, not {len(images)}, {len(noise)} and "
                 f"{len(masks)}"
             )
+        if any(term.active for term, _ in self._readers):
+            raise ValueError("features of images of several sizes are not aligned: leave the term out")
         process, sizes = self.net.process, [len(image) for image in images]
         _check_shapes(t, sum(sizes), images, noise)
         coefficients = process.coefficients(t)
@@ -218,11 +244,14 @@ class Objective(nn.Module):
     def _losses(self, seen: Pass) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         for term, names in zip(self.terms, self._losses_of, strict=True):
+            if not term.active:
+                continue
             given = term(self.net, seen)
             if given.keys() != set(names):
                 raise ValueError(f"a term has weights of {sorted(names)}, and returned losses {sorted(given)}")
             losses.update(given)
-        weighted = [losses[name] if weight == 1 else weight * losses[name] for name, weight in self.weights.items()]
+        weights = {name: weight for name, weight in self.weights.items() if name in losses}
+        weighted = [losses[name] if weight == 1 else weight * losses[name] for name, weight in weights.items()]
         return {TOTAL: sum(weighted[1:], start=weighted[0]), **losses}
 
 

@@ -22,11 +22,11 @@ from fastmask.models.layers import (
     TimeEmbedding,
     sincos_position,
 )
-from fastmask.models.stack import Grid, NetworkConfig, Stack, check_patches, check_width, run_stack
+from fastmask.models.stack import Grid, NetworkConfig, Stack, Tap, check_patches, check_width, run_stack
 
-# Condition embedding, form of the ops, whether blocks are recomputed, grids of patches: the last arguments of
+# Condition embedding, form of the ops, whether blocks are recomputed, grids of patches, tap: the last arguments of
 # `run_stack`.
-Options = tuple[Tensor, Impl | None, bool, list[Grid]]
+Options = tuple[Tensor, Impl | None, bool, list[Grid], Tap | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,7 +181,13 @@ class MaskDiT(ClassConditional, nn.Module):
         return Stack(self.blocks, self.decoder_layer, "kept"), Stack(self.decoder_blocks, self.final_layer, "all")
 
     def forward(
-        self, x: Tensor, c_noise: Tensor, labels: Condition, mask: Mask | None = None, image_scale: Tensor | None = None
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        labels: Condition,
+        mask: Mask | None = None,
+        image_scale: Tensor | None = None,
+        tap: Tap | None = None,
     ) -> Tensor:
         """Return F(image_scale * x), raw tokens of all positions.
 
@@ -191,6 +197,7 @@ class MaskDiT(ClassConditional, nn.Module):
             labels: the condition: int64, shape (B,); ``num_classes`` means no label.
             mask: positions that the encoder sees; None is all. Samples can keep unequal numbers of positions.
             image_scale: scale of each image, shape (B,); None is 1.
+            tap: collects the hidden state after its block.
 
         Returns:
             Shape (B, L, P), laid out (p, p, C) with channels fastest.
@@ -198,7 +205,7 @@ class MaskDiT(ClassConditional, nn.Module):
         if x.shape[1:] != (self.in_channels, self.input_size, self.input_size):
             expected = (x.shape[0], self.in_channels, self.input_size, self.input_size)
             raise ValueError(f"images must have shape {expected}, not {tuple(x.shape)}")
-        return self.forward_mixed([x], c_noise, labels, [mask], image_scale)[0]
+        return self.forward_mixed([x], c_noise, labels, [mask], image_scale, tap)[0]
 
     def forward_mixed(
         self,
@@ -207,6 +214,7 @@ class MaskDiT(ClassConditional, nn.Module):
         labels: Condition,
         masks: Sequence[Mask | None],
         image_scale: Tensor | None = None,
+        tap: Tap | None = None,
     ) -> list[Tensor]:
         """`forward` for images of several sizes, packed into one sequence of blocks.
 
@@ -217,6 +225,7 @@ class MaskDiT(ClassConditional, nn.Module):
             labels: int64, same shape as ``c_noise``.
             masks: a mask, or None, for each tensor of ``images``.
             image_scale: same shape as ``c_noise``.
+            tap: as in `forward`.
 
         Returns:
             The raw tokens of each tensor of ``images``, as in `forward`.
@@ -229,7 +238,7 @@ class MaskDiT(ClassConditional, nn.Module):
         scales = [None] * len(counts) if image_scale is None else torch.split(image_scale, counts)
         embedded = [self._embed(x, mask, scale) for x, mask, scale in zip(images, masks, scales, strict=True)]
         grids = [self._grid(x) for x in images]
-        options = condition, self.impl, self.checkpoint_blocks, grids
+        options = condition, self.impl, self.checkpoint_blocks, grids, tap
         return self._run_stacks(embedded, images, labels, masks, options)
 
     def embed_condition(self, labels: Condition) -> Tensor:

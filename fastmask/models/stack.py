@@ -36,6 +36,10 @@ class NetworkConfig(Described, Protocol):
     def masked(self) -> bool:
         """Whether it can be trained on a part of the tokens."""
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks, without those of a decoder."""
+
     def check(self, input_size: int) -> None:
         """Raise a ValueError that names the first invalid size, for images of this side."""
 
@@ -120,6 +124,23 @@ def all_blocks(stacks: Iterable[Stack]) -> Iterator[nn.Module]:
     return itertools.chain.from_iterable(stack.blocks for stack in stacks)
 
 
+class Tap:
+    """Collects the hidden state after a block: the residual stream of the tokens that the block saw.
+
+    Args:
+        block: the block, one of a network's stacks.
+
+    Attributes:
+        tokens: once the network has run, tokens of each size, (B1, K1, D), .., or packed (N1, D), ..
+        masks: the mask of each of ``tokens``; None is all positions.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self.block = block
+        self.tokens: list[Tensor] = []
+        self.masks: list[Mask | None] = []
+
+
 def run_stack(
     stack: Stack,
     parts: Sequence[Tensor],
@@ -128,6 +149,7 @@ def run_stack(
     impl: Impl | None,
     checkpoint_blocks: bool,
     grids: Sequence[Grid],
+    tap: Tap | None = None,
 ) -> list[Tensor]:
     """Return the output of a stack for tokens of several sizes.
 
@@ -139,6 +161,7 @@ def run_stack(
         impl: form of the ops.
         checkpoint_blocks: keep only the input of each block for backward, and recompute the rest.
         grids: rows and columns of the patches of all positions, for each tensor of ``parts``.
+        tap: collects the hidden state after its block, if this stack has it.
 
     Returns:
         Tensors shaped like ``parts``, with the output width of the stack's exit, or its own width without one.
@@ -152,7 +175,14 @@ def run_stack(
             stream = checkpoint(block, stream, condition, packing, impl, use_reentrant=False, preserve_rng_state=False)
         else:
             stream = block(stream, condition, packing, impl)
+        if tap is not None and block is tap.block:
+            tap.tokens, tap.masks = _unpack(stream.settle(packing), parts), list(masks)
     out: Tensor = stream.settle(packing) if stack.exit is None else stack.exit(stream, condition, packing, impl)
+    return _unpack(out, parts)
+
+
+def _unpack(out: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tokens of each size, shaped like ``parts`` but for their width."""
     if len(parts) == 1:
         return [out]
     rows = torch.split(out, [part.shape[:-1].numel() for part in parts])

@@ -1,5 +1,6 @@
 """AdamW with EMAs of the parameters, in one pass over memory, as an optimizer."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ class AdamWEMA(torch.optim.AdamW):
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, multiplied by the learning rate.
         averages: for each EMA its decay, and its tensors in the order of the parameters; EMAs of parameters without a
-            gradient are updated too.
+            gradient are updated too. Parameters of the last groups may have none.
         impl: passed to `fastmask.kernels.adamw_ema`.
     """
 
@@ -51,9 +52,12 @@ class AdamWEMA(torch.optim.AdamW):
         self.rates = torch.zeros(len(mine), dtype=torch.float32, device=parameters[0].device)
         self.set_decays([decay for decay, _ in averages])
         for k, tensors in enumerate(mine):
-            if [t.shape for t in tensors] != [p.shape for p in parameters]:
+            if [t.shape for t in tensors] != [p.shape for p in parameters[: len(mine[0])]]:
                 raise ValueError(f"averages[{k}] must have a tensor of the shape of each parameter")
-        self._averages = {p: [tensors[i] for tensors in mine] for i, p in enumerate(parameters)}
+        ends = itertools.accumulate(len(group["params"]) for group in self.param_groups)
+        if mine and len(mine[0]) not in ends:
+            raise ValueError("averages must have a tensor for each parameter of a group, or for none of them")
+        self._averages = {p: [tensors[i] for tensors in mine if i < len(tensors)] for i, p in enumerate(parameters)}
 
     def set_decays(self, decays: Sequence[float]) -> None:
         """Set the decay of each EMA for the following steps."""
@@ -95,6 +99,7 @@ class AdamWEMA(torch.optim.AdamW):
         lr = group["lr"]
         if not isinstance(lr, Tensor):
             lr = torch.full((), lr, dtype=torch.float32, device=params[0].device)
+        count = len(self._averages[params[0]])
         adamw_ema(
             [local_part(p) for p in params],
             [local_part(cast(Tensor, p.grad)) for p in params],
@@ -105,8 +110,8 @@ class AdamWEMA(torch.optim.AdamW):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            averages=[[local_part(self._averages[p][k]) for p in params] for k in range(len(self.rates))],
-            rates=self.rates,
+            averages=[[local_part(self._averages[p][k]) for p in params] for k in range(count)],
+            rates=self.rates[:count],
             factor=factor,
             found_inf=found_inf,
             impl=self.impl,
@@ -122,7 +127,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _average(self, p: Tensor, found_inf: Tensor | None) -> None:
         rates = self.rates if found_inf is None else self.rates * (found_inf == 0)
-        for average, rate in zip(self._averages[p], rates, strict=True):
+        for average, rate in zip(self._averages[p], rates, strict=False):  # none for a parameter without EMAs
             local_part(average).lerp_(local_part(p), rate)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

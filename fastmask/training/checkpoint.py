@@ -1,8 +1,9 @@
 """Checkpoints and EMA snapshots: asynchronous atomic writes, verified loading.
 
 A checkpoint is a folder `step-00001000` with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors`,
-`profiles.safetensors` if the run has power-function EMAs, `state.json`, and `SHA256SUMS` for `sha256sum -c`. It is
-written under a temporary name and renamed once it is on disk, so a folder with the final name is complete.
+`profiles.safetensors` if the run has power-function EMAs, `projector.safetensors` if it aligns hidden states,
+`state.json`, and `SHA256SUMS` for `sha256sum -c`. It is written under a temporary name and renamed once it is on disk,
+so a folder with the final name is complete.
 """
 
 import json
@@ -104,6 +105,7 @@ class Checkpointer:
         profiles: Sequence[PowerEMA] = (),
         *,
         snapshot: bool = False,
+        projector: nn.Module | None = None,
     ) -> None:
         """Start writing the checkpoint of a step, with the current values.
 
@@ -118,13 +120,20 @@ class Checkpointer:
             state: JSON values to store with ``step``.
             profiles: power-function EMAs.
             snapshot: also write snapshots of ``profiles``, before the checkpoint.
+            projector: what is trained with the network, and no part of it.
 
         Raises:
             OSError: the previous write failed; checkpoints on disk are untouched.
         """
         self.wait()
         weights = net.state_dict()
-        parts = {"model": weights, "ema": {**weights, **ema}, "optimizer": _optimizer_tensors(net, optimizer)}
+        parts = {
+            "model": weights,
+            "ema": {**weights, **ema},
+            "optimizer": _optimizer_tensors(net, projector, optimizer),
+        }
+        if projector is not None:
+            parts["projector"] = projector.state_dict()
         if profiles:
             parts["profiles"] = _averages(profiles)
         host = {part: _to_host(tensors, self.writes) for part, tensors in parts.items()}
@@ -277,6 +286,7 @@ def load_checkpoint(
     ema: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     profiles: Sequence[PowerEMA] = (),
+    projector: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Load a checkpoint into a network, its EMAs and its optimizer, and return the content of ``state.json``.
 
@@ -288,6 +298,7 @@ def load_checkpoint(
         ema: EMA weights, by the names of ``net``'s parameters.
         optimizer: optimizer of ``net``'s parameters.
         profiles: power-function EMAs.
+        projector: what is trained with the network, and no part of it.
 
     Raises:
         ValueError: an unreadable file, or a checkpoint of another network (lists the differing names) or process;
@@ -301,10 +312,14 @@ def load_checkpoint(
     for part, metadata in (("model", stated), ("ema", stated_too)):
         check_stated(metadata, net, str(folder / f"{part}.safetensors"))
     check_same_shapes(_averages(profiles), kept, f"{folder / 'profiles.safetensors'}")
+    beside = {} if projector is None else projector.state_dict()
+    found = read_tensors(folder / "projector.safetensors")[0] if beside else {}
+    check_same_shapes(beside, found, f"{folder / 'projector.safetensors'}")
     _copy(net.state_dict(), weights)
+    _copy(beside, found)
     _copy(ema, averaged)
     _copy(_averages(profiles), kept)
-    for name, parameter in net.named_parameters():
+    for name, parameter in _trained(net, projector).items():
         prefix = f"{name}/"
         mine = {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
         if mine:
@@ -364,10 +379,18 @@ def _is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _optimizer_tensors(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _trained(net: nn.Module, projector: nn.Module | None) -> dict[str, nn.Parameter]:
+    """Return the parameters of a network, and those beside it, by name."""
+    beside = {} if projector is None else dict(projector.named_parameters(prefix="projector"))
+    return {**dict(net.named_parameters()), **beside}
+
+
+def _optimizer_tensors(
+    net: nn.Module, projector: nn.Module | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     return {
         f"{name}/{key}": value
-        for name, parameter in net.named_parameters()
+        for name, parameter in _trained(net, projector).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 

@@ -14,11 +14,13 @@ from fastmask.console import without_secrets
 from fastmask.data import Dataset
 from fastmask.data.config import DataConfig
 from fastmask.diffusion import EDM, Denoiser, Masking, ObjectiveConfig, Sampling
+from fastmask.diffusion.alignment import AlignConfig
 from fastmask.diffusion.processes import PROCESSES, AnyProcess
 from fastmask.fields import check_at_least, fixed, free, unknown
 from fastmask.models.maskdit import MaskDiT, MaskDiTConfig
 from fastmask.models.networks import NETWORKS, AnyNetwork
 from fastmask.ranks import Ranks
+from fastmask.training.align import Aligned
 from fastmask.training.ema import EMA, EMAConfig
 from fastmask.training.machine import MachineConfig
 from fastmask.training.monitor import DivergenceConfig
@@ -73,6 +75,7 @@ class TrainConfig(RunConfig):
     process: AnyProcess = fixed(EDM(), "the checkpoint's weights were trained with it")
     masking: Masking = Masking()  # noqa: RUF009
     objective: ObjectiveConfig = ObjectiveConfig()  # noqa: RUF009
+    align: AlignConfig = AlignConfig()  # noqa: RUF009
     optim: OptimConfig = OptimConfig()  # noqa: RUF009
     ema: EMAConfig = EMAConfig()  # noqa: RUF009
     divergence: DivergenceConfig = DivergenceConfig()  # noqa: RUF009
@@ -149,6 +152,7 @@ class TrainConfig(RunConfig):
             raise ValueError("--keep-best keeps the best of the evaluations: give --evaluate-every")
         self.machine.check(self.batch_size)
         self.masking.check(max_steps=self.max_steps, micro_batch=self.micro_batch, can_mask=self.network.masked)
+        self.align.check(self.network)
         for part in (self.data, self.objective, self.optim, self.ema, self.divergence, self.sampling):
             part.check()
 
@@ -165,6 +169,7 @@ def build_step(
     optimizer: torch.optim.Optimizer,
     emas: Sequence[EMA],
     ranks: Ranks,
+    aligned: Aligned | None = None,
 ) -> TrainingStep:
     """Return the training step; the other arguments are those of `TrainingStep`."""
     return TrainingStep(
@@ -180,6 +185,9 @@ def build_step(
         batch_size=config.batch_size,
         grad_clip=config.optim.grad_clip,
         seed=config.seed,
+        alignment=aligned.term if aligned else None,
+        features=aligned.features if aligned else None,
+        align_until=config.align.align_until,
     )
 
 

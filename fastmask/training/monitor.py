@@ -51,7 +51,7 @@ class Tally:
         self._names = tuple(names)
         # Layout: one sum per loss, then per log-SNR bucket the sum of the total loss, then the samples per bucket.
         self._sums = torch.zeros(len(self._names) + 2 * len(_LEVELS), device=device)
-        self._count = torch.zeros((), device=device)
+        self._count = torch.zeros(len(self._names), device=device)  # samples of each loss
         self._edges = torch.tensor(EDGES, device=device)
         # First sample, smallest and largest log-SNR of the first batch with a non-finite loss.
         self._first_bad = torch.full((3,), -1.0, dtype=torch.float64, device=device)
@@ -61,16 +61,18 @@ class Tally:
 
         Args:
             offset: global index of the batch's first sample, shape ().
-            losses: losses by name, each (B,).
+            losses: losses by name, each (B,); the last names can be missing.
             log_snr: log-SNR of each sample, (B,).
         """
-        stacked = torch.stack([losses[name].detach().float() for name in self._names])  # (names, B)
+        given = [losses[name].detach().float() for name in self._names if name in losses]
+        stacked = torch.stack(given)  # (names, B)
         level = torch.bucketize(log_snr, self._edges)  # (B,)
         at = (level[:, None] == torch.arange(len(_LEVELS), device=log_snr.device)).float()  # (B, levels)
         # torch.where, not a multiplication, which would spread a non-finite loss to all buckets.
         by_level = torch.where(at > 0, stacked[0][:, None], 0.0).sum(0)
-        self._sums += torch.cat([stacked.sum(1), by_level, at.sum(0)])
-        self._count += len(log_snr)
+        self._sums[: len(given)] += stacked.sum(1)
+        self._sums[len(self._names) :] += torch.cat([by_level, at.sum(0)])
+        self._count[: len(given)] += len(log_snr)
         found = torch.stack([offset.double(), log_snr.min().double(), log_snr.max().double()])
         first = ~stacked[0].isfinite().all() & (self._first_bad[0] < 0)
         self._first_bad.copy_(torch.where(first, found, self._first_bad))
@@ -97,15 +99,15 @@ class Tally:
     def mean_loss(self, ranks: Ranks) -> float:
         """Return the mean loss per image since `take`, over all ranks, without a reset; waits for the device."""
         self.check_finite(ranks)
-        return float((all_sum(self._sums[:1], ranks) / all_sum(self._count, ranks)).item())
+        return float((all_sum(self._sums[:1], ranks) / all_sum(self._count[:1], ranks)).item())
 
     def take(self, ranks: Ranks) -> dict[str, float]:
         """Return the mean losses per image since the last call, over all ranks, and reset the sums."""
         self.check_finite(ranks)
-        sums, count = all_sum(self._sums, ranks).tolist(), all_sum(self._count, ranks).item()
+        sums, counts = all_sum(self._sums, ranks).tolist(), all_sum(self._count, ranks).tolist()
         self._sums.zero_()
         self._count.zero_()
-        figures = {name: value / count for name, value in zip(self._names, sums, strict=False)}
+        figures = {n: value / count for n, value, count in zip(self._names, sums, counts, strict=False) if count}
         by_level, samples = sums[len(self._names) :][: len(_LEVELS)], sums[-len(_LEVELS) :]
         for name, value, number in zip(_LEVELS, by_level, samples, strict=True):
             if number:

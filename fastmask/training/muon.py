@@ -70,6 +70,7 @@ class MuonAdamW(AdamWEMA):
     Args:
         matrices: parameters of two dimensions, for Muon.
         others: parameters for AdamW.
+        more: further parameters for AdamW, of which no EMA is kept.
         dtype: dtype of Muon's matmuls.
         lr: learning rate of both, a number or a tensor on the device of the parameters.
         betas: decay rates of AdamW's moments.
@@ -88,6 +89,7 @@ class MuonAdamW(AdamWEMA):
         self,
         matrices: Iterable[Tensor],
         others: Iterable[Tensor],
+        more: Iterable[Tensor] = (),
         *,
         dtype: torch.dtype = torch.float32,
         lr: float | Tensor = 1e-3,
@@ -101,6 +103,8 @@ class MuonAdamW(AdamWEMA):
             if p.ndim != 2:
                 raise ValueError(f"Muon updates matrices, not a parameter of shape {tuple(p.shape)}: give it to AdamW")
         groups = [{"params": matrices, "muon": True}, {"params": list(others), "muon": False}]
+        if more := list(more):
+            groups.append({"params": more, "muon": False})
         super().__init__(groups, lr, betas, weight_decay=weight_decay, averages=averages, impl=impl)
         self._dtype = dtype
         self.update_norm = torch.zeros((), device=matrices[0].device)

@@ -50,7 +50,12 @@ class OptimConfig:
 
 
 def make_optimizer(
-    net: nn.Module, config: OptimConfig, emas: Sequence[EMA] = (), *, precision: str = "fp32"
+    net: nn.Module,
+    config: OptimConfig,
+    emas: Sequence[EMA] = (),
+    more: nn.Module | None = None,
+    *,
+    precision: str = "fp32",
 ) -> torch.optim.Optimizer:
     """Return the optimizer of all parameters that ``config.optimizer`` names.
 
@@ -58,6 +63,7 @@ def make_optimizer(
         net: the network, on its device; for Muon a `Denoiser`.
         config: the optimizer's configuration.
         emas: EMAs updated with each step.
+        more: module with further parameters for AdamW, of which no EMA is kept; on the same device.
         precision: precision of the run's matmuls; Muon's are in bf16 for "bf16", else in fp32.
 
     Raises:
@@ -65,34 +71,38 @@ def make_optimizer(
     """
     device = next(net.parameters()).device
     name = resolve_optimizer(config.optimizer, device)
+    groups: Any = net.parameters() if more is None else [{"params": [*some.parameters()]} for some in (net, more)]
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
     if name in ("adamw_ema", "muon"):
         options["lr"] = torch.full((), config.lr, device=device)  # CUDA graphs read it at each replay
     if name == "muon":
-        return _muon(net, emas, torch.bfloat16 if precision == "bf16" else torch.float32, options)
+        return _muon(net, emas, more, torch.bfloat16 if precision == "bf16" else torch.float32, options)
     if name == "adamw_ema":
         averages = [(ema.decay, ema.weights.values()) for ema in emas]
-        return AdamWEMA(net.parameters(), **options, averages=averages, impl="fused")
+        return AdamWEMA(groups, **options, averages=averages, impl="fused")
     optimizer: torch.optim.Optimizer
     if name == "apex":
-        optimizer = _fused_adam()(net.parameters(), **options)
+        optimizer = _fused_adam()(groups, **options)
         optimizer.register_step_pre_hook(_take_count)
         optimizer.register_step_post_hook(_leave_count)
     else:
-        optimizer = torch.optim.AdamW(net.parameters(), **options, fused=True)
+        optimizer = torch.optim.AdamW(groups, **options, fused=True)
     for ema in emas:
         optimizer.register_step_post_hook(lambda *_, ema=ema: ema.update(net))
     return optimizer
 
 
-def _muon(net: nn.Module, emas: Sequence[EMA], dtype: torch.dtype, options: dict[str, Any]) -> MuonAdamW:
+def _muon(
+    net: nn.Module, emas: Sequence[EMA], more: nn.Module | None, dtype: torch.dtype, options: dict[str, Any]
+) -> MuonAdamW:
     named = dict(net.named_parameters())
     inside = {id(p) for p in block_matrices(cast(Sequence[Stack], cast(Any, net).model.stacks))}
     matrices = [name for name, p in named.items() if id(p) in inside]
     others = [name for name in named if name not in matrices]
     averages = [(ema.decay, [ema.weights[name] for name in (*matrices, *others)]) for ema in emas]
     has_kernel = resolve_optimizer("auto", next(iter(named.values())).device) == "adamw_ema"
-    parts = ([named[name] for name in names] for names in (matrices, others))
+    parts = [[named[name] for name in names] for names in (matrices, others)]
+    parts += [list(more.parameters())] if more else []
     return MuonAdamW(*parts, dtype=dtype, averages=averages, impl="fused" if has_kernel else "reference", **options)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -17,7 +17,14 @@ from fastmask.ranks import Ranks
 Parallel = Literal["ddp", "fsdp2", "fsdp2-grad-op"]
 
 
-def shard(model: MaskDiT, parallel: Parallel, dtype: torch.dtype | None, device: torch.device, ranks: Ranks) -> None:
+def shard(
+    model: MaskDiT,
+    parallel: Parallel,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    ranks: Ranks,
+    more: nn.Module | None = None,
+) -> None:
     """Shard the parameters of a network over the ranks, block by block (FSDP2); a no-op with DDP or one rank.
 
     Args:
@@ -26,6 +33,7 @@ def shard(model: MaskDiT, parallel: Parallel, dtype: torch.dtype | None, device:
         dtype: dtype of gathered weights (autocast's); None keeps theirs. Gradients are reduced in fp32.
         device: device of the network.
         ranks: rank and world size.
+        more: a module that is trained with the network, sharded too.
     """
     if ranks.count == 1 or parallel == "ddp":
         return
@@ -38,6 +46,8 @@ def shard(model: MaskDiT, parallel: Parallel, dtype: torch.dtype | None, device:
     for block in all_blocks(model.stacks):
         fully_shard(block, **options)
     fully_shard(model, **options)
+    if more is not None:
+        fully_shard(more, **options)
 
 
 def replicate(objective: nn.Module, parallel: Parallel, device: torch.device, ranks: Ranks) -> nn.Module:
@@ -55,10 +65,17 @@ def replicate(objective: nn.Module, parallel: Parallel, device: torch.device, ra
 
 
 @contextlib.contextmanager
-def no_sync(module: nn.Module, model: nn.Module, stay: bool) -> Iterator[None]:
-    """Skip gradient synchronisation inside the block if ``stay``, for all micro-batches of a step but the last."""
-    if hasattr(model, "set_requires_gradient_sync"):  # added by `fully_shard`
-        cast(Any, model).set_requires_gradient_sync(not stay)
+def no_sync(module: nn.Module, models: Sequence[nn.Module], stay: bool) -> Iterator[None]:
+    """Skip gradient synchronisation inside the block if ``stay``, for all micro-batches of a step but the last.
+
+    Args:
+        module: what is called, which can be replicated.
+        models: what can be sharded by itself.
+        stay: whether the gradients stay on their rank.
+    """
+    if hasattr(models[0], "set_requires_gradient_sync"):  # added by `fully_shard`
+        for model in models:
+            cast(Any, model).set_requires_gradient_sync(not stay)
         yield
     elif stay and isinstance(module, DistributedDataParallel):
         with module.no_sync():

@@ -46,9 +46,10 @@ def changes_of(
             changed = {name: pair for name, pair in changed.items() if name not in own}
     rules = config.on_resume()
     for name, (old, new) in changed.items():
-        if "within" in rules[name]:
-            kind_of, reason = rules[name]["within"]
-            rules[name] = {"free": True} if kind_of(old) == kind_of(new) else {"fixed": reason}
+        for rule, within in (("within", {"free": True}), ("recorded_within", {})):
+            if rule in rules[name]:
+                kind_of, reason = rules[name][rule]
+                rules[name] = within if kind_of(old) == kind_of(new) else {"fixed": reason}
     fixed = [
         f"{name} {before[name]} -> {value} ({rules[name]['fixed']})"
         for name, (_, value) in changed.items()

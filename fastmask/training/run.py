@@ -25,12 +25,14 @@ from fastmask.generation.decoding import Pictures
 from fastmask.gpus import Gpu, gpu_named
 from fastmask.models.counts import forward_macs
 from fastmask.ranks import Ranks, all_max, all_sum
+from fastmask.training.align import Aligned, open_features
 from fastmask.training.checkpoint import (
     Checkpointer,
     checkpoints,
     load_checkpoint,
     load_initial,
     newest_good,
+    read_state,
     step_of,
 )
 from fastmask.training.config import TrainConfig, build_model, build_step
@@ -81,6 +83,7 @@ class Run:
         self.config, self.dataset, self.ranks, self._evaluate_net = config, dataset, ranks, evaluate
         self.run_dir, device = Path(config.run_dir), torch.device(config.machine.device)
         newest = None if fresh else newest_good(self.run_dir, say)
+        features = open_features(config.align, config.data, config.network, dataset, device)
         self.fingerprint = dataset.fingerprint()
         self.changes = [] if fresh else open_run(config, newest, ranks, self.fingerprint, origin_of(dataset))
         self._verifier = None if fresh else verifier_of(dataset, ranks)
@@ -88,12 +91,14 @@ class Run:
         self.net = Denoiser(build_model(config, channels, size), config.process).to(device)
         self.net.origin = origin_of(dataset)
         self._pictures = Pictures(self.net, config.run_dir)
-        shard(self.net.model, config.machine.parallel, DTYPES.get(config.machine.precision), device, ranks)
+        self.aligned, precision = Aligned(config.align, features, self.net.model), config.machine.precision
+        projector = self.aligned.projector
+        shard(self.net.model, config.machine.parallel, DTYPES.get(precision), device, ranks, projector)
         self.ema = EMA(self.net, config.ema.ema_decay, warmup=not config.init)
         self.profiles = [PowerEMA(self.net, width) for width in config.ema.ema_widths]
         averages = [self.ema, *self.profiles]
-        self.optimizer = make_optimizer(self.net, config.optim, averages, precision=config.machine.precision)
-        self.training = build_step(config, self.net, dataset, self.optimizer, averages, ranks)
+        self.optimizer = make_optimizer(self.net, config.optim, averages, projector, precision=precision)
+        self.training = build_step(config, self.net, dataset, self.optimizer, averages, ranks, self.aligned)
         self.stages = config.masking.stages(self.net.model.length, config.max_steps)
         self.step, self.samples = 0, 0
         self.recent: list[float] = []
@@ -202,7 +207,7 @@ class Run:
             self.run_dir,
             torch.device(config.machine.device),
             data_wait_s=lambda: self.training.data_wait_s,
-            flops_per_step=6 * forward_macs(self.net.model, keep) * config.batch_size / self.ranks.count,
+            flops_per_step=6 * self.macs(keep) * config.batch_size / self.ranks.count,
             peak_flops=gpu.peak(config.machine.precision) if gpu else None,
             rank=self.ranks.rank,
         )
@@ -217,6 +222,10 @@ class Run:
         """Return the learning rate of a step, counted from 0."""
         config = self.config
         return learning_rate(config.optim, step, config.masking.masked_steps(config.max_steps))
+
+    def macs(self, keep: int) -> int:
+        """Return the MACs of a forward pass in training of one image, of which ``keep`` patches are kept."""
+        return forward_macs(self.net.model, keep) + self.aligned.macs(keep, max(0, self.step - 1))
 
     def add_up_bad_images(self, ranks: Ranks) -> None:
         """Update `bad_images` by an all-reduce; every rank must call it."""
@@ -239,6 +248,8 @@ class Run:
             ranks=self.ranks.count,
             verifier=self._verifier,
             bad_images=self._bad,
+            features=self.aligned.reader,
+            features_stop=self.samples + self.aligned.steps_left(self.step) * config.batch_size,
         )
         return unsignaled(data)
 
@@ -268,11 +279,13 @@ class Run:
             "recent": self.recent,
             "changes": self.changes,
             "fingerprint": self.fingerprint,
+            "features": self.aligned.identity,
             "ema_warms_up": self.ema.warmup,
             "ema_warmup": True,  # absent in checkpoints of earlier versions, whose EMA had no warm-up
         }
         weights = self.ema.weights
-        checkpointer.save(self.step, self.net, weights, self.optimizer, state, self.profiles, snapshot=snapshot)
+        values = self.net, weights, self.optimizer, state, self.profiles
+        checkpointer.save(self.step, *values, snapshot=snapshot, projector=self.aligned.projector)
         self._stored = self.step
 
     def _save_what_is_done(self, checkpointer: Checkpointer) -> None:
@@ -322,7 +335,9 @@ class Run:
             yield True
 
     def _load(self, folder: Path) -> None:
-        state = load_checkpoint(folder, self.net, self.ema.weights, self.optimizer, self.profiles)
+        self.aligned.check_same(read_state(folder), folder)
+        values = self.net, self.ema.weights, self.optimizer, self.profiles
+        state = load_checkpoint(folder, *values, self.aligned.projector)
         self.step = self._stored = int(state["step"])
         # Checkpoints of earlier versions count skipped samples only, and have no recent losses.
         seen = self.step * int(state["config"]["batch_size"]) + int(state.get("skipped", 0))
@@ -396,7 +411,7 @@ class Watch:
         figures["data_wait"] = (run.training.data_wait_s - self._waited) / seconds
         gpu = gpu_of(config.machine.device)
         if gpu:
-            flops = 6 * forward_macs(run.net.model, keep) * images / seconds
+            flops = 6 * run.macs(keep) * images / seconds
             figures["mfu"] = flops / (gpu.peak(config.machine.precision) * run.ranks.count)
         self._report.write(run.step, {**figures, **evaluation}, images=images, since=self._since)
         self._since, self._step, self._waited = time.perf_counter(), run.step, run.training.data_wait_s

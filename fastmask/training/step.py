@@ -7,7 +7,7 @@ fixed addresses, so that on a GPU the step can be replayed as CUDA graphs.
 import contextlib
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from fastmask.data import Dataset
 from fastmask.data.loader import Batch
+from fastmask.data.teacher import FeatureSource
 from fastmask.diffusion import Denoiser, Objective, ObjectiveConfig, TrainingDraws, training_draws
+from fastmask.diffusion.alignment import Alignment
 from fastmask.diffusion.masking import RatioPerSample
 from fastmask.diffusion.objective import TOTAL
-from fastmask.models.condition import Condition
 from fastmask.models.stack import all_blocks
 from fastmask.ranks import Ranks
 from fastmask.training.adamw import AdamWEMA
@@ -31,6 +32,14 @@ from fastmask.training.parallel import no_sync, replicate
 
 _COMPILES = 64  # recompile limit of a function, a few per kept count; Dynamo raises beyond it
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # autocast dtype by precision
+
+
+class _Inputs(NamedTuple):
+    """What the objective is called with."""
+
+    images: Tensor
+    draws: TrainingDraws
+    features: tuple[Tensor, ...] = ()
 
 
 class TrainingStep:
@@ -49,6 +58,9 @@ class TrainingStep:
         batch_size: global batch size.
         grad_clip: maximum gradient norm; 0 disables clipping.
         seed: the run's seed.
+        alignment: the term that aligns hidden states, on the device and sharded as ``net``; None without one.
+        features: source of a teacher's features; None without ``alignment``.
+        align_until: step from which on the term is gone; 0 is never.
 
     Attributes:
         scaler: GradScaler, enabled with fp16.
@@ -72,7 +84,11 @@ class TrainingStep:
         batch_size: int,
         grad_clip: float,
         seed: int,
+        alignment: Alignment | None = None,
+        features: FeatureSource | None = None,
+        align_until: int = 0,
     ) -> None:
+        self._alignment, self._features, self._align_until = alignment, features, align_until
         self._net, self._dataset, self._ranks, self._machine = net, dataset, ranks, machine
         self._optimizer, self._emas = optimizer, emas
         self._per_sample, self._label_drop, self._seed = per_sample, objective.label_drop, seed
@@ -86,9 +102,12 @@ class TrainingStep:
         self._buffers: Batch | None = None
         self._graphs = GraphedCalls(device) if machine.cuda_graphs == "on" else None
         self._keep = 0  # kept patches of the last step
+        self._aligns = alignment is not None  # whether it had the term
+        self._shards = [net.model, alignment.projector] if alignment else [net.model]
 
         net.model.checkpoint_blocks = machine.activation_checkpointing == "block"
-        self._objective = Objective(net, objective.terms(net.model.config))
+        terms = objective.terms(net.model.config)
+        self._objective = Objective(net, terms if alignment is None else [*terms, alignment])
         self.tally = Tally(device, self._objective.names)
         self._compile(machine.compile)
         self._module = replicate(self._objective, machine.parallel, device, ranks)
@@ -96,19 +115,20 @@ class TrainingStep:
     def __call__(self, batches: Iterator[Batch], first_sample: int, keep: int, lr: float, step: int) -> None:
         """Do one step: `gradients`, then `update`; the gradients stay available until `finish`."""
         begin_step(self._optimizer, self._emas, lr, step)
-        self.gradients(batches, first_sample, keep)
+        self.gradients(batches, first_sample, keep, step)
         self.update(keep)
 
-    def gradients(self, batches: Iterator[Batch], first_sample: int, keep: int) -> None:
+    def gradients(self, batches: Iterator[Batch], first_sample: int, keep: int, step: int = 0) -> None:
         """Draw noise, masks and dropout of the condition, and run the forward and backward passes of a step.
 
         Args:
             batches: this rank's micro-batches.
             first_sample: global index of the step's first sample; all randomness is a function of it and the seed.
             keep: K, the number of patches that the encoder sees; L means no mask.
+            step: number of the step, counted from 0, which decides whether hidden states are aligned.
         """
         share, micro_batch = self._batch_size // self._ranks.count, self._machine.micro_batch(self._batch_size)
-        self._enter_stage(keep)
+        self._enter_stage(keep, step)
         for part in range(0, share, micro_batch):
             self._load(batches)
             self._offset.fill_(first_sample + self._ranks.rank * share + part)
@@ -133,7 +153,7 @@ class TrainingStep:
         if self.scaler.is_enabled() and not self._grad_clip:
             scale = self.scaler.get_scale()
         ratio = update_ratio(self._net, self._optimizer)
-        return {"grad_norm": gradient_norm(self._net) / scale, "update_ratio": ratio}
+        return {"grad_norm": gradient_norm(self._objective) / scale, "update_ratio": ratio}
 
     def reset(self) -> None:
         """Discard loss sums and CUDA graphs after weights and state were loaded."""
@@ -145,18 +165,19 @@ class TrainingStep:
     def _add_gradients(self, keep: int, last: bool) -> None:
         """Accumulate the gradients of a micro-batch, scaled to sum up to the gradient of the global mean loss."""
         assert self._buffers is not None
-        images, draws = self._draw(*self._buffers, keep)
+        inputs = self._draw(self._buffers, keep)
         dtype = DTYPES.get(self._machine.precision)
-        with no_sync(self._module, self._net.model, not last):
+        with no_sync(self._module, self._shards, not last):
             with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
-                losses = self._module(images, *draws)
-            self.tally.add(self._offset, losses, self._net.process.log_snr(draws.t))
+                losses = self._module(inputs.images, *inputs.draws, *inputs.features)
+            self.tally.add(self._offset, losses, self._net.process.log_snr(inputs.draws.t))
             # DDP and FSDP average the gradients over the ranks, hence the factor.
             loss = losses[TOTAL].sum() * (self._ranks.count / self._batch_size)
             self.scaler.scale(loss).backward()
 
-    def _draw(self, stored: Tensor, condition: Condition, keep: int) -> tuple[Tensor, TrainingDraws]:
-        """Return clean images and their random draws."""
+    def _draw(self, batch: Batch, keep: int) -> "_Inputs":
+        """Return clean images, their random draws, and a teacher's features of them."""
+        stored, condition, *read = batch
         sample = torch.arange(len(stored), device=stored.device) + self._offset
         images = self._dataset.to_images(stored, self._seed, sample)
         draws = training_draws(
@@ -174,7 +195,10 @@ class TrainingStep:
             seed=self._seed,
             offset=self._offset,
         )
-        return images, draws
+        if self._alignment is None or self._features is None or not self._alignment.active:
+            return _Inputs(images, draws)
+        features = self._features.targets(images, read[0] if read else None, self._seed, sample)
+        return _Inputs(images, draws, (features,))
 
     def _update(self) -> None:
         if self._grad_clip:
@@ -206,27 +230,45 @@ class TrainingStep:
         else:
             call()
 
-    def _enter_stage(self, keep: int) -> None:
-        """Prepare for a new number of kept patches.
+    def _enter_stage(self, keep: int, step: int) -> None:
+        """Prepare for a new number of kept patches, and for steps with or without alignment.
 
         Drops the graphs of the previous stage, which hold its activations and may hold a gradient of the mask token.
         """
-        if keep == self._keep:
+        aligns = self._alignment is not None and (not self._align_until or step < self._align_until)
+        if (keep, aligns) == (self._keep, self._aligns):
             return
         if self._graphs:
             self._graphs.clear()
-        self._keep = keep
+        if aligns != self._aligns:
+            self._buffers = None  # batches have features in one of the two stages only
+        self._keep, self._aligns = keep, aligns
         model = self._net.model
-        self._ask_for_the_mask_token(keep < model.length or model.path_drop > 0)
+        changed = self._ask_for_the_projector(aligns)
+        if self._ask_for_the_mask_token(keep < model.length or model.path_drop > 0) or changed:
+            self._module = replicate(self._objective, self._machine.parallel, self._device, self._ranks)
 
-    def _ask_for_the_mask_token(self, used: bool) -> None:
-        """Let the mask token require a gradient in steps that use it: DDP would wait for an unused parameter."""
+    def _ask_for_the_projector(self, used: bool) -> bool:
+        """Put the alignment into the objective or leave it out, and return whether that changed what is trained."""
+        if self._alignment is None or self._alignment.active == used:
+            return False
+        self._alignment.active = used
+        for parameter in self._alignment.parameters():
+            parameter.requires_grad_(used)
+            parameter.grad = None
+        return True
+
+    def _ask_for_the_mask_token(self, used: bool) -> bool:
+        """Let the mask token require a gradient in steps that use it: DDP would wait for an unused parameter.
+
+        Returns whether that is a change.
+        """
         token = getattr(self._net.model, "mask_token", None)
         if token is None or token.requires_grad == used or hasattr(token, "full_tensor"):
-            return
+            return False
         token.requires_grad_(used)
         token.grad = None
-        self._module = replicate(self._objective, self._machine.parallel, self._device, self._ranks)
+        return True
 
     def _compile(self, what: str) -> None:
         """Compile forward passes with fullgraph=True; FSDP's hooks stay outside of the graphs."""

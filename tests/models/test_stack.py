@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from util import small_net
 
-from fastmask.models.stack import Stack, all_blocks, run_stack
+from fastmask.models.stack import Stack, Tap, all_blocks, run_stack
 from fastmask.testing import assert_near
 
 
@@ -43,6 +43,29 @@ def test_a_stack_without_exit_returns_the_residual_stream(packed):
             assert stream.shape == part.shape
             assert not torch.allclose(stream, part)
             assert_near(end, head.linear(F.layer_norm(stream, (16,), eps=1e-6)), 5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_tap_collects_what_a_stack_that_ends_there_returns(packed, number):
+    model = small_net(decoder_depth=0).model
+    parts = [torch.randn(3, 5, 16), torch.randn(2, 7, 16)] if packed else [torch.randn(3, 5, 16)]
+    condition, masks = torch.randn(sum(map(len, parts)), 16), [None] * len(parts)
+    (stack,), tap = model.stacks, Tap(model.blocks[number])
+    untapped = run_stack(stack, parts, masks, condition, None, False, [])
+    tapped = run_stack(stack, parts, masks, condition, None, False, [], tap)
+    assert all(map(torch.equal, tapped, untapped))
+    until = run_stack(Stack(model.blocks[: number + 1], None, "all"), parts, masks, condition, None, False, [])
+    assert [part.shape for part in tap.tokens] == [part.shape for part in parts]
+    assert all(map(torch.equal, tap.tokens, until))
+    assert tap.masks == masks
+
+
+def test_a_tap_of_another_stack_stays_empty():
+    model = small_net().model
+    tap = Tap(model.decoder_blocks[0])
+    run_stack(model.stacks[0], [torch.randn(3, 5, 16)], [None], torch.randn(3, 16), None, False, [], tap)
+    assert not tap.tokens
 
 
 @pytest.mark.parametrize("decoder_depth", [0, 2])

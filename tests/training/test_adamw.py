@@ -229,3 +229,28 @@ def test_a_clipping_holds_for_one_step():
         backward(net, 0)
         stepped.step()
     assert_same(values(clipped, optimizer), values(plain, expected))
+
+
+@IMPLS
+def test_the_last_groups_may_have_no_averages(impl):
+    """They are updated as by AdamW, and the averages of the others as without them."""
+    net, alone, beside = Net(), Net(), nn.Linear(3, 2)
+    plain = copy.deepcopy(beside)
+    emas, theirs = [EMA(net, 0.9)], [EMA(alone, 0.9)]
+    groups = [{"params": list(net.parameters())}, {"params": list(beside.parameters())}]
+    optimizer = AdamWEMA(groups, **HYPER, averages=[(0.9, emas[0].weights.values())], impl=impl)
+    other = AdamWEMA(alone.parameters(), **HYPER, averages=[(0.9, theirs[0].weights.values())], impl=impl)
+    reference = torch.optim.AdamW(plain.parameters(), **HYPER)
+    for step in range(4):
+        for one in (net, alone):
+            backward(one, step)
+        for p, q in zip(beside.parameters(), plain.parameters(), strict=True):
+            p.grad = q.grad = None if step == 2 else torch.full_like(p, 0.5 + step)
+        for each in (optimizer, other, reference):
+            each.step()
+    assert_same(values(net, optimizer, emas), values(alone, other, theirs))
+    for p, q in zip(beside.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    few = list(emas[0].weights.values())[:-1]
+    with pytest.raises(ValueError, match="a tensor for each parameter of a group, or for none of them"):
+        AdamWEMA(groups, **HYPER, averages=[(0.9, few)])

@@ -173,8 +173,12 @@ def images_of(stored: Tensor, seed: int, sample: Tensor, flip: bool) -> Tensor:
     images = stored.float() / 127.5 - 1
     if not flip:
         return images
-    flipped = random_uniform(seed, sample, 1, _FLIP_STREAM)[:, 0] < 0.5
-    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+    return torch.where(is_flipped(seed, sample)[:, None, None, None], images.flip(3), images)
+
+
+def is_flipped(seed: int, sample: Tensor) -> Tensor:
+    """Return which samples `images_of` flips, bool (B,); arguments as there."""
+    return random_uniform(seed, sample, 1, _FLIP_STREAM)[:, 0] < 0.5
 
 
 def resize_all(images: Pixels, size: int) -> Pixels:

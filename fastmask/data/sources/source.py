@@ -1,6 +1,9 @@
 """The base class of image sources: images by number, their labels, and the report on opening."""
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,3 +126,16 @@ def some(names: list[str], *, last: bool = False) -> str:
     if last and len(names) > _SHOWN:
         shown.append(printable(names[-1]))
     return ", ".join(shown)
+
+
+def names_sha256(path: str, count: int, name: Callable[[int], str]) -> str:
+    """Return the SHA-256 of the names of a source's items, in their order and relative to its path."""
+    names, prefix = hashlib.sha256(), printable(path)
+    for item in range(count):
+        names.update(printable(name(item)).removeprefix(prefix).encode() + b"\n")
+    return names.hexdigest()
+
+
+def labels_sha256(names: list[str], labels: NDArray[Any]) -> str:
+    """Return the SHA-256 of the names of a source's classes and its labels."""
+    return hashlib.sha256("\n".join(names).encode() + labels.tobytes()).hexdigest()

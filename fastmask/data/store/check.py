@@ -51,6 +51,12 @@ def check_store(path: Path) -> Found:
             f"VAE {printable(manifest.vae)}, sha256 {manifest.vae_sha256[:12] or 'unknown'}, scale "
             f"{shown(manifest.scale)}, shift {shown(manifest.shift)}"
         )
+    if manifest.features:
+        about = manifest.features
+        lines.append(
+            f"features of {printable(about.teacher)}, sha256 {about.sha256[:12]}, {about.grid} x {about.grid} patches "
+            f"of {about.width} values"
+        )
     skipped = [name for shard in manifest.shards for name in shard.skipped]
     if skipped:
         lines.append(f"{len(skipped)} images were left out: {first_few(skipped)}")

@@ -34,13 +34,47 @@ class StoredFile:
 
 
 @dataclasses.dataclass(frozen=True)
+class Features:
+    """A teacher's features of the images of a store, one for each patch.
+
+    Attributes:
+        teacher: name of the teacher.
+        sha256: SHA-256 of its weights.
+        precision: precision and device of the teacher, "bfloat16 on cuda" or "float32 on cpu".
+        grid: side of the grid of patches.
+        width: number of values of a feature, float16.
+    """
+
+    teacher: str
+    sha256: str
+    precision: str
+    grid: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the features of an image, (patches, width), patches in row-major order."""
+        return self.grid * self.grid, self.width
+
+
+@dataclasses.dataclass(frozen=True)
 class Shard:
-    """A shard: number of records, files of records and labels, and names of source items that could not be read."""
+    """A shard: number of records, its files, and names of source items that could not be read.
+
+    The file of features is None in a store without them.
+    """
 
     count: int
     records: StoredFile
     labels: StoredFile
     skipped: list[str]
+    features: StoredFile | None = None
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """The files of the shard."""
+        own = (self.records, self.labels)
+        return own if self.features is None else (*own, self.features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +99,7 @@ class Manifest:
         shift: see scale.
         source: description of the source.
         shards: the shards, in the order of the records' ids.
+        features: a teacher's features of the images; None if the store has none.
     """
 
     kind: Literal["pixels", "moments", "latents"]
@@ -83,6 +118,7 @@ class Manifest:
     shift: float | list[float] = 0.0
     source: dict[str, Any]
     shards: list[Shard]
+    features: Features | None = None
 
     @property
     def count(self) -> int:
@@ -96,7 +132,8 @@ class Manifest:
 
     def to_fields(self) -> dict[str, Any]:
         """Return the fields of the manifest file, except the checksum."""
-        return {"format": FORMAT, "version": VERSION, "count": self.count, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(self, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None})
+        return {"format": FORMAT, "version": VERSION, "count": self.count, **fields}
 
     def to_json(self) -> str:
         """Return the content of the manifest file."""
@@ -217,14 +254,17 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 
 def _shard(found: Any) -> Shard:
-    records, labels = (StoredFile(file.name, file.bytes, file.sha256) for file in (found.records, found.labels))
-    return Shard(found.count, records, labels, found.skipped)
+    files = (found.records, found.labels, found.features)
+    records, labels, features = (file and StoredFile(file.name, file.bytes, file.sha256) for file in files)
+    return Shard(found.count, records, labels, found.skipped, features)
 
 
 def _lengths(shard: Shard, manifest: Manifest) -> tuple[tuple[StoredFile, int], ...]:
     """Return the files of a shard, each with its expected size in bytes."""
-    sizes = (shard.records, manifest.record_bytes), (shard.labels, 4)
-    return tuple((file, DATA_OFFSET + shard.count * size) for file, size in sizes)
+    sizes = [manifest.record_bytes, 4]
+    if manifest.features:
+        sizes.append(int(np.prod(manifest.features.shape)) * 2)
+    return tuple((file, DATA_OFFSET + shard.count * size) for file, size in zip(shard.files, sizes, strict=True))
 
 
 def _from_fields(fields: dict[str, Any]) -> Manifest:
@@ -233,7 +273,11 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
     )  # late import: msgspec is needed only to read a store
     found = schema.convert(fields, schema.ManifestFields)
     known = {field.name: getattr(found, field.name) for field in dataclasses.fields(Manifest)}
-    manifest = Manifest(**{**known, "shards": [_shard(shard) for shard in found.shards]})
+    about = found.features
+    features = about and Features(**{field.name: getattr(about, field.name) for field in dataclasses.fields(Features)})
+    manifest = Manifest(**{**known, "shards": [_shard(shard) for shard in found.shards], "features": features})
+    if any((shard.features is None) != (features is None) for shard in manifest.shards):
+        raise ValueError("features are of all shards, and are described, or of none")
     _check_shape(manifest)
     _check_classes(manifest)
     if found.count != manifest.count:

@@ -20,7 +20,7 @@ from fastmask.data.store.manifest import DATA_OFFSET, Manifest, Shard, StoredFil
 from fastmask.diffusion.origin import LatentSpace
 from fastmask.files import open_regular
 
-_OPEN_SHARDS = 256  # mapped at the same time; each takes two file descriptors
+_OPEN_FILES = 512  # mapped at the same time; each takes a file descriptor
 
 
 class StoreDataset:
@@ -106,13 +106,9 @@ class StoreDataset:
             ValueError: a file does not match the manifest, a value is not finite, or a label is not below the number of
                 classes; the message names the file.
         """
-        copies, numbers = np.divmod(ids, self.manifest.count)
-        shards = np.searchsorted(self._starts, numbers, side="right") - 1
-        rows = numbers - self._starts[shards]
+        copies, shards, rows = self._places(ids)
         stored = np.empty((len(ids), *self.manifest.shape[1:]), self.manifest.dtype)
         labels = np.zeros(len(ids), np.int64)
-        for shard in np.unique(shards).tolist():
-            self._map(shard).check_length()
         for i, (shard, row, copy) in enumerate(zip(shards.tolist(), rows.tolist(), copies.tolist(), strict=True)):
             mapped = self._map(shard)
             stored[i] = mapped.records[row, copy]
@@ -123,6 +119,37 @@ class StoreDataset:
             name = self._shards[shards[bad]].records.name
             raise ValueError(f"{self.path / name}: record {rows[bad]} holds values that are not finite")
         return torch.from_numpy(stored), torch.from_numpy(labels)
+
+    def read_features(self, ids: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64]]:
+        """Return the features of the images of these ids, float16 (B, patches, width), and which copies the ids are of.
+
+        The features are those of the unflipped image for both copies, 0 and 1.
+
+        Raises:
+            ValueError: the store has no features, a file does not match the manifest, or a value is not finite.
+        """
+        about = self.manifest.features
+        if about is None:
+            raise ValueError(f"{self.path} holds no features")
+        copies, shards, rows = self._places(ids)
+        found = np.empty((len(ids), *about.shape), "<f2")
+        for i, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
+            features = self._map(shard).features
+            assert features is not None
+            found[i] = features[row]
+        if not all_finite(found):
+            bad = int(np.flatnonzero(~np.isfinite(found).reshape(len(ids), -1).all(1))[0])
+            name = self._shards[shards[bad]].files[-1].name
+            raise ValueError(f"{self.path / name}: features of record {rows[bad]} are not finite")
+        return torch.from_numpy(found), copies
+
+    def _places(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return copy, shard and row of each id, of shards that are mapped and not cut."""
+        copies, numbers = np.divmod(ids, self.manifest.count)
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            self._map(shard).check_length()
+        return copies, shards, numbers - self._starts[shards]
 
     def fingerprint(self) -> str:
         """Return a hash of records, labels and scale, from the manifest's checksums."""
@@ -141,7 +168,7 @@ class StoreDataset:
     def _map(self, number: int) -> "MappedShard":
         mapped = self._maps.get(number)
         if mapped is None:
-            if len(self._maps) >= _OPEN_SHARDS:
+            if len(self._maps) >= _OPEN_FILES // len(self._shards[number].files):
                 self._maps.pop(next(iter(self._maps)))
             try:
                 mapped = self._maps[number] = map_shard(self.path, self.manifest, self._shards[number])
@@ -151,11 +178,15 @@ class StoreDataset:
 
 
 class MappedShard(NamedTuple):
-    """The records (n, copies, channels, height, width) and labels (n,) of a shard, memory-mapped."""
+    """The records (n, copies, channels, height, width) and labels (n,) of a shard, memory-mapped.
+
+    So are its features (n, patches, width); None in a store without them.
+    """
 
     records: NDArray[Any]
     labels: NDArray[np.int32]
     files: list[tuple[Path, mmap.mmap]]
+    features: NDArray[np.float16] | None = None
 
     def check_length(self) -> None:
         """Raise a ValueError if a mapped file was truncated: reading beyond its end kills the process (SIGBUS)."""
@@ -182,7 +213,10 @@ def map_shard(store: Path, manifest: Manifest, shard: Shard) -> MappedShard:
             f"{store / shard.labels.name}: record {row} has label {labels[row]}, which is outside 0 .. {highest}"
         )
     files = [(store / shard.records.name, records_map), (store / shard.labels.name, labels_map)]
-    return MappedShard(records, labels, files)
+    if manifest.features is None or shard.features is None:
+        return MappedShard(records, labels, files)
+    features, features_map = _map_file(store, shard.features, "float16", (shard.count, *manifest.features.shape))
+    return MappedShard(records, labels, [*files, (store / shard.features.name, features_map)], features)
 
 
 def _map_file(store: Path, file: StoredFile, dtype: str, shape: tuple[int, ...]) -> tuple[NDArray[Any], mmap.mmap]:
@@ -213,6 +247,6 @@ def _numbers(values: float | list[float]) -> list[float]:
 def damaged_files(store: Path, manifest: Manifest) -> Iterator[str]:
     """Yield a line for each file whose checksum does not match the manifest."""
     for shard in manifest.shards:
-        for file in (shard.records, shard.labels):
+        for file in shard.files:
             if sha256_of(store / file.name) != file.sha256:
                 yield f"{store / file.name} is damaged: its SHA-256 is not that of the manifest"

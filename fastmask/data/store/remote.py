@@ -84,7 +84,7 @@ class RemoteStore:
             self._files_there, self._root = reader.url_to_fs(url, **_options(url))
         self._content = self._read_manifest()
         self.manifest = parse_manifest(self._content, f"{self.url}/{MANIFEST}")
-        self._files = [file for shard in self.manifest.shards for file in (shard.records, shard.labels)]
+        self._files = [file for shard in self.manifest.shards for file in shard.files]
 
     def plan(self) -> str:
         """Describe the size of the store, and of its files that are not cached yet."""
@@ -151,7 +151,7 @@ class RemoteStore:
         for path in (self.folder / MANIFEST, self.folder / _FETCHING):
             with contextlib.suppress(OSError, ValueError):
                 shards = parse_manifest(read_regular(path, MAX_BYTES), path).shards
-                return {file.name: file.sha256 for shard in shards for file in (shard.records, shard.labels)}
+                return {file.name: file.sha256 for shard in shards for file in shard.files}
         return {}
 
     def _lacking(self) -> list[StoredFile]:

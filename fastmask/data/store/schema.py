@@ -36,6 +36,17 @@ class ShardFields(msgspec.Struct):
     records: FileFields
     labels: FileFields
     skipped: list[_Text]
+    features: FileFields | None = None
+
+
+class FeaturesFields(msgspec.Struct):
+    """A teacher's features."""
+
+    teacher: _Text
+    sha256: _Sha256
+    precision: _Text
+    grid: Annotated[int, Meta(ge=1, le=2**12)]
+    width: Annotated[int, Meta(ge=1, le=2**16)]
 
 
 class ManifestFields(msgspec.Struct, kw_only=True):
@@ -61,6 +72,7 @@ class ManifestFields(msgspec.Struct, kw_only=True):
     shift: _Shift | list[_Shift] = 0.0
     source: dict[str, Any]
     shards: list[ShardFields]
+    features: FeaturesFields | None = None
 
 
 def convert(fields: Any, kind: type[T]) -> T:

@@ -37,7 +37,7 @@ class Verifier:
 
     def __init__(self, store: Path, manifest: Manifest) -> None:
         self._store = store
-        self._files = [file for shard in manifest.shards for file in (shard.records, shard.labels)]
+        self._files = [file for shard in manifest.shards for file in shard.files]
         self._compared = Compared(store)
         self._stop, self._done = threading.Event(), threading.Event()
         self._error: Exception | None = None

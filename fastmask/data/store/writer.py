@@ -34,7 +34,7 @@ from fastmask.data.store.reader import map_shard
 from fastmask.files import atomic_write, open_lock, read_regular, sync, write_durably
 from fastmask.ranks import Ranks, barrier, from_first
 
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 class ShardWriter:
@@ -289,7 +289,7 @@ class StoreWriter:
         store locked. It does not exclude a second writer in the same process.
         """
         if self._lock < 0:
-            self._lock = open_lock(self.path / _LOCK)
+            self._lock = open_lock(self.path / LOCK)
         try:
             fcntl.lockf(self._lock, kind | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -331,7 +331,7 @@ class StoreWriter:
                     f"with, or another folder"
                 )
             return
-        others = [entry.name for entry in self.path.iterdir() if entry.name != _LOCK]
+        others = [entry.name for entry in self.path.iterdir() if entry.name != LOCK]
         if others:
             raise ValueError(f"{self.path} is not empty ({sorted(others)[0]}): a store wants a folder of its own")
         write_durably(path, json.dumps(self._plan()).encode())

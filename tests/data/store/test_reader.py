@@ -97,7 +97,7 @@ def test_skipped_items_leave_no_gap(tmp_path):
 
 
 def test_more_shards_than_are_kept_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(store, "_OPEN_FILES", 4)
     about = write(tmp_path / "store", shard_size=1)
     data = opened(tmp_path / "store")
     for _ in range(2):

@@ -21,6 +21,8 @@ from stores import edit_manifest, manifest, records_of, write
 from fastmask import prepare, train
 from fastmask.data import StoreDataset, open_data
 from fastmask.data.store import remote
+from fastmask.data.store.features import StoredFeatures, add_features
+from fastmask.data.store.manifest import Features, read_manifest
 from fastmask.data.store.remote import RemoteStore, is_url, local_copy
 from fastmask.training.checkpoint import checkpoints
 
@@ -157,6 +159,22 @@ def test_the_records_of_a_web_server(tmp_path):
     assert_records(url)  # from the copy, since nothing answers any more
     with pytest.raises(ValueError, match=r"manifest\.json cannot be read \(ClientConnectorError: "):
         local_copy(f"{url}/nothing")
+
+
+def test_features_are_fetched_and_verified_too(tmp_path, cache):
+    store = tmp_path / "store"
+    write(store)
+    shards = iter(np.split(np.random.default_rng(0).standard_normal((10, 4, 6)).astype(np.float16), [4, 8]))
+    about = Features("teachers:small", "a" * 64, "float32 on cpu", 2, 6)
+    add_features(store, read_manifest(store), about, lambda number: [next(shards)])
+    copy = local_copy(f"file://{store}")
+    names = {f"0000{i}.features.npy" for i in range(3)}
+    assert {path.name for path in copy.glob("*.npy")} == NAMES | names
+    read = [StoredFeatures(StoreDataset(path, 32, None, False), False).reader(np.arange(10)) for path in (store, copy)]
+    assert torch.equal(*read)
+    (copy / "00002.features.npy").unlink()
+    assert local_copy(f"file://{store}") == copy
+    assert (copy / "00002.features.npy").read_bytes() == (store / "00002.features.npy").read_bytes()
 
 
 def test_what_is_there_is_not_fetched_again(url):
