@@ -11,7 +11,7 @@ own. The condition of all blocks is the same.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from fastmask.models.block_config import BlockConfig
 from fastmask.models.condition import Condition
 from fastmask.models.layers import Block, ModulatedLinear, PatchEmbedding, sincos_position
 from fastmask.models.maskdit import MaskDiT, Options
-from fastmask.models.stack import Stack, check_patches, check_width, run_stack
+from fastmask.models.stack import LossOn, Stack, check_patches, check_width, run_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class DeferredConfig(BlockConfig):
     """The sizes of a `Deferred` network."""
 
     name: ClassVar[str] = "deferred"
-    loss_on: ClassVar[Literal["split", "all", "kept"]] = "kept"
+    loss_on: ClassVar[LossOn] = "kept"
     masked: ClassVar[bool] = True
 
     patch_size: int = 2

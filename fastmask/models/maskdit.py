@@ -22,7 +22,7 @@ from fastmask.models.layers import (
     TimeEmbedding,
     sincos_position,
 )
-from fastmask.models.stack import Grid, NetworkConfig, Stack, Tap, check_patches, check_width, run_stack
+from fastmask.models.stack import Grid, LossOn, NetworkConfig, Stack, Tap, check_patches, check_width, run_stack
 
 # Condition embedding, form of the ops, whether blocks are recomputed, grids of patches, tap: the last arguments of
 # `run_stack`.
@@ -34,7 +34,7 @@ class MaskDiTConfig(BlockConfig):
     """The sizes of a `MaskDiT`; without a decoder it is a plain DiT, which trains unmasked."""
 
     name: ClassVar[str] = "maskdit"
-    loss_on: ClassVar[Literal["split", "all", "kept"]] = "split"
+    loss_on: ClassVar[LossOn] = "split"
 
     patch_size: int = 2
     """Side of a patch in pixels (of the latent, where latents are trained on)."""

@@ -22,6 +22,9 @@ from fastmask.models.rotary import rotary_table
 Grid = tuple[int, int]  # rows and columns of patches
 
 
+LossOn = Literal["split", "all", "kept"]
+
+
 class NetworkConfig(Described, Protocol):
     """The sizes of a network: a frozen dataclass of numbers, stored with its weights.
 
@@ -30,7 +33,7 @@ class NetworkConfig(Described, Protocol):
             dropped ones, "all" is denoising of all tokens, "kept" is denoising of the kept tokens.
     """
 
-    loss_on: ClassVar[Literal["split", "all", "kept"]]
+    loss_on: ClassVar[LossOn]
 
     @property
     def masked(self) -> bool:

@@ -10,7 +10,7 @@ It has the weights of a plain DiT, and without a mask it is one. The loss is on 
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fastmask.kernels import Mask
 from fastmask.models.block_config import BlockConfig
 from fastmask.models.condition import Condition
 from fastmask.models.maskdit import MaskDiT, Options
-from fastmask.models.stack import Stack, check_patches, check_route, check_width, run_stack
+from fastmask.models.stack import LossOn, Stack, check_patches, check_route, check_width, run_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +27,7 @@ class RoutedConfig(BlockConfig, abc.ABC):
     """The sizes of a `Routed` network."""
 
     name: ClassVar[str]
-    loss_on: ClassVar[Literal["split", "all", "kept"]] = "all"
+    loss_on: ClassVar[LossOn] = "all"
     masked: ClassVar[bool] = True
 
     patch_size: int = 2
