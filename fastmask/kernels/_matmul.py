@@ -19,9 +19,19 @@ def product_operands(device: torch.device, weight: Tensor, bias: Tensor) -> tupl
     return weight.to(dtype), bias.to(dtype)
 
 
-def linear_gradients(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of weight and bias of ``rows W^T + b``; rows are (N, D), ``grad`` is (N, E)."""
-    return grad.t() @ rows, grad.sum(0)
+def linear_gradients(
+    grad: Tensor, rows: Tensor | None, weight_asked: bool, bias_asked: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of weight and bias of ``rows W^T + b``, None for one that is not asked for.
+
+    Args:
+        grad: gradient of the product, shape (N, E).
+        rows: shape (N, D); read for the weight's gradient alone.
+        weight_asked: whether the weight requires a gradient.
+        bias_asked: whether the bias does.
+    """
+    grad_weight = grad.t() @ rows if weight_asked and rows is not None else None
+    return grad_weight, grad.sum(0) if bias_asked else None
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -6,19 +6,22 @@ norm as in `modulate_norm`. Backward, with n the gradient of x' through the norm
 
     grad_x = grad_x' + n;  grad_branch = gate * grad_x;  grad_gate = sum of branch * grad_x
 
-Backward keeps x', branch and two statistics per token, but not x and h. All computation is in fp32. Memory traffic per
-value: x, branch, x' and h forward; grad_x', grad_h, x', branch, grad_x and grad_branch backward.
+Backward keeps x', branch and two statistics per token, but not x and h, and of these only what the gradients read that
+are asked for. All computation is in fp32. Memory traffic per value: x, branch, x' and h forward; grad_x', grad_h, x',
+branch, grad_x and grad_branch backward.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastmask.kernels._asked import only_asked, readable, unread
 from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
 from fastmask.kernels._layout import Rows, as_rows, check_devices, check_dtype, check_tokens, native_rows, per_token
-from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_reference
+from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_reference, norm_gradients, norm_kept
 
 
 def add_gated_norm_reference(
@@ -89,6 +92,60 @@ add_gated_norm_bwd = define_op(
 )
 
 
+def gated_kept(
+    x_new: Tensor,
+    stats: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor | None,
+    asked: Sequence[bool],
+    again: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return what `gated_gradients` takes; see `norm_kept`.
+
+    Args:
+        x_new: x', shape (N, D).
+        stats: shape (2, N).
+        branch: shape (N, D).
+        gate: shape (G, D).
+        shift: shape (G, D).
+        scale: shape (G, D).
+        cu_seqlens: shape (G + 1,), or None.
+        asked: whether the gradients of x, branch, gate, shift and scale are computed.
+        again: whether h is computed again.
+    """
+    of_x, of_branch, of_gate, *of_norm = asked
+    kept = norm_kept(x_new, stats, shift, scale, cu_seqlens, (of_x or of_branch or of_gate, *of_norm), again)
+    return *kept, branch if of_gate else unread(branch), gate if of_branch else unread(gate)
+
+
+def gated_gradients(
+    grad_new: Tensor | None,
+    grad_h: Tensor,
+    kept: Sequence[Tensor | None],
+    rms: bool,
+    asked: Sequence[bool],
+    again: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients that are asked for, None for others, and h (empty unless ``again``), from `gated_kept`."""
+    if not any(asked[:3]):  # x' is none of theirs, so its gradient is not
+        *grads, h = norm_gradients(grad_h, kept[:5], rms, again)
+        return None, None, None, *only_asked(asked[3:], grads[1:]), h
+    x_new, shift, scale, gate = (readable(kept[i], grad_h.shape[1]) for i in (0, 2, 3, 6))
+    # A branch that is not read is as large as x', which is there to be read in its place.
+    branch = kept[5]
+    if branch is not None and not branch.shape[1] and branch.dtype == x_new.dtype:
+        branch = x_new
+    branch = readable(branch, grad_h.shape[1])
+    grad_new = None if grad_new is None else grad_new.contiguous()
+    *grads, h = add_gated_norm_bwd(
+        grad_new, grad_h.contiguous(), x_new, kept[1], branch, gate, shift, scale, kept[4], rms, again
+    )
+    return *only_asked(asked, grads), h
+
+
 class _AddGatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,20 +161,22 @@ class _AddGatedNorm(torch.autograd.Function):
         out_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         x_new, h, stats = add_gated_norm_fwd(x, branch, gate, shift, scale, cu_seqlens, rms, eps, out_dtype)
-        ctx.save_for_backward(x_new, stats, branch, gate, shift, scale, cu_seqlens)
+        asked = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(*gated_kept(x_new, stats, branch, gate, shift, scale, cu_seqlens, asked))
         ctx.rms = rms
         ctx.set_materialize_grads(False)
+        if not any(asked[:3]):
+            ctx.mark_non_differentiable(x_new)
         return x_new, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_new: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_new, stats, branch, gate, shift, scale, cu_seqlens = ctx.saved_tensors
-        grad_h = torch.zeros_like(x_new) if grad_h is None else grad_h.contiguous()
-        grad_new = None if grad_new is None else grad_new.contiguous()
-        grads = add_gated_norm_bwd(
-            grad_new, grad_h, x_new, stats, branch, gate, shift, scale, cu_seqlens, ctx.rms, False
-        )
+        if grad_h is None:
+            if grad_new is None:
+                return (None,) * 9
+            grad_h = torch.zeros_like(grad_new)
+        grads = gated_gradients(grad_new, grad_h, ctx.saved_tensors, ctx.rms, ctx.needs_input_grad[:5])
         return *grads[:5], None, None, None, None
 
 

@@ -41,15 +41,21 @@ gelu_bwd = define_op(
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_x or of_weight else None, weight if of_x else None)
         return F.linear(gelu_fwd(x, weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x, hidden = gelu_bwd(grad @ weight, x)
-        return grad_x, *linear_gradients(grad, hidden)
+        of_x, *of_linear = ctx.needs_input_grad
+        grad_x = hidden = None
+        if of_x:
+            grad_x, hidden = gelu_bwd(grad @ weight, x)
+        elif of_linear[0]:
+            hidden = gelu_fwd(x, grad.dtype)
+        return grad_x, *linear_gradients(grad, hidden, *of_linear)
 
 
 @public_op("gelu_fwd", "gelu_bwd")

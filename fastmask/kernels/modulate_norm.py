@@ -8,10 +8,11 @@ without affine parameters. With xhat = norm(x) and g = grad_h * (1 + scale), bac
     grad_x     = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(var + eps)      without mean(g) for RMSNorm
     grad_shift = sum of grad_h,  grad_scale = sum of grad_h * xhat            over the tokens that share them
 
-Backward keeps x and two statistics per token, but not h. All computation is in fp32. Memory traffic per value: x and h
-forward; x, grad_h and grad_x backward.
+Backward keeps x and two statistics per token, but not h, and of these only what the gradients read that are asked for.
+All computation is in fp32. Memory traffic per value: x and h forward; x, grad_h and grad_x backward.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastmask.kernels._asked import only_asked, readable, unread
 from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
 from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens, native_rows, per_token
 
@@ -84,6 +86,49 @@ modulate_norm_bwd = define_op(
 )
 
 
+def norm_kept(
+    x: Tensor,
+    stats: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor | None,
+    asked: Sequence[bool],
+    again: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return what `norm_gradients` takes, with the values of no tensor that the gradients asked for do not read.
+
+    Args:
+        x: the normalised tokens, shape (N, D).
+        stats: shape (2, N).
+        shift: shape (G, D).
+        scale: shape (G, D).
+        cu_seqlens: shape (G + 1,), or None.
+        asked: whether the gradients of x, shift and scale are computed.
+        again: whether h is computed again.
+    """
+    of_x, of_shift, of_scale = asked
+    by_token = of_x or of_scale
+    return (
+        x if by_token or again else unread(x),
+        stats if by_token or (again and of_shift) else None,
+        shift if again else unread(shift),
+        scale if of_x or again else unread(scale),
+        cu_seqlens if any(asked) or again else None,
+    )
+
+
+def norm_gradients(
+    grad_h: Tensor, kept: Sequence[Tensor | None], rms: bool, again: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of `modulate_norm_bwd` from `norm_kept`; a gradient that was not asked for is none."""
+    x, shift, scale = (readable(kept[i], grad_h.shape[1]) for i in (0, 2, 3))
+    stats = x.new_zeros((2, x.shape[0]), dtype=torch.float32) if kept[1] is None else kept[1]
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = modulate_norm_bwd(
+        grad_h.contiguous(), x, stats, shift, scale, kept[4], rms, again
+    )
+    return grads
+
+
 class _ModulateNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -98,18 +143,15 @@ class _ModulateNorm(torch.autograd.Function):
     ) -> Tensor:
         h: Tensor
         h, stats = modulate_norm_fwd(x, shift, scale, cu_seqlens, rms, eps, out_dtype)
-        ctx.save_for_backward(x, stats, shift, scale, cu_seqlens)
+        ctx.save_for_backward(*norm_kept(x, stats, shift, scale, cu_seqlens, ctx.needs_input_grad[:3]))
         ctx.rms = rms
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
-        x, stats, shift, scale, cu_seqlens = ctx.saved_tensors
-        grad_x, grad_shift, grad_scale, _ = modulate_norm_bwd(
-            grad_h.contiguous(), x, stats, shift, scale, cu_seqlens, ctx.rms, False
-        )
-        return grad_x, grad_shift, grad_scale, None, None, None, None
+        grads = norm_gradients(grad_h, ctx.saved_tensors, ctx.rms)
+        return *only_asked(ctx.needs_input_grad[:3], grads[:3]), None, None, None, None
 
 
 @public_op("modulate_norm_fwd", "modulate_norm_bwd")

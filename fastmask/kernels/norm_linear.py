@@ -4,9 +4,11 @@
     add_gated_linear:   the same after add_gated_norm, x' = x + gate * branch
 
 Plain PyTorch keeps h for the gradient of the weight. Here backward recomputes it, in the dtype of the matmul, in the
-pass that reads x and the statistics for the gradient of the norm.
+pass that reads x and the statistics for the gradient of the norm. A frozen weight costs no gradient and keeps nothing
+for it, and where only weight and bias are trained h is computed again by the forward kernel.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,22 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastmask.kernels._asked import only_asked
 from fastmask.kernels._dispatch import Impl, public_op, resolve_impl
 from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens
 from fastmask.kernels._matmul import check_linear, linear_gradients, product_dtype, product_operands
 from fastmask.kernels.add_gated_norm import (
-    add_gated_norm_bwd,
     add_gated_norm_fwd,
     add_gated_norm_reference,
     branch_rows,
     check_arguments,
+    gated_gradients,
+    gated_kept,
 )
 from fastmask.kernels.modulate_norm import (
     Norm,
     check_norm,
-    modulate_norm_bwd,
     modulate_norm_fwd,
     modulate_norm_reference,
+    norm_gradients,
+    norm_kept,
 )
 
 
@@ -47,16 +52,23 @@ class _ModulatedLinear(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         h, stats = modulate_norm_fwd(x, shift, scale, cu_seqlens, rms, eps, weight.dtype)
-        ctx.save_for_backward(x, stats, shift, scale, cu_seqlens, weight)
-        ctx.rms = rms
+        asked, again = ctx.needs_input_grad[:3], ctx.needs_input_grad[4]
+        kept = norm_kept(x, stats, shift, scale, cu_seqlens, asked, again)
+        ctx.save_for_backward(*kept, weight if any(asked) else None)
+        ctx.rms, ctx.eps = rms, eps
         return F.linear(h, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, stats, shift, scale, cu_seqlens, weight = ctx.saved_tensors
-        *grads, h = modulate_norm_bwd(grad @ weight, x, stats, shift, scale, cu_seqlens, ctx.rms, True)
-        return *grads, None, *linear_gradients(grad, h), None, None
+        *kept, weight = ctx.saved_tensors
+        asked, of_linear = ctx.needs_input_grad[:3], ctx.needs_input_grad[4:6]
+        found: Sequence[Tensor | None] = (None,) * 4
+        if any(asked):
+            found = norm_gradients(grad @ weight, kept, ctx.rms, of_linear[0])
+        elif of_linear[0]:
+            found = None, None, None, _norm_again(kept, ctx.rms, ctx.eps, grad.dtype)
+        return *only_asked(asked, found[:3]), None, *linear_gradients(grad, found[3], *of_linear), None, None
 
 
 class _AddGatedLinear(torch.autograd.Function):
@@ -75,22 +87,38 @@ class _AddGatedLinear(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         x_new, h, stats = add_gated_norm_fwd(x, branch, gate, shift, scale, cu_seqlens, rms, eps, weight.dtype)
-        ctx.save_for_backward(x_new, stats, branch, gate, shift, scale, cu_seqlens, weight)
-        ctx.rms = rms
+        asked, again = ctx.needs_input_grad[:5], ctx.needs_input_grad[6]
+        kept = gated_kept(x_new, stats, branch, gate, shift, scale, cu_seqlens, asked, again)
+        ctx.save_for_backward(*kept, weight if any(asked) else None)
+        ctx.rms, ctx.eps = rms, eps
         ctx.set_materialize_grads(False)
+        if not any(asked[:3]):
+            ctx.mark_non_differentiable(x_new)
         return x_new, F.linear(h, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_new: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_new, stats, branch, gate, shift, scale, cu_seqlens, weight = ctx.saved_tensors
-        if grad is None:
-            grad = weight.new_zeros(x_new.shape[0], weight.shape[0])
-        grad_new = None if grad_new is None else grad_new.contiguous()
-        *grads, h = add_gated_norm_bwd(
-            grad_new, grad @ weight, x_new, stats, branch, gate, shift, scale, cu_seqlens, ctx.rms, True
-        )
-        return *grads, None, *linear_gradients(grad, h), None, None
+        *kept, weight = ctx.saved_tensors
+        asked, of_linear = ctx.needs_input_grad[:5], ctx.needs_input_grad[6:8]
+        if grad is None:  # the Linear's result is not used
+            if grad_new is None:
+                return (None,) * 10
+            grad_h = torch.zeros_like(grad_new, dtype=weight.dtype)
+            return *gated_gradients(grad_new, grad_h, kept, ctx.rms, asked)[:5], *[None] * 5
+        found: Sequence[Tensor | None] = (None,) * 6
+        if any(asked):
+            found = gated_gradients(grad_new, grad @ weight, kept, ctx.rms, asked, of_linear[0])
+        elif of_linear[0]:
+            found = *found[:5], _norm_again(kept, ctx.rms, ctx.eps, grad.dtype)
+        return *found[:5], None, *linear_gradients(grad, found[5], *of_linear), None, None
+
+
+def _norm_again(kept: Sequence[Tensor | None], rms: bool, eps: float, dtype: torch.dtype) -> Tensor:
+    """Return h once more from what `norm_kept` or `gated_kept` kept, in the forward kernel's own bits."""
+    x, _, shift, scale, cu_seqlens = kept[:5]
+    h: Tensor = modulate_norm_fwd(x, shift, scale, cu_seqlens, rms, eps, dtype)[0]
+    return h
 
 
 @public_op("modulate_norm_fwd", "modulate_norm_bwd")

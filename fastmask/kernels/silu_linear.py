@@ -4,7 +4,8 @@
 
 x has one row per sample and W is large, so for a small batch the op is bound by reading W (forward and backward) and
 writing its gradient. BLAS libraries repack W for many rows first; the native CPU kernel reads it once, without a copy.
-In all other cases PyTorch's matmul is faster and used here too. Backward keeps only x and recomputes silu(x).
+In all other cases PyTorch's matmul is faster and used here too. Backward keeps only x and recomputes silu(x); it uses
+PyTorch's matmul where x or W is frozen, and so adds up in another order there.
 """
 
 from typing import Any
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastmask.kernels._asked import only_asked
 from fastmask.kernels._dispatch import Impl, check_impl, define_op, public_op, takes_native
 from fastmask.kernels._layout import native_rows
-from fastmask.kernels._matmul import check_linear, product_dtype
+from fastmask.kernels._matmul import check_linear, linear_gradients, product_dtype
 
 MAX_ROWS = 16  # above this a GEMM is as fast
 
@@ -45,15 +47,20 @@ silu_linear_bwd = define_op(
 class _SiluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_x or of_weight else None, weight if of_x else None)
         y: Tensor = silu_linear_fwd(x, weight, bias)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grads: tuple[Tensor, Tensor, Tensor] = silu_linear_bwd(grad.contiguous(), *ctx.saved_tensors)
-        return grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        if of_x and of_weight:
+            return tuple(only_asked((True, True, of_bias), silu_linear_bwd(grad.contiguous(), x, weight)))
+        grad_x = torch.ops.aten.silu_backward(grad @ weight, x) if of_x else None
+        return grad_x, *linear_gradients(grad, F.silu(x) if of_weight else None, of_weight, of_bias)
 
 
 @public_op("silu_linear_fwd", "silu_linear_bwd", otherwise="PyTorch's matmul: its own kernel is native, for a CPU")
