@@ -9,18 +9,27 @@ for it, and where only weight and bias are trained h is computed again by the fo
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._asked import only_asked
 from fastmask.kernels._dispatch import Impl, public_op, resolve_impl
 from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens
-from fastmask.kernels._matmul import check_linear, linear_gradients, product_dtype, product_operands
+from fastmask.kernels._matmul import (
+    check_linear,
+    check_plain,
+    input_dtype,
+    linear_gradients,
+    product_dtype,
+    product_operands,
+    weights_of,
+)
 from fastmask.kernels.add_gated_norm import (
+    add_gated_norm,
     add_gated_norm_fwd,
     add_gated_norm_reference,
     branch_rows,
@@ -31,6 +40,7 @@ from fastmask.kernels.add_gated_norm import (
 from fastmask.kernels.modulate_norm import (
     Norm,
     check_norm,
+    modulate_norm,
     modulate_norm_fwd,
     modulate_norm_reference,
     norm_gradients,
@@ -47,7 +57,7 @@ class _ModulatedLinear(torch.autograd.Function):
         scale: Tensor,
         cu_seqlens: Tensor | None,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         rms: bool,
         eps: float,
     ) -> Tensor:
@@ -82,7 +92,7 @@ class _AddGatedLinear(torch.autograd.Function):
         scale: Tensor,
         cu_seqlens: Tensor | None,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         rms: bool,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
@@ -126,8 +136,8 @@ def modulated_linear(
     x: Tensor,
     shift: Tensor,
     scale: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | nn.Module,
+    bias: Tensor | None = None,
     *,
     norm: Norm = "layer",
     eps: float = 1e-6,
@@ -136,6 +146,8 @@ def modulated_linear(
 ) -> Tensor:
     """Return ``F.linear(modulate_norm(x, shift, scale), weight, bias)``; keeps x but not its norm for backward.
 
+    Or ``linear(modulate_norm(x, shift, scale))`` of a module, which keeps the norm unless it is a plain `nn.Linear`.
+
     The norm is rounded once, to the dtype of the matmul: autocast's if enabled, else the dtype of ``weight``.
     Differentiable in x, shift, scale, weight and bias.
 
@@ -143,8 +155,9 @@ def modulated_linear(
         x: tokens, shape (B, K, D), or (N, D) with ``cu_seqlens``.
         shift: per sample (B, D), or per token, same shape as ``x``.
         scale: like ``shift``.
-        weight: shape (E, D).
-        bias: shape (E,).
+        weight: shape (E, D), or the Linear's module in place of weight and bias: anything but a plain `nn.Linear` (see
+            `docs/kernels.md`) is called with the norm.
+        bias: shape (E,); None for none, and beside a module.
         norm: as in `modulate_norm`.
         eps: as in `modulate_norm`.
         cu_seqlens: as in `modulate_norm`.
@@ -160,12 +173,19 @@ def modulated_linear(
     check_norm(norm)
     check_tokens("x", x, cu_seqlens)
     check_devices(x.device, shift=shift, scale=scale, cu_seqlens=cu_seqlens)
+    linear = weights_of(weight, bias)
+    if isinstance(linear, nn.Module):
+        dtype = input_dtype(linear, x)
+        h = modulate_norm(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype, impl=impl)
+        return cast(Tensor, linear(h))
+    weight, bias = linear
     check_linear(x, weight, bias)
     if resolve_impl(impl, "modulate_norm_fwd", x.device, x, shift, scale, weight, bias) == "reference":
         dtype = product_dtype(x.device, weight)
         h = modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype)
         return F.linear(h, *product_operands(x.device, weight, bias))
     rows = as_rows(x, cu_seqlens, {"shift": shift, "scale": scale})
+    check_plain(weight, bias)
     check_dtype("weight", weight)
     y: Tensor = _ModulatedLinear.apply(  # type: ignore[no-untyped-call]
         rows.x, *rows.modulations, rows.cu_seqlens, *product_operands(x.device, weight, bias), norm == "rms", float(eps)
@@ -180,8 +200,8 @@ def add_gated_linear(
     gate: Tensor,
     shift: Tensor,
     scale: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | nn.Module,
+    bias: Tensor | None = None,
     *,
     norm: Norm = "layer",
     eps: float = 1e-6,
@@ -189,6 +209,8 @@ def add_gated_linear(
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return x' and ``F.linear(h, weight, bias)``, where ``x', h = add_gated_norm(x, branch, gate, shift, scale)``.
+
+    Or x' and ``linear(h)`` of a module, as in `modulated_linear`.
 
     Keeps x' and branch for backward, but not the norm. Differentiable in all tensors but ``cu_seqlens``.
 
@@ -198,8 +220,9 @@ def add_gated_linear(
         gate: per sample (B, D), or per token, same shape as ``x``.
         shift: like ``gate``.
         scale: like ``gate``.
-        weight: shape (E, D).
-        bias: shape (E,).
+        weight: shape (E, D), or the Linear's module in place of weight and bias: anything but a plain `nn.Linear` (see
+            `docs/kernels.md`) is called with the norm.
+        bias: shape (E,); None for none, and beside a module.
         norm: as in `add_gated_norm`.
         eps: as in `add_gated_norm`.
         cu_seqlens: as in `add_gated_norm`.
@@ -214,6 +237,14 @@ def add_gated_linear(
         BackendUnavailableError: no fused kernel on this device.
     """
     check_arguments(x, branch, gate, shift, scale, norm, cu_seqlens)
+    linear = weights_of(weight, bias)
+    if isinstance(linear, nn.Module):
+        x, h = add_gated_norm(
+            x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, impl=impl,
+            out_dtype=input_dtype(linear, x),
+        )  # fmt: skip
+        return x, linear(h)
+    weight, bias = linear
     check_linear(x, weight, bias)
     tensors = x, branch, gate, shift, scale, weight, bias
     if resolve_impl(impl, "add_gated_norm_fwd", x.device, *tensors) == "reference":
@@ -223,6 +254,7 @@ def add_gated_linear(
         )
         return x, F.linear(h, *product_operands(x.device, weight, bias))
     rows = branch_rows(x, branch, gate, shift, scale, cu_seqlens)
+    check_plain(weight, bias)
     check_dtype("weight", weight)
     x_new, y = _AddGatedLinear.apply(  # type: ignore[no-untyped-call]
         *rows, *product_operands(x.device, weight, bias), norm == "rms", float(eps)

@@ -8,29 +8,29 @@ In all other cases PyTorch's matmul is faster and used here too. Backward keeps 
 PyTorch's matmul where x or W is frozen, and so adds up in another order there.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._asked import only_asked
 from fastmask.kernels._dispatch import Impl, check_impl, define_op, public_op, takes_native
 from fastmask.kernels._layout import native_rows
-from fastmask.kernels._matmul import check_linear, linear_gradients, product_dtype
+from fastmask.kernels._matmul import check_linear, check_plain, linear_gradients, product_dtype, weights_of
 
 MAX_ROWS = 16  # above this a GEMM is as fast
 
 
-def silu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def silu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Reference for `silu_linear` in plain PyTorch; same arguments."""
     return F.linear(F.silu(x), weight, bias)
 
 
-def _native(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     few = 0 < x.shape[0] <= MAX_ROWS and product_dtype(x.device, weight) == torch.float32
-    return few and native_rows(x) and all(t.dtype == torch.float32 for t in (x, weight, bias))
+    return few and native_rows(x) and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
 
 
 silu_linear_fwd = define_op(
@@ -64,15 +64,18 @@ class _SiluLinear(torch.autograd.Function):
 
 
 @public_op("silu_linear_fwd", "silu_linear_bwd", otherwise="PyTorch's matmul: its own kernel is native, for a CPU")
-def silu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = None) -> Tensor:
-    """Return ``F.linear(F.silu(x), weight, bias)``.
+def silu_linear(
+    x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None = None, *, impl: Impl | None = None
+) -> Tensor:
+    """Return ``F.linear(F.silu(x), weight, bias)``, or ``linear(F.silu(x))`` of a module.
 
     Differentiable in x, weight and bias. The native kernel computes in fp32.
 
     Args:
         x: conditioning vectors, shape (B, D).
-        weight: shape (E, D).
-        bias: shape (E,).
+        weight: shape (E, D), or the Linear's module in place of weight and bias: anything but a plain `nn.Linear` (see
+            `docs/kernels.md`) is called.
+        bias: shape (E,); None for none, and beside a module.
         impl: "reference"; "fused" and None use the native kernel where it is faster (on a CPU, up to 16 samples in
             float32 without autocast), and PyTorch's matmul otherwise.
 
@@ -84,10 +87,15 @@ def silu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = 
     """
     if x.ndim != 2:
         raise ValueError(f"x must have shape (B, D), not {tuple(x.shape)}")
-    check_linear(x, weight, bias)
     check_impl(impl)
-    tensors = x, weight, bias
-    if impl == "reference" or not takes_native("silu_linear_fwd", x.device, *tensors):
+    linear = weights_of(weight, bias)
+    if isinstance(linear, nn.Module):
+        return cast(Tensor, linear(F.silu(x)))
+    weight, bias = linear
+    check_linear(x, weight, bias)
+    if impl == "reference" or not takes_native("silu_linear_fwd", x.device, x, weight, bias):
         return silu_linear_reference(x, weight, bias)
-    y: Tensor = _SiluLinear.apply(*(t.contiguous() for t in tensors))  # type: ignore[no-untyped-call]
+    check_plain(weight, bias)
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    y: Tensor = _SiluLinear.apply(*(t.contiguous() for t in (x, weight, bias)))  # type: ignore[no-untyped-call]
     return y
