@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as _module
 
-from fastmask.kernels._layout import check_devices
+from fastmask.kernels._layout import check_devices, check_tensors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
@@ -91,6 +91,7 @@ def linear_gradients(
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise a ValueError unless weight (E, D) and bias (E,) or None are of floats and fit x (..., D)."""
+    check_tensors(x=x)
     check_devices(x.device, weight=weight, bias=bias)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in _DTYPES:

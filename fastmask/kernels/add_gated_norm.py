@@ -20,8 +20,26 @@ from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._asked import only_asked, readable, unread
 from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
-from fastmask.kernels._layout import Rows, as_rows, check_devices, check_dtype, check_tokens, native_rows, per_token
-from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_reference, norm_gradients, norm_kept
+from fastmask.kernels._layout import (
+    Rows,
+    as_rows,
+    check_devices,
+    check_dtype,
+    check_tokens,
+    modulation_of,
+    native_rows,
+    per_token,
+)
+from fastmask.kernels.modulate_norm import (
+    Norm,
+    check_affine,
+    check_norm,
+    folded,
+    modulate_norm_reference,
+    norm_gradients,
+    norm_kept,
+    resolve_out_dtype,
+)
 
 
 def add_gated_norm_reference(
@@ -33,14 +51,19 @@ def add_gated_norm_reference(
     *,
     norm: Norm = "layer",
     eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reference for `add_gated_norm` in plain PyTorch; same arguments, any floating dtype and width."""
+    """Reference for `add_gated_norm` in plain PyTorch; modulations (B, D) or per token, any float dtype and width."""
     gate = per_token("gate", gate, x, cu_seqlens)
     compute = torch.promote_types(x.dtype, torch.float32)
     x = (x.to(compute) + gate.to(compute) * branch.to(compute)).to(x.dtype)
-    return x, modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype)
+    return x, modulate_norm_reference(
+        x, shift, scale, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias, cu_seqlens=cu_seqlens,
+        out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 def _fwd_fake(
@@ -184,12 +207,14 @@ class _AddGatedNorm(torch.autograd.Function):
 def add_gated_norm(
     x: Tensor,
     branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
     *,
     norm: Norm = "layer",
     eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     impl: Impl | None = None,
@@ -203,14 +228,17 @@ def add_gated_norm(
     Args:
         x: residual stream, shape (B, K, D), or (N, D) with ``cu_seqlens``; copied first if not contiguous.
         branch: output of attention or the MLP, same shape as ``x``; copied likewise.
-        gate: per sample (B, D), or per token, same shape as ``x``.
-        shift: like ``gate``.
-        scale: like ``gate``.
+        gate: per sample, (B, D) or (B, 1, D); per token, same shape as ``x``; of all samples, (D,), (1, D) or
+            (1, 1, D); None is 1.
+        shift: like ``gate``; None is 0.
+        scale: like ``shift``.
         norm: "layer" or "rms".
-        eps: added to the variance (to the mean square for "rms").
+        eps: added to the variance (to the mean square for "rms"), at least 0.
+        norm_weight: weight of an affine norm, shape (D,), as in `modulate_norm`.
+        norm_bias: its bias, shape (D,).
         cu_seqlens: int32 or int64, shape (B + 1,), non-decreasing from 0 to N: boundaries of packed samples. Values
             are checked on a CPU, outside torch.compile.
-        out_dtype: dtype of h; None is the dtype of ``x``.
+        out_dtype: floating dtype of h; None is the dtype of ``x``. float64 is the reference's.
         impl: "fused" (float32, bfloat16, float16; D a multiple of 8 up to 8192), "reference", or None for the device's
             default.
 
@@ -221,12 +249,17 @@ def add_gated_norm(
         ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
-    check_arguments(x, branch, gate, shift, scale, norm, cu_seqlens)
-    out_dtype = out_dtype or x.dtype
-    if resolve_impl(impl, "add_gated_norm_fwd", x.device, x, branch, gate, shift, scale) == "reference":
+    check_branch(x, branch, norm, eps, cu_seqlens)
+    gate, shift, scale = gated_modulations(x, gate, shift, scale, cu_seqlens)
+    check_affine(x, norm_weight, norm_bias)
+    out_dtype, impl = resolve_out_dtype(out_dtype, x, impl)
+    tensors = x, branch, gate, shift, scale, norm_weight, norm_bias
+    if resolve_impl(impl, "add_gated_norm_fwd", x.device, *tensors) == "reference":
         return add_gated_norm_reference(
-            x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype
-        )
+            x, branch, gate, shift, scale, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias,
+            cu_seqlens=cu_seqlens, out_dtype=out_dtype,
+        )  # fmt: skip
+    shift, scale = folded(x, shift, scale, norm_weight, norm_bias, cu_seqlens)
     rows = branch_rows(x, branch, gate, shift, scale, cu_seqlens)
     check_dtype("out_dtype", out_dtype)
     x_new, h = _AddGatedNorm.apply(  # type: ignore[no-untyped-call]
@@ -235,15 +268,25 @@ def add_gated_norm(
     return x_new.view(x.shape), h.view(x.shape)
 
 
-def check_arguments(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, norm: str, cu_seqlens: Tensor | None
-) -> None:
-    """Raise a ValueError for an unknown norm, or shapes or devices that do not fit."""
-    check_norm(norm)
+def gated_modulations(
+    x: Tensor, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return gate, shift and scale as `modulation_of` does; a ValueError for those that do not fit x."""
+    check_devices(x.device, gate=gate, shift=shift, scale=scale)
+    return (
+        modulation_of("gate", gate, x, cu_seqlens, 1),
+        modulation_of("shift", shift, x, cu_seqlens, 0),
+        modulation_of("scale", scale, x, cu_seqlens, 0),
+    )
+
+
+def check_branch(x: Tensor, branch: Tensor, norm: str, eps: float, cu_seqlens: Tensor | None) -> None:
+    """Raise a ValueError for an unknown norm, a wrong eps, or shapes or devices of tokens that do not fit."""
+    check_norm(norm, eps)
     check_tokens("x", x, cu_seqlens)
+    check_devices(x.device, branch=branch, cu_seqlens=cu_seqlens)
     if branch.shape != x.shape:
         raise ValueError(f"branch must have the shape of x, {tuple(x.shape)}, not {tuple(branch.shape)}")
-    check_devices(x.device, branch=branch, gate=gate, shift=shift, scale=scale, cu_seqlens=cu_seqlens)
 
 
 def branch_rows(

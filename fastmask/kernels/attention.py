@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from fastmask.kernels._asked import only_asked
 from fastmask.kernels._attention_backends import AttentionBackend, attention_backends, call, refusal, sample_lengths
 from fastmask.kernels._dispatch import BackendUnavailableError, Impl, check_impl, public_op
-from fastmask.kernels._layout import check_bounds, check_cu_seqlens, check_devices
+from fastmask.kernels._layout import check_bounds, check_cu_seqlens, check_devices, check_tensors
 
 __all__ = ["AttentionBackend", "attention", "attention_backends", "attention_reference"]
 
@@ -192,6 +192,7 @@ def _run(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, 
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    check_tensors(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     shape = "(B, K, H, D/H)" if cu_seqlens is None else "(N, H, D/H) with cu_seqlens"
     if not q.shape == k.shape == v.shape or q.ndim != (4 if cu_seqlens is None else 3):
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))

@@ -30,6 +30,7 @@ from fastmask.kernels._layout import (
     check_devices,
     check_dtype,
     check_index_range,
+    check_tensors,
     native_rows,
     needs_gradient,
     position_table,
@@ -242,7 +243,8 @@ def embed_kept_patches(
         ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
-    check_norm(norm)
+    check_norm(norm, eps)
+    check_tensors(images=images)
     others = {"bias": bias, "position": position, "image_scale": image_scale, "shift": shift, "scale": scale}
     check_devices(images.device, weight=weight, **others, ids_keep=ids_keep, cu_seqlens=cu_seqlens)
     _check_shapes(images, weight, others, patch_size)

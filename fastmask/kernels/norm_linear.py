@@ -18,7 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._asked import only_asked
 from fastmask.kernels._dispatch import Impl, public_op, resolve_impl
-from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens
+from fastmask.kernels._layout import (
+    as_rows,
+    check_devices,
+    check_dtype,
+    check_tokens,
+    modulation_of,
+)
 from fastmask.kernels._matmul import (
     check_linear,
     check_plain,
@@ -33,13 +39,16 @@ from fastmask.kernels.add_gated_norm import (
     add_gated_norm_fwd,
     add_gated_norm_reference,
     branch_rows,
-    check_arguments,
+    check_branch,
     gated_gradients,
     gated_kept,
+    gated_modulations,
 )
 from fastmask.kernels.modulate_norm import (
     Norm,
+    check_affine,
     check_norm,
+    folded,
     modulate_norm,
     modulate_norm_fwd,
     modulate_norm_reference,
@@ -134,13 +143,15 @@ def _norm_again(kept: Sequence[Tensor | None], rms: bool, eps: float, dtype: tor
 @public_op("modulate_norm_fwd", "modulate_norm_bwd")
 def modulated_linear(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor | nn.Module,
     bias: Tensor | None = None,
     *,
     norm: Norm = "layer",
     eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
@@ -153,13 +164,15 @@ def modulated_linear(
 
     Args:
         x: tokens, shape (B, K, D), or (N, D) with ``cu_seqlens``.
-        shift: per sample (B, D), or per token, same shape as ``x``.
+        shift: as in `modulate_norm`.
         scale: like ``shift``.
         weight: shape (E, D), or the Linear's module in place of weight and bias: anything but a plain `nn.Linear` (see
             `docs/kernels.md`) is called with the norm.
         bias: shape (E,); None for none, and beside a module.
         norm: as in `modulate_norm`.
         eps: as in `modulate_norm`.
+        norm_weight: as in `modulate_norm`.
+        norm_bias: as in `modulate_norm`.
         cu_seqlens: as in `modulate_norm`.
         impl: as in `modulate_norm`.
 
@@ -170,20 +183,28 @@ def modulated_linear(
         ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
-    check_norm(norm)
-    check_tokens("x", x, cu_seqlens)
-    check_devices(x.device, shift=shift, scale=scale, cu_seqlens=cu_seqlens)
     linear = weights_of(weight, bias)
     if isinstance(linear, nn.Module):
-        dtype = input_dtype(linear, x)
-        h = modulate_norm(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype, impl=impl)
+        h = modulate_norm(
+            x, shift, scale, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias, cu_seqlens=cu_seqlens,
+            out_dtype=input_dtype(linear, x), impl=impl,
+        )  # fmt: skip
         return cast(Tensor, linear(h))
     weight, bias = linear
+    check_norm(norm, eps)
+    check_tokens("x", x, cu_seqlens)
+    check_devices(x.device, shift=shift, scale=scale, cu_seqlens=cu_seqlens)
+    check_affine(x, norm_weight, norm_bias)
     check_linear(x, weight, bias)
-    if resolve_impl(impl, "modulate_norm_fwd", x.device, x, shift, scale, weight, bias) == "reference":
-        dtype = product_dtype(x.device, weight)
-        h = modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype)
+    shift, scale = (modulation_of(name, t, x, cu_seqlens, 0) for name, t in (("shift", shift), ("scale", scale)))
+    tensors = x, shift, scale, weight, bias, norm_weight, norm_bias
+    if resolve_impl(impl, "modulate_norm_fwd", x.device, *tensors) == "reference":
+        h = modulate_norm_reference(
+            x, shift, scale, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias, cu_seqlens=cu_seqlens,
+            out_dtype=product_dtype(x.device, weight),
+        )  # fmt: skip
         return F.linear(h, *product_operands(x.device, weight, bias))
+    shift, scale = folded(x, shift, scale, norm_weight, norm_bias, cu_seqlens)
     rows = as_rows(x, cu_seqlens, {"shift": shift, "scale": scale})
     check_plain(weight, bias)
     check_dtype("weight", weight)
@@ -197,14 +218,16 @@ def modulated_linear(
 def add_gated_linear(
     x: Tensor,
     branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
     weight: Tensor | nn.Module,
     bias: Tensor | None = None,
     *,
     norm: Norm = "layer",
     eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     impl: Impl | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -217,14 +240,16 @@ def add_gated_linear(
     Args:
         x: residual stream, shape (B, K, D), or (N, D) with ``cu_seqlens``.
         branch: same shape as ``x``.
-        gate: per sample (B, D), or per token, same shape as ``x``.
-        shift: like ``gate``.
-        scale: like ``gate``.
+        gate: as in `add_gated_norm`.
+        shift: like ``gate``; None is 0.
+        scale: like ``shift``.
         weight: shape (E, D), or the Linear's module in place of weight and bias: anything but a plain `nn.Linear` (see
             `docs/kernels.md`) is called with the norm.
         bias: shape (E,); None for none, and beside a module.
         norm: as in `add_gated_norm`.
         eps: as in `add_gated_norm`.
+        norm_weight: as in `add_gated_norm`.
+        norm_bias: as in `add_gated_norm`.
         cu_seqlens: as in `add_gated_norm`.
         impl: as in `add_gated_norm`.
 
@@ -236,23 +261,26 @@ def add_gated_linear(
         ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
-    check_arguments(x, branch, gate, shift, scale, norm, cu_seqlens)
     linear = weights_of(weight, bias)
     if isinstance(linear, nn.Module):
         x, h = add_gated_norm(
-            x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, impl=impl,
-            out_dtype=input_dtype(linear, x),
+            x, branch, gate, shift, scale, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias,
+            cu_seqlens=cu_seqlens, out_dtype=input_dtype(linear, x), impl=impl,
         )  # fmt: skip
         return x, linear(h)
     weight, bias = linear
+    check_branch(x, branch, norm, eps, cu_seqlens)
+    gate, shift, scale = gated_modulations(x, gate, shift, scale, cu_seqlens)
+    check_affine(x, norm_weight, norm_bias)
     check_linear(x, weight, bias)
-    tensors = x, branch, gate, shift, scale, weight, bias
+    tensors = x, branch, gate, shift, scale, weight, bias, norm_weight, norm_bias
     if resolve_impl(impl, "add_gated_norm_fwd", x.device, *tensors) == "reference":
-        dtype = product_dtype(x.device, weight)
         x, h = add_gated_norm_reference(
-            x, branch, gate, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=dtype
-        )
+            x, branch, gate, shift, scale, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias,
+            cu_seqlens=cu_seqlens, out_dtype=product_dtype(x.device, weight),
+        )  # fmt: skip
         return x, F.linear(h, *product_operands(x.device, weight, bias))
+    shift, scale = folded(x, shift, scale, norm_weight, norm_bias, cu_seqlens)
     rows = branch_rows(x, branch, gate, shift, scale, cu_seqlens)
     check_plain(weight, bias)
     check_dtype("weight", weight)

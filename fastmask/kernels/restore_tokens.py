@@ -30,6 +30,7 @@ from fastmask.kernels._layout import (
     check_dtype,
     check_index_range,
     check_permutations,
+    check_tensors,
     check_tokens,
     native_rows,
     needs_gradient,
@@ -227,6 +228,7 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
         ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
+    check_tensors(x=x)
     if x.ndim != 3:
         raise ValueError(f"x must have shape (B, L, D), not {tuple(x.shape)}")
     check_devices(x.device, ids_keep=ids_keep, cu_seqlens=cu_seqlens)
@@ -294,7 +296,7 @@ def restore_tokens(
             requires a gradient in the fused form.
         BackendUnavailableError: no fused kernel on this device.
     """
-    check_norm(norm)
+    check_norm(norm, eps)
     check_tokens("x", x, cu_seqlens)
     others = {"mask_token": mask_token, "position": position, "ids_restore": ids_restore}
     check_devices(x.device, **others, cu_seqlens=cu_seqlens, shift=shift, scale=scale)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._asked import only_asked
 from fastmask.kernels._dispatch import Impl, check_impl, define_op, public_op, takes_native
-from fastmask.kernels._layout import native_rows
+from fastmask.kernels._layout import check_tensors, native_rows
 from fastmask.kernels._matmul import check_linear, check_plain, linear_gradients, product_dtype, weights_of
 
 MAX_ROWS = 16  # above this a GEMM is as fast
@@ -85,6 +85,7 @@ def silu_linear(
     Raises:
         ValueError: shapes that do not fit, or an unknown ``impl``.
     """
+    check_tensors(x=x)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (B, D), not {tuple(x.shape)}")
     check_impl(impl)
