@@ -93,6 +93,7 @@ class Rows(NamedTuple):
 
 def check_tokens(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
     """Raise a ValueError unless ``x`` is (B, K, D), or (N, D) with int32 or int64 ``cu_seqlens`` (B + 1,)."""
+    check_tensors(**{name: x, "cu_seqlens": cu_seqlens})
     if cu_seqlens is None:
         if x.ndim != 3:
             raise ValueError(f"{name} must have shape (B, K, D), or (N, D) with cu_seqlens, not {tuple(x.shape)}")
@@ -144,6 +145,39 @@ def num_samples(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Raise a ValueError for the first that is neither a tensor nor None, such as a numpy array or a list."""
+    for name, given in tensors.items():
+        if given is not None and not isinstance(given, Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, not {type(given).__module__}.{type(given).__name__}")
+
+
+def modulation_of(name: str, given: Tensor | None, x: Tensor, cu_seqlens: Tensor | None, neutral: float) -> Tensor:
+    """Return a modulation per sample, (B, D), or per token, with the shape of ``x``.
+
+    Args:
+        name: of the argument, for the message.
+        given: (B, D), (B, 1, D), per token, or one of all samples: (D,), (1, D) or (1, 1, D), whose gradient is summed
+            in fp32; None is ``neutral``.
+        x: the tokens.
+        cu_seqlens: as in `check_tokens`.
+        neutral: the value that changes nothing, 0 of shift and scale and 1 of gate.
+    """
+    batch, width = num_samples(x, cu_seqlens), x.shape[-1]
+    if given is None:
+        one = torch.full((width,), neutral, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        return one.expand(batch, width)
+    if given.shape == (batch, width) or given.shape == x.shape:
+        return given
+    if given.shape == (batch, 1, width):
+        return given.squeeze(1)
+    if given.shape == (width,) or given.shape == (1, width) or given.shape == (1, 1, width):
+        wide = given.to(torch.promote_types(given.dtype, torch.float32))
+        return wide.reshape(width).expand(batch, width)
+    is_per_sample(name, given, x, cu_seqlens)  # which says what fits
+    return given
+
+
 def is_per_sample(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Return whether a modulation is per sample, (B, D), rather than per token, with the shape of ``x``.
 
@@ -155,8 +189,8 @@ def is_per_sample(name: str, modulation: Tensor, x: Tensor, cu_seqlens: Tensor |
     if modulation.shape == x.shape:
         return False
     raise ValueError(
-        f"{name} must have shape {per_sample} or {tuple(x.shape)} for x of shape {tuple(x.shape)}, not "
-        f"{tuple(modulation.shape)}"
+        f"{name} must have shape {per_sample} or {tuple(x.shape)} for x of shape {tuple(x.shape)}, or broadcast to the "
+        f"first, not {tuple(modulation.shape)}"
     )
 
 
@@ -209,7 +243,8 @@ def as_rows(x: Tensor, cu_seqlens: Tensor | None, modulations: dict[str, Tensor]
 
 
 def check_devices(device: torch.device, **others: Tensor | None) -> None:
-    """Raise a ValueError for the first tensor on another device."""
+    """Raise a ValueError for the first that is no tensor or is on another device."""
+    check_tensors(**others)
     for name, tensor in others.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} must be on {device}, like the rest, not on {tensor.device}")

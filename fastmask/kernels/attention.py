@@ -12,6 +12,7 @@ This library has no attention kernel of its own; this file dispatches to existin
 v, the result and a log-sum-exp per head and token for backward, without copies: q, k and v can be views of one tensor.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastmask.kernels._asked import only_asked
 from fastmask.kernels._attention_backends import AttentionBackend, attention_backends, call, refusal, sample_lengths
 from fastmask.kernels._dispatch import BackendUnavailableError, Impl, check_impl, public_op
-from fastmask.kernels._layout import check_bounds, check_cu_seqlens, check_devices
+from fastmask.kernels._layout import check_bounds, check_cu_seqlens, check_devices, check_tensors
 
 __all__ = ["AttentionBackend", "attention", "attention_backends", "attention_reference"]
 
@@ -44,27 +46,42 @@ def _packed_fwd(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen:
         return attention_reference(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
 
 
-def _packed_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _packed_bwd(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, asked: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     lengths = sample_lengths(cu_seqlens, q.shape[0])
     samples = zip(*(t.split_with_sizes(lengths) for t in (grad, q, k, v)), strict=True)
     with torch.autocast(q.device.type, enabled=False):
-        grad_q, grad_k, grad_v = zip(*(_sample_bwd(*sample) for sample in samples), strict=True)
+        grad_q, grad_k, grad_v = zip(*(_sample_bwd(sample, asked) for sample in samples), strict=True)
     return torch.cat(grad_q), torch.cat(grad_k), torch.cat(grad_v)
 
 
-def _sample_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of one sample's q, k and v, all (K, H, D/H), computed in fp32 (float64 for float64)."""
-    dtype, scale = q.dtype, q.shape[-1] ** -0.5
-    grad, q, k, v = (t.transpose(0, 1).to(torch.promote_types(dtype, torch.float32)) for t in (grad, q, k, v))
+def _sample_bwd(sample: Sequence[Tensor], asked: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Return the gradients of one sample's q, k and v, empty where not asked for; computed in fp32 (or float64).
+
+    Args:
+        sample: the gradient of the result, q, k and v, all (K, H, D/H).
+        asked: whether the gradients of q, k and v are computed.
+    """
+    dtype, scale = sample[1].dtype, sample[1].shape[-1] ** -0.5
+    grad, q, k, v = (t.transpose(0, 1).to(torch.promote_types(dtype, torch.float32)) for t in sample)
+    of_q, of_k, of_v = asked
     weights = (q @ k.mT * scale).softmax(-1)
-    grad_weights = grad @ v.mT
-    grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * scale
-    grads = grad_scores @ k, grad_scores.mT @ q, weights.mT @ grad
-    return tuple(t.transpose(0, 1).to(dtype) for t in grads)
+    grad_q = grad_k = grad_v = q.new_empty(0, 0)
+    if of_q or of_k:
+        grad_weights = grad @ v.mT
+        grad_scores = weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True)) * scale
+        grad_q = grad_scores @ k if of_q else grad_q
+        grad_k = grad_scores.mT @ q if of_k else grad_k
+    if of_v:
+        grad_v = weights.mT @ grad
+    return tuple(t.transpose(0, 1).to(dtype) for t in (grad_q, grad_k, grad_v))
 
 
-def _bwd_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _bwd_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, asked: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape if wanted else (0, 0)) for t, wanted in zip((q, k, v), asked, strict=True))
 
 
 # Registered as ops because reading cu_seqlens on the host cannot be traced.
@@ -74,7 +91,7 @@ torch.library.define(
 )
 torch.library.define(
     "fastmask::packed_attention_bwd",
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool[] asked) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl("fastmask::packed_attention_fwd", ("cpu", "cuda"), _packed_fwd)
 torch.library.impl("fastmask::packed_attention_bwd", ("cpu", "cuda"), _packed_bwd)
@@ -87,14 +104,19 @@ packed_attention_bwd = torch.ops.fastmask.packed_attention_bwd.default
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
-        ctx.save_for_backward(q, k, v, cu_seqlens)
+        of_q, of_k, _ = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(q, k, v if of_q or of_k else None, cu_seqlens)
         out: Tensor = packed_attention_fwd(q, k, v, cu_seqlens, max_seqlen)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *packed_attention_bwd(grad, *ctx.saved_tensors), None, None
+        q, k, v, cu_seqlens = ctx.saved_tensors
+        asked = ctx.needs_input_grad[:3]
+        # v is read for the gradients of q and k alone, and has the shape of q.
+        grads = packed_attention_bwd(grad, q, k, q if v is None else v, cu_seqlens, list(asked))
+        return *only_asked(asked, grads), None, None
 
 
 @public_op(otherwise="PyTorch or another library, see attention_backends()")
@@ -170,6 +192,7 @@ def _run(name: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, 
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    check_tensors(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     shape = "(B, K, H, D/H)" if cu_seqlens is None else "(N, H, D/H) with cu_seqlens"
     if not q.shape == k.shape == v.shape or q.ndim != (4 if cu_seqlens is None else 3):
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastmask.kernels._asked import only_asked
 from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
 from fastmask.kernels._layout import (
     MAX_WIDTH,
@@ -29,13 +30,14 @@ from fastmask.kernels._layout import (
     check_devices,
     check_dtype,
     check_index_range,
+    check_tensors,
     native_rows,
     needs_gradient,
     position_table,
     sample_of_row,
 )
 from fastmask.kernels._matmul import product_dtype
-from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_bwd, modulate_norm_reference
+from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_reference, norm_gradients, norm_kept
 from fastmask.kernels.patches import patchify
 
 
@@ -153,30 +155,42 @@ class _EmbedKeptPatches(torch.autograd.Function):
             images, weight, bias, position, *kept, dtype, torch.promote_types(dtype, position.dtype),
             shift, scale, rms, eps,
         )  # fmt: skip
-        ctx.dtype, ctx.bias_dtype, ctx.rms = dtype, bias.dtype, rms
-        if shift is None:
-            ctx.save_for_backward(images, weight, *kept)
+        ctx.dtype, ctx.rms, ctx.dtypes = dtype, rms, (images.dtype, weight.dtype, bias.dtype)
+        ctx.shapes = images.shape, weight.shape
+        of_images, of_weight, of_bias, of_shift, of_scale = ctx.needs_input_grad[:5]
+        read = images if of_weight else None, weight if of_images else None
+        kept = kept if of_images or of_weight else (None, None, None)
+        if shift is None or scale is None:
+            ctx.save_for_backward(*read, *kept)
             return tokens
-        ctx.save_for_backward(images, weight, *kept, tokens, stats, shift, scale)
+        asked = of_images or of_weight or of_bias, of_shift, of_scale
+        ctx.save_for_backward(*read, *kept, *norm_kept(tokens, stats, shift, scale, cu_seqlens, asked))
+        if not asked[0]:
+            ctx.mark_non_differentiable(tokens)
         return tokens, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *grad_h: Tensor) -> tuple[Tensor | None, ...]:
         images, weight, *kept = ctx.saved_tensors[:5]
+        of_images, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad_images = grad_weight = grad_bias = grad_shift = grad_scale = None
         grad = grad.contiguous()
         if grad_h:
-            tokens, stats, shift, scale = ctx.saved_tensors[5:]
-            through_h, grad_shift, grad_scale, _ = modulate_norm_bwd(
-                grad_h[0].contiguous(), tokens, stats, shift, scale, kept[2], ctx.rms, False
-            )
-            grad = grad + through_h
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_weight, grad_bias = embed_kept_patches_bwd(grad, images, weight, *kept, ctx.dtype, ctx.bias_dtype)
-        if ctx.needs_input_grad[0]:
-            grad_images = embed_kept_patches_bwd_images(grad, images, weight, *kept, ctx.dtype)
-        return grad_images, grad_weight, grad_bias, grad_shift, grad_scale, *[None] * 7
+            through_h, grad_shift, grad_scale, _ = norm_gradients(grad_h[0], ctx.saved_tensors[5:], ctx.rms)
+            if of_images or of_weight or of_bias:
+                grad = grad + through_h
+        images_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        if of_weight:
+            like = grad.new_empty(ctx.shapes[1], dtype=weight_dtype)  # not read
+            grad_weight, grad_bias = embed_kept_patches_bwd(grad, images, like, *kept, ctx.dtype, bias_dtype)
+        elif of_bias:
+            grad_bias = grad.sum(0, dtype=torch.float32).to(bias_dtype)
+        if of_images:
+            like = grad.new_empty(ctx.shapes[0], dtype=images_dtype)  # not read
+            grad_images = embed_kept_patches_bwd_images(grad, like, weight, *kept, ctx.dtype)
+        grads = only_asked(ctx.needs_input_grad[:5], (grad_images, grad_weight, grad_bias, grad_shift, grad_scale))
+        return *grads, *[None] * 7
 
 
 @public_op("embed_kept_patches_fwd", "embed_kept_patches_bwd", "embed_kept_patches_bwd_images", "modulate_norm_bwd")
@@ -229,7 +243,8 @@ def embed_kept_patches(
         ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
-    check_norm(norm)
+    check_norm(norm, eps)
+    check_tensors(images=images)
     others = {"bias": bias, "position": position, "image_scale": image_scale, "shift": shift, "scale": scale}
     check_devices(images.device, weight=weight, **others, ids_keep=ids_keep, cu_seqlens=cu_seqlens)
     _check_shapes(images, weight, others, patch_size)

@@ -6,23 +6,34 @@ Plain PyTorch keeps both x and gelu(x), each 4 D per token, which is the largest
 Here only x is kept, and backward recomputes gelu(x) in the same pass over x as its gradient.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
+from fastmask.kernels._dispatch import Impl, check_impl, define_op, public_op, resolve_impl
 from fastmask.kernels._layout import check_dtype, native_rows
-from fastmask.kernels._matmul import check_linear, linear_gradients, product_dtype, product_operands
+from fastmask.kernels._matmul import (
+    check_linear,
+    check_plain,
+    input_dtype,
+    linear_gradients,
+    product_dtype,
+    product_operands,
+    weights_of,
+)
 
 
-def gelu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def gelu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Reference for `gelu_linear` in plain PyTorch; same arguments."""
     dtype = product_dtype(x.device, weight)
-    hidden = F.gelu(x.to(torch.promote_types(x.dtype, dtype)), approximate="tanh")
-    return F.linear(hidden.to(dtype), *product_operands(x.device, weight, bias))
+    return F.linear(_gelu(x, dtype), *product_operands(x.device, weight, bias))
+
+
+def _gelu(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.gelu(x.to(torch.promote_types(x.dtype, dtype)), approximate="tanh").to(dtype)
 
 
 gelu_fwd = define_op(
@@ -40,29 +51,38 @@ gelu_bwd = define_op(
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_x or of_weight else None, weight if of_x else None)
         return F.linear(gelu_fwd(x, weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x, hidden = gelu_bwd(grad @ weight, x)
-        return grad_x, *linear_gradients(grad, hidden)
+        of_x, *of_linear = ctx.needs_input_grad
+        grad_x = hidden = None
+        if of_x:
+            grad_x, hidden = gelu_bwd(grad @ weight, x)
+        elif of_linear[0]:
+            hidden = gelu_fwd(x, grad.dtype)
+        return grad_x, *linear_gradients(grad, hidden, *of_linear)
 
 
 @public_op("gelu_fwd", "gelu_bwd")
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = None) -> Tensor:
-    """Return ``F.linear(F.gelu(x, approximate="tanh"), weight, bias)``.
+def gelu_linear(
+    x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None = None, *, impl: Impl | None = None
+) -> Tensor:
+    """Return ``F.linear(F.gelu(x, approximate="tanh"), weight, bias)``, or ``linear(F.gelu(...))`` of a module.
 
     Keeps only x for backward. GELU is computed in fp32 and rounded once to the dtype of the matmul: autocast's if
     enabled, else the dtype of ``weight``. Differentiable in x, weight and bias.
 
     Args:
         x: shape (..., D); copied first if not contiguous.
-        weight: shape (E, D).
-        bias: shape (E,).
+        weight: shape (E, D), or the Linear's module in place of weight and bias: anything but a plain `nn.Linear` (see
+            `docs/kernels.md`) is called.
+        bias: shape (E,); None for none, and beside a module.
         impl: "fused" (float32, bfloat16, float16), "reference", or None for the device's default.
 
     Returns:
@@ -72,11 +92,18 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = 
         ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
+    check_impl(impl)
+    linear = weights_of(weight, bias)
+    if isinstance(linear, nn.Module):
+        return cast(Tensor, linear(_gelu(x, input_dtype(linear, x))))
+    weight, bias = linear
     check_linear(x, weight, bias)
     if resolve_impl(impl, "gelu_fwd", x.device, x, weight, bias) == "reference":
         return gelu_linear_reference(x, weight, bias)
+    check_plain(weight, bias)
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        check_dtype(name, tensor)
+        if tensor is not None:
+            check_dtype(name, tensor)
     weight, bias = product_operands(x.device, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y: Tensor = _GeluLinear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]

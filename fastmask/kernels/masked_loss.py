@@ -30,6 +30,7 @@ from fastmask.kernels._layout import (
     check_cu_seqlens,
     check_devices,
     check_dtype,
+    check_tensors,
     is_supported,
     needs_gradient,
 )
@@ -231,6 +232,7 @@ def masked_loss(
 def _check_images(
     raw: Tensor, images: Tensor, noised: Tensor, coefficients: Mapping[str, Tensor], patch_size: int
 ) -> None:
+    check_tensors(raw=raw, images=images)
     if images.ndim != 4:
         raise ValueError(f"images must have shape (B, C, h * p, w * p), not {tuple(images.shape)}")
     check_devices(raw.device, images=images, noised=noised, **coefficients)

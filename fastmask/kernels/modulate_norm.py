@@ -8,10 +8,12 @@ without affine parameters. With xhat = norm(x) and g = grad_h * (1 + scale), bac
     grad_x     = (g - mean(g) - xhat * mean(g * xhat)) / sqrt(var + eps)      without mean(g) for RMSNorm
     grad_shift = sum of grad_h,  grad_scale = sum of grad_h * xhat            over the tokens that share them
 
-Backward keeps x and two statistics per token, but not h. All computation is in fp32. Memory traffic per value: x and h
-forward; x, grad_h and grad_x backward.
+Backward keeps x and two statistics per token, but not h, and of these only what the gradients read that are asked for.
+All computation is in fp32. Memory traffic per value: x and h forward; x, grad_h and grad_x backward.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,8 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastmask.kernels._asked import only_asked, readable, unread
 from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
-from fastmask.kernels._layout import as_rows, check_devices, check_dtype, check_tokens, native_rows, per_token
+from fastmask.kernels._layout import (
+    as_rows,
+    check_devices,
+    check_dtype,
+    check_tokens,
+    is_per_sample,
+    is_supported,
+    modulation_of,
+    native_rows,
+    per_token,
+)
 
 Norm = Literal["layer", "rms"]
 
@@ -40,12 +53,18 @@ def modulate_norm_reference(
     *,
     norm: Norm = "layer",
     eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Reference for `modulate_norm` in plain PyTorch; same arguments, any floating dtype and width."""
+    """Reference for `modulate_norm` in plain PyTorch; modulations (B, D) or per token, any float dtype and width."""
     shift, scale = per_token("shift", shift, x, cu_seqlens), per_token("scale", scale, x, cu_seqlens)
     normed = normalise(x, norm, eps)
+    if norm_weight is not None:
+        normed = normed * norm_weight.to(normed.dtype)
+    if norm_bias is not None:
+        normed = normed + norm_bias.to(normed.dtype)
     return (normed * (1 + scale.to(normed.dtype)) + shift.to(normed.dtype)).to(out_dtype or x.dtype)
 
 
@@ -84,6 +103,49 @@ modulate_norm_bwd = define_op(
 )
 
 
+def norm_kept(
+    x: Tensor,
+    stats: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    cu_seqlens: Tensor | None,
+    asked: Sequence[bool],
+    again: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return what `norm_gradients` takes, with the values of no tensor that the gradients asked for do not read.
+
+    Args:
+        x: the normalised tokens, shape (N, D).
+        stats: shape (2, N).
+        shift: shape (G, D).
+        scale: shape (G, D).
+        cu_seqlens: shape (G + 1,), or None.
+        asked: whether the gradients of x, shift and scale are computed.
+        again: whether h is computed again.
+    """
+    of_x, of_shift, of_scale = asked
+    by_token = of_x or of_scale
+    return (
+        x if by_token or again else unread(x),
+        stats if by_token or (again and of_shift) else None,
+        shift if again else unread(shift),
+        scale if of_x or again else unread(scale),
+        cu_seqlens if any(asked) or again else None,
+    )
+
+
+def norm_gradients(
+    grad_h: Tensor, kept: Sequence[Tensor | None], rms: bool, again: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of `modulate_norm_bwd` from `norm_kept`; a gradient that was not asked for is none."""
+    x, shift, scale = (readable(kept[i], grad_h.shape[1]) for i in (0, 2, 3))
+    stats = x.new_zeros((2, x.shape[0]), dtype=torch.float32) if kept[1] is None else kept[1]
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = modulate_norm_bwd(
+        grad_h.contiguous(), x, stats, shift, scale, kept[4], rms, again
+    )
+    return grads
+
+
 class _ModulateNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -98,28 +160,27 @@ class _ModulateNorm(torch.autograd.Function):
     ) -> Tensor:
         h: Tensor
         h, stats = modulate_norm_fwd(x, shift, scale, cu_seqlens, rms, eps, out_dtype)
-        ctx.save_for_backward(x, stats, shift, scale, cu_seqlens)
+        ctx.save_for_backward(*norm_kept(x, stats, shift, scale, cu_seqlens, ctx.needs_input_grad[:3]))
         ctx.rms = rms
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
-        x, stats, shift, scale, cu_seqlens = ctx.saved_tensors
-        grad_x, grad_shift, grad_scale, _ = modulate_norm_bwd(
-            grad_h.contiguous(), x, stats, shift, scale, cu_seqlens, ctx.rms, False
-        )
-        return grad_x, grad_shift, grad_scale, None, None, None, None
+        grads = norm_gradients(grad_h, ctx.saved_tensors, ctx.rms)
+        return *only_asked(ctx.needs_input_grad[:3], grads[:3]), None, None, None, None
 
 
 @public_op("modulate_norm_fwd", "modulate_norm_bwd")
 def modulate_norm(
     x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
     *,
     norm: Norm = "layer",
     eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     impl: Impl | None = None,
@@ -132,13 +193,17 @@ def modulate_norm(
 
     Args:
         x: tokens, shape (B, K, D), or (N, D) with ``cu_seqlens``; copied first if not contiguous.
-        shift: per sample (B, D), or per token, same shape as ``x``.
+        shift: per sample, (B, D) or (B, 1, D); per token, same shape as ``x``; of all samples, (D,), (1, D) or
+            (1, 1, D); None is 0.
         scale: like ``shift``.
         norm: "layer" or "rms".
-        eps: added to the variance (to the mean square for "rms").
+        eps: added to the variance (to the mean square for "rms"), at least 0.
+        norm_weight: weight of an affine norm, shape (D,), with ``norm(x) * norm_weight + norm_bias`` in place of
+            ``norm(x)``. The fused form folds both into scale and shift, in fp32, before its kernel.
+        norm_bias: bias of an affine norm, shape (D,).
         cu_seqlens: int32 or int64, shape (B + 1,), non-decreasing from 0 to N: boundaries of packed samples. Values
             are checked on a CPU, outside torch.compile.
-        out_dtype: dtype of the result; None is the dtype of ``x``.
+        out_dtype: floating dtype of the result; None is the dtype of ``x``. float64 is the reference's.
         impl: "fused" (float32, bfloat16, float16; D a multiple of 8 up to 8192), "reference", or None for the device's
             default.
 
@@ -149,12 +214,18 @@ def modulate_norm(
         ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
-    check_norm(norm)
+    check_norm(norm, eps)
     check_tokens("x", x, cu_seqlens)
     check_devices(x.device, shift=shift, scale=scale, cu_seqlens=cu_seqlens)
-    out_dtype = out_dtype or x.dtype
-    if resolve_impl(impl, "modulate_norm_fwd", x.device, x, shift, scale) == "reference":
-        return modulate_norm_reference(x, shift, scale, norm=norm, eps=eps, cu_seqlens=cu_seqlens, out_dtype=out_dtype)
+    check_affine(x, norm_weight, norm_bias)
+    shift, scale = (modulation_of(name, t, x, cu_seqlens, 0) for name, t in (("shift", shift), ("scale", scale)))
+    out_dtype, impl = resolve_out_dtype(out_dtype, x, impl)
+    if resolve_impl(impl, "modulate_norm_fwd", x.device, x, shift, scale, norm_weight, norm_bias) == "reference":
+        return modulate_norm_reference(
+            x, shift, scale, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias, cu_seqlens=cu_seqlens,
+            out_dtype=out_dtype,
+        )  # fmt: skip
+    shift, scale = folded(x, shift, scale, norm_weight, norm_bias, cu_seqlens)
     rows = as_rows(x, cu_seqlens, {"shift": shift, "scale": scale})
     check_dtype("out_dtype", out_dtype)
     h: Tensor = _ModulateNorm.apply(  # type: ignore[no-untyped-call]
@@ -163,7 +234,56 @@ def modulate_norm(
     return h.view(x.shape)
 
 
-def check_norm(norm: str) -> None:
-    """Raise a ValueError unless ``norm`` is "layer" or "rms"."""
+def check_norm(norm: str, eps: float) -> None:
+    """Raise a ValueError unless ``norm`` is "layer" or "rms" and ``eps`` is a finite number of at least 0."""
     if norm not in ("layer", "rms"):
         raise ValueError(f'norm must be "layer" or "rms", not {norm!r}')
+    if eps is None or not 0 <= eps < math.inf:
+        raise ValueError(
+            f"eps must be a finite number of at least 0, not {eps}"
+            + (": the None of torch.nn.RMSNorm is torch.finfo(x.dtype).eps" if eps is None else "")
+        )
+
+
+def check_affine(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
+    """Raise a ValueError unless the weight and bias of an affine norm have shape (D,), on the device of ``x``."""
+    check_devices(x.device, norm_weight=norm_weight, norm_bias=norm_bias)
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if tensor is not None and tensor.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must have shape ({x.shape[-1]},), not {tuple(tensor.shape)}")
+
+
+def resolve_out_dtype(out_dtype: torch.dtype | None, x: Tensor, impl: Impl | None) -> tuple[torch.dtype, Impl | None]:
+    """Return the dtype of h, and "reference" in place of an ``impl`` None where no kernel writes that dtype."""
+    if out_dtype is None:
+        return x.dtype, impl
+    if not out_dtype.is_floating_point:
+        raise ValueError(f"out_dtype must be a floating dtype, not {out_dtype}")
+    return out_dtype, "reference" if impl is None and not is_supported(out_dtype) else impl
+
+
+def folded(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the shift and scale of the plain norm that give what these give to an affine one; autograd goes through.
+
+    (n w + b) (1 + scale) + shift = n (1 + scale') + shift' with shift' = (1 + scale) b + shift and
+    scale' = (1 + scale) w - 1, both in fp32: a w far below 1 is rounded as 1 is, to 2^-24.
+    """
+    if norm_weight is None and norm_bias is None:
+        return shift, scale
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if tensor is not None:
+            check_dtype(name, tensor)
+    if is_per_sample("shift", shift, x, cu_seqlens) != is_per_sample("scale", scale, x, cu_seqlens):
+        shift = per_token("shift", shift, x, cu_seqlens).expand(x.shape)
+        scale = per_token("scale", scale, x, cu_seqlens).expand(x.shape)
+    factor = 1 + scale.float()
+    if norm_bias is not None:
+        shift = factor * norm_bias.float() + shift.float()
+    return shift, scale if norm_weight is None else factor * norm_weight.float() - 1

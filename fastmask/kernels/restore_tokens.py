@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastmask.kernels._asked import only_asked
 from fastmask.kernels._dispatch import Impl, define_op, public_op, resolve_impl
 from fastmask.kernels._layout import (
     as_rows,
@@ -29,6 +30,7 @@ from fastmask.kernels._layout import (
     check_dtype,
     check_index_range,
     check_permutations,
+    check_tensors,
     check_tokens,
     native_rows,
     needs_gradient,
@@ -36,7 +38,7 @@ from fastmask.kernels._layout import (
     position_table,
     sample_of_row,
 )
-from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_bwd, modulate_norm_reference
+from fastmask.kernels.modulate_norm import Norm, check_norm, modulate_norm_reference, norm_gradients, norm_kept
 
 
 def gather_tokens_reference(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -172,24 +174,34 @@ class _RestoreTokens(torch.autograd.Function):
         restored, h, stats = restore_tokens_fwd(
             x, mask_token, position, ids_restore, cu_seqlens, shift, scale, rms, eps
         )
-        normed = (None, None) if shift is None else (restored, stats)
-        ctx.save_for_backward(mask_token, ids_restore, cu_seqlens, *normed, shift, scale)
-        ctx.num_kept, ctx.dtype, ctx.rms = x.shape[0], x.dtype, rms
-        return restored if shift is None else (restored, h)
+        of_x, of_mask_token, *_, of_shift, of_scale, _, _ = ctx.needs_input_grad
+        ctx.num_kept, ctx.dtype, ctx.mask_dtype, ctx.rms = x.shape[0], x.dtype, mask_token.dtype, rms
+        ids = (ids_restore, cu_seqlens) if of_x or of_mask_token else (None, None)
+        if shift is None or scale is None:
+            ctx.save_for_backward(*ids)
+            return restored
+        asked = of_x or of_mask_token, of_shift, of_scale
+        ctx.save_for_backward(*ids, *norm_kept(restored, stats, shift, scale, None, asked))
+        if not asked[0]:
+            ctx.mark_non_differentiable(restored)
+        return restored, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_restored: Tensor, grad_h: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        mask_token, ids_restore, cu_seqlens, restored, stats, shift, scale = ctx.saved_tensors
-        grad_norm = grad_shift = grad_scale = None
+        ids_restore, cu_seqlens, *kept = ctx.saved_tensors
+        grad_norm = grad_shift = grad_scale = grad_x = grad_mask_token = None
         if grad_h is not None:
-            grad_norm, grad_shift, grad_scale, _ = modulate_norm_bwd(
-                grad_h.contiguous(), restored, stats, shift, scale, None, ctx.rms, False
+            grad_norm, grad_shift, grad_scale, _ = norm_gradients(grad_h, kept, ctx.rms)
+        if ids_restore is not None:
+            mask_token = grad_restored.new_empty(grad_restored.shape[-1], dtype=ctx.mask_dtype)  # not read
+            grad_x, grad_mask_token = restore_tokens_bwd(
+                grad_restored.contiguous(), grad_norm, mask_token, ids_restore, cu_seqlens, ctx.num_kept, ctx.dtype
             )
-        grad_x, grad_mask_token = restore_tokens_bwd(
-            grad_restored.contiguous(), grad_norm, mask_token, ids_restore, cu_seqlens, ctx.num_kept, ctx.dtype
+        grads = only_asked(
+            ctx.needs_input_grad, (grad_x, grad_mask_token, None, None, None, grad_shift, grad_scale, None, None)
         )
-        return grad_x, grad_mask_token, None, None, None, grad_shift, grad_scale, None, None
+        return tuple(grads)
 
 
 @public_op("gather_tokens_fwd", "gather_tokens_bwd")
@@ -216,6 +228,7 @@ def gather_tokens(x: Tensor, ids_keep: Tensor, *, cu_seqlens: Tensor | None = No
         ValueError: shapes that do not fit, or inputs that the fused kernels do not support.
         BackendUnavailableError: no fused kernel on this device.
     """
+    check_tensors(x=x)
     if x.ndim != 3:
         raise ValueError(f"x must have shape (B, L, D), not {tuple(x.shape)}")
     check_devices(x.device, ids_keep=ids_keep, cu_seqlens=cu_seqlens)
@@ -283,7 +296,7 @@ def restore_tokens(
             requires a gradient in the fused form.
         BackendUnavailableError: no fused kernel on this device.
     """
-    check_norm(norm)
+    check_norm(norm, eps)
     check_tokens("x", x, cu_seqlens)
     others = {"mask_token": mask_token, "position": position, "ids_restore": ids_restore}
     check_devices(x.device, **others, cu_seqlens=cu_seqlens, shift=shift, scale=scale)

@@ -4,31 +4,33 @@
 
 x has one row per sample and W is large, so for a small batch the op is bound by reading W (forward and backward) and
 writing its gradient. BLAS libraries repack W for many rows first; the native CPU kernel reads it once, without a copy.
-In all other cases PyTorch's matmul is faster and used here too. Backward keeps only x and recomputes silu(x).
+In all other cases PyTorch's matmul is faster and used here too. Backward keeps only x and recomputes silu(x); it uses
+PyTorch's matmul where x or W is frozen, and so adds up in another order there.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastmask.kernels._asked import only_asked
 from fastmask.kernels._dispatch import Impl, check_impl, define_op, public_op, takes_native
-from fastmask.kernels._layout import native_rows
-from fastmask.kernels._matmul import check_linear, product_dtype
+from fastmask.kernels._layout import check_tensors, native_rows
+from fastmask.kernels._matmul import check_linear, check_plain, linear_gradients, product_dtype, weights_of
 
 MAX_ROWS = 16  # above this a GEMM is as fast
 
 
-def silu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def silu_linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Reference for `silu_linear` in plain PyTorch; same arguments."""
     return F.linear(F.silu(x), weight, bias)
 
 
-def _native(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     few = 0 < x.shape[0] <= MAX_ROWS and product_dtype(x.device, weight) == torch.float32
-    return few and native_rows(x) and all(t.dtype == torch.float32 for t in (x, weight, bias))
+    return few and native_rows(x) and all(t is None or t.dtype == torch.float32 for t in (x, weight, bias))
 
 
 silu_linear_fwd = define_op(
@@ -45,27 +47,35 @@ silu_linear_bwd = define_op(
 class _SiluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_x or of_weight else None, weight if of_x else None)
         y: Tensor = silu_linear_fwd(x, weight, bias)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grads: tuple[Tensor, Tensor, Tensor] = silu_linear_bwd(grad.contiguous(), *ctx.saved_tensors)
-        return grads
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        if of_x and of_weight:
+            return tuple(only_asked((True, True, of_bias), silu_linear_bwd(grad.contiguous(), x, weight)))
+        grad_x = torch.ops.aten.silu_backward(grad @ weight, x) if of_x else None
+        return grad_x, *linear_gradients(grad, F.silu(x) if of_weight else None, of_weight, of_bias)
 
 
 @public_op("silu_linear_fwd", "silu_linear_bwd", otherwise="PyTorch's matmul: its own kernel is native, for a CPU")
-def silu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = None) -> Tensor:
-    """Return ``F.linear(F.silu(x), weight, bias)``.
+def silu_linear(
+    x: Tensor, weight: Tensor | nn.Module, bias: Tensor | None = None, *, impl: Impl | None = None
+) -> Tensor:
+    """Return ``F.linear(F.silu(x), weight, bias)``, or ``linear(F.silu(x))`` of a module.
 
     Differentiable in x, weight and bias. The native kernel computes in fp32.
 
     Args:
         x: conditioning vectors, shape (B, D).
-        weight: shape (E, D).
-        bias: shape (E,).
+        weight: shape (E, D), or the Linear's module in place of weight and bias: anything but a plain `nn.Linear` (see
+            `docs/kernels.md`) is called.
+        bias: shape (E,); None for none, and beside a module.
         impl: "reference"; "fused" and None use the native kernel where it is faster (on a CPU, up to 16 samples in
             float32 without autocast), and PyTorch's matmul otherwise.
 
@@ -75,12 +85,18 @@ def silu_linear(x: Tensor, weight: Tensor, bias: Tensor, *, impl: Impl | None = 
     Raises:
         ValueError: shapes that do not fit, or an unknown ``impl``.
     """
+    check_tensors(x=x)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (B, D), not {tuple(x.shape)}")
-    check_linear(x, weight, bias)
     check_impl(impl)
-    tensors = x, weight, bias
-    if impl == "reference" or not takes_native("silu_linear_fwd", x.device, *tensors):
+    linear = weights_of(weight, bias)
+    if isinstance(linear, nn.Module):
+        return cast(Tensor, linear(F.silu(x)))
+    weight, bias = linear
+    check_linear(x, weight, bias)
+    if impl == "reference" or not takes_native("silu_linear_fwd", x.device, x, weight, bias):
         return silu_linear_reference(x, weight, bias)
-    y: Tensor = _SiluLinear.apply(*(t.contiguous() for t in tensors))  # type: ignore[no-untyped-call]
+    check_plain(weight, bias)
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    y: Tensor = _SiluLinear.apply(*(t.contiguous() for t in (x, weight, bias)))  # type: ignore[no-untyped-call]
     return y

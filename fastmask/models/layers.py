@@ -1,7 +1,7 @@
 """Layers of adaLN diffusion transformers (DiT, arXiv 2212.09748), with the published parameter names."""
 
 import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -151,8 +151,8 @@ class MLP(nn.Module):
     def forward(self, hidden: Tensor, impl: Impl | None) -> Tensor:
         """Return the output, (..., D), from the output of `fc1`, (..., M or 2 M); SwiGLU has one form."""
         if self.gated:
-            return swiglu_linear(hidden, self.fc2.weight, self.fc2.bias)
-        return gelu_linear(hidden, self.fc2.weight, self.fc2.bias, impl=impl)
+            return swiglu_linear(hidden, self.fc2)
+        return gelu_linear(hidden, self.fc2, impl=impl)
 
 
 class Stream(NamedTuple):
@@ -172,10 +172,10 @@ class Stream(NamedTuple):
         self, shift: Tensor, scale: Tensor, linear: nn.Linear, norm: Norm, packing: Packing, impl: Impl | None
     ) -> tuple[Tensor, Tensor]:
         """Return the updated residual, and a Linear of its modulated norm."""
-        weights, rows = (shift, scale, linear.weight, linear.bias), packing.cu_seqlens
+        rows, modulation = packing.cu_seqlens, (shift, scale, linear)
         if self.branch is None or self.gate is None:
-            return self.x, modulated_linear(self.x, *weights, norm=norm, cu_seqlens=rows, impl=impl)
-        return add_gated_linear(self.x, self.branch, self.gate, *weights, norm=norm, cu_seqlens=rows, impl=impl)
+            return self.x, modulated_linear(self.x, *modulation, norm=norm, cu_seqlens=rows, impl=impl)
+        return add_gated_linear(self.x, self.branch, self.gate, *modulation, norm=norm, cu_seqlens=rows, impl=impl)
 
     def settle(self, packing: Packing) -> Tensor:
         """Return the residual stream with the addition done, in the dtype of ``x``."""
@@ -241,5 +241,4 @@ def _modulation(condition_width: int, out_width: int) -> nn.Sequential:
 
 def _modulated(modulation: nn.Sequential, condition: Tensor, impl: Impl | None) -> Tensor:
     """Return shifts, scales and gates, (B, out width), from a condition."""
-    linear = cast(nn.Linear, modulation[1])
-    return silu_linear(condition, linear.weight, linear.bias, impl=impl)
+    return silu_linear(condition, modulation[1], impl=impl)

@@ -193,7 +193,9 @@ def test_opcheck(dtype):
     q, k, v = (t.detach() for t in (q, k, v))
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(packed_attention_fwd, (q, k, v, cu_seqlens, 4), test_utils=checks)
-    torch.library.opcheck(packed_attention_bwd, (torch.randn_like(q), q, k, v, cu_seqlens), test_utils=checks)
+    torch.library.opcheck(
+        packed_attention_bwd, (torch.randn_like(q), q, k, v, cu_seqlens, [True] * 3), test_utils=checks
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -224,8 +226,10 @@ def test_gradients_inside_a_compiled_graph():
     _, q, k, v, cu_seqlens = packed_inputs([4, 3])
     grad = torch.randn(q.shape)
     q, k, v = (t.detach() for t in (q, k, v))
-    expected = packed_attention_bwd(grad, q, k, v, cu_seqlens)
-    compiled = torch.compile(lambda *t: packed_attention_bwd(*t, cu_seqlens), fullgraph=True, backend="aot_eager")
+    expected = packed_attention_bwd(grad, q, k, v, cu_seqlens, [True] * 3)
+    compiled = torch.compile(
+        lambda *t: packed_attention_bwd(*t, cu_seqlens, [True] * 3), fullgraph=True, backend="aot_eager"
+    )
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(compiled(grad, q, k, v), expected, strict=True))
 

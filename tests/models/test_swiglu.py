@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastmask.models.swiglu import swiglu_linear, swiglu_width
 from fastmask.testing import assert_accurate, assert_near
@@ -83,3 +84,29 @@ def test_its_width_gives_the_weights_of_four_widths(width, hidden):
     assert swiglu_width(width) == hidden
     assert hidden % 8 == 0
     assert 0 <= 3 * hidden - 8 * width < 3 * 8
+
+
+@pytest.mark.parametrize("asked", [(x, w, b) for x in (0, 1) for w in (0, 1) for b in (0, 1) if x or w or b])
+def test_only_gradients_that_are_asked_for(asked):
+    tensors, probe = made(), torch.randn(3, 5, WIDTH)
+    _, *every = run(swiglu_linear, tensors, probe)
+    chosen = [t.detach().requires_grad_(bool(on)) for t, on in zip(tensors, asked, strict=True)]
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = swiglu_linear(*chosen)
+    assert len(kept) == (asked[0] or asked[1]) + asked[0]  # x, and the weight for its gradient
+    y.backward(probe, retain_graph=True)
+    for tensor, on, expected in zip(chosen, asked, every, strict=True):
+        assert torch.equal(tensor.grad, expected) if on else tensor.grad is None
+    with FlopCounterMode(display=False) as counted:
+        y.backward(probe)
+    assert counted.get_total_flops() == 2 * 15 * HIDDEN * WIDTH * (asked[0] + asked[1])
+
+
+def test_a_module_that_is_more_than_a_linear_is_called():
+    x, weight, bias = made()
+    linear = torch.nn.Linear(HIDDEN, WIDTH)
+    linear.weight.data, linear.bias.data = weight.data, bias.data
+    assert torch.equal(swiglu_linear(x, linear), swiglu_linear(x, weight, bias))
+    linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert_near(swiglu_linear(x, linear), 2 * swiglu_linear(x, weight, bias), 2)
