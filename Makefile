@@ -20,7 +20,7 @@ TRAINER_TESTS := $(addprefix tests/test_,train.py start.py crash.py) \
 	$(addprefix tests/training/test_,run.py resume.py step.py parallel.py muon.py)
 NATIVE_TESTS := $(addprefix tests/kernels/test_,gelu_linear.py silu_linear.py modulate_norm.py add_gated_norm.py norms.py \
 	norm_linear.py native.py impl.py position_table.py hostile.py adamw_ema.py sample_mask.py masked_loss.py \
-	embed_kept_patches.py embed_natively.py restore_tokens.py) \
+	embed_kept_patches.py embed_natively.py restore_tokens.py asked_gradients.py transforms.py) \
 	$(addprefix tests/,models/test_maskdit.py test_golden.py test_packed.py training/test_adamw.py \
 	training/test_optim.py) $(TRAINER_TESTS)
 

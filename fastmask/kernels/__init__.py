@@ -13,7 +13,7 @@ Shape letters, here and in every docstring of the project:
 """
 
 from fastmask.kernels._attention_backends import attention_backends
-from fastmask.kernels._dispatch import BackendUnavailableError, Impl, backends, default_impl, require
+from fastmask.kernels._dispatch import BackendUnavailableError, Impl, backends, default_impl, implementation, require
 from fastmask.kernels._layout import debug_indices
 from fastmask.kernels.adamw_ema import adamw_ema
 from fastmask.kernels.add_gated_norm import add_gated_norm
@@ -44,6 +44,7 @@ __all__ = [
     "embed_kept_patches",
     "gather_tokens",
     "gelu_linear",
+    "implementation",
     "masked_loss",
     "modulate_norm",
     "modulated_linear",

@@ -6,18 +6,21 @@ of `_native.so`, if the package was built with it, or the interpreted Triton ker
 before Python started. There is no fallback: a missing kernel is an error.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 Impl = Literal["fused", "reference"]
+_chosen: Impl | None = None  # for calls with impl=None, see `implementation`
 ANY_DEVICE = "plain PyTorch, the same on every device"
 
 
@@ -124,15 +127,60 @@ def takes_native(op: str, device: torch.device, *args: Any) -> bool:
 
 
 def resolve_impl(impl: Impl | None, op: str, device: torch.device, *args: Any) -> Impl:
-    """Return ``impl``, or for None "fused" where `takes_native` is true, else the default of the device.
+    """Return `chosen_impl`, or for None "fused" where `takes_native` is true, else the default of the device.
+
+    Raises:
+        ValueError: as in `chosen_impl`.
+    """
+    impl = chosen_impl(impl)
+    if impl is None:
+        return "fused" if takes_native(op, device, *args) else default_impl(device)
+    return impl
+
+
+@contextlib.contextmanager
+def implementation(impl: Impl | None) -> Iterator[None]:
+    """Choose the form of all ops that are called with ``impl=None`` inside the block; also a decorator.
+
+    A compiled function is compiled once more for each choice. A backward pass has the form of its forward pass, even
+    outside of the block.
+
+    Args:
+        impl: "fused", "reference", or None for the default of the device.
 
     Raises:
         ValueError: an unknown ``impl``.
     """
+    global _chosen
     check_impl(impl)
-    if impl is None:
-        return "fused" if takes_native(op, device, *args) else default_impl(device)
-    return impl
+    before, _chosen = _chosen, impl
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def chosen_impl(impl: Impl | None) -> Impl | None:
+    """Return ``impl``, or for None that of `implementation`, or "reference" inside a transform of `torch.func`.
+
+    Raises:
+        ValueError: an unknown ``impl``, or "fused" inside a transform.
+    """
+    check_impl(impl)
+    chosen = _chosen if impl is None else impl
+    if not torch.compiler.is_compiling() and transformed():
+        if chosen == "fused":
+            raise ValueError(
+                'the fused form has no rules for torch.func and forward-mode AD: pass impl="reference", or leave impl '
+                "out, which takes the reference there"
+            )
+        return "reference"
+    return chosen
+
+
+def transformed() -> bool:
+    """Return whether a transform of `torch.func` (grad, vmap, jvp, ..) or forward-mode AD is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def check_impl(impl: str | None) -> None:

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmask.kernels._asked import only_asked
 from fastmask.kernels._attention_backends import AttentionBackend, attention_backends, call, refusal, sample_lengths
-from fastmask.kernels._dispatch import BackendUnavailableError, Impl, check_impl, public_op
+from fastmask.kernels._dispatch import BackendUnavailableError, Impl, check_impl, chosen_impl, public_op, transformed
 from fastmask.kernels._layout import check_bounds, check_cu_seqlens, check_devices, check_tensors
 
 __all__ = ["AttentionBackend", "attention", "attention_backends", "attention_reference"]
@@ -171,8 +172,13 @@ def attention(
     check_impl(impl)
     if impl is not None and backend is not None and (impl == "reference") != (backend == "reference"):
         raise ValueError(f'impl="{impl}" and backend="{backend}" contradict each other: leave one of them out')
-    if impl == "reference":
+    if backend is None and chosen_impl(impl) == "reference":
         backend = "reference"
+    if not torch.compiler.is_compiling() and transformed():
+        if cu_seqlens is not None:
+            raise ValueError("packed attention has no rules for torch.func and forward-mode AD: pass dense tokens")
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels of PyTorch have none either
+            return attention_reference(q, k, v)
     reasons = []
     for name in ("torch", "flash-attn") if backend is None else (backend,):
         reason = refusal(name, q, packed=cu_seqlens is not None)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmask.kernels._asked import only_asked
-from fastmask.kernels._dispatch import Impl, check_impl, define_op, public_op, takes_native
+from fastmask.kernels._dispatch import Impl, chosen_impl, define_op, public_op, takes_native
 from fastmask.kernels._layout import check_tensors, native_rows
 from fastmask.kernels._matmul import check_linear, check_plain, linear_gradients, product_dtype, weights_of
 
@@ -88,7 +88,7 @@ def silu_linear(
     check_tensors(x=x)
     if x.ndim != 2:
         raise ValueError(f"x must have shape (B, D), not {tuple(x.shape)}")
-    check_impl(impl)
+    impl = chosen_impl(impl)
     linear = weights_of(weight, bias)
     if isinstance(linear, nn.Module):
         return cast(Tensor, linear(F.silu(x)))

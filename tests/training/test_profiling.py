@@ -96,8 +96,8 @@ def test_ops_of_this_library_have_their_names(tmp_path):
         fastmask.kernels.modulate_norm(x, shift, scale, impl="fused").sum().backward()
 
     found = profile_steps(step, 2, tmp_path, CPU, data_wait_s=lambda: 0.0, flops_per_step=0.0)
-    # Where it runs interpreted, what it is made of is part of it.
-    assert found.share("fastmask::modulate_norm_fwd", "fastmask::modulate_norm_bwd") > 0.2
+    # Where it runs interpreted, what it is made of is part of it; natively its launch takes longer.
+    assert found.share("fastmask::modulate_norm_fwd", "fastmask::modulate_norm_bwd") > 0.02
 
 
 def test_slow_data_are_said_to_bound_the_run(tmp_path, capsys):
