@@ -36,3 +36,14 @@ class Blind(Small):
 
 def blind():
     return Blind()
+
+
+class Broken(Small):
+    """One whose features are not finite."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.nan
+
+
+def broken():
+    return Broken()

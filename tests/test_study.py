@@ -8,7 +8,7 @@ import pytest
 
 from bench.study import __main__ as command
 from bench.study import recipes, report, runs
-from bench.study.curves import Point, ahead, geometric_mean, mean, metric_at, time_to
+from bench.study.curves import Point, ahead, curves, geometric_mean, mean, metric_at, seconds_per_image, time_to
 from fastmask.data.in_memory import Digits
 
 BATCH = recipes.DATASETS["digits"].batch
@@ -33,21 +33,48 @@ def test_the_time_to_a_distance():
     points = power_law(3.0, 1.0)
     assert time_to(points, 3.0 / 0.8) == pytest.approx(0.8)
     assert time_to(points, 1.0) == math.inf
-    assert math.isnan(time_to(points, 20.0))
-    assert time_to(points, 12.0) == 0.25
+    assert time_to(points, 20.0) == time_to(points, 12.0) == 0.25
 
 
 @pytest.mark.parametrize("factor", [0.4, 0.8, 1.0, 1.5, 3.0])
 def test_how_far_a_recipe_is_ahead(factor):
     """At scale s a recipe needs s times the time of the dense network, wherever the two are compared."""
     dense = power_law(1.0, 1.0, (0.25, 0.5, 0.75, 1.0))
-    assert ahead(dense, power_law(1 / factor, 1.0)) == pytest.approx(factor)
+    assert ahead(dense, power_law(1 / factor, 1.0)) == (pytest.approx(factor), "")
 
 
 def test_a_recipe_that_is_off_the_curves():
     dense = power_law(1.0, 1.0, (0.25, 0.5, 0.75, 1.0))
-    assert math.isnan(ahead(dense, power_law(5.0, 1.0)))
-    assert math.isnan(ahead(dense, power_law(9.0, 1.0, (0.25, 0.5))))
+    assert ahead(dense, power_law(5.0, 1.0)) == (0.25, "at most")
+    assert ahead(dense, power_law(0.2, 1.0, (0.5, 1.0))) == (2.0, "at least")
+    assert ahead(dense, power_law(0.2, 1.0, (1.5, 2.0))) == (pytest.approx(1 / 1.5), "at least")
+    assert math.isnan(ahead(dense, power_law(9.0, 1.0, (0.25, 0.5))).ratio)
+
+
+def test_a_dense_network_that_got_there_before_its_end():
+    dense = power_law(1.0, 1.0, (0.25, 0.5, 0.75, 1.0))
+    dense[2].metrics["frechet"] = 0.5
+    assert ahead(dense, dense) == (1.0, "")
+
+
+def test_rows_that_are_there_twice():
+    cases = [{"dataset": "digits", "process": "edm", "seed": 0, "start": 0.0, "images": n} for n in (10, 5, 10)]
+    rows = [
+        {"bench": "study", "variant": "dense", "case": case, "metrics": {"frechet": float(i)}}
+        for i, case in enumerate(cases, start=1)
+    ]
+    (points,) = curves(rows, "digits", "edm", {"dense": 1.0})["dense"].values()
+    assert [(point.images, point.metrics["frechet"]) for point in points] == [(5, 2.0), (10, 3.0)]
+
+
+def test_times_are_those_of_one_run():
+    case = {"dataset": "digits", "batch": 64}
+    rows = [
+        {"bench": "study_step", "variant": name, "case": case, "median_ms": ms, "run": run}
+        for name, ms, run in (("dense", 64.0, "a"), ("tread-0.5", 1.0, "a"), ("dense", 128.0, "b"))
+    ]
+    assert seconds_per_image(rows, "digits") == {"dense": 0.002}
+    assert seconds_per_image(rows, "fashion") == {}
 
 
 def test_confidence_intervals():
@@ -138,6 +165,8 @@ def test_wrong_arguments(miniature, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert miniature("--only", "fashion/edm/dense/0") == 2
     assert "there is no fm-store: make it from Fashion-MNIST's" in capsys.readouterr().err
+    assert miniature("--only", "(") == 2
+    assert "--only '(' is no regular expression: missing ), unterminated subpattern" in capsys.readouterr().err
 
 
 def test_the_report_of_two_seeds():

@@ -23,7 +23,10 @@ def main(argv: Sequence[str]) -> int:
     """Run the command and return its exit code: 2 for a wrong argument or missing data, 130 if interrupted."""
     options = parse(argv)
     try:
-        chosen = [job for job in jobs() if re.search(options.only, job.name)]
+        try:
+            chosen = [job for job in jobs() if re.search(options.only, job.name)]
+        except re.error as error:
+            raise ValueError(f"--only {options.only!r} is no regular expression: {error}") from error
         if not chosen:
             raise ValueError(f"--only {options.only!r} matches no run: the first of them is {next(jobs()).name}")
         if options.time:

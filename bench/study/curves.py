@@ -40,14 +40,15 @@ Curves = dict[str, dict[int, list[Point]]]  # of a dataset and process: by recip
 
 
 def seconds_per_image(rows: Iterable[Row], dataset: str) -> dict[str, float]:
-    """Return the seconds per image of the recipes that were timed with a dataset; the last row of each counts."""
+    """Return the seconds per image of the recipes that were timed in turn with a dataset, of the last such run."""
     steps = [row for row in rows if row["bench"] == "study_step" and row["case"]["dataset"] == dataset]
-    return {row["variant"]: row["median_ms"] / 1e3 / row["case"]["batch"] for row in steps}
+    last = [row for row in steps if row["run"] == steps[-1]["run"]]
+    return {row["variant"]: row["median_ms"] / 1e3 / row["case"]["batch"] for row in last}
 
 
 def curves(rows: Iterable[Row], dataset: str, process: str, seconds: dict[str, float]) -> Curves:
-    """Return the curves of a dataset and process, whose recipes were all timed."""
-    found: Curves = {}
+    """Return the curves of a dataset and process, whose recipes were all timed; of equal rows the last one counts."""
+    kept: dict[tuple[str, int], dict[float, Point]] = {}
     whole = DATASETS[dataset].images
     for row in rows:
         case, recipe = row["case"], row["variant"]
@@ -58,10 +59,10 @@ def curves(rows: Iterable[Row], dataset: str, process: str, seconds: dict[str, f
         if before:
             spent += before * seconds[RECIPES[recipe].parent]
         point = Point(case["images"], spent / (whole * seconds["dense"]), row["metrics"])
-        found.setdefault(recipe, {}).setdefault(case["seed"], []).append(point)
-    for seeds in found.values():
-        for points in seeds.values():
-            points.sort(key=lambda point: point.images)
+        kept.setdefault((recipe, case["seed"]), {})[point.images] = point
+    found: Curves = {}
+    for (recipe, seed), points in kept.items():
+        found.setdefault(recipe, {})[seed] = [points[images] for images in sorted(points)]
     return found
 
 
@@ -81,12 +82,12 @@ def metric_at(points: Sequence[Point], axis: str, place: float, metric: str) -> 
 
 
 def time_to(points: Sequence[Point], frechet: float) -> float:
-    """Return the first time at which a curve is at a Frechet distance, infinite if it does not get there.
+    """Return the first time at which a curve is at a Frechet distance or below it, infinite if it does not get there.
 
-    A curve that begins below it returns NaN: when it got there was not measured.
+    For a curve that begins below it, that is the time of its first evaluation, which is too late.
     """
     if points[0].metrics["frechet"] <= frechet:
-        return points[0].time if points[0].metrics["frechet"] == frechet else math.nan
+        return points[0].time
     for a, b in itertools.pairwise(points):
         if b.metrics["frechet"] <= frechet:
             share = math.log(a.metrics["frechet"] / frechet) / math.log(a.metrics["frechet"] / b.metrics["frechet"])
@@ -94,18 +95,34 @@ def time_to(points: Sequence[Point], frechet: float) -> float:
     return math.inf
 
 
-def ahead(dense: Sequence[Point], points: Sequence[Point]) -> float:
-    """Return how many times faster than the dense network a recipe gets to a Frechet distance; below 1: slower.
+class Ahead(NamedTuple):
+    """How many times faster than the dense network a recipe gets to a Frechet distance; below 1: slower.
+
+    Attributes:
+        ratio: the ratio; NaN if the curve of the recipe ends before.
+        bound: "" if the ratio is measured, "at least" or "at most" if the curve on which it is read begins there.
+    """
+
+    ratio: float
+    bound: str = ""
+
+
+def ahead(dense: Sequence[Point], points: Sequence[Point]) -> Ahead:
+    """Compare a recipe with the dense network.
 
     The distance is what the dense network has at its end or, if the recipe does not get there, what the recipe has
-    after the same time. NaN if neither is on the curves.
+    after the same time.
     """
     goal = dense[-1].metrics["frechet"]
     reached = time_to(points, goal)
     if math.isfinite(reached):
-        return dense[-1].time / reached
-    then = metric_at(points, "time", dense[-1].time, "frechet")
-    return math.nan if math.isnan(then) else time_to(dense, then) / dense[-1].time
+        return Ahead(time_to(dense, goal) / reached, "at least" if reached == points[0].time else "")
+    end = dense[-1].time
+    then = metric_at(points, "time", end, "frechet")
+    if math.isnan(then):
+        return Ahead(math.nan)
+    earlier = time_to(dense, then)
+    return Ahead(earlier / end, "at most" if earlier == dense[0].time else "")
 
 
 def mean(values: Iterable[float]) -> Mean:

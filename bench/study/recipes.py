@@ -17,6 +17,7 @@ from fastmask.models.tread import TreadConfig
 from fastmask.training.config import TrainConfig
 
 LR, TUNING_LR = 2e-3, 7e-4
+TUNING_SEED = 1000  # added to the seed of a tuned run
 SAMPLING = Sampling(solver="dpmpp-2m", sample_steps=20, cfg_scale=1.0)
 SEEDS = (0, 1, 2)
 PROCESSES = {"edm": EDM(), "flow": RectifiedFlow()}
@@ -37,13 +38,15 @@ class Recipe(NamedTuple):
         what: description for the report.
         fields: fields of `TrainConfig` that differ from those of all recipes.
         evaluated_at: multiples of the dataset's N images at which the EMA is evaluated.
-        parent: recipe whose checkpoints are tuned without masking; none if empty.
+        parent: recipe whose checkpoints are trained on at a lower learning rate, without masking; none if empty.
+        starts: multiples of N at which these checkpoints are.
     """
 
     what: str
     fields: dict[str, Any]
     evaluated_at: tuple[float, ...] = (0.5, 1.0, 1.5)
     parent: str = ""
+    starts: tuple[float, ...] = (0.0,)
 
 
 class Data(NamedTuple):
@@ -96,20 +99,20 @@ class Job(NamedTuple):
         return {round(share * data.images / data.batch): round((self.start + share) * data.images) for share in at}
 
 
-def _tuned(parent: str, what: str) -> Recipe:
-    return Recipe(f"{what}, then unmasked", {"mask_ratio": 0.0, "lr": TUNING_LR, "warmup_steps": 0}, (), parent)
+def _tuned(parent: str, what: str, starts: tuple[float, ...]) -> Recipe:
+    return Recipe(what, {"mask_ratio": 0.0, "lr": TUNING_LR, "warmup_steps": 0}, (), parent, starts)
 
 
-TUNED_FROM = (0.5, 1.0)  # multiples of N at which tuning starts
-TUNED_FOR = 0.25  # its length
+TUNED_FOR = 0.25  # multiples of N
 _CHEAP = (0.5, 1.0, 1.5, 2.0)  # recipes that see up to twice the images in the time of the dense network
 
 RECIPES: dict[str, Recipe] = {
     "dense": Recipe("DiT, all patches", {"network": _DENSE, "mask_ratio": 0.0}, (0.25, 0.5, 0.75, 1.0)),
     "maskdit-0.5": Recipe("MaskDiT, half the patches dropped", {"network": _MASKDIT, "mask_ratio": 0.5}),
     "maskdit-0.75": Recipe("MaskDiT, three of four dropped", {"network": _MASKDIT, "mask_ratio": 0.75}, _CHEAP),
-    "maskdit-0.5-tuned": _tuned("maskdit-0.5", "MaskDiT 0.5"),
-    "maskdit-0.75-tuned": _tuned("maskdit-0.75", "MaskDiT 0.75"),
+    "dense-tuned": _tuned("dense", "DiT, then a lower learning rate", (0.25, 0.5, 0.75)),
+    "maskdit-0.5-tuned": _tuned("maskdit-0.5", "MaskDiT 0.5, then unmasked", (0.5, 1.0)),
+    "maskdit-0.75-tuned": _tuned("maskdit-0.75", "MaskDiT 0.75, then unmasked", (0.5, 1.0, 1.5)),
     "maskdit-0.5-no-mae": Recipe(
         "MaskDiT 0.5 without reconstruction", {"network": _MASKDIT, "mask_ratio": 0.5, "mae_coef": 0.0}
     ),
@@ -122,11 +125,11 @@ RECIPES: dict[str, Recipe] = {
         {"network": _MASKDIT, "mask_ratio": 0.5, "mask_ratio_per_sample": "noise(0.25,0.75)"},
     ),
     "sprint-0.75": Recipe("SPRINT, middle on a quarter", {"network": SprintConfig(**_BLOCKS, **_ROUTE), **_STRUCTURED}),
-    "sprint-0.75-tuned": _tuned("sprint-0.75", "SPRINT 0.75"),
+    "sprint-0.75-tuned": _tuned("sprint-0.75", "SPRINT 0.75, then unmasked", (0.5, 1.0, 1.5)),
     "deferred-0.75": Recipe(
         "Deferred masking, three of four dropped", {"network": _DEFERRED, "mask_ratio": 0.75}, _CHEAP
     ),
-    "deferred-0.75-tuned": _tuned("deferred-0.75", "Deferred masking 0.75"),
+    "deferred-0.75-tuned": _tuned("deferred-0.75", "Deferred masking 0.75, then unmasked", (0.5, 1.0, 1.5)),
     "tread-0.5": Recipe("TREAD, middle on half", {"network": TreadConfig(**_BLOCKS, **_ROUTE), "mask_ratio": 0.5}),
 }
 
@@ -142,7 +145,7 @@ def jobs() -> Iterator[Job]:
         for dataset in DATASETS:
             for process in PROCESSES:
                 for name, recipe in RECIPES.items():
-                    for start in TUNED_FROM if recipe.parent else (0.0,):
+                    for start in recipe.starts:
                         yield Job(dataset, process, name, seed, start)
 
 
@@ -170,5 +173,6 @@ def config_of(job: Job, runs: Path) -> TrainConfig:
         return config
     branch = round(job.start * data.images / data.batch)
     folder = runs / job._replace(recipe=recipe.parent, start=0.0).name / "checkpoints" / f"step-{branch:08d}"
-    unmasked = {"mask_pattern": "random", "mask_ratio_per_sample": "constant", "init": str(folder)}
+    unmasked: dict[str, Any] = {"mask_pattern": "random", "mask_ratio_per_sample": "constant", "init": str(folder)}
+    unmasked |= {"seed": TUNING_SEED + job.seed}  # other samples than the parent began with
     return config.replace(**unmasked).replace(**recipe.fields)

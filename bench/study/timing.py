@@ -1,6 +1,7 @@
 """Step times of the study's recipes, measured in turn on a machine with nothing else to do."""
 
 import itertools
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -25,15 +26,16 @@ _CPU = torch.device("cpu")
 
 
 def measure(chosen: Iterable[Job], runs: Path, out: Path) -> None:
-    """Time a step of every recipe among these runs with every dataset, in turn, and store a row for each."""
-    kinds = {(job.dataset, job.recipe): job for job in chosen if job.process == "edm"}
-    for dataset, jobs in itertools.groupby(
-        sorted(kinds.values(), key=lambda job: job.dataset), lambda job: job.dataset
-    ):
-        calls = {job.recipe: _step(job, runs) for job in jobs}
+    """Time a step of every recipe among these runs, those of a dataset in turn, and store a row for each."""
+    of: dict[str, dict[str, Job]] = {}
+    for job in chosen:
+        of.setdefault(job.dataset, {}).setdefault(job.recipe, job)
+    run = uuid.uuid4().hex[:12]
+    for dataset, recipes in of.items():
+        calls = {recipe: _step(job, runs) for recipe, job in recipes.items()}
         for recipe, timing in rows.measure(calls, _CPU, rounds=ROUNDS).items():
             case = {"dataset": dataset, "batch": DATASETS[dataset].batch}
-            row = {"bench": "study_step", "case": case, "variant": recipe, **timing._asdict()}
+            row = {"bench": "study_step", "case": case, "variant": recipe, **timing._asdict(), "run": run}
             rows.append(row, _CPU, rows_file(dataset, out))
             say(f"{dataset} {recipe}: {timing.median_ms:.1f} ms")
 

@@ -109,7 +109,10 @@ class Teacher:
             self.sha256 = self.identity = of_weights(self.module)
             self.module.to(device)
             self.side = grid * self._backbone.patch_size
-            self.width = self(torch.zeros(1, 3, self.side, self.side, device=device)).shape[2]
+            features = self(torch.zeros(1, 3, self.side, self.side, device=device))
+            self.width = features.shape[2]
+            if not features.isfinite().all():
+                raise ValueError("its features of a grey image are not finite")
         except Exception as error:
             raise ValueError(f"teacher {name} cannot be used: {_reason(error)}") from error
         self.precision = f"{'bfloat16' if device.type == 'cuda' else 'float32'} on {device.type}"

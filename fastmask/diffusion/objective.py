@@ -155,6 +155,7 @@ class Objective(nn.Module):
 
     Attributes:
         names: names of the returned losses, the weighted sum first.
+        beside: weights of the losses on a hidden state, which say nothing of the denoiser's error.
     """
 
     def __init__(self, net: Denoiser, terms: Sequence[Term]) -> None:
@@ -172,6 +173,7 @@ class Objective(nn.Module):
         # In a tuple, which keeps them from being registered as parts of this module once more.
         self._readers = tuple((term, net.model.blocks[term.block - 1]) for term in readers)
         self.names = (TOTAL, *self.weights)
+        self.beside = {name: weight for term in readers for name, weight in term.weights.items()}
 
     def forward(
         self,

@@ -130,9 +130,9 @@ def weights_for(net: Denoiser, path: Path, kind: ForeignKind | None = None) -> t
     left, notes = left | others, [*said, *notes, *note]
     found = _without({**found, **tables}, left)
     check_same_shapes(_without(own, left), found, what)
-    for name in ("num_heads", "decoder_num_heads"):
-        heads, ours = _heads(stated, name, what), getattr(net.model, name)
-        if heads and heads != ours and (name == "num_heads" or net.model.decoder_blocks):
+    for name in ("num_heads", "decoder_num_heads", "mixer_num_heads"):
+        heads, ours = _heads(stated, name, what), getattr(net.model.config, name, 0)
+        if heads and ours and heads != ours and (name != "decoder_num_heads" or net.model.decoder_blocks):
             raise ValueError(f"{what} is of another network: its {name} is {heads} instead of {ours}")
     # A file that states no process is EDM's, as published weights are.
     process = _process(stated, what) or (net.process if isinstance(net.process, EDM) else EDM())

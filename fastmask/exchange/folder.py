@@ -158,12 +158,18 @@ def save_published(path: Path, net: Denoiser) -> None:
     """Write weights in the published names as a `.pt` file, which states neither process nor network.
 
     Raises:
-        ValueError: another process than the published one, EDM, as which such a file is read, or blocks with options.
+        ValueError: another process than the published one, EDM, another network than MaskDiT, as both of which such a
+            file is read, or blocks with options.
     """
     if not isinstance(net.process, EDM):
         raise ValueError(
             f"a .pt file states no process and is read as EDM's, and these weights are of {net.process}: write "
             f".safetensors"
+        )
+    if net.model.config.name not in ("maskdit", "tread"):  # TREAD's weights are those of a DiT
+        raise ValueError(
+            f"a .pt file states no network and is read as MaskDiT's, and these weights are of {net.model.config.name}: "
+            f"write .safetensors"
         )
     for field, published in UNSEEN.items():
         if (value := getattr(net.model.config, field, published)) != published:

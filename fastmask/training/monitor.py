@@ -45,11 +45,13 @@ class Tally:
     Args:
         device: device of the losses.
         names: names of the losses, the weighted sum first.
+        beside: weights, by name, of the losses that are left out of the loss by noise level and of `own_loss`: those
+            that can be negative, and end or change within a run.
     """
 
-    def __init__(self, device: torch.device, names: Sequence[str]) -> None:
-        self._names = tuple(names)
-        # Layout: one sum per loss, then per log-SNR bucket the sum of the total loss, then the samples per bucket.
+    def __init__(self, device: torch.device, names: Sequence[str], beside: Mapping[str, float] | None = None) -> None:
+        self._names, self._beside = tuple(names), dict(beside or {})
+        # Layout: one sum per loss, then per log-SNR bucket the sum of the own loss, then the samples per bucket.
         self._sums = torch.zeros(len(self._names) + 2 * len(_LEVELS), device=device)
         self._count = torch.zeros(len(self._names), device=device)  # samples of each loss
         self._edges = torch.tensor(EDGES, device=device)
@@ -69,7 +71,11 @@ class Tally:
         level = torch.bucketize(log_snr, self._edges)  # (B,)
         at = (level[:, None] == torch.arange(len(_LEVELS), device=log_snr.device)).float()  # (B, levels)
         # torch.where, not a multiplication, which would spread a non-finite loss to all buckets.
-        by_level = torch.where(at > 0, stacked[0][:, None], 0.0).sum(0)
+        own = stacked[0]
+        for name, weight in self._beside.items():
+            if name in losses:
+                own = own - weight * losses[name].detach().float()
+        by_level = torch.where(at > 0, own[:, None], 0.0).sum(0)
         self._sums[: len(given)] += stacked.sum(1)
         self._sums[len(self._names) :] += torch.cat([by_level, at.sum(0)])
         self._count[: len(given)] += len(log_snr)
@@ -97,9 +103,16 @@ class Tally:
         raise DivergedError(f"the loss {where} is not finite{levels}")
 
     def mean_loss(self, ranks: Ranks) -> float:
-        """Return the mean loss per image since `take`, over all ranks, without a reset; waits for the device."""
+        """Return the mean own loss per image since `take`, over all ranks, without a reset; waits for the device."""
         self.check_finite(ranks)
-        return float((all_sum(self._sums[:1], ranks) / all_sum(self._count[:1], ranks)).item())
+        sums, counts = all_sum(self._sums, ranks).tolist(), all_sum(self._count, ranks).tolist()
+        means = {n: value / count for n, value, count in zip(self._names, sums, counts, strict=False) if count}
+        return self.own_loss(means)
+
+    def own_loss(self, figures: Mapping[str, float]) -> float:
+        """Return the total of mean losses by name, without those beside it."""
+        beside = sum(weight * figures[name] for name, weight in self._beside.items() if name in figures)
+        return figures[self._names[0]] - beside
 
     def take(self, ranks: Ranks) -> dict[str, float]:
         """Return the mean losses per image since the last call, over all ranks, and reset the sums."""

@@ -405,8 +405,9 @@ class Watch:
         if config.data.on_bad == "skip":
             run.add_up_bad_images(run.ranks)
             figures["bad_images"] = run.bad_images
-        check_spike(figures["loss"], run.recent, config.divergence.divergence_factor, config.divergence.loss_limit)
-        run.recent = [*run.recent, figures["loss"]][-_RECENT:]
+        loss = run.training.tally.own_loss(figures)
+        check_spike(loss, run.recent, config.divergence.divergence_factor, config.divergence.loss_limit)
+        run.recent = [*run.recent, loss][-_RECENT:]
         images, seconds = (run.step - self._step) * config.batch_size, time.perf_counter() - self._since
         figures["data_wait"] = (run.training.data_wait_s - self._waited) / seconds
         gpu = gpu_of(config.machine.device)

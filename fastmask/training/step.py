@@ -108,7 +108,7 @@ class TrainingStep:
         net.model.checkpoint_blocks = machine.activation_checkpointing == "block"
         terms = objective.terms(net.model.config)
         self._objective = Objective(net, terms if alignment is None else [*terms, alignment])
-        self.tally = Tally(device, self._objective.names)
+        self.tally = Tally(device, self._objective.names, self._objective.beside)
         self._compile(machine.compile)
         self._module = replicate(self._objective, machine.parallel, device, ranks)
 
@@ -157,7 +157,7 @@ class TrainingStep:
 
     def reset(self) -> None:
         """Discard loss sums and CUDA graphs after weights and state were loaded."""
-        self.tally = Tally(self._device, self._objective.names)
+        self.tally = Tally(self._device, self._objective.names, self._objective.beside)
         if self._graphs:
             self._graphs.clear()
         self.finish()

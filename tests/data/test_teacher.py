@@ -65,6 +65,7 @@ def test_macs_are_those_of_its_operators():
             "teachers:blind",
             r"teacher teachers:blind cannot be used: it returns \(1, 5, 24\) for a grid of 4 x 4 patches",
         ),
+        ("teachers:broken", "teacher teachers:broken cannot be used: its features of a grey image are not finite"),
         ("torch.nn:Identity", "'Identity' object has no attribute 'patch_size'"),
     ],
 )

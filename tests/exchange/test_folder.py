@@ -17,6 +17,8 @@ from fastmask import EDM, VP, Denoiser, RectifiedFlow, load_maskdit
 from fastmask.diffusion import LatentSpace, Origin, sample
 from fastmask.exchange.folder import push, save_published, write_folder
 from fastmask.generation.decoding import Decoder
+from fastmask.models.deferred import DeferredConfig
+from fastmask.models.sprint import SprintConfig
 
 NETS = {
     "edm": (EDM(sigma_data=0.7), {}),
@@ -242,6 +244,13 @@ def test_a_pt_file_is_edm(tmp_path):
     assert all(torch.equal(weights[name], tensor) for name, tensor in net_of("edm").state_dict().items())
     with pytest.raises(ValueError, match=r"states no process and is read as EDM's, and these weights are of VP\(\)"):
         save_published(tmp_path / "b.pt", net_of("vp"))
+
+
+@pytest.mark.parametrize("config", [SprintConfig(), DeferredConfig()], ids=lambda config: config.name)
+def test_a_pt_file_is_of_maskdit(tmp_path, config):
+    with pytest.raises(ValueError, match=f"read as MaskDiT's, and these weights are of {config.name}: write .safetens"):
+        save_published(tmp_path / "a.pt", Denoiser(config.build(1, 8, 10), EDM()))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

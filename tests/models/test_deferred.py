@@ -8,6 +8,7 @@ from routes import assert_trains_as, inputs, reference, routed, unequal_mask
 
 from fastmask.diffusion import EDM, Denoiser, KeptDenoising, Objective
 from fastmask.diffusion.masking import structured_mask
+from fastmask.diffusion.weights import save_weights, weights_for
 from fastmask.kernels import sample_mask
 from fastmask.models.deferred import DeferredConfig
 from fastmask.models.stack import all_blocks
@@ -194,3 +195,14 @@ def test_bf16_autocast_keeps_the_residual_stream_in_fp32(kind):
 def test_sizes_that_cannot_be(changed, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changed).build(3, 8, 5)
+
+
+def test_heads_of_a_mixer_are_compared(tmp_path):
+    def network(heads):
+        config = DeferredConfig(width=16, depth=1, mixer_width=16, mixer_depth=1, mixer_num_heads=heads)
+        return Denoiser(config.build(3, 8, 5), EDM())
+
+    save_weights(tmp_path / "weights.safetensors", network(2))
+    weights_for(network(2), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="is of another network: its mixer_num_heads is 2 instead of 4"):
+        weights_for(network(4), tmp_path / "weights.safetensors")

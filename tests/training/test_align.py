@@ -69,6 +69,29 @@ def test_what_a_run_reports(alone):
     assert (config["align_coef"], config["align_until"], config["align_block"]) == (0.5, 3, 0)
 
 
+def test_a_falling_loss_is_no_spike(tmp_path):
+    """The term makes the loss negative, and its end raises it; both are no error of the denoiser's."""
+    run(
+        tmp_path,
+        *UNTIL,
+        "--align-coef",
+        "40",
+        "--divergence-factor",
+        "1.5",
+        "--loss-limit",
+        "30",
+        "--report-every",
+        "1",
+    )
+    lines = stats(tmp_path)
+    assert min(line["loss"] for line in lines) < -1
+    assert lines[3]["loss"] > 1
+    for line in lines:
+        levels = [value for name, value in line.items() if name.startswith("loss_at_log_snr/")]
+        own = line["denoising"] + 0.1 * line["reconstruction"]
+        assert min(levels) - 1e-3 < own < max(levels) + 1e-3
+
+
 def test_a_report_over_the_end_has_the_mean_of_the_aligned_steps(alone, tmp_path):
     run(tmp_path, *UNTIL, "--report-every", "6")
     (line,) = stats(tmp_path)
