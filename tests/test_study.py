@@ -3,9 +3,11 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 
+from bench import rows
 from bench.study import __main__ as command
 from bench.study import recipes, report, runs
 from bench.study.curves import Point, ahead, curves, geometric_mean, mean, metric_at, seconds_per_image, time_to
@@ -59,22 +61,22 @@ def test_a_dense_network_that_got_there_before_its_end():
 
 def test_rows_that_are_there_twice():
     cases = [{"dataset": "digits", "process": "edm", "seed": 0, "start": 0.0, "images": n} for n in (10, 5, 10)]
-    rows = [
+    listed = [
         {"bench": "study", "variant": "dense", "case": case, "metrics": {"frechet": float(i)}}
         for i, case in enumerate(cases, start=1)
     ]
-    (points,) = curves(rows, "digits", "edm", {"dense": 1.0})["dense"].values()
+    (points,) = curves(listed, "digits", "edm", {"dense": 1.0})["dense"].values()
     assert [(point.images, point.metrics["frechet"]) for point in points] == [(5, 2.0), (10, 3.0)]
 
 
 def test_times_are_those_of_one_run():
     case = {"dataset": "digits", "batch": 64}
-    rows = [
+    listed = [
         {"bench": "study_step", "variant": name, "case": case, "median_ms": ms, "run": run}
         for name, ms, run in (("dense", 64.0, "a"), ("tread-0.5", 1.0, "a"), ("dense", 128.0, "b"))
     ]
-    assert seconds_per_image(rows, "digits") == {"dense": 0.002}
-    assert seconds_per_image(rows, "fashion") == {}
+    assert seconds_per_image(listed, "digits") == {"dense": 0.002}
+    assert seconds_per_image(listed, "fashion") == {}
 
 
 def test_confidence_intervals():
@@ -188,3 +190,15 @@ def test_the_report_of_two_seeds():
 
 def test_digits_have_as_many_positions_as_the_report_says():
     assert f"{Digits(8, 10, False).shape[1] ** 2 // 4} positions" in recipes.DATASETS["digits"].what
+
+
+def test_the_page_is_that_of_the_committed_rows(tmp_path):
+    report.write(rows.RESULTS, tmp_path)
+    assert (tmp_path / "study.md").read_text() == (rows.ROOT / "docs" / "study.md").read_text()
+
+
+def test_the_ratios_of_the_readme_are_on_the_page():
+    section = (rows.ROOT / "README.md").read_text().split("## Does masking pay?")[1].split("\n## ")[0]
+    page, found = (rows.ROOT / "docs" / "study.md").read_text(), re.findall(r"\d+\.\d+x", section)
+    assert found
+    assert [ratio for ratio in found if ratio not in page] == []

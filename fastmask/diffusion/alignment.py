@@ -56,6 +56,9 @@ class AlignConfig:
             raise ValueError("--align-coef aligns hidden states with a teacher's features: give --align-teacher")
         if not self.on and self.align_teacher:
             raise ValueError(f"--align-teacher {self.align_teacher} has no effect without --align-coef: give 0.5, say")
+        for flag, value in (("--align-until", self.align_until), ("--align-block", self.align_block)):
+            if not self.on and value:
+                raise ValueError(f"{flag} {value} has no effect without --align-coef and --align-teacher")
         if self.align_block > network.depth:
             raise ValueError(f"--align-block {self.align_block} is not one of the {network.depth} blocks")
 

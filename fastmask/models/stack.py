@@ -53,7 +53,9 @@ class NetworkConfig(Described, Protocol):
 def check_width(name: str, width: int, num_heads: int, options: BlockConfig) -> None:
     """Raise a ValueError for a width or options that a stack cannot have; ``name`` is a prefix of its field."""
     if width < 4 or width % 4:
-        raise ValueError(f"{name}width must be a multiple of 4 (the position table has four parts), not {width}")
+        raise ValueError(
+            f"{name}width must be a multiple of 4 and at least 4, not {width}: the position table has four parts"
+        )
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"{name}width {width} does not divide into {name}num_heads {num_heads}")
     options.check_options(name, width // num_heads)

@@ -205,6 +205,8 @@ def test_the_block_of_a_depth(depth, block):
     [
         ({"align_coef": 0.5}, "give --align-teacher"),
         ({"align_teacher": "cached"}, "--align-teacher cached has no effect without --align-coef"),
+        ({"align_until": 9}, "--align-until 9 has no effect without --align-coef and --align-teacher"),
+        ({"align_block": 2}, "--align-block 2 has no effect without --align-coef and --align-teacher"),
         ({"align_coef": -1.0}, "align_coef must be at least 0, not -1"),
         ({"align_coef": float("nan")}, "align_coef must be at least 0, not nan"),
         (
