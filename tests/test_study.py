@@ -96,6 +96,7 @@ def test_every_run_can_be_configured(tmp_path):
         config.network.check(recipes.DATASETS[job.dataset].image_size)
         assert config.max_steps * recipes.DATASETS[job.dataset].batch <= 2 * recipes.DATASETS[job.dataset].images
         assert all(step % config.checkpoint_every == 0 for step in job.marks)
+        assert config.keep_checkpoints > config.max_steps / config.checkpoint_every + 100  # and those of 100 stops
 
 
 def test_a_tuned_run_begins_at_a_checkpoint_of_its_parent(tmp_path):

@@ -167,7 +167,7 @@ def config_of(job: Job, runs: Path) -> TrainConfig:
         seed=job.seed,
         run_dir=str(runs / job.name),
         checkpoint_every=min(job.marks),
-        keep_checkpoints=len(job.marks),
+        keep_checkpoints=1000,  # all, also those of a run that was stopped in between
     ).replace(**parent.fields)
     if not recipe.parent:
         return config
