@@ -42,8 +42,8 @@ class _SwigluLinear(torch.autograd.Function):
             return None, *linear_gradients(grad, hidden, *of_linear)
         gate, value = _halves(x)
         activated, grad_hidden = F.silu(gate), (grad @ weight).to(gate.dtype)
-        hidden = (activated * value).to(weight.dtype) if of_linear[0] else None
-        gradients = linear_gradients(grad, hidden, *of_linear)
+        # The hidden values are not bound to a name, which would hold them to the end.
+        gradients = linear_gradients(grad, (activated * value).to(weight.dtype) if of_linear[0] else None, *of_linear)
         # In place, and rounded before they are joined: what is held here is the peak of a step's memory.
         grad_value = activated.mul_(grad_hidden).to(x.dtype)
         grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(value), gate).to(x.dtype)
