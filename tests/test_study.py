@@ -84,6 +84,7 @@ def test_confidence_intervals():
     assert mean([4.0]) == (4.0, math.inf)
     middle, low, high = geometric_mean([0.5, 1.0, 2.0])
     assert (middle, low * high) == pytest.approx((1.0, 1.0))
+    assert geometric_mean([3.0]) == (pytest.approx(3.0), 0.0, math.inf)
     assert high == pytest.approx(math.exp(4.303 * math.log(2) / math.sqrt(3)))
 
 
@@ -157,7 +158,7 @@ def test_a_miniature_from_training_to_the_report(miniature, tmp_path, capsys, mo
     assert miniature("--report") == 0
     text = (tmp_path / "docs" / "study.md").read_text()
     assert (tmp_path / "docs" / "study-digits.png").stat().st_size > 10_000
-    assert "| DiT, all patches | 1.00 | " in text
+    assert "| `dense`: DiT, all patches | 1.00 | " in text
     assert text.count("\n| ") == 5  # two lines of the header, and three recipes
     assert "1 of 3 seeds" in text
 
@@ -183,9 +184,9 @@ def test_the_report_of_two_seeds():
             point.metrics.update(coverage=0.5, agreement=0.25)
     lines = report.table(of, {"dense": 2.0, "tread-0.5": 1.0})
     assert lines[2].startswith(
-        "| DiT, all patches | 1.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | 0.000 ± 0.000 | 0.500 ± 0.000 |"
+        "| `dense`: DiT, all patches | 1.00 | 1.00 ± 0.00 | 1.00 ± 0.00 | 0.000 ± 0.000 | 0.500 ± 0.000 |"
     )
-    assert lines[3].startswith("| TREAD, middle on half | 0.50 | 0.417 ± 1.059 | 0.417 ± 1.059 |")
+    assert lines[3].startswith("| `tread-0.5`: TREAD, middle on half | 0.50 | 0.417 ± 1.059 | 0.417 ± 1.059 |")
     assert lines[3].endswith("| 2.45x [0.19, 32.19] |")
 
 

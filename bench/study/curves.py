@@ -99,7 +99,7 @@ class Ahead(NamedTuple):
     """How many times faster than the dense network a recipe gets to a Frechet distance; below 1: slower.
 
     Attributes:
-        ratio: the ratio; NaN if the curve of the recipe ends before.
+        ratio: the ratio; NaN if this time is outside of the recipe's curve.
         bound: "" if the ratio is measured, "at least" or "at most" if the curve on which it is read begins there.
     """
 
@@ -136,8 +136,8 @@ def mean(values: Iterable[float]) -> Mean:
 
 def geometric_mean(values: Iterable[float]) -> tuple[float, float, float]:
     """Return the geometric mean of ratios, and both ends of its 95 % confidence interval."""
-    logarithms = mean(map(math.log, values))
-    return tuple(math.exp(logarithms.value + side * logarithms.half) for side in (0, -1, 1))  # type: ignore[return-value]
+    value, half = mean(map(math.log, values))
+    return math.exp(value), math.exp(value - half), math.exp(value + half)
 
 
 def _scaled(point: Point, metric: str) -> float:

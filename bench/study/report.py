@@ -27,12 +27,14 @@ def write(results: Path, docs: Path) -> None:
         measured = [row for row in rows if row["bench"] == "study" and _is_timed(row, seconds)]
         if not measured:
             continue
+        every = {process: curves(measured, dataset, process, seconds) for process in PROCESSES}
+        found = {process: of for process, of in every.items() if "dense" in of and len(of) > 1}
+        if not found:
+            continue
         steps = [row for row in rows if row["bench"] == "study_step"]
         lines += ["", f"## {dataset.capitalize()}: {DATASETS[dataset].what}", "", _machines(measured, steps), ""]
-        found = {process: curves(measured, dataset, process, seconds) for process in PROCESSES}
         for process, of in found.items():
-            if "dense" in of:
-                lines += [f"### {_TITLES[process]}", "", *table(of, seconds), ""]
+            lines += [f"### {_TITLES[process]}", "", *table(of, seconds), ""]
         draw(found, {process: f"{dataset}, {_TITLES[process]}" for process in found}, docs / f"study-{dataset}.png")
         lines.append(f"![Frechet distance by training time, {dataset}](study-{dataset}.png)")
     if len(lines) == len(_head()):
@@ -50,7 +52,11 @@ def table(of: Curves, seconds: dict[str, float]) -> list[str]:
             continue
         both = [(dense[seed], points) for seed, points in of[recipe].items() if seed in dense]
         at_time = {name: _mean_at(both, "time", name) for name in ("frechet", "recall", "coverage", "agreement")}
-        cells = [RECIPES[recipe].what, f"{seconds[recipe] / seconds['dense']:.2f}", _mean_at(both, "images", "frechet")]
+        cells = [
+            f"`{recipe}`: {RECIPES[recipe].what}",
+            f"{seconds[recipe] / seconds['dense']:.2f}",
+            _mean_at(both, "images", "frechet"),
+        ]
         lines.append(line([*cells, *at_time.values(), _ahead(recipe, both)]))
     return lines
 
@@ -59,7 +65,7 @@ def _mean_at(both: list[tuple[list[Point], list[Point]]], axis: str, metric: str
     """Return the mean over the seeds of a metric, at the images or the time at which the dense network ends."""
     values = [metric_at(points, axis, getattr(dense[-1], axis), metric) for dense, points in both]
     known = [value for value in values if not math.isnan(value)]
-    return _shown(mean(known)) if known and len(known) == len(values) else "its curve ends before"
+    return _shown(mean(known)) if known and len(known) == len(values) else "outside its curve"
 
 
 def _ahead(recipe: str, both: list[tuple[list[Point], list[Point]]]) -> str:
@@ -67,7 +73,7 @@ def _ahead(recipe: str, both: list[tuple[list[Point], list[Point]]]) -> str:
         return "1"
     found = [ahead(dense, points) for dense, points in both]
     if any(math.isnan(each.ratio) for each in found):
-        return "its curve ends before"
+        return "outside its curve"
     middle, low, high = geometric_mean(each.ratio for each in found)
     bounds = sorted({each.bound for each in found if each.bound})
     if bounds:
