@@ -86,12 +86,12 @@ def products_alone(rows: Rows, row: Row, form: str) -> str:
     return cell(form, against, row, rows.beside(row, "products"))
 
 
-def steps(rows: Rows) -> Iterator[str]:
-    """Yield the tables of training steps, one per machine."""
-    found = [row for row in rows.of("step") if row["variant"] in (*STACKS, *MORE_STACKS)]
+def steps(rows: Rows, bench: str = "step", title: str = "Training steps") -> Iterator[str]:
+    """Yield the tables of training steps, one per machine; those of ``recipe_step`` have no plain baseline."""
+    found = [row for row in rows.of(bench) if row["variant"] in (*STACKS, *MORE_STACKS)]
     found.sort(key=_order)
     for machine, mine in per_machine(found):
-        yield from heading("Training steps", machine, mine)
+        yield from heading(title, machine, mine)
         columns = ["network", "side", "batch", "precision", "form", "stack", "ms (p20 to p80)", "images/s"]
         columns += [f"against {plain}" for plain in PLAIN]
         columns += ["against dense, same stack", "FLOP bound", "share of it", "products alone"]
@@ -102,7 +102,7 @@ def steps(rows: Rows) -> Iterator[str]:
             cells = [name, f"{case['image_size']}", f"{case['batch']}", case["precision"], case["form"], stack]
             cells += [cell("{}", time_of, row), cell("{:.4g}", rate, row)]
             for plain in PLAIN:
-                alone = stack in PLAIN or case["form"] in RECIPES
+                alone = stack in PLAIN or case["form"] in RECIPES or bench != "step"
                 cells.append("" if alone else cell("{:.2f}x", faster, row, rows.beside(row, plain)))
             cells += against_dense(rows, row)
             cells.append("" if stack in PLAIN else products_alone(rows, row, "{:.0%} of the time"))
@@ -256,7 +256,10 @@ def published() -> Iterator[str]:
 def report(rows: Rows) -> list[str]:
     """Return the lines of the whole report."""
     lines = ["## Measured", "", "Times in ms: median (20th to 80th percentile). Made by `python -m bench.report`."]
-    parts = {"Training steps": steps(rows), "Kernels": kernels(rows), "Loaders": loaders(rows)}
+    parts = {"Training steps": steps(rows)}
+    if rows.of("recipe_step"):
+        parts["Steps of recipes"] = steps(rows, "recipe_step", "Steps of recipes, ours alone")
+    parts |= {"Kernels": kernels(rows), "Loaders": loaders(rows)}
     parts |= {"Guided sampling": sampling(rows)}
     parts |= {"Reading stored moments": stores(rows), "Decoding": decoding(rows)}
     for title, part in ((title, list(part)) for title, part in parts.items()):
