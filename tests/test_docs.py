@@ -74,3 +74,11 @@ def test_nobody_is_told_to_install_another_project():
     texts = {path: path.read_text() for path in files if path.suffix in (".py", ".md", ".h", ".cpp", "")}
     assert [str(path) for path, text in texts.items() if NAMED_FASTMASK.search(text)] == []
     assert 'name = "fastmask-dit"' in (root / "pyproject.toml").read_text()
+
+
+def test_the_speed_of_recipes_is_that_of_the_measured_rows():
+    (sentence,) = re.findall(r"Of the other recipes a step .*?\n\n", (DOCS.parent / "README.md").read_text(), re.DOTALL)
+    table = (DOCS / "measured.md").read_text().split("### Steps of recipes")[1].split("\n###")[0]
+    found = re.findall(r"\d+\.\d+x", sentence)
+    assert len(found) == 6
+    assert [ratio for ratio in found if f"| {ratio} |" not in table] == []
