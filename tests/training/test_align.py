@@ -29,6 +29,7 @@ from fastmask.training.optim import make_optimizer
 
 CPU = torch.device("cpu")
 ALIGN = ["--align-coef", "0.5", "--align-teacher", "teachers:small", "--align-hidden", "32", "--depth", "2"]
+OFF = ["--align-coef", "0", "--align-teacher", "", "--align-until", "0"]
 UNTIL = [*ALIGN, "--align-until", "3"]  # of six steps, the last two of which are unmasked
 
 
@@ -380,7 +381,7 @@ def test_features_that_do_not_fit(store, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--align-coef", "0", "--align-teacher", ""], "align_coef 0.5 -> 0.0 .a run is aligned from its beginning"),
+        (OFF, "align_coef 0.5 -> 0.0 .a run is aligned from its beginning"),
         (["--align-block", "2"], "align_block 0 -> 2 .the checkpoint's projector was trained for it"),
         (["--align-hidden", "16"], "align_hidden 32 -> 16 .the checkpoint's projector"),
         (["--align-teacher", "teachers:Small"], "align_teacher teachers:small -> teachers:Small"),
