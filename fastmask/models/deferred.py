@@ -17,29 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmask.kernels import Mask
-from fastmask.models.block_config import BlockConfig
 from fastmask.models.condition import Condition
 from fastmask.models.layers import Block, ModulatedLinear, PatchEmbedding, sincos_position
-from fastmask.models.maskdit import MaskDiT, Options
-from fastmask.models.stack import LossOn, Stack, check_patches, check_width, run_stack
+from fastmask.models.maskdit import Options, Undecoded, UndecodedConfig
+from fastmask.models.stack import LossOn, Stack, check_width, run_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DeferredConfig(BlockConfig):
+class DeferredConfig(UndecodedConfig):
     """The sizes of a `Deferred` network."""
 
     name: ClassVar[str] = "deferred"
     loss_on: ClassVar[LossOn] = "kept"
-    masked: ClassVar[bool] = True
 
-    patch_size: int = 2
-    """Side of a patch in pixels (of the latent, where latents are trained on)."""
-    width: int = 96
-    """Width of the blocks that see the kept tokens."""
-    depth: int = 4
-    """Number of blocks that see the kept tokens."""
-    num_heads: int = 2
-    """Number of attention heads of the blocks that see the kept tokens."""
     mixer_width: int = 64
     """Width of the patch mixer, whose blocks see all tokens."""
     mixer_depth: int = 2
@@ -49,13 +39,12 @@ class DeferredConfig(BlockConfig):
 
     def check(self, input_size: int) -> None:
         """Raise a ValueError that names the first invalid size, for images of this side."""
-        check_patches(self.patch_size, input_size)
         if self.depth < 1 or self.mixer_depth < 1:
             raise ValueError(
                 f"depth and mixer_depth must be at least 1, not {self.depth} and {self.mixer_depth}; without a mixer "
                 f"the network is maskdit"
             )
-        check_width("", self.width, self.num_heads, self)
+        UndecodedConfig.check(self, input_size)
         check_width("mixer_", self.mixer_width, self.mixer_num_heads, self)
 
     def build(self, channels: int, input_size: int, num_classes: int) -> "Deferred":
@@ -63,33 +52,14 @@ class DeferredConfig(BlockConfig):
         return Deferred(self, channels, input_size, num_classes)
 
 
-class Deferred(MaskDiT):
+class Deferred(Undecoded):
     """The network F of deferred masking, called as `MaskDiT`; the raw tokens of dropped positions are zero.
 
-    Args:
-        config: its sizes.
-        channels: C.
-        input_size: side of the (latent) image.
-        num_classes: as in `MaskDiT`.
-
-    Raises:
-        ValueError: sizes that are not divisible as needed.
+    Arguments as in `Undecoded`.
     """
 
     def __init__(self, config: DeferredConfig, channels: int, input_size: int, num_classes: int) -> None:
-        config.check(input_size)
-        super().__init__(
-            input_size,
-            config.patch_size,
-            channels,
-            config.width,
-            config.depth,
-            config.num_heads,
-            num_classes,
-            decoder_depth=0,
-            **config.options(),
-        )
-        self.config = config
+        super().__init__(config, channels, input_size, num_classes)
         width, side = config.mixer_width, input_size // config.patch_size
         self.x_embedder = PatchEmbedding(channels, width, config.patch_size)
         self.pos_embed = sincos_position(side, side, width)
@@ -104,10 +74,6 @@ class Deferred(MaskDiT):
     def stacks(self) -> tuple[Stack, ...]:
         """The patch mixer, and the blocks of the kept tokens."""
         return Stack(self.mixer, self.mixer_exit, "all"), Stack(self.blocks, self.final_layer, "kept")
-
-    def _embed(self, x: Tensor, mask: Mask | None, image_scale: Tensor | None) -> Tensor:
-        """Embed all patches, masked or not: (B, L, mixer width)."""
-        return super()._embed(x, None, image_scale)
 
     def _run_stacks(
         self,

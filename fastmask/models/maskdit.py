@@ -3,6 +3,7 @@
 Published checkpoints load unchanged.
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -343,3 +344,63 @@ class MaskDiT(ClassConditional, nn.Module):
             raise ValueError(
                 "a network without a decoder (decoder_depth=0) cannot fill in dropped patches: pass no mask"
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class UndecodedConfig(BlockConfig, abc.ABC):
+    """The sizes of an `Undecoded` network."""
+
+    name: ClassVar[str]
+    loss_on: ClassVar[LossOn]
+    masked: ClassVar[bool] = True
+
+    patch_size: int = 2
+    """Side of a patch in pixels (of the latent, where latents are trained on)."""
+    width: int = 96
+    """Width of the network."""
+    depth: int = 4
+    """Number of blocks."""
+    num_heads: int = 2
+    """Number of attention heads."""
+
+    def check(self, input_size: int) -> None:
+        """Raise a ValueError that names the first invalid size, for images of this side."""
+        check_patches(self.patch_size, input_size)
+        check_width("", self.width, self.num_heads, self)
+
+    @abc.abstractmethod
+    def build(self, channels: int, input_size: int, num_classes: int) -> "Undecoded":
+        """Return a freshly initialised network for images of (channels, input_size, input_size)."""
+
+
+class Undecoded(MaskDiT):
+    """A network without MaskDiT's decoder that embeds all patches, masked or not; the mask applies to later stacks.
+
+    Args:
+        config: its sizes.
+        channels: C.
+        input_size: side of the (latent) image.
+        num_classes: as in `MaskDiT`.
+
+    Raises:
+        ValueError: sizes that are not divisible as needed.
+    """
+
+    def __init__(self, config: UndecodedConfig, channels: int, input_size: int, num_classes: int) -> None:
+        config.check(input_size)
+        super().__init__(
+            input_size,
+            config.patch_size,
+            channels,
+            config.width,
+            config.depth,
+            config.num_heads,
+            num_classes,
+            decoder_depth=0,
+            **config.options(),
+        )
+        self.config = config
+
+    def _embed(self, x: Tensor, mask: Mask | None, image_scale: Tensor | None) -> Tensor:
+        """Embed all patches: (B, L, width of the first stack)."""
+        return super()._embed(x, None, image_scale)

@@ -7,7 +7,6 @@
 It has the weights of a plain DiT, and without a mask it is one. The loss is on all tokens.
 """
 
-import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
@@ -16,28 +15,17 @@ import torch
 from torch import Tensor
 
 from fastmask.kernels import Mask
-from fastmask.models.block_config import BlockConfig
 from fastmask.models.condition import Condition
-from fastmask.models.maskdit import MaskDiT, Options
-from fastmask.models.stack import LossOn, Stack, check_patches, check_route, check_width, run_stack
+from fastmask.models.maskdit import Options, Undecoded, UndecodedConfig
+from fastmask.models.stack import LossOn, Stack, check_route, run_stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RoutedConfig(BlockConfig, abc.ABC):
+class RoutedConfig(UndecodedConfig):
     """The sizes of a `Routed` network."""
 
-    name: ClassVar[str]
     loss_on: ClassVar[LossOn] = "all"
-    masked: ClassVar[bool] = True
 
-    patch_size: int = 2
-    """Side of a patch in pixels (of the latent, where latents are trained on)."""
-    width: int = 96
-    """Width of the network."""
-    depth: int = 4
-    """Number of blocks."""
-    num_heads: int = 2
-    """Number of attention heads."""
     route_start: int = 1
     """First block that sees the kept tokens only, counted from 0."""
     route_end: int = 3
@@ -45,13 +33,8 @@ class RoutedConfig(BlockConfig, abc.ABC):
 
     def check(self, input_size: int) -> None:
         """Raise a ValueError that names the first invalid size, for images of this side."""
-        check_patches(self.patch_size, input_size)
-        check_width("", self.width, self.num_heads, self)
+        UndecodedConfig.check(self, input_size)
         check_route(self.route_start, self.route_end, self.depth)
-
-    @abc.abstractmethod
-    def build(self, channels: int, input_size: int, num_classes: int) -> "Routed":
-        """Return a freshly initialised network for images of (channels, input_size, input_size)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,33 +48,14 @@ class TreadConfig(RoutedConfig):
         return Tread(self, channels, input_size, num_classes)
 
 
-class Routed(MaskDiT):
+class Routed(Undecoded):
     """A DiT of blocks of one width, of which those from `route_start` to `route_end` see the kept tokens only.
 
-    Args:
-        config: its sizes.
-        channels: C.
-        input_size: side of the (latent) image.
-        num_classes: as in `MaskDiT`.
-
-    Raises:
-        ValueError: sizes that are not divisible as needed.
+    Arguments as in `Undecoded`.
     """
 
     def __init__(self, config: RoutedConfig, channels: int, input_size: int, num_classes: int) -> None:
-        config.check(input_size)
-        super().__init__(
-            input_size,
-            config.patch_size,
-            channels,
-            config.width,
-            config.depth,
-            config.num_heads,
-            num_classes,
-            decoder_depth=0,
-            **config.options(),
-        )
-        self.config = config
+        super().__init__(config, channels, input_size, num_classes)
         self.route = config.route_start, config.route_end
 
     @property
@@ -106,10 +70,6 @@ class Routed(MaskDiT):
             Stack(self.blocks[start:end], None, "kept"),
             Stack(self.blocks[end:], self.final_layer, "all"),
         )
-
-    def _embed(self, x: Tensor, mask: Mask | None, image_scale: Tensor | None) -> Tensor:
-        """Embed all patches, masked or not: (B, L, D)."""
-        return super()._embed(x, None, image_scale)
 
 
 class Tread(Routed):
