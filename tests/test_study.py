@@ -100,6 +100,13 @@ def test_every_run_can_be_configured(tmp_path):
         assert config.keep_checkpoints > config.max_steps / config.checkpoint_every + 100  # and those of 100 stops
 
 
+def test_a_recipe_that_is_tuned_later_is_evaluated_as_late():
+    """Recipes with cheap steps see up to twice the images in equal time, and their curves have to reach there."""
+    for recipe in recipes.RECIPES.values():
+        if recipe.parent and max(recipe.starts) > 1:
+            assert max(recipes.RECIPES[recipe.parent].evaluated_at) == 2.0
+
+
 def test_a_tuned_run_begins_at_a_checkpoint_of_its_parent(tmp_path):
     by_name = {job.name: job for job in recipes.jobs()}
     tuned = [job for job in by_name.values() if job.start]

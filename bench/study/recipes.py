@@ -124,7 +124,9 @@ RECIPES: dict[str, Recipe] = {
         "MaskDiT, 0.25 to 0.75 per sample, more at more noise",
         {"network": _MASKDIT, "mask_ratio": 0.5, "mask_ratio_per_sample": "noise(0.25,0.75)"},
     ),
-    "sprint-0.75": Recipe("SPRINT, middle on a quarter", {"network": SprintConfig(**_BLOCKS, **_ROUTE), **_STRUCTURED}),
+    "sprint-0.75": Recipe(
+        "SPRINT, middle on a quarter", {"network": SprintConfig(**_BLOCKS, **_ROUTE), **_STRUCTURED}, _CHEAP
+    ),
     "sprint-0.75-tuned": _tuned("sprint-0.75", "SPRINT 0.75, then unmasked", (0.5, 1.0, 1.5)),
     "deferred-0.75": Recipe(
         "Deferred masking, three of four dropped", {"network": _DEFERRED, "mask_ratio": 0.75}, _CHEAP

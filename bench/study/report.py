@@ -111,7 +111,7 @@ def _head() -> list[str]:
         f"({LR:g}) with the same optimizer and EMA. A decoder or a mixer (two blocks of width 32) adds 12 % of "
         "parameters, SPRINT 2 %, TREAD none. The EMA is evaluated along each run, without guidance, by "
         f"{SAMPLING.sample_steps} steps of {SAMPLING.solver}; SPRINT trains with its path drop all the same. Recipes "
-        f'that go on ("then ..") leave their run at several points for {TUNED_FOR:g} N images without masking at a '
+        f'that continue ("then ..") leave their run at several points for {TUNED_FOR:g} N images without masking at a '
         f"learning rate of {TUNING_LR:g}; the dense network does so too, since a lower learning rate helps by itself.",
         "",
         "*Equal images* is after N images, *equal time* after the time in which the dense network sees N images; "
