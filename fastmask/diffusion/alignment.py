@@ -76,7 +76,7 @@ class Alignment(Term):
 
     Args:
         coef: weight of the loss.
-        block: number of the aligned block, counted from 1 over all stacks.
+        block: number of the aligned block, counted from 1 among the network's `blocks`.
         width: width of its tokens.
         hidden: hidden width of the projector.
         features: width W of the teacher's features.

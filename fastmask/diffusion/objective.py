@@ -48,7 +48,7 @@ class Term(nn.Module):
 
     Attributes:
         active: whether the term is in the sum; a change makes a compiled objective compile anew.
-        block: number of the block, counted from 1 over all stacks, whose hidden state it reads; 0 is none.
+        block: number of the block whose hidden state it reads, counted from 1 among the network's `blocks`; 0 is none.
     """
 
     active = True

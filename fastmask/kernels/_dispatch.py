@@ -168,7 +168,7 @@ def chosen_impl(impl: Impl | None) -> Impl | None:
     """
     check_impl(impl)
     chosen = _chosen if impl is None else impl
-    if not torch.compiler.is_compiling() and transformed():
+    if transformed():
         if chosen == "fused":
             raise ValueError(
                 'the fused form has no rules for torch.func and forward-mode AD: pass impl="reference", or leave impl '
@@ -179,7 +179,12 @@ def chosen_impl(impl: Impl | None) -> Impl | None:
 
 
 def transformed() -> bool:
-    """Return whether a transform of `torch.func` (grad, vmap, jvp, ..) or forward-mode AD is at work."""
+    """Return whether a transform of `torch.func` (grad, vmap, jvp, ..) or forward-mode AD is at work.
+
+    Not of a graph that is being traced, which the question would break.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 

@@ -80,7 +80,7 @@ def linear_gradients(
     """Return the gradients of weight and bias of ``rows W^T + b``, None for one that is not asked for.
 
     Args:
-        grad: gradient of the product, shape (N, E).
+        grad: gradient of the output, shape (N, E).
         rows: shape (N, D); read for the weight's gradient alone.
         weight_asked: whether the weight requires a gradient.
         bias_asked: whether the bias does.

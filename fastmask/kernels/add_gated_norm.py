@@ -124,7 +124,7 @@ def gated_kept(
     scale: Tensor,
     cu_seqlens: Tensor | None,
     asked: Sequence[bool],
-    again: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return what `gated_gradients` takes; see `norm_kept`.
 
@@ -137,10 +137,10 @@ def gated_kept(
         scale: shape (G, D).
         cu_seqlens: shape (G + 1,), or None.
         asked: whether the gradients of x, branch, gate, shift and scale are computed.
-        again: whether h is computed again.
+        recompute: whether h is recomputed.
     """
     of_x, of_branch, of_gate, *of_norm = asked
-    kept = norm_kept(x_new, stats, shift, scale, cu_seqlens, (of_x or of_branch or of_gate, *of_norm), again)
+    kept = norm_kept(x_new, stats, shift, scale, cu_seqlens, (of_x or of_branch or of_gate, *of_norm), recompute)
     return *kept, branch if of_gate else unread(branch), gate if of_branch else unread(gate)
 
 
@@ -150,11 +150,14 @@ def gated_gradients(
     kept: Sequence[Tensor | None],
     rms: bool,
     asked: Sequence[bool],
-    again: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients that are asked for, None for others, and h (empty unless ``again``), from `gated_kept`."""
+    """Return the gradients that are asked for, None for others, and h (empty without ``recompute``).
+
+    ``kept`` is from `gated_kept`.
+    """
     if not any(asked[:3]):  # x' is none of theirs, so its gradient is not
-        *grads, h = norm_gradients(grad_h, kept[:5], rms, again)
+        *grads, h = norm_gradients(grad_h, kept[:5], rms, recompute)
         return None, None, None, *only_asked(asked[3:], grads[1:]), h
     x_new, shift, scale, gate = (readable(kept[i], grad_h.shape[1]) for i in (0, 2, 3, 6))
     # A branch that is not read is as large as x', which is there to be read in its place.
@@ -164,7 +167,7 @@ def gated_gradients(
     branch = readable(branch, grad_h.shape[1])
     grad_new = None if grad_new is None else grad_new.contiguous()
     *grads, h = add_gated_norm_bwd(
-        grad_new, grad_h.contiguous(), x_new, kept[1], branch, gate, shift, scale, kept[4], rms, again
+        grad_new, grad_h.contiguous(), x_new, kept[1], branch, gate, shift, scale, kept[4], rms, recompute
     )
     return *only_asked(asked, grads), h
 

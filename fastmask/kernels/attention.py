@@ -174,7 +174,7 @@ def attention(
         raise ValueError(f'impl="{impl}" and backend="{backend}" contradict each other: leave one of them out')
     if backend is None and chosen_impl(impl) == "reference":
         backend = "reference"
-    if not torch.compiler.is_compiling() and transformed():
+    if transformed():
         if cu_seqlens is not None:
             raise ValueError("packed attention has no rules for torch.func and forward-mode AD: pass dense tokens")
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels of PyTorch have none either

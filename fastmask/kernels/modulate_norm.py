@@ -110,7 +110,7 @@ def norm_kept(
     scale: Tensor,
     cu_seqlens: Tensor | None,
     asked: Sequence[bool],
-    again: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return what `norm_gradients` takes, with the values of no tensor that the gradients asked for do not read.
 
@@ -121,27 +121,27 @@ def norm_kept(
         scale: shape (G, D).
         cu_seqlens: shape (G + 1,), or None.
         asked: whether the gradients of x, shift and scale are computed.
-        again: whether h is computed again.
+        recompute: whether h is recomputed.
     """
     of_x, of_shift, of_scale = asked
     by_token = of_x or of_scale
     return (
-        x if by_token or again else unread(x),
-        stats if by_token or (again and of_shift) else None,
-        shift if again else unread(shift),
-        scale if of_x or again else unread(scale),
-        cu_seqlens if any(asked) or again else None,
+        x if by_token or recompute else unread(x),
+        stats if by_token or (recompute and of_shift) else None,
+        shift if recompute else unread(shift),
+        scale if of_x or recompute else unread(scale),
+        cu_seqlens if any(asked) or recompute else None,
     )
 
 
 def norm_gradients(
-    grad_h: Tensor, kept: Sequence[Tensor | None], rms: bool, again: bool = False
+    grad_h: Tensor, kept: Sequence[Tensor | None], rms: bool, recompute: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the results of `modulate_norm_bwd` from `norm_kept`; a gradient that was not asked for is none."""
     x, shift, scale = (readable(kept[i], grad_h.shape[1]) for i in (0, 2, 3))
     stats = x.new_zeros((2, x.shape[0]), dtype=torch.float32) if kept[1] is None else kept[1]
     grads: tuple[Tensor, Tensor, Tensor, Tensor] = modulate_norm_bwd(
-        grad_h.contiguous(), x, stats, shift, scale, kept[4], rms, again
+        grad_h.contiguous(), x, stats, shift, scale, kept[4], rms, recompute
     )
     return grads
 

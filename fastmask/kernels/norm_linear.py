@@ -5,7 +5,7 @@
 
 Plain PyTorch keeps h for the gradient of the weight. Here backward recomputes it, in the dtype of the matmul, in the
 pass that reads x and the statistics for the gradient of the norm. A frozen weight costs no gradient and keeps nothing
-for it, and where only weight and bias are trained h is computed again by the forward kernel.
+for it, and where only weight and bias are trained h is recomputed by the forward kernel.
 """
 
 from collections.abc import Sequence
@@ -71,8 +71,8 @@ class _ModulatedLinear(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         h, stats = modulate_norm_fwd(x, shift, scale, cu_seqlens, rms, eps, weight.dtype)
-        asked, again = ctx.needs_input_grad[:3], ctx.needs_input_grad[4]
-        kept = norm_kept(x, stats, shift, scale, cu_seqlens, asked, again)
+        asked, recompute = ctx.needs_input_grad[:3], ctx.needs_input_grad[4]
+        kept = norm_kept(x, stats, shift, scale, cu_seqlens, asked, recompute)
         ctx.save_for_backward(*kept, weight if any(asked) else None)
         ctx.rms, ctx.eps = rms, eps
         return F.linear(h, weight, bias)
@@ -86,7 +86,7 @@ class _ModulatedLinear(torch.autograd.Function):
         if any(asked):
             found = norm_gradients(grad @ weight, kept, ctx.rms, of_linear[0])
         elif of_linear[0]:
-            found = None, None, None, _norm_again(kept, ctx.rms, ctx.eps, grad.dtype)
+            found = None, None, None, _recomputed_norm(kept, ctx.rms, ctx.eps, grad.dtype)
         return *only_asked(asked, found[:3]), None, *linear_gradients(grad, found[3], *of_linear), None, None
 
 
@@ -106,8 +106,8 @@ class _AddGatedLinear(torch.autograd.Function):
         eps: float,
     ) -> tuple[Tensor, Tensor]:
         x_new, h, stats = add_gated_norm_fwd(x, branch, gate, shift, scale, cu_seqlens, rms, eps, weight.dtype)
-        asked, again = ctx.needs_input_grad[:5], ctx.needs_input_grad[6]
-        kept = gated_kept(x_new, stats, branch, gate, shift, scale, cu_seqlens, asked, again)
+        asked, recompute = ctx.needs_input_grad[:5], ctx.needs_input_grad[6]
+        kept = gated_kept(x_new, stats, branch, gate, shift, scale, cu_seqlens, asked, recompute)
         ctx.save_for_backward(*kept, weight if any(asked) else None)
         ctx.rms, ctx.eps = rms, eps
         ctx.set_materialize_grads(False)
@@ -129,11 +129,11 @@ class _AddGatedLinear(torch.autograd.Function):
         if any(asked):
             found = gated_gradients(grad_new, grad @ weight, kept, ctx.rms, asked, of_linear[0])
         elif of_linear[0]:
-            found = *found[:5], _norm_again(kept, ctx.rms, ctx.eps, grad.dtype)
+            found = *found[:5], _recomputed_norm(kept, ctx.rms, ctx.eps, grad.dtype)
         return *found[:5], None, *linear_gradients(grad, found[5], *of_linear), None, None
 
 
-def _norm_again(kept: Sequence[Tensor | None], rms: bool, eps: float, dtype: torch.dtype) -> Tensor:
+def _recomputed_norm(kept: Sequence[Tensor | None], rms: bool, eps: float, dtype: torch.dtype) -> Tensor:
     """Return h once more from what `norm_kept` or `gated_kept` kept, in the forward kernel's own bits."""
     x, _, shift, scale, cu_seqlens = kept[:5]
     h: Tensor = modulate_norm_fwd(x, shift, scale, cu_seqlens, rms, eps, dtype)[0]

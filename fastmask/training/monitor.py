@@ -105,9 +105,13 @@ class Tally:
     def mean_loss(self, ranks: Ranks) -> float:
         """Return the mean own loss per image since `take`, over all ranks, without a reset; waits for the device."""
         self.check_finite(ranks)
+        return self.own_loss(self._means(ranks)[0])
+
+    def _means(self, ranks: Ranks) -> tuple[dict[str, float], list[float], list[float]]:
+        """Return the means by name, over all ranks, and the sum of the own loss and the samples of each bucket."""
         sums, counts = all_sum(self._sums, ranks).tolist(), all_sum(self._count, ranks).tolist()
         means = {n: value / count for n, value, count in zip(self._names, sums, counts, strict=False) if count}
-        return self.own_loss(means)
+        return means, sums[len(self._names) :][: len(_LEVELS)], sums[-len(_LEVELS) :]
 
     def own_loss(self, figures: Mapping[str, float]) -> float:
         """Return the total of mean losses by name, without those beside it."""
@@ -117,11 +121,9 @@ class Tally:
     def take(self, ranks: Ranks) -> dict[str, float]:
         """Return the mean losses per image since the last call, over all ranks, and reset the sums."""
         self.check_finite(ranks)
-        sums, counts = all_sum(self._sums, ranks).tolist(), all_sum(self._count, ranks).tolist()
+        figures, by_level, samples = self._means(ranks)
         self._sums.zero_()
         self._count.zero_()
-        figures = {n: value / count for n, value, count in zip(self._names, sums, counts, strict=False) if count}
-        by_level, samples = sums[len(self._names) :][: len(_LEVELS)], sums[-len(_LEVELS) :]
         for name, value, number in zip(_LEVELS, by_level, samples, strict=True):
             if number:
                 figures[f"loss_at_log_snr/{name}"] = value / number

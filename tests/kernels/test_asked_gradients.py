@@ -17,17 +17,17 @@ from fastmask.kernels.attention import _packed_bwd, packed_attention_bwd
 BF16 = torch.bfloat16
 
 # Matmuls of the ops that are not PyTorch's own.
-PRODUCTS = {"silu_linear_fwd": 1, "silu_linear_bwd": 2, "embed_kept_patches_fwd": 1, "embed_kept_patches_bwd": 1}
-PRODUCTS |= {"embed_kept_patches_bwd_images": 1, **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), 1)}
+MATMULS = {"silu_linear_fwd": 1, "silu_linear_bwd": 2, "embed_kept_patches_fwd": 1, "embed_kept_patches_bwd": 1}
+MATMULS |= {"embed_kept_patches_bwd_images": 1, **dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), 1)}
 
 
-class Products(TorchDispatchMode):
+class Matmuls(TorchDispatchMode):
     """Counts matmuls."""
 
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += PRODUCTS.get(func.name().split("::")[1].split(".")[0], 0)
+        self.count += MATMULS.get(func.name().split("::")[1].split(".")[0], 0)
         return func(*args, **(kwargs or {}))
 
 
@@ -35,12 +35,12 @@ class Rule(NamedTuple):
     """What the gradients of an op need.
 
     Attributes:
-        products: the matmuls of backward, by the names of the inputs any of whose gradients needs each of them.
+        matmuls: those of backward, by the names of the inputs any of whose gradients needs each of them.
         kept: what backward keeps, by the names of the inputs any of whose gradients reads it.
         outputs: the inputs on which each result depends.
     """
 
-    products: tuple[str, ...]
+    matmuls: tuple[str, ...]
     kept: dict[str, str]
     outputs: tuple[str, ...]
 
@@ -113,7 +113,7 @@ def run(op, given, asked, impl, autocast=False):
         kept[t.untyped_storage().data_ptr()] = t
         return t
 
-    with Products() as products:
+    with Matmuls() as matmuls:
         with (
             saved_tensors_hooks(keep, lambda t: t),
             torch.autocast("cpu", dtype=BF16, enabled=autocast),
@@ -123,7 +123,7 @@ def run(op, given, asked, impl, autocast=False):
         used = [t for t in results if t.requires_grad]
         torch.autograd.backward(used, [torch.linspace(-1, 2, t.numel()).view(t.shape).to(t.dtype) for t in used])
     grads = {name: given[name].grad for name in leaves_of(op)}
-    return results, grads, products.count, sum(t.nbytes for t in kept.values())
+    return results, grads, matmuls.count, sum(t.nbytes for t in kept.values())
 
 
 def is_float(t):
@@ -137,7 +137,7 @@ def least_kept(op, given, result, asked):
     bytes_of |= dict.fromkeys(("x_new", "tokens", "restored"), rows * WIDTH * 4) | {"stats": 2 * rows * 4}
     read = {name for name, readers in RULES[op].kept.items() if name in bytes_of and any_of(readers, asked)}
     if {"shift", "weight"} <= set(asked):
-        read.add("stats")  # h is computed again in the pass that sums the gradient of shift
+        read.add("stats")  # h is recomputed in the pass that sums the gradient of shift
     return sum(bytes_of[name] for name in read)
 
 
@@ -167,8 +167,8 @@ def test_every_subset(op, impl, packed, autocast):
     given, rule = CALLS[op](packed), RULES[op]
     _, whole, *_ = run(op, given, leaves_of(op), impl, autocast)
     for asked in subsets(leaves_of(op), few=packed or autocast):
-        results, grads, products, kept = run(op, given, asked, impl, autocast)
-        assert products == bool(rule.products) + sum(any_of(names, asked) for names in rule.products), asked
+        results, grads, matmuls, kept = run(op, given, asked, impl, autocast)
+        assert matmuls == bool(rule.matmuls) + sum(any_of(names, asked) for names in rule.matmuls), asked
         assert [t.requires_grad for t in results] == [any_of(names, asked) for names in rule.outputs], asked
         for name, grad in grads.items():
             if name in asked:
@@ -194,9 +194,9 @@ def test_packed_attention(asked):
         assert given[name].grad is None if name not in asked else torch.equal(given[name].grad, right)
     own = any_of("q k", asked)
     assert sum(t.nbytes for t in kept) == sum(t.nbytes for t in tensors) - (0 if own else tensors[2].nbytes)
-    with Products() as products:
+    with Matmuls() as matmuls:
         _packed_bwd(grad, *tensors, [name in asked for name in "qkv"])
-    assert products.count == 3 * (1 + own + len(asked))  # three samples
+    assert matmuls.count == 3 * (1 + own + len(asked))  # three samples
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -241,8 +241,8 @@ def test_a_subset_in_one_graph(op, asked, dynamic):
 
 
 @pytest.mark.parametrize("impl", ["fused", "reference"])
-def test_a_frozen_weight_costs_two_products_of_forward(impl):
-    """What a frozen backbone's block is told by: 2.0 and not 3.0 products, as PyTorch's own Linear."""
+def test_a_frozen_weight_costs_two_matmuls_of_forward(impl):
+    """What a frozen backbone's block is told by: 2.0 and not 3.0 matmuls, as PyTorch's own Linear."""
     for op in LINEARS:
         given = CALLS[op](False)
         trained = [name for name in leaves_of(op) if name not in ("weight", "bias")]

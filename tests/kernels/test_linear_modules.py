@@ -42,7 +42,7 @@ ALL_OPS = pytest.mark.parametrize("op", OPS)
 
 
 class LoRA(nn.Linear):
-    """A Linear with a trainable product of low rank beside its frozen weight."""
+    """A Linear with a trainable matmul of low rank beside its frozen weight."""
 
     def __init__(self, *sizes, **how):
         super().__init__(*sizes, **how)

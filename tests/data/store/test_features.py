@@ -122,7 +122,7 @@ def test_a_store_without_features_says_how_to_add_them(tmp_path):
 
 
 def test_the_fingerprint_is_that_of_the_images(store, tmp_path):
-    """A run goes on with a store to which features were added; its features have a hash of their own."""
+    """A run resumes with a store to which features were added; its features have a hash of their own."""
     bare = tmp_path / "bare"
     write(bare, manifest(read_manifest(store).kind), skip=(5,))
     assert opened(store).fingerprint() == opened(bare).fingerprint()
